@@ -1,0 +1,333 @@
+"""QWen, first generation: a pre-norm decoder with RMSNorm, rotary positions and a gated MLP.
+
+Written for the published checkpoints `Qwen/Qwen-1_8B`, `-7B`, `-14B` and their `-Chat` versions, whose files load
+unchanged (`QWenLMHeadModel.from_pretrained(folder_or_name, dtype=torch.bfloat16)`), without remote code.
+
+Shape legend: B rows, T tokens of this call, K keys (past + T), H heads, C channels of one head, D `hidden_size`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .chat import ChatMixin
+from .configuration_qwen import QWenConfig
+from .loss import next_token_loss
+from .positions import Rotation, attention_mask_4d, log_n_scale, ntk_alpha, position_ids_of, rotary_tables, rotate
+
+
+class QWenRMSNorm(nn.Module):
+    """Root mean square norm (https://arxiv.org/abs/1910.07467); the statistics are taken in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of `x` (..., size)."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight  # cast before the weight multiplies, as the checkpoints were trained
+
+
+class QWenAttention(nn.Module):
+    """Causal self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, config: QWenConfig, layer_index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_index = layer_index
+        width = config.kv_channels * config.num_attention_heads
+        self.c_attn = nn.Linear(config.hidden_size, 3 * width)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+        self.scale = config.kv_channels**-0.5 if config.scale_attn_weights else 1.0
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, visible: Tensor | None, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over what is cached and over `x`.
+
+        Args:
+            x: (B, T, D).
+            rotation: rotary tables and log-n factors of these positions.
+            visible: (B or 1, 1, T, K), True where a key may be seen; None where plain causal attention is meant.
+            past_key_values: cache that the new keys and values are added to, or None.
+
+        Returns:
+            (B, T, D), and the attention weights (B, H, T, K) in eager mode, else None.
+        """
+        query, key, value = rearrange(
+            self.c_attn(x), "b t (three h c) -> three b h t c", three=3, h=self.config.num_attention_heads
+        )
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        if rotation.query_scale is not None:
+            query = (query * rotation.query_scale).to(value.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_index)
+        dropout = self.config.attn_dropout_prob if self.training else 0.0
+        attend = _eager_attention if self.config._attn_implementation == "eager" else _sdpa_attention
+        out, weights = attend(query, key, value, visible, self.scale, dropout)
+        return self.c_proj(rearrange(out, "b h t c -> b t (h c)")), weights
+
+
+def _sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float, dropout: float
+) -> tuple[Tensor, None]:
+    # Without a mask, T is K (nothing cached) or 1 (everything may be seen); is_causal is right for the first only.
+    causal = visible is None and query.shape[-2] > 1
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible, dropout_p=dropout, is_causal=causal, scale=scale
+    )
+    return out, None
+
+
+def _eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    elif query.shape[-2] > 1:
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(above, float("-inf"))
+    weights = F.dropout(scores.softmax(-1).to(value.dtype), dropout)
+    return weights @ value, weights
+
+
+class QWenMLP(nn.Module):
+    """Gated MLP (https://arxiv.org/abs/2002.05202); the gate is `w2`."""
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__()
+        inner = config.intermediate_size // 2
+        self.w1 = nn.Linear(config.hidden_size, inner, bias=not config.no_bias)
+        self.w2 = nn.Linear(config.hidden_size, inner, bias=not config.no_bias)
+        self.c_proj = nn.Linear(inner, config.hidden_size, bias=not config.no_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+
+
+class QWenBlock(GradientCheckpointingLayer):
+    """One pre-norm layer: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: QWenConfig, layer_index: int) -> None:
+        super().__init__()
+        self.ln_1 = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QWenAttention(config, layer_index)
+        self.ln_2 = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, visible: Tensor | None, past_key_values: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take and give (B, T, D); see `QWenAttention.forward` for the rest."""
+        attended, weights = self.attn(self.ln_1(x), rotation, visible, past_key_values)
+        x = x + attended
+        return x + self.mlp(self.ln_2(x)), weights
+
+
+class QWenPreTrainedModel(PreTrainedModel):
+    """What every QWen model shares: configuration class, initialisation, and what it supports."""
+
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["QWenBlock"]
+    _skip_keys_device_placement = "past_key_values"
+    # Written into some published files; both are computed here instead.
+    _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias$", r"rotary_emb\.inv_freq$"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, QWenRMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class QWenModel(QWenPreTrainedModel):
+    """The decoder without its language head."""
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.drop = nn.Dropout(config.emb_dropout_prob)
+        self.h = nn.ModuleList(QWenBlock(config, i) for i in range(config.num_hidden_layers))
+        self.ln_f = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.wte = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, T); give these or `inputs_embeds`.
+            attention_mask: (B, K), 1 for real tokens, 0 for padding on either side; None: no padding.
+            position_ids: (B, T), counted from 0 in every row; by default from `attention_mask`, padding left out.
+            past_key_values: cache of an earlier call.
+            inputs_embeds: (B, T, D).
+            use_cache: whether to give back a cache; by default as configured, and never while training.
+            output_attentions: whether to give back attention weights (needs `attn_implementation="eager"`).
+            output_hidden_states: whether to give back every layer's input, and the final output.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if attention weights
+                are asked of another implementation than eager.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError('attention weights exist in eager mode only: load with attn_implementation="eager"')
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        rotation, visible = self._geometry(x, attention_mask, position_ids, past_key_values)
+
+        x = self.drop(x)
+        hidden_states: list[Tensor] = []
+        attentions: list[Tensor] = []
+        for block in self.h:
+            hidden_states.append(x)
+            x, weights = block(x, rotation, visible, past_key_values=past_key_values)
+            if output_attentions and weights is not None:
+                attentions.append(weights)
+        x = self.ln_f(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def _geometry(
+        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: Cache | None
+    ) -> tuple[Rotation, Tensor | None]:
+        """Where the tokens of this call stand, and what they may see: the same for every layer, so made once."""
+        num_rows, num_tokens = x.shape[:2]
+        num_past = past.get_seq_length() if past is not None else 0
+        num_keys = num_past + num_tokens
+        if position_ids is None:
+            position_ids = position_ids_of(attention_mask, num_past, num_tokens, x.device)
+        alpha = None
+        scale = None
+        if not self.training and self.config.use_dynamic_ntk:
+            # The alpha of the prefill rules the whole generation: the cached keys were turned with it.
+            if num_past and hasattr(past, "ntk_alpha"):
+                alpha = past.ntk_alpha
+            else:
+                alpha = ntk_alpha(attention_mask, num_keys, self.config.seq_length)
+            if past is not None:
+                past.ntk_alpha = alpha  # type: ignore[attr-defined]
+        if not self.training and self.config.use_logn_attn and num_keys > self.config.seq_length:
+            scale = log_n_scale(position_ids, self.config.seq_length)
+        cos, sin = rotary_tables(position_ids, self.config.rotary_dim, self.config.rotary_emb_base, alpha)
+        visible = attention_mask_4d(attention_mask, num_rows, num_tokens, num_keys, x.device)
+        return Rotation(cos, sin, scale), visible
+
+
+class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
+    """The decoder with its language head: `forward`, `generate`, `chat` and `chat_stream`."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    decoder_class: type[QWenModel] = QWenModel
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__(config)
+        self.transformer = self.decoder_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the language head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the language head."""
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run decoder and head; the arguments not named here are those of `QWenModel.forward`.
+
+        Args:
+            labels: (B, T), `IGNORE_INDEX` where no loss is taken; position t is predicted from the tokens before t.
+            logits_to_keep: give the logits of the last so many positions only; 0 means all.
+            num_items_in_batch: number of supervised tokens that the summed loss is divided by; by default this
+                call's own, which makes the loss a mean.
+
+        Returns:
+            Logits (B, T or `logits_to_keep`, vocab_size), the loss where labels are given, and the cache.
+        """
+        kwargs.pop("return_dict", None)
+        out = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            if logits.shape[1] != labels.shape[1]:
+                raise ValueError(f"labels have {labels.shape[1]} positions, the kept logits {logits.shape[1]}")
+            loss = next_token_loss(logits, labels, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )

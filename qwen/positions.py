@@ -1,0 +1,153 @@
+"""Positions: rotary embedding, its stretching past the trained length, log-n attention, and the attention mask.
+
+Shape legend: B rows, T tokens of this call, K keys (past + T), H heads, C channels of one head, R rotary channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """What every layer needs to know of the positions of one call."""
+
+    cos: Tensor
+    """(B or 1, 1, T, R) in fp32."""
+    sin: Tensor
+    """(B or 1, 1, T, R) in fp32."""
+    query_scale: Tensor | None
+    """(B or 1, 1, T, 1) log-n factors in fp32; None where all of them are 1."""
+
+
+def position_ids_of(attention_mask: Tensor | None, num_past: int, num_tokens: int, device: torch.device) -> Tensor:
+    """Count positions from 0 in every row, leaving padding out.
+
+    Args:
+        attention_mask: (B, K) with 0 for padding, or None.
+        num_past: tokens that are cached already.
+        num_tokens: T.
+        device: where the result is wanted if there is no mask.
+
+    Returns:
+        (B, T), or (1, T) without a mask. Padding in front of a row gets position 0.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return torch.arange(num_past, num_past + num_tokens, device=device)[None]
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.clamp(min=0)[:, -num_tokens:]
+
+
+def ntk_alpha(attention_mask: Tensor | None, num_keys: int, seq_length: int) -> Tensor | None:
+    """Dynamic NTK factor of each row, from its true length n: max(2^ceil(log2(n / seq_length) + 1) - 1, 1).
+
+    Returns:
+        (B,) in fp32, or None where it is 1 for certain (no row can be past `seq_length`).
+    """
+    if num_keys <= seq_length:
+        return None
+    if attention_mask is None or attention_mask.dim() != 2:
+        lengths = torch.tensor([num_keys], dtype=torch.float64)
+    else:
+        lengths = attention_mask.sum(-1).clamp(min=1).double()
+    exponent = torch.ceil(torch.log2(lengths / seq_length) + 1)
+    return (2.0**exponent - 1).clamp(min=1).float()
+
+
+def rotary_tables(position_ids: Tensor, dim: int, base: float, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (https://arxiv.org/abs/2104.09864), computed on use, in fp32.
+
+    Args:
+        position_ids: (B, T).
+        dim: R, the channels that are turned; even.
+        base: base of the frequencies.
+        alpha: (B,) factors by which dynamic NTK stretches the base to `base * alpha ** (R / (R - 2))`; None: 1.
+
+    Returns:
+        Two tensors (B, 1, T, R); the second half of the channels repeats the first.
+    """
+    device = position_ids.device
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    bases = torch.full((1, 1), float(base), device=device)
+    if alpha is not None and dim > 2:
+        bases = bases * alpha.to(device)[:, None] ** (dim / (dim - 2))
+    frequencies = 1.0 / bases**exponents  # (B or 1, R / 2)
+    angles = position_ids[:, :, None].float() * frequencies[:, None, :]
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn the first R channels of `x` (B, H, T, C), the first half of them against the second; others pass."""
+    cos, sin = rotation.cos, rotation.sin
+    dim = cos.shape[-1]
+    turned, passed = x[..., :dim].float(), x[..., dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned.to(x.dtype), passed), dim=-1)
+
+
+def log_n_scale(position_ids: Tensor, seq_length: int) -> Tensor:
+    """Log-n factors max(1, log(p + 1) / log(seq_length)) of queries at 0-based positions p.
+
+    Args:
+        position_ids: (B, T).
+        seq_length: trained context, in tokens.
+
+    Returns:
+        (B, 1, T, 1) in fp32.
+    """
+    factors = (position_ids.double() + 1).log() / math.log(seq_length)
+    return factors.clamp(min=1).float()[:, None, :, None]
+
+
+def attention_mask_4d(
+    attention_mask: Tensor | None, num_rows: int, num_tokens: int, num_keys: int, device: torch.device
+) -> Tensor | None:
+    """Which key each query may see: those before it that are no padding, and itself.
+
+    No mask is made where plain causal attention does the same: without padding, and with padding behind the real
+    tokens only (nothing before them can see it).
+
+    Args:
+        attention_mask: (B, K) with 0 for padding, or (B, 1, T, K), non-zero where a key may be seen, or None.
+        num_rows: B.
+        num_tokens: T.
+        num_keys: K.
+        device: where the result is wanted.
+
+    Returns:
+        Booleans (B or 1, 1, T, K), or None where plain causal attention is meant.
+
+    Raises:
+        ValueError: if the mask's shape is another one.
+    """
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device=device, dtype=torch.bool)
+        if attention_mask.dim() == 4:
+            return attention_mask
+        if tuple(attention_mask.shape) != (num_rows, num_keys):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected ({num_rows}, {num_keys}): "
+                "one entry for each row and each key, those in the cache included"
+            )
+        if _causal_is_enough(attention_mask, num_tokens, num_keys):
+            attention_mask = None
+    if attention_mask is None and num_tokens in (1, num_keys):
+        return None
+    visible = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_tokens)[None, None]
+    if attention_mask is None:
+        return visible
+    # A padded query would see nothing at all, and softmax give NaN: let it see itself. Nobody sees it.
+    itself = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=device)
+    itself = itself.tril(num_keys - num_tokens).triu(num_keys - num_tokens)
+    return (visible & attention_mask[:, None, None, :]) | itself
+
+
+def _causal_is_enough(mask: Tensor, num_tokens: int, num_keys: int) -> bool:
+    if num_tokens == num_keys and num_keys > 1:
+        return bool((mask[:, 1:] <= mask[:, :-1]).all())  # real tokens, then padding
+    return bool(mask.all())
