@@ -1,0 +1,62 @@
+"""Frozen vision towers behind one interface.
+
+    tower = build_vision_tower("openai/clip-vit-large-patch14", dtype=torch.bfloat16)
+    features = tower(tower.image_transform(image)[None])      # (1, tower.num_image_tokens, tower.hidden_size)
+
+A further backbone is one small file like `vit.py`, and a line in `TOWERS`.
+"""
+
+import os
+
+import torch
+
+from visual.base import ImageTransform, VisionTower
+from visual.clip_vit import CLIPTower
+from visual.dinov2 import Dinov2Tower, Dinov2WithRegistersTower
+from visual.loading import read_config
+from visual.siglip_vit import SiglipTower
+from visual.vit import ViTTower
+
+__all__ = ["TOWERS", "ImageTransform", "VisionTower", "build_vision_tower"]
+
+TOWERS: dict[str, type[VisionTower]] = {
+    "clip": CLIPTower,
+    "clip_vision_model": CLIPTower,
+    "siglip": SiglipTower,  # SigLIP 2 checkpoints of a fixed resolution are of this type too
+    "siglip_vision_model": SiglipTower,
+    "dinov2": Dinov2Tower,
+    "dinov2_with_registers": Dinov2WithRegistersTower,
+    "vit": ViTTower,
+}
+"""From the `model_type` in a checkpoint's config.json to its class."""
+
+
+def build_vision_tower(
+    name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None, *, drop_first_patch: bool = False
+) -> VisionTower:
+    """Load the vision tower that a checkpoint holds, chosen by the `model_type` in its config.json.
+
+    Args:
+        name_or_path: A local folder or a hub name. Of a CLIP or SigLIP checkpoint only the vision half is loaded.
+        dtype: Data type of the weights and the features; None is float32.
+        drop_first_patch: Leave SigLIP's first patch out, for models that the original project trained (728 tokens
+            where there are 729).
+
+    Returns:
+        The tower on the CPU, frozen and in `eval()`.
+
+    Raises:
+        FileNotFoundError: No such checkpoint, or one of its files is missing.
+        ValueError: A `model_type` that is not in `TOWERS`, or files that do not fit each other.
+    """
+    name = os.fspath(name_or_path)
+    model_type = read_config(name).get("model_type")
+    tower_class = TOWERS.get(model_type) if isinstance(model_type, str) else None
+    if tower_class is None:
+        hint = ""
+        if model_type in ("siglip2", "siglip2_vision_model"):
+            hint = "; of SigLIP 2, take a checkpoint of a fixed resolution rather than a NaFlex one"
+        raise ValueError(
+            f"{name} has model_type {model_type!r}, which is no known vision tower; known are {', '.join(TOWERS)}{hint}"
+        )
+    return tower_class(name, dtype, drop_first_patch=drop_first_patch)

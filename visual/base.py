@@ -1,0 +1,167 @@
+"""What every vision tower has in common: frozen, always in `eval()`, images in, patch features out.
+
+Shape legend: N images, S image size in pixels, T image tokens, D width of the tower.
+"""
+
+import logging
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from visual.loading import load_config, load_image_processor, load_model
+
+logger = logging.getLogger(__name__)
+
+
+class ImageTransform:
+    """From a PIL image in RGB to the pixels a tower was trained on, by the checkpoint's own image processor.
+
+    Holds settings only, so it is cheap to pickle into data-loading workers.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Resize, crop, rescale and normalise one image.
+
+        Args:
+            image: A PIL image of any size in mode RGB.
+
+        Returns:
+            (3, H, W), float32, equal to the image processor's `pixel_values`.
+
+        Raises:
+            ValueError: The image is in another mode: what becomes of alpha or palettes is for the caller to say.
+        """
+        if image.mode != "RGB":
+            raise ValueError(f"the image transform takes RGB images, got mode {image.mode!r}: convert the image first")
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels.to(torch.float32)
+
+
+class VisionTower(nn.Module):
+    """A frozen vision transformer that turns images into one feature vector per patch.
+
+    Features are the last hidden state of transformers' own model, less the tokens that stand for no patch. A new
+    backbone is a subclass that sets the class attributes below, and a line in `visual.TOWERS`.
+
+    Args:
+        name_or_path: A local folder or a hub name, with config.json, weights and preprocessor_config.json. Of a
+            CLIP-like checkpoint only the vision half is loaded.
+        dtype: Data type of the weights and the features; None is float32.
+        drop_first_patch: Leave the first patch out too, as checkpoints of the original project were trained; only
+            where the class allows it.
+
+    Raises:
+        FileNotFoundError: The weights' or the image processor's file is missing.
+        ValueError: Files that do not fit each other, or `drop_first_patch` where the tower does not allow it.
+    """
+
+    kind: ClassVar[str]
+    """The family's `model_type`, as saved beside a trained model."""
+    model_class: ClassVar[type[PreTrainedModel]]
+    """transformers' vision model."""
+    model_kwargs: ClassVar[dict[str, Any]] = {}
+    """Further arguments of the model's `__init__`."""
+    config_overrides: ClassVar[dict[str, Any]] = {}
+    """Configuration values to set, such as switching off a head whose output is not used."""
+    any_image_size: ClassVar[bool] = False
+    """Whether the model interpolates its positions, so that the image processor rules the size."""
+    may_drop_first_patch: ClassVar[bool] = False
+    """Whether `drop_first_patch` is allowed."""
+
+    name_or_path: str
+    """What the tower was loaded from, as it was given."""
+    image_size: int
+    """S: height and width of its input in pixels."""
+    hidden_size: int
+    """D: width of a feature."""
+    num_image_tokens: int
+    """T: features per image."""
+    image_transform: ImageTransform
+    """(PIL RGB image) -> (3, S, S)."""
+
+    def __init__(self, name_or_path: str, dtype: torch.dtype | None = None, *, drop_first_patch: bool = False) -> None:
+        super().__init__()
+        if drop_first_patch and not self.may_drop_first_patch:
+            raise ValueError(f"drop_first_patch is for SigLIP towers only; {name_or_path} is {self.kind}")
+        self.name_or_path = name_or_path
+        config = self._read_vision_config(name_or_path)
+        self.image_transform = ImageTransform(load_image_processor(name_or_path))
+        self.image_size = self._check_image_size(config)
+        self.hidden_size = config.hidden_size
+        self.num_skipped = self.num_prefix_tokens(config) + int(drop_first_patch)
+        self.num_image_tokens = (self.image_size // config.patch_size) ** 2 - int(drop_first_patch)
+        self.model = load_model(self.model_class, name_or_path, config, dtype or torch.float32, **self.model_kwargs)
+        self.requires_grad_(False)
+        self.eval()
+        logger.info(
+            "vision tower %s (%s): %d px, %d tokens of %d, %s, frozen",
+            *(name_or_path, self.kind, self.image_size, self.num_image_tokens, self.hidden_size, self.model.dtype),
+        )
+
+    @classmethod
+    def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
+        """How many tokens (class, registers) come before the patches in the last hidden state."""
+        raise NotImplementedError
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the vision model."""
+        return self.model.config
+
+    def train(self, mode: bool = True) -> "VisionTower":
+        """Stay in `eval()`, whatever the model around it does: a frozen tower must give the same features always."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features of a batch of images, without gradients.
+
+        Args:
+            pixel_values: (N, 3, S, S), floating point; moved to the tower's device and data type. N may be 0.
+
+        Returns:
+            (N, T, D) in the tower's data type.
+
+        Raises:
+            ValueError: Another shape, or integers (images that did not go through `image_transform`).
+        """
+        expected = (3, self.image_size, self.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values must have shape (N, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}: "
+                "use the tower's image_transform and stack its results"
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values must be floating point, got {pixel_values.dtype}: use image_transform")
+        pixel_values = pixel_values.to(device=self.model.device, dtype=self.model.dtype)
+        if pixel_values.shape[0] == 0:  # the attention of transformers cannot reshape an empty batch
+            return pixel_values.new_empty(0, self.num_image_tokens, self.hidden_size)
+        return self.model(pixel_values=pixel_values).last_hidden_state[:, self.num_skipped :]
+
+    def _read_vision_config(self, name_or_path: str) -> PreTrainedConfig:
+        config = load_config(self.model_class, name_or_path)
+        for name, value in self.config_overrides.items():
+            setattr(config, name, value)
+        if config.num_channels != 3:
+            raise ValueError(f"{name_or_path} takes {config.num_channels} channels; only RGB towers (3) are supported")
+        return config
+
+    def _check_image_size(self, config: PreTrainedConfig) -> int:
+        """Try the transform on a wide and a tall image; both must give the square that the model takes."""
+        shapes = {tuple(self.image_transform(Image.new("RGB", size)).shape) for size in ((40, 30), (30, 40))}
+        side = next(iter(shapes))[-1] if self.any_image_size else config.image_size
+        if shapes != {(3, side, side)}:
+            made = " and ".join("×".join(map(str, shape[1:])) for shape in sorted(shapes))
+            wanted = "one square" if self.any_image_size else f"{side}×{side}"
+            raise ValueError(
+                f"{self.name_or_path}: its preprocessor_config.json makes images of {made} px (height×width), but the "
+                f"model takes {wanted}: use the preprocessor_config.json that belongs to this model"
+            )
+        return side
