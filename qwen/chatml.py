@@ -1,0 +1,173 @@
+r"""ChatML, the prompt format of QWen's chat models.
+
+    <|im_start|>system\n{system}<|im_end|>
+    \n<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>      for every earlier turn
+    \n<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n
+
+Role, line break and content are tokenised apart, and content never gives a special token: nobody can type one in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qwen.tokenization_qwen import IMEND, IMSTART, QWenTokenizer
+
+DEFAULT_MAX_WINDOW_SIZE = 6144
+
+Turn = tuple[str, str]
+ContentEncoder = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A prompt that ends where the assistant's answer begins."""
+
+    text: str
+    """The prompt as people read it."""
+    ids: list[int]
+    """The prompt's token ids."""
+    num_dropped_turns: int
+    """How many of the oldest turns did not fit into the window."""
+
+
+def message_ids(tokenizer: QWenTokenizer, role: str, content_ids: Sequence[int]) -> list[int]:
+    r"""Token ids of one closed message: `<|im_start|>{role}\n{content}<|im_end|>`."""
+    return [*header_ids(tokenizer, role), *content_ids, tokenizer.im_end_id]
+
+
+def header_ids(tokenizer: QWenTokenizer, role: str) -> list[int]:
+    r"""Token ids of `<|im_start|>{role}\n`, after which the content comes."""
+    return [tokenizer.im_start_id, *tokenizer.encode_text(role), *tokenizer.encode_text("\n")]
+
+
+def system_ids(tokenizer: QWenTokenizer, system: str) -> list[int]:
+    """Token ids of the system block, which opens every prompt, also where the system prompt is empty."""
+    return message_ids(tokenizer, "system", tokenizer.encode_text(system))
+
+
+def question_ids(tokenizer: QWenTokenizer, content_ids: Sequence[int]) -> list[int]:
+    r"""Token ids of `\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n`: an answer comes next."""
+    newline = tokenizer.encode_text("\n")
+    return [
+        *newline,
+        *message_ids(tokenizer, "user", content_ids),
+        *newline,
+        *header_ids(tokenizer, "assistant"),
+    ]
+
+
+def build_prompt(
+    tokenizer: QWenTokenizer,
+    query: str,
+    history: Sequence[Turn] | None = None,
+    system: str = "",
+    max_window_size: int = DEFAULT_MAX_WINDOW_SIZE,
+    encode_query: ContentEncoder | None = None,
+) -> ChatPrompt:
+    """Build the prompt for the next answer.
+
+    Args:
+        tokenizer: QWen's tokenizer.
+        query: the question.
+        history: earlier (question, answer) pairs, oldest first. The newest are kept while the whole prompt stays within
+            `max_window_size`; from the first that does not fit, all older ones are dropped.
+        system: the system prompt.
+        max_window_size: in tokens. System prompt and question are kept whatever their length.
+        encode_query: turns the content of questions, earlier ones included, into ids; default
+            `tokenizer.encode_text`. Answers and the system prompt always go through `encode_text`.
+
+    Returns:
+        The prompt's text, ids and the number of turns dropped.
+
+    Raises:
+        ValueError: an entry of `history` is not a pair.
+    """
+    encode = encode_query or tokenizer.encode_text
+    head = system_ids(tokenizer, system)
+    tail = question_ids(tokenizer, encode(query))
+    turns = _pairs(history)
+    kept: list[list[int]] = []
+    room = max_window_size - len(head) - len(tail)
+    for question, answer in reversed(turns):
+        ids = [*question_ids(tokenizer, encode(question)), *tokenizer.encode_text(answer), tokenizer.im_end_id]
+        if len(ids) > room:
+            break
+        room -= len(ids)
+        kept.append(ids)
+    dropped = len(turns) - len(kept)
+    middle = [index for ids in reversed(kept) for index in ids]
+    return ChatPrompt(_prompt_text(system, turns[dropped:], query), [*head, *middle, *tail], dropped)
+
+
+def make_context(
+    tokenizer: QWenTokenizer,
+    query: str,
+    history: Sequence[Turn] | None = None,
+    system: str = "",
+    max_window_size: int = DEFAULT_MAX_WINDOW_SIZE,
+) -> tuple[str, list[int]]:
+    """The ChatML prompt for a question, as text and as token ids.
+
+    No special token is parsed in any content: `<|extra_0|>` is text here too.
+
+    Args:
+        tokenizer: QWen's tokenizer.
+        query: the question.
+        history: earlier (question, answer) pairs, oldest first; the newest that fit are kept.
+        system: the system prompt; its block is written even if it is empty.
+        max_window_size: the most tokens that the prompt may have with its history.
+
+    Returns:
+        The prompt's text and its token ids.
+
+    Raises:
+        ValueError: an entry of `history` is not a pair.
+    """
+    prompt = build_prompt(tokenizer, query, history, system, max_window_size)
+    return prompt.text, prompt.ids
+
+
+def stop_token_ids(tokenizer: QWenTokenizer) -> tuple[int, int, int]:
+    """The ids at which an answer ends: `<|im_end|>`, `<|im_start|>`, `<|endoftext|>`."""
+    return tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id
+
+
+def trim_answer(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+    """The generated ids before the first stop token, or all of them if there is none."""
+    stops = set(stop_ids)
+    for position, index in enumerate(ids):
+        if index in stops:
+            return list(ids[:position])
+    return list(ids)
+
+
+def decode_answer(tokenizer: QWenTokenizer, ids: Sequence[int]) -> str:
+    """The text of a generated answer: every token up to the first stop token, nothing stripped.
+
+    Args:
+        tokenizer: QWen's tokenizer.
+        ids: the generated ids, without the prompt.
+
+    Returns:
+        The answer. Malformed UTF-8 in it is replaced.
+    """
+    return str(tokenizer.decode(trim_answer(ids, stop_token_ids(tokenizer))))
+
+
+def _pairs(history: Sequence[Turn] | None) -> list[Turn]:
+    turns: list[Turn] = []
+    for turn in history or ():
+        if isinstance(turn, str) or len(turn) != 2:
+            raise ValueError(f"history must hold (question, answer) pairs, got {turn!r}")
+        turns.append((turn[0], turn[1]))
+    return turns
+
+
+def _prompt_text(system: str, turns: Sequence[Turn], query: str) -> str:
+    parts = [f"{IMSTART}system\n{system}{IMEND}"]
+    for question, answer in turns:
+        parts.append(f"\n{IMSTART}user\n{question}{IMEND}\n{IMSTART}assistant\n{answer}{IMEND}")
+    parts.append(f"\n{IMSTART}user\n{query}{IMEND}\n{IMSTART}assistant\n")
+    return "".join(parts)

@@ -1,0 +1,323 @@
+"""The tokenizer of QWen-1: byte-level BPE by tiktoken behind the conventions of transformers' slow tokenizers.
+
+The vocabulary file `qwen.tiktoken` has one line per token: the token's bytes in base64, a space, its rank. The ranks
+are the ids 0 … 151642; the special tokens follow them and are not in the file.
+
+Ordinary tokens are `bytes` (a token may be a part of a character), special tokens are `str`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import shutil
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+from transformers import PreTrainedTokenizer
+from transformers.tokenization_utils_base import AddedToken
+
+ENDOFTEXT = "<|endoftext|>"
+IMSTART = "<|im_start|>"
+IMEND = "<|im_end|>"
+IMAGE_TOKEN = "<|extra_0|>"
+
+NUM_RANKS = 151643
+SPECIAL_TOKENS: dict[str, int] = {
+    token: NUM_RANKS + offset
+    for offset, token in enumerate((ENDOFTEXT, IMSTART, IMEND, *(f"<|extra_{i}|>" for i in range(205))))
+}
+ENDOFTEXT_ID = SPECIAL_TOKENS[ENDOFTEXT]
+IMSTART_ID = SPECIAL_TOKENS[IMSTART]
+IMEND_ID = SPECIAL_TOKENS[IMEND]
+IMAGE_TOKEN_ID = SPECIAL_TOKENS[IMAGE_TOKEN]
+
+VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken"}
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# The pattern backtracks over white space, and tiktoken's stack does not hold for runs of about a million characters.
+MAX_WHITESPACE_RUN = 100_000
+
+_SPECIAL_SPLIT = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
+_WHITESPACE = re.compile(r"\s+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_REPLACEMENT = "\ufffd".encode()
+
+
+def load_vocabulary(path: str | Path) -> dict[bytes, int]:
+    """Read a `qwen.tiktoken` file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Token bytes -> id, 151,643 of them, with the ids 0 … 151642.
+
+    Raises:
+        ValueError: the file is missing, unreadable, damaged or has another number of tokens.
+    """
+    again = "copy or download qwen.tiktoken again"
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read the vocabulary {path}: {error.strerror or error}; {again}") from error
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"{path}, line {number}: expected a base64 token, a space and its rank, got {line[:60]!r}; {again}"
+            ) from None
+    if len(ranks) != NUM_RANKS or set(ranks.values()) != set(range(NUM_RANKS)):
+        raise ValueError(f"{path} holds {len(ranks):,} different tokens, expected {NUM_RANKS:,} ranked from 0; {again}")
+    return ranks
+
+
+def normalize(text: str) -> str:
+    """Bring text into the form that is tokenised: NFC, without surrogates.
+
+    Two surrogates that make up a character become that character (JSON written by other programs has them); a lone one
+    stands for no character and becomes U+FFFD.
+    """
+    if _SURROGATE.search(text):
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return unicodedata.normalize("NFC", text)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut text inside runs of white space that are too long for tiktoken; anything else stays whole."""
+    start = 0
+    for match in _WHITESPACE.finditer(text):
+        for cut in range(match.start() + MAX_WHITESPACE_RUN, match.end(), MAX_WHITESPACE_RUN):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+class QWenTokenizer(PreTrainedTokenizer):
+    """QWen's tokenizer. `<|endoftext|>` is both the end and the padding token; no token is put around a text by itself.
+
+    `encode` and `tokenizer(text)` turn `<|im_start|>` and the like in the text into special tokens; `encode_text` never
+    does and is the one for what people typed. Tokens cannot be added: the 208 special ones are fixed.
+
+    Args:
+        vocab_file: the path of `qwen.tiktoken`.
+        errors: what decoding does with malformed UTF-8: "replace", "ignore" or "strict".
+        pad_token: any special token of QWen.
+        eos_token: likewise.
+        **kwargs: as for every tokenizer of transformers (`padding_side`, `model_max_length`, …).
+
+    Raises:
+        ValueError: the vocabulary is missing or damaged, or `pad_token` or `eos_token` is not a special token of QWen.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        errors: str = "replace",
+        pad_token: str | AddedToken | None = ENDOFTEXT,
+        eos_token: str | AddedToken | None = ENDOFTEXT,
+        **kwargs: Any,
+    ) -> None:
+        if vocab_file is None:
+            raise ValueError("the tokenizer needs its vocabulary: no qwen.tiktoken was found in the model's folder")
+        self.vocab_file = str(vocab_file)
+        self.errors = errors
+        self._set_ranks(load_vocabulary(vocab_file))
+        # Published configs name remote code here. It is not needed, and must not be asked for after saving either.
+        kwargs.pop("auto_map", None)
+        # Added tokens cannot differ from QWen's own, which need no entry.
+        kwargs.pop("added_tokens_decoder", None)
+        super().__init__(pad_token=pad_token, eos_token=eos_token, errors=errors, **kwargs)
+        self._add_tokens(list(self.special_tokens_map.values()))  # only to refuse unknown ones
+
+    def _set_ranks(self, ranks: dict[bytes, int]) -> None:
+        self._ranks = ranks
+        self._tokens: dict[int, bytes | str] = {rank: token for token, rank in ranks.items()}
+        self._tokens.update({index: token for token, index in SPECIAL_TOKENS.items()})
+        self._encoding = tiktoken.Encoding(
+            "qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=SPECIAL_TOKENS
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or another process needs: the ranks, from which the rest is built."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_encoding", "_tokens")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set_ranks(state["_ranks"])
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, the special ones included: 151,851. A model's table may be larger."""
+        return NUM_RANKS + len(SPECIAL_TOKENS)
+
+    @property
+    def eod_id(self) -> int:
+        """The id of `<|endoftext|>`."""
+        return ENDOFTEXT_ID
+
+    @property
+    def im_start_id(self) -> int:
+        """The id of `<|im_start|>`."""
+        return IMSTART_ID
+
+    @property
+    def im_end_id(self) -> int:
+        """The id of `<|im_end|>`."""
+        return IMEND_ID
+
+    @property
+    def image_token_id(self) -> int:
+        """The id of `<|extra_0|>`, the place of one image feature."""
+        return IMAGE_TOKEN_ID
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """All 208 special tokens, in the order of their ids."""
+        return list(SPECIAL_TOKENS)
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of all 208 special tokens, ascending."""
+        return list(SPECIAL_TOKENS.values())
+
+    def get_vocab(self) -> dict[Any, int]:
+        """Every token and its id: `bytes` for ordinary tokens, `str` for special ones."""
+        return {**self._ranks, **SPECIAL_TOKENS}
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        unknown = [str(token) for token in new_tokens or () if str(token) not in SPECIAL_TOKENS]
+        if unknown:
+            raise ValueError(
+                f"QWen's vocabulary is fixed, cannot add {', '.join(map(repr, unknown))}: "
+                f"use one of <|extra_1|> … <|extra_204|> instead"
+            )
+        return 0
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text as content: whatever it contains, no special token comes out.
+
+        Args:
+            text: any string; it is NFC-normalised, and lone surrogates become U+FFFD.
+
+        Returns:
+            Token ids below 151643. White space runs of over 100,000 characters are tokenised in parts.
+
+        Raises:
+            TypeError: `text` is not a string.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"expected a string to tokenise, got {type(text).__name__}")
+        return self._encode_ordinary(normalize(text))
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        if len(text) <= MAX_WHITESPACE_RUN:
+            return self._encoding.encode_ordinary(text)
+        return [index for piece in _pieces(text) for index in self._encoding.encode_ordinary(piece)]
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """Tokens of a text: `bytes`, and `str` for special tokens (parsed unless `split_special_tokens` is true).
+
+        Args:
+            text: any string; it is NFC-normalised first.
+            pair: ignored, as transformers' own slow tokenizers do.
+            add_special_tokens: ignored: QWen puts none around a text.
+            **kwargs: `split_special_tokens`; others are ignored.
+
+        Returns:
+            The tokens, in order.
+        """
+        text = normalize(text)
+        if kwargs.get("split_special_tokens", self.split_special_tokens):
+            return [self._tokens[index] for index in self._encode_ordinary(text)]
+        tokens: list[Any] = []
+        for position, part in enumerate(_SPECIAL_SPLIT.split(text)):
+            if position % 2:
+                tokens.append(part)
+            else:
+                tokens.extend(self._tokens[index] for index in self._encode_ordinary(part))
+        return tokens
+
+    def _convert_token_to_id(self, token: Any) -> int | None:
+        if isinstance(token, bytes):
+            return self._ranks.get(token)
+        if token in SPECIAL_TOKENS:
+            return SPECIAL_TOKENS[token]
+        return self._ranks.get(token.encode("utf-8", "surrogatepass"))
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Ids of tokens; `str` is looked up as a special token and then by its UTF-8 bytes.
+
+        Args:
+            tokens: one token (`bytes` or `str`) or a list of them.
+
+        Returns:
+            One id or a list; None for what is not a token, as QWen has no unknown token.
+        """
+        if tokens is None or isinstance(tokens, (str, bytes)):
+            return None if tokens is None else self._convert_token_to_id(tokens)
+        return [self._convert_token_to_id(token) for token in tokens]
+
+    def _convert_id_to_token(self, index: int) -> Any:
+        if index < 0:
+            raise ValueError(f"{index} is not a token id; remove ignored labels before decoding")
+        # A model's table is padded beyond the vocabulary, so it can produce ids that stand for nothing.
+        return self._tokens.get(index, _REPLACEMENT)
+
+    def convert_tokens_to_string(self, tokens: list[Any]) -> str:
+        """The text that tokens (`bytes` or `str`) stand for; malformed UTF-8 is treated as `errors` says."""
+        joined = b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
+        return joined.decode("utf-8", errors=self.errors)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        errors: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Text of ids. Byte-level text has its own spaces, so `clean_up_tokenization_spaces` would only damage it."""
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+        joined = b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
+        return joined.decode("utf-8", errors=errors or self.errors)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Write `qwen.tiktoken` into a folder, from memory: the file that it was read from need not exist any more.
+
+        Args:
+            save_directory: an existing folder.
+            filename_prefix: put before the name, with a hyphen.
+
+        Returns:
+            The path written.
+        """
+        name = (filename_prefix + "-" if filename_prefix else "") + VOCAB_FILES_NAMES["vocab_file"]
+        path = Path(save_directory) / name
+        if path.exists() and Path(self.vocab_file).exists() and path.samefile(self.vocab_file):
+            return (str(path),)
+        temporary = path.with_name(path.name + ".part")
+        with temporary.open("wb") as file:
+            for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
+                file.write(base64.b64encode(token) + b" %d\n" % rank)
+        shutil.move(temporary, path)
+        return (str(path),)

@@ -1,0 +1,25 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def qwen_tiktoken() -> Path:
+    """The real Qwen vocabulary, inside dashscope (not to be imported: it is installed without its dependencies)."""
+    spec = importlib.util.find_spec("dashscope")
+    if spec is None or spec.origin is None:
+        pytest.fail("dashscope is not installed, so the Qwen vocabulary is missing: run `sh tests/run.sh`")
+    return Path(spec.origin).parent / "resources" / "qwen.tiktoken"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(qwen_tiktoken):
+    """A tokenizer over the real vocabulary; tests that change its settings make their own copy."""
+    from qwen.tokenization_qwen import QWenTokenizer
+
+    return QWenTokenizer(str(qwen_tiktoken))
