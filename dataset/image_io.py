@@ -197,4 +197,6 @@ def _turn_upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
     except Exception:  # a damaged EXIF block says nothing about the picture, which every viewer shows
         orientation = None
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return rgb if method is None else rgb.transpose(method)
+    upright = rgb if method is None else rgb.transpose(method)
+    upright.info = {}  # or saving it would write the old orientation beside the turned pixels
+    return upright

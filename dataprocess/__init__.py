@@ -1,0 +1,1 @@
+"""From raw annotation files to ``image_map.json`` and ``captions.json``. Needs no torch."""
