@@ -151,6 +151,10 @@ class VisionTower(nn.Module):
             setattr(config, name, value)
         if config.num_channels != 3:
             raise ValueError(f"{name_or_path} takes {config.num_channels} channels; only RGB towers (3) are supported")
+        for name in ("image_size", "patch_size"):
+            value = getattr(config, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name_or_path}: {name} must be one positive integer, got {value!r}")
         return config
 
     def _check_image_size(self, config: PreTrainedConfig) -> int:

@@ -1,9 +1,11 @@
 """Reading a published vision checkpoint: its configuration, its weights and its image processor.
 
 transformers' own loaders do the work. What is added here is one clear error for each thing that can be wrong, no
-report about the text half that is left out on purpose, and never a line of code from the checkpoint.
+report about the text half that is left out on purpose, and never a line of code from the checkpoint. A damaged or
+foreign file may make transformers raise nearly anything, so every exception of a reader is turned into that error.
 """
 
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +13,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-# Whatever transformers may raise on a damaged or foreign file; only its first line says something to a user.
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError)
 # A block of the vision half that the configuration does not know; of other keys a file may have more than is needed.
 _SURPLUS_BLOCK = re.compile(r"^(?:vision_model\.|vit\.|dinov2\.)?(?:encoder\.)?layers?\.\d+\.")
 
@@ -35,7 +35,7 @@ def read_config(name_or_path: str) -> dict[str, Any]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"{name_or_path} has no config.json: give the folder that save_pretrained wrote, or a hub name"
+                f"vision tower {name_or_path!r}: no config.json in this folder; give a checkpoint's folder, or a hub name"
             )
     elif folder.exists():
         raise FileNotFoundError(f"{name_or_path} is a file; a tower is a folder with config.json and weights")
@@ -44,11 +44,11 @@ def read_config(name_or_path: str) -> dict[str, Any]:
     try:
         with _quiet():
             content, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    except _READ_ERRORS as error:
+    except Exception as error:
         if folder.is_dir():
-            raise ValueError(f"{name_or_path}/config.json cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"{name_or_path}/config.json cannot be read: {_reason(error)}") from error
         raise FileNotFoundError(
-            f"vision tower {name_or_path!r} is no local folder, and the hub does not give it: {_first_line(error)} "
+            f"vision tower {name_or_path!r} is no local folder, and the hub does not give it: {_reason(error)}. "
             "Give a local folder, or a name that can be downloaded or lies in the cache"
         ) from error
     if not content:
@@ -66,9 +66,9 @@ def load_config(model_class: type[PreTrainedModel], name_or_path: str) -> PreTra
     try:
         with _quiet():
             return config_class.from_pretrained(name_or_path, trust_remote_code=False)
-    except _READ_ERRORS as error:
+    except Exception as error:
         raise ValueError(
-            f"the config.json of {name_or_path} is no {config_class.__name__}: {_first_line(error)}"
+            f"the config.json of {name_or_path} is no {config_class.__name__}: {_reason(error)}"
         ) from error
 
 
@@ -100,9 +100,9 @@ def load_model(
                 trust_remote_code=False,
                 **kwargs,
             )
-    except _READ_ERRORS as error:
+    except Exception as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(f"the weights of {name_or_path} cannot be loaded: {_first_line(error)}") from error
+        raise kind(f"the weights of {name_or_path} cannot be loaded: {_reason(error)}") from error
     model, info = loaded
     shapes = [f"{name} is {tuple(found)}, not {tuple(want)}" for name, found, want in sorted(info["mismatched_keys"])]
     surplus = sorted(name for name in info["unexpected_keys"] if _SURPLUS_BLOCK.match(name))
@@ -126,7 +126,7 @@ def load_model(
 
 
 def load_image_processor(name_or_path: str) -> Any:
-    """The checkpoint's own image processor, in its Pillow form whether or not torchvision is installed.
+    """The checkpoint's own image processor, in its Pillow form whether or not torchvision is installed, tried once.
 
     The torchvision form gives other pixels (by up to 0.015), so that a model would depend on what else is installed.
 
@@ -136,14 +136,16 @@ def load_image_processor(name_or_path: str) -> Any:
     """
     try:
         with _quiet():
-            return AutoImageProcessor.from_pretrained(name_or_path, backend="pil", trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", trust_remote_code=False)
+            processor(images=Image.new("RGB", (40, 30)), return_tensors="pt")
+            return processor
     except OSError as error:
         raise FileNotFoundError(
             f"{name_or_path} has no readable preprocessor_config.json, which says how images are prepared: "
             "take the file from the model's publisher, or save the image processor into the folder"
         ) from error
-    except (*_READ_ERRORS, ImportError) as error:
-        raise ValueError(f"the image processor of {name_or_path} cannot be used: {_first_line(error)}") from error
+    except Exception as error:
+        raise ValueError(f"the image processor of {name_or_path} cannot be used: {_reason(error)}") from error
 
 
 @contextmanager
@@ -157,6 +159,11 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """What a library said, short enough for one line of ours."""
+    if isinstance(error, pickle.UnpicklingError):  # its own text advises to switch the protection off
+        return "the file is no plain PyTorch state dict; anything else may run code and is not loaded"
+    if isinstance(error, (KeyError, IndexError)) or not str(error).strip():
+        return f"{type(error).__name__} {error}".strip()
+    line = " ".join(str(error).split("\n\n")[0].split())
+    return (line if len(line) <= 200 else line[:200] + " …").rstrip(".")

@@ -1,0 +1,329 @@
+"""Vision towers: features are transformers' own, nothing trains, and wrong input says what is wrong."""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_towers import (
+    make_clip_checkpoint,
+    make_dinov2_checkpoint,
+    make_siglip_checkpoint,
+    make_vit_checkpoint,
+)
+from torch import nn
+from transformers import AutoModel, CLIPVisionModel
+
+from visual import TOWERS, build_vision_tower
+
+MAKERS = {
+    # name: (how the checkpoint is made, tokens before the patches)
+    "clip": (make_clip_checkpoint, 1),
+    "siglip": (make_siglip_checkpoint, 0),
+    "dinov2": (make_dinov2_checkpoint, 1),
+    "dinov2_with_registers": (lambda folder: make_dinov2_checkpoint(folder, registers=3), 4),
+    "vit": (make_vit_checkpoint, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One checkpoint of every kind; tests that change one make their own."""
+    root = tmp_path_factory.mktemp("towers")
+    return {kind: make(root / kind) for kind, (make, _) in MAKERS.items()}
+
+
+def pixels(n=2, size=28, seed=1):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def transformers_features(folder, x):
+    """Last hidden state of transformers' own model, which is loaded whole, text half and heads included."""
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return getattr(model, "vision_model", model)(pixel_values=x).last_hidden_state
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_features_are_transformers_own_less_the_tokens_that_are_no_patch(checkpoints, kind):
+    tower = build_vision_tower(checkpoints[kind])
+    reference = transformers_features(checkpoints[kind], pixels())
+    prefix = MAKERS[kind][1]
+    assert reference.shape == (2, prefix + 4, 32)
+    assert (tower.kind, tower.image_size, tower.hidden_size, tower.num_image_tokens) == (kind, 28, 32, 4)
+    torch.testing.assert_close(tower(pixels()), reference[:, prefix:], rtol=0, atol=1e-6)
+
+
+def test_every_patch_counts_including_siglips_first(checkpoints):
+    """A change in the corner patch alone must show in the first token (the original project threw it away)."""
+    for kind in MAKERS:
+        tower = build_vision_tower(checkpoints[kind])
+        changed = pixels()
+        changed[:, :, :14, :14] += 1
+        difference = (tower(changed) - tower(pixels())).abs().amax(dim=(0, 2))
+        assert difference.argmax() == 0, kind
+
+
+def test_token_counts_where_the_image_is_no_multiple_of_the_patch(tmp_path):
+    """As SigLIP at 384 px has 27 × 27 patches of 14 px, and CLIP at 224 px 16 × 16."""
+    siglip = build_vision_tower(make_siglip_checkpoint(tmp_path / "s", image_size=33))
+    assert siglip.num_image_tokens == 4 == siglip(pixels(1, 33)).shape[1]
+    clip = build_vision_tower(make_clip_checkpoint(tmp_path / "c", image_size=42))
+    assert clip.num_image_tokens == 9 == clip(pixels(1, 42)).shape[1]
+
+
+def test_first_patch_is_dropped_on_request_and_for_siglip_only(checkpoints):
+    whole = build_vision_tower(checkpoints["siglip"])
+    short = build_vision_tower(checkpoints["siglip"], drop_first_patch=True)
+    assert short.num_image_tokens == 3
+    assert torch.equal(short(pixels()), whole(pixels())[:, 1:])
+    assert short(pixels(0)).shape == (0, 3, 32)
+    for kind in MAKERS.keys() - {"siglip"}:
+        with pytest.raises(ValueError, match="SigLIP towers only"):
+            build_vision_tower(checkpoints[kind], drop_first_patch=True)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_nothing_gets_a_gradient_or_leaves_eval(checkpoints, kind):
+    tower = build_vision_tower(checkpoints[kind])
+    around = nn.ModuleDict({"tower": tower, "projector": nn.Linear(32, 5)}).train()
+    assert around.projector.training
+    assert not any(module.training for module in tower.modules())
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+
+    tower.requires_grad_(True)  # even a careless caller cannot make it train
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    features = tower(pixels().requires_grad_())
+    assert not features.requires_grad
+    optimizer = torch.optim.SGD(around.parameters(), lr=1.0)
+    around.projector(features).sum().backward()
+    optimizer.step()
+    assert around.projector.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in tower.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+
+
+def test_dropout_in_the_configuration_never_shows(tmp_path):
+    tower = build_vision_tower(make_clip_checkpoint(tmp_path, attention_dropout=0.5)).train()
+    assert torch.equal(tower(pixels()), tower(pixels()))
+
+
+def test_only_the_vision_half_is_held(checkpoints):
+    tower = build_vision_tower(checkpoints["clip"])
+    in_file = load_file(f"{checkpoints['clip']}/model.safetensors")
+    vision = sum(value.numel() for name, value in in_file.items() if name.startswith("vision_model."))
+    assert sum(parameter.numel() for parameter in tower.parameters()) == vision
+    assert not any("text" in name for name in tower.state_dict())
+    assert not any("head" in name for name in build_vision_tower(checkpoints["siglip"]).state_dict())
+
+
+def rewrite(folder, rename):
+    """Write the weights again under other names, those named None left out; values may be changed by `rename` too."""
+    weights = load_file(f"{folder}/model.safetensors")
+    renamed = {rename(name): value for name, value in weights.items()}
+    renamed.pop(None, None)
+    save_file(renamed, f"{folder}/model.safetensors", metadata={"format": "pt"})
+
+
+def test_checkpoints_of_the_vision_half_alone_in_both_layouts(checkpoints, tmp_path):
+    """Files with and without the `vision_model.` prefix, as transformers 4 and 5 write them; `.bin` files too."""
+    expected = build_vision_tower(checkpoints["clip"])(pixels())
+    folder = tmp_path / "half"
+    CLIPVisionModel.from_pretrained(checkpoints["clip"]).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "clip_vision_model"
+    shutil.copy(f"{checkpoints['clip']}/preprocessor_config.json", folder)
+    for layout in ("vision_model.", ""):
+        rewrite(folder, lambda name, layout=layout: layout + name.removeprefix("vision_model."))
+        tower = build_vision_tower(folder)
+        assert tower.kind == "clip"
+        assert torch.equal(tower(pixels()), expected)
+    weights = load_file(folder / "model.safetensors")
+    weights["vision_model.embeddings.position_ids"] = torch.arange(5)[None]  # a buffer that old files hold
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(build_vision_tower(folder)(pixels()), expected)
+
+
+def test_loading_says_nothing_about_the_text_half(checkpoints, caplog, capfd):
+    logger = logging.getLogger("transformers")
+    logger.propagate, before = True, logger.propagate
+    try:
+        with caplog.at_level(logging.WARNING):
+            build_vision_tower(checkpoints["clip"])
+    finally:
+        logger.propagate = before
+    assert not caplog.records
+    printed = capfd.readouterr()
+    assert "UNEXPECTED" not in printed.out + printed.err
+    assert not printed.out  # stdout is for answers
+
+
+def test_data_types(checkpoints):
+    reference = build_vision_tower(checkpoints["clip"])
+    assert reference.config.model_type == "clip_vision_model"
+    assert reference(pixels().double()).dtype == torch.float32
+    tower = build_vision_tower(checkpoints["clip"], dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.bfloat16}
+    features = tower(pixels())  # the pixels are float32: the tower casts them
+    assert features.dtype == torch.bfloat16
+    assert (features.float() - reference(pixels())).norm() < 0.02 * reference(pixels()).norm()
+
+
+def test_a_checkpoint_in_half_precision_is_held_in_float32_unless_asked(checkpoints, tmp_path):
+    folder = make_vit_checkpoint(tmp_path)
+    AutoModel.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    assert build_vision_tower(folder)(pixels()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_no_images_give_no_features(checkpoints, kind):
+    assert build_vision_tower(checkpoints[kind])(pixels(0)).shape == (0, 4, 32)
+
+
+def test_features_do_not_depend_on_the_batch(checkpoints):
+    tower = build_vision_tower(checkpoints["siglip"])
+    together = tower(pixels(3))
+    for index, image in enumerate(pixels(3)):
+        torch.testing.assert_close(tower(image[None])[0], together[index])
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 3, 28, 42), (1, 1, 28, 28), (1, 28, 28, 3), (0, 3, 14, 14)])
+def test_pixels_of_another_shape_are_refused(checkpoints, shape):
+    for kind in ("clip", "dinov2"):
+        with pytest.raises(ValueError, match=r"\(N, 3, 28, 28\), got") as error:
+            build_vision_tower(checkpoints[kind])(torch.zeros(shape))
+        assert str(shape) in str(error.value)
+
+
+def test_bytes_are_refused_as_pixels(checkpoints):
+    with pytest.raises(ValueError, match="uint8"):
+        build_vision_tower(checkpoints["clip"])(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
+
+
+def edit(path, **changes):
+    """Change values of a JSON file; None takes a key away."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize("model_type", ["qwen", "resnet", None, 7, ["clip"]])
+def test_an_unknown_type_says_which_are_known(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError) as error:
+        build_vision_tower(tmp_path)
+    assert repr(model_type) in str(error.value)
+    assert all(known in str(error.value) for known in TOWERS)
+
+
+def test_naflex_is_refused_with_advice(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
+    with pytest.raises(ValueError, match="fixed resolution"):
+        build_vision_tower(tmp_path)
+
+
+def test_absent_checkpoints(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
+        build_vision_tower(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        build_vision_tower(tmp_path / "absent")
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        build_vision_tower(file)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="hub does not give it"):
+        build_vision_tower("nobody/no-such-tower")
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        build_vision_tower(tmp_path)
+
+
+def test_absent_or_damaged_files(tmp_path):
+    folder = tmp_path / "clip"
+    make_clip_checkpoint(folder)
+    processor = (folder / "preprocessor_config.json").read_text()
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
+        build_vision_tower(folder)
+    (folder / "preprocessor_config.json").write_text(processor)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="cannot be loaded") as error:
+        build_vision_tower(folder)
+    assert len(str(error.value).splitlines()) == 1
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"weights of .* cannot be loaded"):
+        build_vision_tower(folder)
+    for content in (b"", b"damaged", pickle.dumps(Path(tmp_path), protocol=2)):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match="cannot be loaded") as error:
+            build_vision_tower(folder)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
+    folder = tmp_path / "clip"
+    make_clip_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"logit_scale": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="may run code and is not loaded"):
+        build_vision_tower(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    folder = tmp_path / "clip"
+    make_clip_checkpoint(folder)
+    rewrite(folder, lambda name: None if name.endswith("vision_model.post_layernorm.bias") else name)
+    with pytest.raises(ValueError, match=r"1 missing \(post_layernorm\.bias\)"):
+        build_vision_tower(folder)
+
+    make_clip_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    vision = config["vision_config"]
+    edit(folder / "config.json", vision_config=vision | {"intermediate_size": 48})
+    with pytest.raises(ValueError, match="of another shape"):
+        build_vision_tower(folder)
+    edit(folder / "config.json", vision_config=vision | {"num_hidden_layers": 1})
+    with pytest.raises(ValueError, match=r"16 not in the configuration \(.*layers\.1\."):
+        build_vision_tower(folder)
+    edit(folder / "config.json", vision_config=vision | {"num_hidden_layers": 3})
+    with pytest.raises(ValueError, match=r"16 missing \(encoder\.layers\.2"):
+        build_vision_tower(folder)
+    edit(folder / "config.json", vision_config=vision | {"num_channels": 1})
+    with pytest.raises(ValueError, match="1 channels"):
+        build_vision_tower(folder)
+    for wrong in ({"patch_size": 0}, {"image_size": [28, 28]}):
+        edit(folder / "config.json", vision_config=vision | wrong)
+        with pytest.raises(ValueError, match=r"must be one positive integer, got"):
+            build_vision_tower(folder)
+    edit(folder / "config.json", vision_config=vision | {"hidden_size": 31})
+    with pytest.raises(ValueError, match=r"config\.json of .* is no CLIPVisionConfig"):
+        build_vision_tower(folder)
+
+
+def test_code_in_a_checkpoint_is_never_run(checkpoints, tmp_path):
+    folder = tmp_path / "clip"
+    make_clip_checkpoint(folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    remote = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoImageProcessor": "evil.Processor"}
+    edit(folder / "config.json", auto_map=remote)
+    edit(folder / "preprocessor_config.json", auto_map=remote)
+    assert torch.equal(build_vision_tower(folder)(pixels()), build_vision_tower(checkpoints["clip"])(pixels()))
+    assert not (tmp_path / "ran").exists()
