@@ -70,11 +70,20 @@ def test_every_patch_counts_including_siglips_first(checkpoints):
 
 
 def test_token_counts_where_the_image_is_no_multiple_of_the_patch(tmp_path):
-    """As SigLIP at 384 px has 27 × 27 patches of 14 px, and CLIP at 224 px 16 × 16."""
     siglip = build_vision_tower(make_siglip_checkpoint(tmp_path / "s", image_size=33))
     assert siglip.num_image_tokens == 4 == siglip(pixels(1, 33)).shape[1]
     clip = build_vision_tower(make_clip_checkpoint(tmp_path / "c", image_size=42))
     assert clip.num_image_tokens == 9 == clip(pixels(1, 42)).shape[1]
+
+
+def test_the_published_geometries(tmp_path):
+    """CLIP-L/14 at 224 px gives 257 - 1 tokens; SigLIP-so400m/14 at 384 px all 729, or 728 as it was misread once."""
+    clip = build_vision_tower(make_clip_checkpoint(tmp_path / "c", image_size=224, num_hidden_layers=1))
+    assert clip.num_image_tokens == 256 == clip(pixels(1, 224)).shape[1]
+    folder = make_siglip_checkpoint(tmp_path / "s", image_size=384, num_hidden_layers=1)
+    for drop, tokens in ((False, 729), (True, 728)):
+        siglip = build_vision_tower(folder, drop_first_patch=drop)
+        assert siglip.num_image_tokens == tokens == siglip(pixels(1, 384)).shape[1]
 
 
 def test_first_patch_is_dropped_on_request_and_for_siglip_only(checkpoints):

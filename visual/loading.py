@@ -35,7 +35,7 @@ def read_config(name_or_path: str) -> dict[str, Any]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"vision tower {name_or_path!r}: no config.json in this folder; give a checkpoint's folder, or a hub name"
+                f"vision tower {name_or_path!r}: no config.json in this folder: give a checkpoint's, or a hub name"
             )
     elif folder.exists():
         raise FileNotFoundError(f"{name_or_path} is a file; a tower is a folder with config.json and weights")
