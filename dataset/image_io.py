@@ -176,19 +176,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
-    low, high = values.min(), values.max()
+    low, high = float(values.min()), float(values.max())
     if image.mode != "F" and low >= 0 and high <= 65535:
-        grey = values * (255 / 65535)
+        grey = np.rint(np.arange(65536) * (255 / 65535)).astype(np.uint8)[values]
     else:
-        grey = (values - low) * (255 / (high - low) if high > low else 0)
-    grey = np.rint(grey)
+        grey = np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):  # PNG: the grey level that stands for "nothing here"
         grey[values == transparent] = 255
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _turn_upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
