@@ -3,10 +3,12 @@
 Overrides of the vision half's configuration are keyword arguments, e.g. `make_clip_checkpoint(folder, image_size=42)`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BitImageProcessorPil,
     CLIPConfig,
@@ -120,3 +122,15 @@ def make_vit_checkpoint(folder: str | Path, *, seed: int = 0, **vision: Any) -> 
     model = _build(ViTModel, config, seed)
     processor = ViTImageProcessorPil(size={"height": config.image_size, "width": config.image_size})
     return _save(folder, model, processor)
+
+
+def rename_weights(folder: str | Path, rename: Callable[[str], str | None]) -> None:
+    """Write a checkpoint's weights again under other names; those renamed to None are left out."""
+    file = Path(folder) / "model.safetensors"
+    renamed = {rename(name): value for name, value in load_file(file).items()}
+    save_file({name: value for name, value in renamed.items() if name is not None}, file, metadata={"format": "pt"})
+
+
+def pixels(n: int = 2, size: int = 28, seed: int = 1) -> torch.Tensor:
+    """Random pixel values, (n, 3, size, size)."""
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,136 @@
+"""Checkpoints that are absent, damaged, foreign or hostile: one clear error each, and no code of theirs is run."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_towers import make_clip_checkpoint, pixels, rename_weights
+
+from visual import TOWERS, build_vision_tower
+
+
+def edit(path, **changes):
+    """Change values of a JSON file; None takes a key away."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize("model_type", ["qwen", "resnet", None, 7, ["clip"]])
+def test_an_unknown_type_says_which_are_known(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError) as error:
+        build_vision_tower(tmp_path)
+    assert repr(model_type) in str(error.value)
+    assert all(known in str(error.value) for known in TOWERS)
+
+
+def test_naflex_is_refused_with_advice(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
+    with pytest.raises(ValueError, match="fixed resolution"):
+        build_vision_tower(tmp_path)
+
+
+def test_absent_checkpoints(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
+        build_vision_tower(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        build_vision_tower(tmp_path / "absent")
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        build_vision_tower(file)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="hub does not give it"):
+        build_vision_tower("nobody/no-such-tower")
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        build_vision_tower(tmp_path)
+
+
+def test_absent_or_damaged_files(tmp_path):
+    folder = tmp_path / "clip"
+    make_clip_checkpoint(folder)
+    processor = (folder / "preprocessor_config.json").read_text()
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
+        build_vision_tower(folder)
+    (folder / "preprocessor_config.json").write_text(processor)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="cannot be loaded") as error:
+        build_vision_tower(folder)
+    assert len(str(error.value).splitlines()) == 1
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"weights of .* cannot be loaded"):
+        build_vision_tower(folder)
+    for content in (b"", b"damaged", pickle.dumps(Path(tmp_path), protocol=2)):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match="cannot be loaded") as error:
+            build_vision_tower(folder)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
+    folder = tmp_path / "clip"
+    make_clip_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"logit_scale": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="may run code and is not loaded"):
+        build_vision_tower(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    folder = tmp_path / "clip"
+    make_clip_checkpoint(folder)
+    rename_weights(folder, lambda name: None if name.endswith("vision_model.post_layernorm.bias") else name)
+    with pytest.raises(ValueError, match=r"1 missing \(post_layernorm\.bias\)"):
+        build_vision_tower(folder)
+
+    make_clip_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    vision = config["vision_config"]
+    edit(folder / "config.json", vision_config=vision | {"intermediate_size": 48})
+    with pytest.raises(ValueError, match="of another shape"):
+        build_vision_tower(folder)
+    edit(folder / "config.json", vision_config=vision | {"num_hidden_layers": 1})
+    with pytest.raises(ValueError, match=r"16 not in the configuration \(.*layers\.1\."):
+        build_vision_tower(folder)
+    edit(folder / "config.json", vision_config=vision | {"num_hidden_layers": 3})
+    with pytest.raises(ValueError, match=r"16 missing \(encoder\.layers\.2"):
+        build_vision_tower(folder)
+    edit(folder / "config.json", vision_config=vision | {"num_channels": 1})
+    with pytest.raises(ValueError, match="1 channels"):
+        build_vision_tower(folder)
+    for wrong in ({"patch_size": 0}, {"image_size": [28, 28]}):
+        edit(folder / "config.json", vision_config=vision | wrong)
+        with pytest.raises(ValueError, match=r"must be one positive integer, got"):
+            build_vision_tower(folder)
+    edit(folder / "config.json", vision_config=vision | {"hidden_size": 31})
+    with pytest.raises(ValueError, match=r"config\.json of .* is no CLIPVisionConfig"):
+        build_vision_tower(folder)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    folder = tmp_path / "clip"
+    make_clip_checkpoint(folder)
+    expected = build_vision_tower(folder)(pixels())
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    remote = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoImageProcessor": "evil.Processor"}
+    edit(folder / "config.json", auto_map=remote)
+    edit(folder / "preprocessor_config.json", auto_map=remote)
+    assert torch.equal(build_vision_tower(folder)(pixels()), expected)
+    assert not (tmp_path / "ran").exists()
