@@ -1,0 +1,186 @@
+"""The training set: token ids, labels and pixel values of one sample at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, get_worker_info
+
+from qwen.tokenization_qwen import QWenTokenizer
+
+from .annotations import Annotations, Sample
+from .image_io import ImageError, load_image, resolve_image_path
+from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
+
+logger = logging.getLogger(__name__)
+
+# One row of counters per data worker and one for the main process: nobody waits, and no count is lost.
+_MAX_WORKERS = 1024
+
+
+def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alternatives: int) -> int:
+    """Which of a turn's alternative answers is used in an epoch.
+
+    A pure function: it does not depend on the order of samples, on data workers or on any random generator's state.
+
+    Args:
+        seed: the run's seed.
+        epoch: counted from 0.
+        sample_id: the sample's ID.
+        turn: the turn's number in the conversation, from 0.
+        num_alternatives: how many there are.
+
+    Returns:
+        An index below `num_alternatives`, drawn uniformly.
+    """
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}/{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % num_alternatives
+
+
+class ImageCaptionDataset(Dataset[dict[str, Any]]):
+    """Samples of an image map and a captions file.
+
+    Both files are read once and checked; images are opened when their sample is asked for. A sample is a dict:
+    `input_ids` and `labels` int64 (T,), `id` int, and, where it has images, `pixel_values` float32 (images, 3, H, W).
+
+    Args:
+        image_map: path of `image_map.json`.
+        captions_file: path of `captions.json`.
+        tokenizer: QWen's tokenizer.
+        image_transform: the vision tower's own, PIL RGB -> float tensor (3, H, W).
+        num_image_tokens: the tower's features per image.
+        max_length: the most tokens of a sample; more are cut from the end of the last answer.
+        seed: decides, with epoch and ID, which alternative answer is used.
+        system: the system prompt.
+        training: draw among alternatives; otherwise the first one is used.
+        max_samples: use only the first so many.
+        allow_links: follow links that lead out of the image folder.
+
+    Raises:
+        ValueError: a file cannot be read or has not the expected form, or a number is out of range.
+        SampleError: samples are contradictory or incomplete.
+    """
+
+    def __init__(
+        self,
+        image_map: str | Path,
+        captions_file: str | Path,
+        tokenizer: QWenTokenizer,
+        image_transform: Callable[[Image.Image], torch.Tensor],
+        num_image_tokens: int,
+        *,
+        max_length: int = 2048,
+        seed: int = 42,
+        system: str = SYSTEM_PROMPT,
+        training: bool = True,
+        max_samples: int | None = None,
+        allow_links: bool = False,
+    ) -> None:
+        for name, value in (("num_image_tokens", num_image_tokens), ("max_length", max_length)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.tokenizer = tokenizer
+        self.image_transform = image_transform
+        self.num_image_tokens = num_image_tokens
+        self.max_length = max_length
+        self.seed = seed
+        self.system = system
+        self.training = training
+        self.allow_links = allow_links
+        self.captions_file = str(captions_file)
+        self._annotations = Annotations(image_map, captions_file, max_samples)
+        # In shared memory, so that workers that outlive an epoch see the new one, and their counts are seen here.
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
+        self._cuts = torch.zeros(_MAX_WORKERS, 2, dtype=torch.long).share_memory_()
+        self._logged_cuts = 0
+        logger.info("%s: %d samples", captions_file, len(self))
+
+    def __len__(self) -> int:
+        return len(self._annotations)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose alternatives are drawn, counted from 0."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, before iterating over it; logs what was cut until now.
+
+        Args:
+            epoch: counted from 0.
+        """
+        self.log_cuts()
+        self._epoch.fill_(epoch)
+
+    @property
+    def num_cut(self) -> int:
+        """How many times a sample was given with its answer cut, over all epochs and workers."""
+        return int(self._cuts[:, 0].sum())
+
+    @property
+    def num_cut_tokens(self) -> int:
+        """How many answer tokens, end tokens included, were lost that way."""
+        return int(self._cuts[:, 1].sum())
+
+    def log_cuts(self) -> None:
+        """Log how many samples were cut, if there are new ones since the last call. For the end of a run."""
+        total = self.num_cut
+        if total > self._logged_cuts:
+            logger.warning(
+                "%s: %d times, an answer was cut at %d tokens; %d tokens lost so far",
+                *(self.captions_file, total, self.max_length, self.num_cut_tokens),
+            )
+            self._logged_cuts = total
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample at a position.
+
+        Raises:
+            IndexError: there is no such position.
+            SampleError: its questions leave no room for an answer; the message names its ID.
+            ImageError: an image of it cannot be used; the message names its ID and the file.
+        """
+        sample = self._annotations[index]
+        try:
+            encoded = encode_sample(
+                self.tokenizer, self._choose(sample), self.num_image_tokens, self.system, self.max_length
+            )
+        except SampleError as error:
+            raise SampleError(f"sample {sample.id}: {error}") from None
+        self._count_cut(encoded.num_cut)
+        item: dict[str, Any] = {
+            "input_ids": torch.tensor(encoded.input_ids, dtype=torch.long),
+            "labels": torch.tensor(encoded.labels, dtype=torch.long),
+            "id": sample.id,
+        }
+        if sample.image_files:
+            item["pixel_values"] = torch.stack([self._load(sample, name) for name in sample.image_files])
+        return item
+
+    def _choose(self, sample: Sample) -> list[tuple[str, str]]:
+        chosen = []
+        for turn, (question, answers) in enumerate(sample.turns):
+            index = draw_alternative(self.seed, self.epoch, sample.id, turn, len(answers)) if self.training else 0
+            chosen.append((question, answers[index]))
+        return chosen
+
+    def _load(self, sample: Sample, name: str) -> torch.Tensor:
+        try:
+            image = load_image(resolve_image_path(sample.image_folder, name, allow_links=self.allow_links))
+        except ImageError as error:
+            named = ImageError(f"sample {sample.id}: {error}")
+            named.reason = error.reason
+            raise named from None
+        return self.image_transform(image)
+
+    def _count_cut(self, num_tokens: int) -> None:
+        if num_tokens:
+            worker = get_worker_info()
+            row = 0 if worker is None else 1 + worker.id % (_MAX_WORKERS - 1)
+            self._cuts[row] += torch.tensor([1, num_tokens])

@@ -1,0 +1,57 @@
+"""Padding, masking and stacking."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from dataset.collator import VLMCollator
+
+
+def sample(ids, labels=None, images=0, size=2):
+    item = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels or ids), "id": 5}
+    if images:
+        item["pixel_values"] = torch.full((images, 3, size, size), float(ids[0]))
+    return item
+
+
+def test_pads_on_the_right_and_masks():
+    batch = VLMCollator(pad_token_id=9)([sample([1, 2, 3], [-100, 2, 3]), sample([4], [4])])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_a_padding_id_in_the_text_stays_visible():
+    batch = VLMCollator(pad_token_id=9)([sample([1, 9], [-100, 9]), sample([1, 2, 3])])
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["labels"][0].tolist() == [-100, 9, -100]
+
+
+def test_images_follow_the_reading_order():
+    batch = VLMCollator(pad_token_id=9)([sample([1], images=2), sample([2]), sample([3], images=1)])
+    assert batch["pixel_values"].shape == (3, 3, 2, 2)
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 1, 3]
+    assert batch["pixel_values"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("multiple", "length"), [(None, 3), (1, 3), (3, 3), (2, 4), (64, 64)])
+def test_rounds_the_length_up(multiple, length):
+    batch = VLMCollator(9, pad_to_multiple_of=multiple)([sample([1, 2, 3]), sample([1])])
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, length)
+    assert batch["attention_mask"].sum().item() == 4
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="no samples"):
+        VLMCollator(9)([])
+    with pytest.raises(ValueError, match="one size"):
+        VLMCollator(9)([sample([1], images=1), sample([1], images=1, size=4)])
+
+
+def test_can_be_sent_to_a_worker():
+    assert pickle.loads(pickle.dumps(VLMCollator(9, 8))) == VLMCollator(9, 8)
