@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -93,14 +94,20 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
         self,
         input_ids: Tensor,
         *args: Any,
-        image_features: Tensor | None = None,
+        image_features: Tensor | tuple[Tensor, ...] | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Hand the image features to the call that reads the prompt; later calls find them in the cache."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
+        """Hand the image features to the call that reads the prompt; later calls find them in the cache.
+
+        Features may come as a tuple with one tensor (tokens, D) for each row of the prompt: `generate` leaves a tuple
+        alone where it repeats the rows, for beams or several answers, so they are repeated here, whole rows.
+        """
+        prepare: Any = super().prepare_inputs_for_generation
+        inputs: dict[str, Any] = prepare(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
         if is_first_iteration or not kwargs.get("use_cache", True):
+            if isinstance(image_features, tuple):
+                copies = len(input_ids) // len(image_features)
+                image_features = torch.cat([row for row in image_features for _ in range(copies)])
             inputs["image_features"] = image_features
         return inputs

@@ -76,6 +76,8 @@ class VisionTower(nn.Module):
 
     name_or_path: str
     """What the tower was loaded from, as it was given."""
+    drop_first_patch: bool
+    """Whether SigLIP's first patch is left out."""
     image_size: int
     """S: height and width of its input in pixels."""
     hidden_size: int
@@ -94,6 +96,7 @@ class VisionTower(nn.Module):
         self.image_transform = ImageTransform(load_image_processor(name_or_path))
         self.image_size = self._check_image_size(config)
         self.hidden_size = config.hidden_size
+        self.drop_first_patch = drop_first_patch
         self.num_skipped = self.num_prefix_tokens(config) + int(drop_first_patch)
         self.num_image_tokens = (self.image_size // config.patch_size) ** 2 - int(drop_first_patch)
         self.model = load_model(self.model_class, name_or_path, config, dtype or torch.float32, **self.model_kwargs)

@@ -1,0 +1,20 @@
+"""The vision-language model: projector, assembly, LoRA, checkpoints and the Trainer subclass."""
+
+from .checkpoint import Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
+from .lora import LoraSettings, LoraTargetError
+from .projector import build_projector
+from .trainer import VLMTrainer, VLMTrainingArguments
+from .vision_language_model import VisionLanguageModel
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "LoraSettings",
+    "LoraTargetError",
+    "VLMTrainer",
+    "VLMTrainingArguments",
+    "VisionLanguageModel",
+    "build_projector",
+    "read_checkpoint",
+    "save_checkpoint",
+]

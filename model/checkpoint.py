@@ -1,0 +1,284 @@
+"""Checkpoint folders: what is trained (LoRA and projector), and a note of what it was trained on.
+
+    adapter_config.json, adapter_model.safetensors   as PEFT writes them; names start at the language model
+    projector.safetensors                            0.weight 0.bias [2.weight 2.bias]
+    multimodal_config.json                           both base models, geometry, dtype, package versions
+
+Folders of the original project hold `adapter_model.bin` (or `.safetensors`) and `other_params.bin` instead, and no
+`multimodal_config.json`; they are read too. No pickle is executed: `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PROJECTOR_WEIGHTS = "projector.safetensors"
+MULTIMODAL_CONFIG = "multimodal_config.json"
+ORIGINAL_ADAPTER_WEIGHTS = "adapter_model.bin"
+ORIGINAL_PROJECTOR_WEIGHTS = "other_params.bin"
+_PACKAGES = ("torch", "transformers", "peft", "accelerate")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that is incomplete, broken, or does not fit the base models."""
+
+
+@dataclass(frozen=True)
+class MultimodalConfig:
+    """What `multimodal_config.json` says: enough to build the model again and to see what does not fit."""
+
+    base_language_model: str
+    """Hub name or absolute path of the language model."""
+    base_value_model: str
+    """Hub name or absolute path of the vision tower."""
+    vision_tower: str
+    """The tower's `model_type`."""
+    num_image_tokens: int
+    """Tokens that one image takes in the prompt."""
+    vision_hidden_size: int
+    """Channels of a patch feature."""
+    language_hidden_size: int
+    """Channels of the language model's embedding."""
+    vocab_size: int
+    """Rows of the language model's embedding."""
+    projector_layers: int
+    """1 or 2."""
+    drop_first_patch: bool
+    """Whether SigLIP's first patch is left out, as the original project did."""
+    dtype: str
+    """Dtype of the frozen weights while training, as in `bfloat16`."""
+    package_versions: dict[str, str]
+    """Versions of the packages that trained it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, its small files read."""
+
+    folder: Path
+    """Where it lies."""
+    config: MultimodalConfig | None
+    """None for folders of the original project."""
+    lora_config: LoraConfig
+    """As PEFT reads it."""
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the original project wrote it."""
+        return self.config is None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that matter for a checkpoint."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def resolve_checkpoint(folder: str | os.PathLike[str]) -> Path:
+    """Find the checkpoint that a path means: the folder itself, or the newest complete one of a run folder.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path}: no such folder; give a checkpoint or a run folder")
+    numbered = [
+        (int(match[1]), child)
+        for child in path.iterdir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", child.name)) and child.is_dir()
+    ]
+    for _, child in sorted(numbered, reverse=True):
+        if not _missing(child):
+            return child
+    missing = _missing(path)
+    if missing:
+        inside = f" and none of its {len(numbered)} checkpoint-* folders is complete" if numbered else ""
+        raise CheckpointError(f"checkpoint {path}: {' and '.join(missing)} missing{inside}")
+    return path
+
+
+def _missing(folder: Path) -> list[str]:
+    adapter = (ADAPTER_WEIGHTS, ORIGINAL_ADAPTER_WEIGHTS)
+    projector = (PROJECTOR_WEIGHTS, ORIGINAL_PROJECTOR_WEIGHTS)
+    wanted = ((ADAPTER_CONFIG,), adapter, projector)
+    missing = [" or ".join(names) for names in wanted if not any((folder / name).is_file() for name in names)]
+    if (folder / PROJECTOR_WEIGHTS).is_file() and not (folder / MULTIMODAL_CONFIG).is_file():
+        missing.append(MULTIMODAL_CONFIG)
+    return missing
+
+
+def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint folder's configuration; a run folder means its newest complete checkpoint.
+
+    Raises:
+        CheckpointError: if files are missing or can't be read.
+    """
+    path = resolve_checkpoint(folder)
+    config = None
+    if (path / MULTIMODAL_CONFIG).is_file():
+        values = _read_json(path / MULTIMODAL_CONFIG)
+        expected = MultimodalConfig.__dataclass_fields__.keys()
+        absent = [name for name in expected if name not in values]
+        if absent:
+            raise CheckpointError(f"{path / MULTIMODAL_CONFIG}: {', '.join(absent)} missing")
+        config = MultimodalConfig(**{name: values[name] for name in expected})
+    _read_json(path / ADAPTER_CONFIG)
+    try:
+        lora_config = LoraConfig.from_pretrained(str(path))
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / ADAPTER_CONFIG}: not a LoRA configuration: {error}") from error
+    return Checkpoint(path, config, lora_config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: can't be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: a JSON object is expected, got {type(values).__name__}")
+    return values
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str], language_model: PeftModel, projector: nn.Module, config: MultimodalConfig
+) -> None:
+    """Write the four files of a checkpoint.
+
+    Args:
+        folder: made if need be.
+        language_model: the language model with its LoRA layers.
+        projector: the projector.
+        config: what they were trained on.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(language_model)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path / ADAPTER_WEIGHTS)
+    projector_weights = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
+    save_file(projector_weights, path / PROJECTOR_WEIGHTS)
+    lora_config = language_model.peft_config["default"]
+    lora_config.base_model_name_or_path = config.base_language_model
+    lora_config.save_pretrained(str(path))
+    text = json.dumps(asdict(config), indent=2, ensure_ascii=False)
+    (path / MULTIMODAL_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def load_lora(
+    language_model: PreTrainedModel, checkpoint: Checkpoint, *, trainable: bool, dropout: float | None = None
+) -> PeftModel:
+    """Wrap the language model with the LoRA layers of a checkpoint, in fp32.
+
+    Args:
+        language_model: the base model.
+        checkpoint: where the layers come from.
+        trainable: whether they are to be trained on.
+        dropout: dropout to train on with, in place of the checkpoint's.
+
+    Raises:
+        CheckpointError: if names or shapes are not exactly those that the base model and the rank call for.
+    """
+    config = checkpoint.lora_config
+    config.inference_mode = not trainable
+    if dropout is not None:
+        config.lora_dropout = dropout
+    weights = _normalised_adapter_names(_read_adapter(checkpoint.folder))
+    try:
+        wrapped = get_peft_model(language_model, config)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.folder / ADAPTER_CONFIG}: {error}") from error
+    expected = get_peft_model_state_dict(wrapped)
+    _compare(expected, weights, f"adapter in {checkpoint.folder}", "another base language model or rank")
+    set_peft_model_state_dict(wrapped, weights)
+    return wrapped
+
+
+def load_adapter_weights(language_model: PeftModel, folder: str | os.PathLike[str]) -> None:
+    """Put a checkpoint's LoRA weights into a model that has its LoRA layers already.
+
+    Raises:
+        CheckpointError: if names or shapes differ.
+    """
+    weights = _normalised_adapter_names(_read_adapter(Path(folder)))
+    expected = get_peft_model_state_dict(language_model)
+    _compare(expected, weights, f"adapter in {folder}", "another base language model or rank")
+    set_peft_model_state_dict(language_model, weights)
+
+
+def load_projector(projector: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Put a checkpoint's weights into the projector.
+
+    Raises:
+        CheckpointError: if names or shapes differ.
+    """
+    weights = read_projector(folder)
+    expected = projector.state_dict()
+    _compare(expected, weights, f"projector in {folder}", "another vision tower or language model")
+    projector.load_state_dict(weights)
+
+
+def read_projector(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a checkpoint's projector weights, the original project's `other_params.bin` included."""
+    path = Path(folder)
+    if (path / PROJECTOR_WEIGHTS).is_file():
+        return _read_tensors(path / PROJECTOR_WEIGHTS)
+    weights = _read_tensors(path / ORIGINAL_PROJECTOR_WEIGHTS)
+    # Some of the original's files name the tensors from the whole model's root, as in `feature_proj.0.weight`.
+    return {re.sub(r"^.*?(\d+\.(?:weight|bias))$", r"\1", name): tensor for name, tensor in weights.items()}
+
+
+def _read_adapter(folder: Path) -> dict[str, Tensor]:
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return _read_tensors(folder / ADAPTER_WEIGHTS)
+    return _read_tensors(folder / ORIGINAL_ADAPTER_WEIGHTS)
+
+
+def _normalised_adapter_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as PEFT writes them: without the adapter's name, from the language model on."""
+    names = {re.sub(r"(lora_[AB])\.default\.", r"\1.", name): tensor for name, tensor in weights.items()}
+    return {re.sub(r"^.*?(?=base_model\.model\.)", "", name): tensor for name, tensor in names.items()}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: can't be read as a file of tensors: {reason}") from error
+    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise CheckpointError(f"{path}: names and tensors are expected, got something else")
+    return values
+
+
+def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, likely: str) -> None:
+    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
+    problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
+    for name in expected.keys() & found.keys():
+        if expected[name].shape != found[name].shape:
+            problems.append(f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}")
+        elif not found[name].is_floating_point():
+            problems.append(f"{name} is {found[name].dtype}, expected floating point")
+        elif not torch.isfinite(found[name]).all():
+            problems.append(f"{name} holds values that are not finite")
+    if problems:
+        shown = "; ".join(sorted(problems)[:4])
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"{what} does not fit (was it trained for {likely}?): {shown}{more}")
