@@ -15,7 +15,7 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,10 @@ def process(config: Config, check_images: bool = False, allow_links: bool = Fals
         for source in config.sources:
             counts = Counts(source)
             all_counts.append(counts)
-            for item in _items(source, config.seed, checker):
-                _write(item, next_id, outputs, counts)
-                next_id += 1
+            with contextlib.closing(_items(source, config.seed, checker)) as items:  # ends the progress bar's line
+                for item in items:
+                    _write(item, next_id, outputs, counts)
+                    next_id += 1
         if not any(counts.samples for counts in all_counts):
             raise DataError(f"no sample is left, so nothing was written:\n{table(all_counts)}".rstrip())
     return all_counts
@@ -83,7 +84,7 @@ def _write(item: _Item, sample_id: int, outputs: Outputs, counts: Counts) -> Non
         outputs.reject(counts.source, index, image, left_out, left_out.position)
 
 
-def _items(source: Source, seed: int, checker: ImageChecker | None) -> Iterator[_Item]:
+def _items(source: Source, seed: int, checker: ImageChecker | None) -> Generator[_Item, None, None]:
     """Parse a source's records, and open their images if there is a checker, in the file's order."""
     records = iter(read_records(source.label_file))
     layout = "{desc}: {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}]"
@@ -91,7 +92,7 @@ def _items(source: Source, seed: int, checker: ImageChecker | None) -> Iterator[
         while batch := list(islice(records, _BATCH)):
             items = [(index, _image_of(record), _parse(source, record, index, seed)) for index, _, record in batch]
             yield from items if checker is None else _checked(items, source, checker)
-            progress.set_postfix_str(f" {items[-1][0] + 1:,} records", refresh=False)
+            progress.set_postfix_str(f"{items[-1][0] + 1:,} records", refresh=False)
             progress.update(batch[-1][1] - progress.n)
         progress.update(1.0 - progress.n)
 
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(description="Turn annotation files into the two files that training reads.")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     default = Path(__file__).resolve().parent / "config.yaml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE", help=f"YAML (default: {default})")
     parser.add_argument("--check_images", action="store_true", help="open every image; leave out and list bad ones")
@@ -138,10 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log.warning("%s: no such folder yet; training will look for the images there", folder)
         counts = process(config, args.check_images, args.allow_links)
     except DataError as error:
-        log.error("error: %s", error)
+        sys.stderr.write(f"process_image: error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        log.error("interrupted; earlier output files are as they were")
+        sys.stderr.write("process_image: interrupted; earlier output files are as they were\n")
         return 130
     sys.stdout.write(table(counts))
     log.info("image map: %s", config.output_image_map)

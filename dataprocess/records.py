@@ -118,7 +118,8 @@ def read_records(path: Path) -> Iterator[tuple[int, float, Any]]:
     except DataError as exc:
         raise DataError(f"{path}: {exc}") from None
     except json.JSONDecodeError as exc:
-        hint = "; the file seems to be cut short" if exc.pos >= len(text.rstrip()) else ""
+        cut = text.lstrip().startswith("[") and not text.rstrip().endswith("]")
+        hint = "; it does not end with ], so it seems to be cut short" if cut else ""
         where = f"line {exc.lineno} column {exc.colno} (character {exc.pos})"
         raise DataError(f"{path}: not valid JSON at {where}: {exc.msg}{hint}") from None
     except RecursionError:
@@ -135,6 +136,8 @@ def _read_text(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
+        if exc.reason == "unexpected end of data":
+            raise DataError(f"{path}: ends within a character (byte {exc.start}): it seems to be cut short") from None
         guess = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "its encoding, often GB18030"
         raise DataError(
             f"{path}: not UTF-8: byte {exc.start} is {raw[exc.start]:#04x}; convert it first "
