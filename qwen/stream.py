@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -177,6 +177,9 @@ def decode_growing(tokenizer: QWenTokenizer, token_ids: Iterable[int]) -> Iterat
 class _TokenStreamer(TextIteratorStreamer):
     """Transformers' streamer, handing on ids: its text would hold stop tokens and wait for the end of each word."""
 
+    def __init__(self) -> None:
+        super().__init__(cast(Any, None))  # a tokenizer is for text only
+
     def put(self, value: Tensor) -> None:
         """Queue new tokens; the first call brings the prompt."""
         if self.next_tokens_are_prompt:
@@ -208,7 +211,7 @@ class _StopWhenSet(StoppingCriteria):
 def _greedy_tokens(
     model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> Iterator[int]:
-    streamer = _TokenStreamer(tokenizer=None)
+    streamer = _TokenStreamer()
     abandoned = threading.Event()
     criteria = StoppingCriteriaList([*(model_kwargs.pop("stopping_criteria", None) or ()), _StopWhenSet(abandoned)])
     device = input_ids.device.type

@@ -1,0 +1,213 @@
+"""Logits equal those of transformers' Qwen2 with the weights mapped over: the same architecture within `seq_length`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_qwen import as_qwen2, random_ids, tiny_model
+from torch.testing import assert_close
+
+from qwen import QWenLMHeadModel
+
+SHAPES = {
+    "heads fill the width": {"hidden_size": 16, "num_attention_heads": 2, "kv_channels": 8},
+    "heads wider": {"hidden_size": 48, "num_attention_heads": 4, "kv_channels": 16, "num_hidden_layers": 3},
+    "heads narrower": {"hidden_size": 40, "num_attention_heads": 3, "kv_channels": 8, "intermediate_size": 70},
+    "one head, other base": {"num_attention_heads": 1, "kv_channels": 32, "rotary_emb_base": 500.0},
+}
+
+
+def close(ours, theirs):
+    assert ours.abs().max() > 0.5, "these logits are too small for an absolute tolerance to mean anything"
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(params=list(SHAPES), ids=list(SHAPES))
+def shape(request):
+    return SHAPES[request.param]
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def pair(request, shape):
+    model = tiny_model(attn_implementation=request.param, **shape)
+    return model, as_qwen2(model)
+
+
+@torch.no_grad()
+def test_logits_without_cache(pair):
+    ours, theirs = pair
+    ids = random_ids(2, 21)
+    close(ours(ids, use_cache=False).logits, theirs(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_logits_token_by_token(pair):
+    ours, theirs = pair
+    ids = random_ids(2, 12)
+    want = theirs(ids).logits
+    cache, got = None, []
+    for t in range(ids.shape[1]):
+        out = ours(ids[:, t : t + 1], past_key_values=cache)
+        cache = out.past_key_values
+        got.append(out.logits)
+    assert cache.get_seq_length() == 12
+    close(torch.cat(got, dim=1), want)
+
+
+@torch.no_grad()
+def test_logits_chunk_by_chunk(pair):
+    ours, theirs = pair
+    ids = random_ids(2, 17)
+    cache, got = None, []
+    for chunk in ids.split([5, 1, 7, 4], dim=1):
+        out = ours(chunk, past_key_values=cache)
+        cache = out.past_key_values
+        got.append(out.logits)
+    close(torch.cat(got, dim=1), theirs(ids).logits)
+
+
+@torch.no_grad()
+def test_logits_of_right_padded_rows(pair):
+    ours, theirs = pair
+    ids = random_ids(3, 14)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    mask[2, 1:] = 0
+    real = mask.bool()
+    close(ours(ids, attention_mask=mask).logits[real], theirs(ids, attention_mask=mask).logits[real])
+
+
+@torch.no_grad()
+def test_logits_of_left_padded_rows(pair):
+    ours, theirs = pair
+    ids = random_ids(3, 14)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    mask[2, :13] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    real = mask.bool()
+    want = theirs(ids, attention_mask=mask, position_ids=positions).logits[real]
+    got = ours(ids, attention_mask=mask).logits
+    close(got[real], want)
+    assert got.isfinite().all(), "padding must not give NaN: it would spread through the cache"
+    close(ours(ids, attention_mask=mask, position_ids=positions).logits[real], want)
+
+
+@torch.no_grad()
+def test_left_padded_rows_with_cache(pair):
+    ours, theirs = pair
+    ids = random_ids(2, 14)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    want = theirs(ids, attention_mask=mask, position_ids=positions).logits
+    first = ours(ids[:, :8], attention_mask=mask[:, :8])
+    second = ours(ids[:, 8:13], attention_mask=mask[:, :13], past_key_values=first.past_key_values)
+    third = ours(ids[:, 13:], attention_mask=mask, past_key_values=second.past_key_values)
+    got = torch.cat((first.logits, second.logits, third.logits), dim=1)
+    close(got[mask.bool()], want[mask.bool()])
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions():
+    ours = tiny_model(attn_implementation="eager")
+    theirs = as_qwen2(ours)
+    theirs.set_attn_implementation("eager")
+    ids = random_ids(2, 9)
+    got = ours(ids, output_hidden_states=True, output_attentions=True)
+    want = theirs(ids, output_hidden_states=True, output_attentions=True)
+    assert len(got.hidden_states) == len(want.hidden_states) == 3
+    assert len(got.attentions) == len(want.attentions) == 2
+    for mine, reference in zip(got.hidden_states + got.attentions, want.hidden_states + want.attentions, strict=True):
+        assert_close(mine, reference, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_logits_to_keep():
+    ours = tiny_model()
+    ids = random_ids(2, 9)
+    assert_close(ours(ids, logits_to_keep=2).logits, ours(ids).logits[:, -2:])
+
+
+def test_attention_weights_need_eager():
+    with pytest.raises(ValueError, match="eager"):
+        tiny_model()(random_ids(1, 3), output_attentions=True)
+
+
+def test_loss_and_its_gradients():
+    ours = tiny_model()
+    theirs = as_qwen2(ours)
+    ids = random_ids(3, 11)
+    labels = ids.clone()
+    labels[0, :6] = -100
+    labels[2] = -100
+    got = ours(ids, labels=labels).loss
+    want = theirs(ids, labels=labels).loss
+    assert_close(got, want)
+    got.backward()
+    want.backward()
+    assert_close(ours.transformer.wte.weight.grad, theirs.model.embed_tokens.weight.grad, atol=1e-6, rtol=1e-4)
+    gate = ours.transformer.h[1].mlp.w2.weight.grad
+    assert_close(gate, theirs.model.layers[1].mlp.gate_proj.weight.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_loss_divided_by_the_items_of_a_whole_step():
+    ours = tiny_model()
+    ids = random_ids(2, 11)
+    alone = ours(ids, labels=ids).loss
+    assert_close(ours(ids, labels=ids, num_items_in_batch=40).loss, alone * 20 / 40)
+    assert_close(ours(ids, labels=ids, num_items_in_batch=torch.tensor(40)).loss, alone * 20 / 40)
+
+
+def test_nothing_supervised_gives_zero():
+    ours = tiny_model()
+    ids = random_ids(2, 5)
+    assert ours(ids, labels=torch.full_like(ids, -100)).loss == 0
+
+
+@torch.no_grad()
+def test_wrong_masks_and_inputs_are_refused():
+    ours = tiny_model()
+    ids = random_ids(2, 5)
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(2, 5\)"):
+        ours(ids, attention_mask=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="exactly one"):
+        ours()
+    with pytest.raises(ValueError, match="exactly one"):
+        ours(ids, inputs_embeds=ours.get_input_embeddings()(ids))
+
+
+@torch.no_grad()
+def test_rotary_on_a_part_of_the_channels():
+    """With `rotary_pct` 0.5 the upper half of every head stays unturned: check against the formula, head by head."""
+    from qwen.positions import Rotation, rotary_tables, rotate
+
+    x = torch.randn(1, 1, 3, 8, generator=torch.Generator().manual_seed(0))
+    cos, sin = rotary_tables(torch.arange(3)[None], 4, 10000.0, None)
+    got = rotate(x, Rotation(cos, sin, None))
+    for p in range(3):
+        for pair_index, frequency in enumerate((1.0, 10000.0**-0.5)):
+            a, b = x[0, 0, p, pair_index], x[0, 0, p, pair_index + 2]
+            angle = torch.tensor(p * frequency)
+            assert_close(got[0, 0, p, pair_index], a * angle.cos() - b * angle.sin())
+            assert_close(got[0, 0, p, pair_index + 2], b * angle.cos() + a * angle.sin())
+    assert torch.equal(got[..., 4:], x[..., 4:])
+    assert isinstance(tiny_model(rotary_pct=0.5)(random_ids(1, 4)).logits, torch.Tensor)
+
+
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32():
+    model = tiny_model(hidden_size=64, num_attention_heads=4, kv_channels=16)
+    ids = random_ids(2, 20)
+    want = model(ids).logits
+    got = model.to(torch.bfloat16)(ids).logits
+    assert got.dtype == torch.bfloat16
+    # bf16 keeps 8 bits: about 0.4% for each rounding, a few per cent after two layers.
+    assert (got.float() - want).norm() / want.norm() < 0.03
+
+
+def test_configuration_rejects_odd_sizes():
+    with pytest.raises(ValueError, match="twice"):
+        tiny_model(QWenLMHeadModel, intermediate_size=31)
+    with pytest.raises(ValueError, match="rotary"):
+        tiny_model(QWenLMHeadModel, kv_channels=5)
