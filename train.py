@@ -26,6 +26,7 @@ from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.image_io import ImageError
 from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArguments, read_checkpoint
 from model.checkpoint import CheckpointError, package_versions, resolve_checkpoint
+from model.console import in_one_line, set_up_logging
 from model.device import has_accelerator, pick_device, pick_dtype
 from qwen import QWenTokenizer
 
@@ -225,11 +226,7 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
         OSError: for files that are missing or can't be read.
     """
     model_args, data_args, args = parse_arguments(argv)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if args.process_index == 0 else logging.WARNING,
-        format="%(message)s" if args.world_size == 1 else f"[{args.process_index}] %(message)s",
-    )
+    set_up_logging(args.process_index, args.world_size)
     set_seed(args.seed)
     tokenizer = QWenTokenizer.from_pretrained(model_args.base_language_model)
     model = build_model(model_args, args)
@@ -247,17 +244,21 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status."""
+    set_up_logging()
     try:
         trainer = build_trainer(sys.argv[1:] if argv is None else argv)
         resume = resume_folder(trainer.args)
     except (ValueError, OSError) as error:
-        logger.error("train.py: %s", " ".join(str(error).split()))
+        logger.error("train.py: %s", in_one_line(error))
         return 2
     try:
         trainer.train(resume_from_checkpoint=resume)
     except (SampleError, ImageError) as error:
-        logger.error("train.py: %s", error)
+        logger.error("train.py: %s", in_one_line(error))
         return 2
+    train_set = trainer.train_dataset
+    if isinstance(train_set, ImageCaptionDataset):
+        train_set.log_cuts()
     trainer.save_model()
     logger.info("done; ask the model with: python test.py --model_weights %s --image_path …", trainer.args.output_dir)
     return 0

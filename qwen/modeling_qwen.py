@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .chat import ChatMixin
 from .configuration_qwen import QWenConfig
+from .loading import CompleteLoadingMixin
 from .loss import next_token_loss
 from .positions import Rotation, attention_mask_4d, log_n_scale, ntk_alpha, position_ids_of, rotary_tables, rotate
 
@@ -138,7 +139,7 @@ class QWenBlock(GradientCheckpointingLayer):
         return x + self.mlp(self.ln_2(x)), weights
 
 
-class QWenPreTrainedModel(PreTrainedModel):
+class QWenPreTrainedModel(CompleteLoadingMixin, PreTrainedModel):
     """What every QWen model shares: configuration class, initialisation, and what it supports."""
 
     config_class = QWenConfig
@@ -252,7 +253,7 @@ class QWenModel(QWenPreTrainedModel):
         if not self.training and self.config.use_dynamic_ntk:
             # The alpha of the prefill rules the whole generation: the cached keys were turned with it.
             if num_past and hasattr(past, "ntk_alpha"):
-                alpha = past.ntk_alpha
+                alpha = getattr(past, "ntk_alpha")  # noqa: B009, a Cache has no such attribute of its own
             else:
                 alpha = ntk_alpha(attention_mask, num_keys, self.config.seq_length)
             if past is not None:

@@ -55,22 +55,26 @@ class MultimodalQWenModel(QWenModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         *args: Any,
         image_features: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Embed `input_ids`, put `image_features` at the image tokens, and run the decoder.
 
         Args:
             input_ids: (B, T), with one image token for each image feature.
-            image_features: (..., D), D the language model's width; None where there is no image.
-            inputs_embeds: (B, T, D) in place of `input_ids`; image features can't be placed then.
+            attention_mask: as `QWenModel.forward` takes it, and so are all arguments that are not named here.
+            position_ids: likewise.
             past_key_values: cache of an earlier call. Without features, a call that goes on from a cache takes an
                 image token as any other id: a model may sample it.
-            args: as `QWenModel.forward` takes them.
-            kwargs: likewise.
+            inputs_embeds: (B, T, D) in place of `input_ids`; image features can't be placed then.
+            image_features: (..., D), D the language model's width; None where there is no image.
+            args: handed on.
+            kwargs: handed on.
 
         Raises:
             ValueError: if features and image tokens differ in number, with both numbers.
@@ -82,7 +86,7 @@ class MultimodalQWenModel(QWenModel):
                 inputs_embeds = place_image_features(input_ids, inputs_embeds, image_features)
         elif image_features is not None:
             raise ValueError("image_features need input_ids, which say where they belong; inputs_embeds do not")
-        return super().forward(None, *args, inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs)
+        return super().forward(None, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs)
 
 
 class MultimodalQWenLMHeadModel(QWenLMHeadModel):
@@ -103,7 +107,7 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
         Features may come as a tuple with one tensor (tokens, D) for each row of the prompt: `generate` leaves a tuple
         alone where it repeats the rows, for beams or several answers, so they are repeated here, whole rows.
         """
-        prepare: Any = super().prepare_inputs_for_generation
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         inputs: dict[str, Any] = prepare(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
         if is_first_iteration or not kwargs.get("use_cache", True):
             if isinstance(image_features, tuple):

@@ -1,0 +1,25 @@
+"""What the entry points say and how: to stderr, one line each, without other packages' chatter."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+_OURS = ("dataset", "model", "qwen", "test", "train", "visual")
+
+
+def set_up_logging(rank: int = 0, world_size: int = 1) -> None:
+    """Let our packages log to stderr: everything on the first process, warnings and errors on the others."""
+    prefix = "" if world_size == 1 else f"[{rank}] "
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{prefix}%(message)s", force=True)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # PEFT calls transformers by names that are being retired, and accelerate tells of a default it has set.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split())
