@@ -14,114 +14,25 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.image_io import ImageError
 from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArguments, read_checkpoint
+from model.arguments import DataArguments, ModelArguments, parse_arguments
 from model.checkpoint import CheckpointError, package_versions, resolve_checkpoint
 from model.console import in_one_line, set_up_logging
-from model.device import has_accelerator, pick_device, pick_dtype
+from model.language_model import load_tokenizer
 from qwen import QWenTokenizer
 
 logger = logging.getLogger("train")
 
 RUN_CONFIG = "train_config.json"
-
-
-@dataclass
-class ModelArguments:
-    """Which models are put together, and which LoRA layers are trained."""
-
-    base_language_model: str = field(
-        default="Qwen/Qwen-7B-Chat", metadata={"help": "Hub name or folder of the QWen language model."}
-    )
-    base_value_model: str = field(
-        default="openai/clip-vit-large-patch14",
-        metadata={"help": "Hub name or folder of the vision tower: CLIP, SigLIP, DINOv2 or ViT."},
-    )
-    lora_rank: int | None = field(
-        default=None, metadata={"help": "LoRA rank. Default: 128, or that of --previous_lora_weights."}
-    )
-    lora_alpha: int | None = field(
-        default=None,
-        metadata={"help": "LoRA updates are scaled by alpha / rank. Default: 32, or that of --previous_lora_weights."},
-    )
-    lora_dropout: float = field(default=0.10, metadata={"help": "Dropout before the LoRA layers."})
-    target_modules: str = field(
-        default="c_attn|w1|w2", metadata={"help": "Linear layers that get LoRA: last parts of their names, with bars."}
-    )
-    projector_layers: int = field(default=2, metadata={"help": "2 (Linear, GELU, Linear) or 1 (Linear)."})
-    previous_lora_weights: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint (the original project's too) whose LoRA and projector training starts from."},
-    )
-
-
-@dataclass
-class DataArguments:
-    """What is trained and evaluated on."""
-
-    image_map: str = field(metadata={"help": "image_map.json, as dataprocess/process_image.py writes it."})
-    captions_file: str = field(metadata={"help": "captions.json, likewise."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many samples only."})
-    max_length: int = field(
-        default=2048, metadata={"help": "Tokens per sample, image tokens included; longer answers are cut."}
-    )
-    eval_image_map: str | None = field(default=None, metadata={"help": "As --image_map, for evaluation."})
-    eval_captions_file: str | None = field(default=None, metadata={"help": "As --captions_file, for evaluation."})
-    allow_links: bool = field(default=False, metadata={"help": "Follow links in the image folder that lead out of it."})
-
-
-def with_machine_defaults(argv: Sequence[str]) -> list[str]:
-    """Add the flags whose default depends on the machine, where the user said nothing.
-
-    They go in before `TrainingArguments` is built: it sets the process group up, and two processes that learn of the
-    CPU later each believe they are alone.
-    """
-    given = {word.split("=", 1)[0].replace("-", "_").removeprefix("__") for word in argv if word.startswith("--")}
-    defaults: dict[str, str] = {}
-    if not has_accelerator():
-        defaults["use_cpu"] = "true"
-    elif "use_cpu" not in given:
-        defaults["dataloader_num_workers"] = "4"
-    device = torch.device("cpu") if "use_cpu" in given | defaults.keys() else pick_device()
-    if not given & {"bf16", "fp16"}:
-        autocast = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(pick_dtype(device))
-        if autocast is not None:
-            defaults[autocast] = "true"
-    if find_spec("tensorboard") is not None:
-        defaults["report_to"] = "tensorboard"
-    if "eval_image_map" in given:
-        defaults["eval_strategy"] = "epoch"
-    added = [word for name, value in defaults.items() if name not in given for word in (f"--{name}", value)]
-    return [*added, *argv]
-
-
-def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, VLMTrainingArguments]:
-    """Read the command line.
-
-    Raises:
-        SystemExit: for flags that argparse refuses.
-        ValueError: for values that contradict each other.
-    """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, VLMTrainingArguments),  # type: ignore[arg-type]
-        description=__doc__,
-        allow_abbrev=False,
-    )
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=with_machine_defaults(argv))
-    if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
-        raise ValueError("--eval_image_map and --eval_captions_file go together; one of them is missing")
-    if training_args.remove_unused_columns:
-        raise ValueError("--remove_unused_columns must be false: the data set gives just what the model takes")
-    return model_args, data_args, training_args
 
 
 def frozen_dtype(args: VLMTrainingArguments) -> torch.dtype:
@@ -139,15 +50,8 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
     previous = model_args.previous_lora_weights
     if previous is not None:
         config = read_checkpoint(previous).lora_config
-        for flag, asked, there in (
-            ("--lora_rank", model_args.lora_rank, config.r),
-            ("--lora_alpha", model_args.lora_alpha, config.lora_alpha),
-        ):
-            if asked is not None and asked != there:
-                raise CheckpointError(
-                    f"{flag} {asked} disagrees with --previous_lora_weights {previous}, which was trained with "
-                    f"{there}; leave the flag out or give {there}"
-                )
+        check_previous(previous, lora_rank=(model_args.lora_rank, config.r))
+        check_previous(previous, lora_alpha=(model_args.lora_alpha, config.lora_alpha))
     model = VisionLanguageModel.from_pretrained(
         model_args.base_language_model,
         model_args.base_value_model,
@@ -156,18 +60,51 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
         device=args.device,
         trainable=True,
         lora_dropout=model_args.lora_dropout,
-        projector_layers=model_args.projector_layers,
+        projector_layers=model_args.projector_layers or 2,
     )
-    if previous is None:
-        model.add_lora(
-            LoraSettings(
-                rank=128 if model_args.lora_rank is None else model_args.lora_rank,
-                alpha=32 if model_args.lora_alpha is None else model_args.lora_alpha,
-                dropout=model_args.lora_dropout,
-                target_modules=LoraSettings.parse_targets(model_args.target_modules),
-            )
+    if previous is not None:
+        there = {
+            name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A." in name
+        }
+        asked = (
+            None if model_args.target_modules is None else set(LoraSettings.parse_targets(model_args.target_modules))
         )
+        check_previous(previous, target_modules=(_with_bars(asked), _with_bars(there)))
+        check_previous(previous, projector_layers=(model_args.projector_layers, 1 if len(model.projector) == 1 else 2))
+        return model
+    model.add_lora(
+        LoraSettings(
+            rank=model_args.lora_rank or 128,
+            alpha=model_args.lora_alpha or 32,
+            dropout=model_args.lora_dropout,
+            target_modules=LoraSettings.parse_targets(
+                "c_attn|w1|w2" if model_args.target_modules is None else model_args.target_modules
+            ),
+        )
+    )
     return model
+
+
+def _with_bars(names: set[str] | None) -> str | None:
+    return None if names is None else "|".join(sorted(names))
+
+
+def check_previous(folder: str, **flags: tuple[Any, Any]) -> None:
+    """Hold explicit flags against the checkpoint that training starts from.
+
+    Args:
+        folder: the checkpoint.
+        flags: for a flag's name, what was asked for (None: nothing) and what the checkpoint has.
+
+    Raises:
+        CheckpointError: if they disagree.
+    """
+    for name, (asked, there) in flags.items():
+        if asked is not None and asked != there:
+            raise CheckpointError(
+                f"--{name} {asked} disagrees with --previous_lora_weights {folder}, which was trained with {there}; "
+                f"leave the flag out or give {there}"
+            )
 
 
 def build_datasets(
@@ -207,15 +144,27 @@ def save_run_config(model_args: ModelArguments, data_args: DataArguments, args: 
 
 
 def resume_folder(args: VLMTrainingArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` means; `auto` is the newest complete one, or none."""
+    """The checkpoint that `--resume_from_checkpoint` means: a checkpoint, or the newest complete one of a run folder.
+
+    `auto` is the newest one of `--output_dir`, or None if there is none yet; `true`, as transformers has it, insists.
+
+    Raises:
+        CheckpointError: if there is none, or training can't go on from it.
+    """
     wanted = args.resume_from_checkpoint
     if wanted is None:
         return None
-    if wanted == "auto":
-        if not any(Path(str(args.output_dir)).glob("checkpoint-*/trainer_state.json")):
-            return None
+    if wanted == "auto" and not any(Path(str(args.output_dir)).glob("checkpoint-*/trainer_state.json")):
+        return None
+    if wanted.lower() in ("auto", "true"):
         wanted = args.output_dir
-    return str(resolve_checkpoint(str(wanted)))
+    folder = resolve_checkpoint(str(wanted))
+    if not (folder / "trainer_state.json").is_file():
+        raise CheckpointError(
+            f"--resume_from_checkpoint {folder}: no trainer_state.json, so it holds weights, but not the state that "
+            "training goes on from; start anew from its weights with --previous_lora_weights"
+        )
+    return str(folder)
 
 
 def build_trainer(argv: Sequence[str]) -> VLMTrainer:
@@ -225,10 +174,10 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
         ValueError: for whatever the user can mend; the message says how.
         OSError: for files that are missing or can't be read.
     """
-    model_args, data_args, args = parse_arguments(argv)
+    model_args, data_args, args = parse_arguments(argv, __doc__)
     set_up_logging(args.process_index, args.world_size)
     set_seed(args.seed)
-    tokenizer = QWenTokenizer.from_pretrained(model_args.base_language_model)
+    tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
     train_set, eval_set = build_datasets(model, tokenizer, data_args, args)
     if args.process_index == 0:
@@ -248,12 +197,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         trainer = build_trainer(sys.argv[1:] if argv is None else argv)
         resume = resume_folder(trainer.args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         logger.error("train.py: %s", in_one_line(error))
         return 2
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except (SampleError, ImageError) as error:
+    except (SampleError, ImageError, CheckpointError, ImportError) as error:
         logger.error("train.py: %s", in_one_line(error))
         return 2
     train_set = trainer.train_dataset

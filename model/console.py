@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import re
 import sys
 import warnings
+from typing import NoReturn
 
 _OURS = ("dataset", "model", "qwen", "test", "train", "visual")
 
@@ -20,6 +23,22 @@ def set_up_logging(rank: int = 0, world_size: int = 1) -> None:
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
 
 
+class OneLineErrors(argparse.ArgumentParser):
+    """Raises what is wrong with a command line, in place of a page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report a mistake.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{message}; --help explains every flag")
+
+
 def in_one_line(error: BaseException) -> str:
-    """An error's message without its line breaks."""
-    return " ".join(str(error).split())
+    """An error's message without its line breaks; of one that a data worker met, its message alone."""
+    text = str(error)
+    if re.match(r"Caught \w+ in DataLoader worker process", text):
+        # PyTorch puts the worker's traceback into the message; its last paragraph names the class and the reason.
+        text = re.split(r"\n[\w.]*Error: ", text)[-1]
+    return " ".join(text.split())

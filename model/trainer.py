@@ -30,6 +30,15 @@ class VLMTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the data set gives what the model takes."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Not needed: LoRA and projector get a gradient in every step, without an image too."},
+    )
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: torchrun starts a process for each GPU, and DataParallel would part images from their rows."""
+        return min(super().n_gpu, 1)
 
 
 class VLMTrainer(Trainer):
