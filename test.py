@@ -22,11 +22,12 @@ from PIL import Image
 from transformers import set_seed
 
 from dataset import SYSTEM_PROMPT, encode_prompt, load_image
-from dataset.image_io import ImageError
+from dataset.image_io import ImageError, picture_suffixes
 from dataset.prompt import count_placeholders
 from model import VisionLanguageModel
-from model.console import in_one_line, set_up_logging
+from model.console import OneLineErrors, in_one_line, set_up_logging
 from model.device import parse_dtype, pick_device
+from model.language_model import load_tokenizer
 from qwen import IMAGE_TOKEN, QWenTokenizer
 from qwen.stream import answer_ids, complete_config, stream_ids
 
@@ -117,8 +118,7 @@ def with_placeholders(prompt: str, num_images: int) -> str:
 
 
 def ask_once(assistant: Assistant, prompt: str, images: Sequence[Image.Image], stream: bool) -> None:
-    """Print the answer about these images."""
-    prompt = with_placeholders(prompt, len(images))
+    """Print the answer to a prompt that has a placeholder for each of these images."""
     features = assistant.features(images)
     if stream:
         show(assistant.stream(prompt, features))
@@ -136,17 +136,21 @@ def show(texts: Iterator[str]) -> str:
     return shown
 
 
-def ask_folder(assistant: Assistant, prompt: str, folder: Path) -> int:
-    """Ask about every picture in a folder; returns the number of pictures that can't be read.
+def pictures_in(folder: Path) -> list[Path]:
+    """The files of a folder whose names end as those of pictures do, by name.
 
     Raises:
-        ValueError: if there is no picture in it.
+        ValueError: if there is none.
     """
-    known = set(Image.registered_extensions())
+    known = picture_suffixes()
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
     if not paths:
         raise ValueError(f"--image_path {folder}: there is no picture in this folder")
-    prompt = with_placeholders(prompt, 1)
+    return paths
+
+
+def ask_about_each(assistant: Assistant, prompt: str, paths: Sequence[Path]) -> int:
+    """Print `name<TAB>answer` for every picture; returns the number of pictures that can't be read."""
     failed = 0
     for path in paths:
         try:
@@ -156,17 +160,17 @@ def ask_folder(assistant: Assistant, prompt: str, folder: Path) -> int:
             failed += 1
             continue
         answer = assistant.answer(prompt, features)
-        print(f"{path.name}\t{one_line(answer)}", flush=True)
+        print(f"{one_line(path.name)}\t{one_line(answer)}", flush=True)
     return failed
 
 
 def one_line(text: str) -> str:
-    """Write line breaks, tabs and backslashes as escapes, so that an answer takes one line."""
+    """Write line breaks, tabs and backslashes as escapes, so that a name or an answer takes one column of one line."""
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
 def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
-    """Ask for questions on stdin until its end, an empty `exit`, or `quit`; answers see the turns before them."""
+    """Ask for questions on stdin until its end, `exit` or `quit`; answers see the turns before them."""
     features = assistant.features(images)
     history: Turns = []
     sys.stderr.write("Ask about the image; `exit` or the end of input leaves.\n")
@@ -174,20 +178,28 @@ def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
         sys.stderr.write("> ")
         sys.stderr.flush()
         line = sys.stdin.readline()
-        if not line or line.strip() in ("exit", "quit"):
+        question = line.strip()
+        if not line or question in ("exit", "quit"):
             return
-        if not line.strip():
+        if not question:
             continue
-        question = line.rstrip("\n")
-        # Only the first question brings the images; a later one can't bring any, so there a placeholder is dropped.
-        question = question.replace(IMAGE_TOKEN, "") if history else with_placeholders(question, len(images))
+        try:
+            # The first question brings the images; a later one can't bring any, so there a placeholder is dropped.
+            question = question.replace(IMAGE_TOKEN, "") if history else with_placeholders(question, len(images))
+        except ValueError as error:
+            logger.error("test.py: %s", error)
+            continue
         answer = show(assistant.stream(question, features, history))
         history.append((question, answer))
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
+    """Read the command line.
+
+    Raises:
+        ValueError: for flags that do not exist or are not of their type.
+    """
+    parser = OneLineErrors(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
@@ -223,6 +235,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: if one is out of its range.
     """
     for name, valid, wanted in (
+        ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
         ("max_new_tokens", lambda value: value >= 1, "at least 1"),
         ("temperature", lambda value: value > 0, "above 0; for no randomness use --greedy"),
         ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
@@ -251,8 +264,7 @@ def load_assistant(args: argparse.Namespace) -> Assistant:
     model = VisionLanguageModel.from_pretrained(
         args.base_language_model, args.base_value_model, args.model_weights, dtype, device
     )
-    tokenizer = QWenTokenizer.from_pretrained(model.base_language_model)
-    return Assistant(model, tokenizer, args.system, options)
+    return Assistant(model, load_tokenizer(model.base_language_model), args.system, options)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -261,30 +273,32 @@ def run(args: argparse.Namespace) -> int:
     is_folder = len(paths) == 1 and paths[0].is_dir()
     if is_folder and args.prompt is None:
         raise ValueError("--image_path is a folder, so --prompt is needed; a chat is about one picture")
-    # Pictures are opened first: a wrong path should not cost the loading of the model.
+    # Pictures and prompt are looked at first: a mistake there should not cost the loading of the model.
+    if is_folder:
+        paths = pictures_in(paths[0])
     images = [] if is_folder else [load_image(path) for path in paths]
-    if args.prompt is not None and not is_folder:
-        with_placeholders(args.prompt, len(images))
+    prompt = args.prompt if args.prompt is None else with_placeholders(args.prompt, 1 if is_folder else len(images))
     assistant = load_assistant(args)
     set_seed(args.seed)
     if is_folder:
-        return 2 if ask_folder(assistant, args.prompt, paths[0]) else 0
-    if args.prompt is None:
+        return 2 if ask_about_each(assistant, prompt, paths) else 0
+    if prompt is None:
         chat(assistant, images)
     else:
-        ask_once(assistant, args.prompt, images, args.stream)
+        ask_once(assistant, prompt, images, args.stream)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer; returns the exit status, 2 for what the user can mend."""
     set_up_logging()
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        return run(args)
+        return run(parse_arguments(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError) as error:
         logger.error("test.py: %s", in_one_line(error))
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -62,6 +62,12 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF, for one, is not in every build
 
 
+def picture_suffixes() -> frozenset[str]:
+    """How the names of pictures end that `load_image` can read, as in `.jpg`; in lower case."""
+    known = _known_formats()  # before the extensions: it makes Pillow register them
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
+
+
 def check_image_name(name: str) -> str | None:
     """Judge an image name by its text alone, without touching the disk.
 

@@ -17,7 +17,7 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name!r}: no device has such a name; try cpu, cuda or cuda:0") from error
-    if device.type not in ("cpu", "meta") and not has_accelerator():
+    if device.type == "meta" or (device.type != "cpu" and not has_accelerator()):
         raise ValueError(f"--device {name}: this machine has no such device that PyTorch can use; try --device cpu")
     return device
 

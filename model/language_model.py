@@ -1,10 +1,40 @@
-"""Finding the base language model's tokenizer, with one clear error for what can be wrong with its name."""
+"""Loading the base language model and its tokenizer, with one clear error for what can be wrong with its name."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from qwen import QWenTokenizer
+import torch
+from transformers import PreTrainedConfig
+
+from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenTokenizer
+
+
+def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWenLMHeadModel:
+    """Load QWen.
+
+    Args:
+        name_or_path: hub name or folder.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: if there is no such folder or name, or what is there is no complete QWen.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    except (OSError, ValueError) as error:
+        raise _not_found(name_or_path, error) from error
+    if config.get("model_type") != QWenConfig.model_type:
+        raise ValueError(
+            f"base language model {name_or_path!r} has model_type {config.get('model_type')!r}, expected "
+            f"{QWenConfig.model_type!r}: give a QWen of the first generation, as Qwen/Qwen-7B-Chat"
+        )
+    try:
+        model: Any = MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
+    except OSError as error:
+        raise _not_found(name_or_path, error) from error
+    return model
 
 
 def load_tokenizer(name_or_path: str) -> QWenTokenizer:
@@ -19,9 +49,13 @@ def load_tokenizer(name_or_path: str) -> QWenTokenizer:
     try:
         return QWenTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        if Path(name_or_path).is_dir():
-            raise ValueError(f"base language model {name_or_path!r}: {error}") from error
-        raise ValueError(
-            f"base language model {name_or_path!r} is no local folder, and the hub does not give it: {error}. Give a "
-            "folder with config.json, weights and qwen.tiktoken, or a name that can be downloaded or lies in the cache"
-        ) from error
+        raise _not_found(name_or_path, error) from error
+
+
+def _not_found(name: str, error: Exception) -> ValueError:
+    if Path(name).is_dir():
+        return ValueError(f"base language model {name!r}: {error}")
+    return ValueError(
+        f"base language model {name!r} is no local folder, and the hub does not give it: {str(error).rstrip('.')}. "
+        "Give a folder with config.json, weights and qwen.tiktoken, or a name that can be downloaded or lies in the cache"
+    )

@@ -34,6 +34,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .device import pick_device, pick_dtype
+from .language_model import load_language_model
 from .lora import LoraSettings, add_lora
 from .projector import build_projector
 
@@ -100,7 +101,7 @@ class VisionLanguageModel(nn.Module):
         language_name, vision_name = _base_models(base_language_model, base_value_model, checkpoint)
 
         tower = build_vision_tower(vision_name, dtype, drop_first_patch=_drops_first_patch(checkpoint, vision_name))
-        language_model: Any = MultimodalQWenLMHeadModel.from_pretrained(language_name, dtype=dtype)
+        language_model: Any = load_language_model(language_name, dtype)
         language_model.requires_grad_(False)
         if checkpoint is not None:
             _check_geometry(checkpoint, tower, language_model)
