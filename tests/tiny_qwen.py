@@ -8,6 +8,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen import QWenConfig, QWenLMHeadModel
 
+torch.set_num_threads(1)  # for matrices as small as these, handing work to threads costs many times what it saves
+
 
 def tiny_config(**changes) -> QWenConfig:
     """Two layers, two heads of 8 channels, 16 wide, and a trained context that short tests do not pass."""

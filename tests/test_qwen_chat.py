@@ -1,0 +1,437 @@
+"""`chat` and `chat_stream` give what `generate` gives, token for token, and never show half a character."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import transformers
+from tiny_qwen import tiny_model
+from transformers import GenerationConfig
+
+from qwen import IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenLMHeadModel, make_context
+from qwen.stream import answer_ids, decode_growing, stream_ids
+
+PUBLISHED = {
+    "chat_format": "chatml",
+    "do_sample": True,
+    "eos_token_id": 151643,
+    "max_new_tokens": 12,
+    "max_window_size": 24000,
+    "pad_token_id": 151643,
+    "top_k": 0,
+    "top_p": 0.8,
+}
+HISTORY = [("你好", "你好！"), ("What is it?", "A cat 🐈.")]
+SETTINGS = {
+    "published sampling": {},
+    "greedy": {"do_sample": False},
+    "warped": {"temperature": 0.7, "top_k": 30, "repetition_penalty": 1.2},
+    "greedy with processors": {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 9},
+    "no cache": {"use_cache": False, "max_new_tokens": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return published(tiny_model(MultimodalQWenLMHeadModel, vocab_size=151936))
+
+
+def published(model):
+    model.generation_config = GenerationConfig(**PUBLISHED)
+    return model
+
+
+def generated_text(model, tokenizer, ids, seed, **kwargs):
+    """What `generate` gives, cut at the first stop token."""
+    torch.manual_seed(seed)
+    stops = [tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id]
+    ids = torch.tensor([ids]) if isinstance(ids, list) else ids
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=stops, **kwargs)
+    tokens = out[0, ids.shape[1] :].tolist()
+    length = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokenizer.decode(tokens[:length])
+
+
+def scripted(cls, script, fail_at=None):
+    """A model that answers with the ids of `script`, whatever it is asked."""
+
+    class Scripted(cls):
+        num_steps = 0
+
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            if self.num_steps == fail_at:
+                raise RuntimeError("the model broke")
+            out.logits = torch.full_like(out.logits, -1e9)
+            out.logits[:, -1, script[min(self.num_steps, len(script) - 1)]] = 1e9
+            self.num_steps += 1
+            return out
+
+    model = published(tiny_model(Scripted, vocab_size=151936))
+    model.generation_config.max_new_tokens = 300
+    return model
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("history", [None, HISTORY], ids=["first turn", "third turn"])
+def test_chat_and_stream_equal_generate(model, tokenizer, name, history):
+    settings = SETTINGS[name]
+    _, ids = make_context(tokenizer, "为什么？", history, "You are a helpful assistant.")
+    for seed in (1, 2) if name == "warped" else (1,):
+        want = generated_text(model, tokenizer, ids, seed, **settings)
+        torch.manual_seed(seed)
+        answer, new_history = model.chat(tokenizer, "为什么？", history, **settings)
+        torch.manual_seed(seed)
+        texts = list(model.chat_stream(tokenizer, "为什么？", history, **settings))
+        assert answer == texts[-1] == want
+        assert new_history == [*(history or []), ("为什么？", want)]
+        assert len(texts) > 2
+        assert all(later.startswith(earlier) and later != earlier for earlier, later in itertools.pairwise(texts))
+
+
+def test_sampling_equals_generate_in_bfloat16(tokenizer):
+    model = published(tiny_model(vocab_size=151936).to(torch.bfloat16))
+    _, ids = make_context(tokenizer, "hi", None, "")
+    want = generated_text(model, tokenizer, ids, 3)
+    torch.manual_seed(3)
+    assert list(model.chat_stream(tokenizer, "hi", system=""))[-1] == want
+
+
+def test_sampling_depends_on_the_seed_and_leaves_the_generators_alone(model, tokenizer):
+    texts = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        texts.append(list(model.chat_stream(tokenizer, "hi"))[-1])
+    assert texts[0] != texts[1]
+    # two answers in a row differ: the stream does not seed the generator by itself
+    torch.manual_seed(0)
+    first = list(model.chat_stream(tokenizer, "hi"))[-1]
+    assert first == texts[0]
+    assert list(model.chat_stream(tokenizer, "hi"))[-1] != first
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_ids_with_image_features(model, tokenizer, do_sample, monkeypatch):
+    ids = torch.tensor([[5, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 6]])
+    features = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    want = generated_text(model, tokenizer, ids, 4, do_sample=do_sample, image_features=features)
+    seen = []
+    forward = model.transformer.forward
+    monkeypatch.setattr(
+        model.transformer,
+        "forward",
+        lambda *a, **k: seen.append(k.get("image_features") is not None) or forward(*a, **k),
+    )
+    for given in (features, (features,)):
+        torch.manual_seed(4)
+        texts = list(stream_ids(model, tokenizer, ids, do_sample=do_sample, image_features=given))
+        torch.manual_seed(4)
+        assert texts[-1] == answer_ids(model, tokenizer, ids, do_sample=do_sample, image_features=given) == want
+    assert seen == ([True] + [False] * 11) * 4, "features are for the prompt only"
+    with pytest.raises(ValueError, match=r"holds 2 image tokens.* 1 image"):
+        list(stream_ids(model, tokenizer, ids, do_sample=do_sample, image_features=features[:1]))
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_through_peft(tokenizer, do_sample):
+    from peft import LoraConfig, get_peft_model
+
+    base = published(tiny_model(MultimodalQWenLMHeadModel, vocab_size=151936))
+    ids = torch.tensor([[5, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 6]])
+    features = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    without = generated_text(base, tokenizer, ids, 4, do_sample=do_sample, image_features=features)
+    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn", "w1", "w2"])).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    want = generated_text(wrapped, tokenizer, ids, 4, do_sample=do_sample, image_features=features)
+    assert want != without, "the adapter has an effect"
+    torch.manual_seed(4)
+    assert answer_ids(wrapped, tokenizer, ids, do_sample=do_sample, image_features=features) == want
+    torch.manual_seed(4)
+    assert list(stream_ids(wrapped, tokenizer, ids, do_sample=do_sample, image_features=features))[-1] == want
+    torch.manual_seed(4)
+    assert list(wrapped.chat_stream(tokenizer, "hi", do_sample=do_sample))[-1] != ""
+
+
+# ---- Prompt, history, settings
+
+
+def prompt_of(model, monkeypatch):
+    """The ids that reach `generate`."""
+    seen = []
+    generate = type(model).generate
+
+    def spy(self, *args, **kwargs):
+        seen.append((kwargs["input_ids"][0].tolist(), kwargs["generation_config"]))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", spy)
+    return seen
+
+
+def test_prompt_is_chatml_with_system_and_history(model, tokenizer, monkeypatch):
+    seen = prompt_of(model, monkeypatch)
+    model.chat(tokenizer, "q", HISTORY, "系统")
+    list(model.chat_stream(tokenizer, "q", HISTORY, "系统"))
+    model.chat(tokenizer, "q")
+    want = (
+        "<|im_start|>system\n系统<|im_end|>"
+        "\n<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n你好！<|im_end|>"
+        "\n<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA cat 🐈.<|im_end|>"
+        "\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    )
+    texts = [tokenizer.decode(ids) for ids, _ in seen]
+    assert texts[:2] == [want, want]
+    assert texts[2] == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>"
+        "\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_caller_s_history_and_config_are_not_changed(model, tokenizer):
+    history = list(HISTORY)
+    config = GenerationConfig(do_sample=False, max_new_tokens=3)
+    before = config.to_dict(), model.generation_config.to_dict()
+    _, new = model.chat(tokenizer, "q", history, generation_config=config)
+    list(model.chat_stream(tokenizer, "q", history, generation_config=config))
+    assert history == HISTORY
+    assert len(new) == 3
+    assert (config.to_dict(), model.generation_config.to_dict()) == before
+
+
+def test_history_may_hold_lists(model, tokenizer):
+    """As JSON gives them."""
+    _, new = model.chat(tokenizer, "q", [["a", "b"]], max_new_tokens=2)
+    assert new[0] == ("a", "b")
+    with pytest.raises(ValueError, match="pairs"):
+        model.chat(tokenizer, "q", ["ab"])
+    with pytest.raises(ValueError, match="pairs"):
+        model.chat_stream(tokenizer, "q", ["ab"])  # before anything is taken from it
+
+
+@pytest.mark.parametrize("num_kept", [2, 1, 0])
+def test_window_size_comes_from_the_generation_config(tokenizer, monkeypatch, num_kept):
+    model = published(tiny_model(vocab_size=151936))
+    kept = HISTORY[len(HISTORY) - num_kept :]
+    just_enough = len(make_context(tokenizer, "q", kept, "You are a helpful assistant.")[1])
+    window = {"max_window_size": just_enough}
+    seen = prompt_of(model, monkeypatch)
+    model.chat(tokenizer, "q", HISTORY, max_new_tokens=1, **window)
+    model.generation_config.update(**window)
+    model.chat(tokenizer, "q", HISTORY, max_new_tokens=1)
+    model.chat(tokenizer, "q", HISTORY, generation_config=GenerationConfig(max_new_tokens=1))
+    assert len(seen) == 3
+    for ids, _ in seen:
+        assert len(ids) == just_enough
+
+
+def test_window_size_without_a_published_config(tokenizer, monkeypatch):
+    model = tiny_model(vocab_size=151936)
+    seen = prompt_of(model, monkeypatch)
+    long_turn = ("x " * 4000, "y")
+    model.chat(tokenizer, "q", [long_turn] * 2, max_new_tokens=1)
+    assert seen[0][0].count(tokenizer.im_start_id) == 3 + 2, "6144 tokens hold one turn of 4000"
+
+
+def test_the_model_s_generation_config_rules_unless_told_otherwise(model, tokenizer, monkeypatch):
+    seen = prompt_of(model, monkeypatch)
+    model.chat(tokenizer, "q")
+    model.chat(tokenizer, "q", top_p=0.5, max_new_tokens=3)
+    model.chat(tokenizer, "q", generation_config=GenerationConfig(top_p=0.3, max_new_tokens=2))
+    configs = [config for _, config in seen]
+    assert [(c.do_sample, c.top_k, c.top_p, c.max_new_tokens) for c in configs] == [
+        (True, 0, 0.8, 12),
+        (True, 0, 0.5, 3),
+        (True, 0, 0.3, 2),
+    ]
+    assert all(set(c.eos_token_id) == {151643, 151644, 151645} for c in configs)
+
+
+def test_answers_are_not_cut_short_without_a_published_config(tokenizer, monkeypatch):
+    """transformers' own limit would be 20 tokens in all."""
+    word = tokenizer.encode_text("a")
+    model = scripted(QWenLMHeadModel, word * 99 + [tokenizer.im_end_id])
+    model.generation_config = GenerationConfig()
+    assert model.chat(tokenizer, "q")[0] == "a" * 99
+
+
+# ---- Where answers end
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize("stop", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
+def test_stop_tokens_end_the_answer_and_are_not_in_it(tokenizer, stop, do_sample):
+    ids = [*tokenizer.encode_text("一 yes\n"), tokenizer.convert_tokens_to_ids(stop), *tokenizer.encode_text("no")]
+    assert scripted(QWenLMHeadModel, ids).chat(tokenizer, "q", do_sample=do_sample)[0] == "一 yes\n"
+    texts = list(scripted(QWenLMHeadModel, ids).chat_stream(tokenizer, "q", do_sample=do_sample))
+    assert texts == ["一", "一 yes", "一 yes\n"]
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_own_stop_ids(tokenizer, do_sample):
+    ids = [*tokenizer.encode_text("a b"), tokenizer.im_end_id, *tokenizer.encode_text(" c d")]
+    stop = tokenizer.encode_text(" d")
+    model = scripted(QWenLMHeadModel, ids)
+    assert model.chat(tokenizer, "q", do_sample=do_sample, eos_token_id=stop[0])[0] == "a b<|im_end|> c"
+    model = scripted(QWenLMHeadModel, ids)
+    assert list(model.chat_stream(tokenizer, "q", do_sample=do_sample, eos_token_id=stop))[-1] == "a b<|im_end|> c"
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_every_token_counts_at_the_length_limit(tokenizer, do_sample):
+    ids = tokenizer.encode_text("one two three four")
+    for limit in range(1, 5):
+        want = tokenizer.decode(ids[:limit])
+        settings = {"do_sample": do_sample, "max_new_tokens": limit}
+        assert scripted(QWenLMHeadModel, ids).chat(tokenizer, "q", **settings)[0] == want
+        assert list(scripted(QWenLMHeadModel, ids).chat_stream(tokenizer, "q", **settings))[-1] == want
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_an_empty_answer(tokenizer, do_sample):
+    script = [tokenizer.im_end_id]
+    assert scripted(QWenLMHeadModel, script).chat(tokenizer, "q", do_sample=do_sample) == ("", [("q", "")])
+    assert list(scripted(QWenLMHeadModel, script).chat_stream(tokenizer, "q", do_sample=do_sample)) == [""]
+
+
+# ---- Unicode
+
+HARD_TEXT = "中文，龘䶮 𠮷 👩🏽‍🚀🇩🇪 naïve résumé ﷽ ไทย \u0e01\u0e33 한국 𝔘𝔫𝔦 a\u0323\u0307"
+
+
+def byte_ids(tokenizer, data):
+    """One token for each byte: the hardest way to cut a text."""
+    return [tokenizer.convert_tokens_to_ids(bytes([byte])) for byte in data]
+
+
+def test_no_broken_character_is_shown(tokenizer):
+    for ids in (tokenizer.encode_text(HARD_TEXT), byte_ids(tokenizer, HARD_TEXT.encode())):
+        texts = list(decode_growing(tokenizer, ids))
+        assert texts[-1] == tokenizer.decode(ids)
+        for earlier, later in itertools.pairwise(texts):
+            assert later.startswith(earlier)
+            assert len(later) > len(earlier)
+        assert all("\ufffd" not in text for text in texts)
+    assert len(list(decode_growing(tokenizer, byte_ids(tokenizer, "中文👩".encode())))) == 3
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_no_broken_character_is_shown_while_streaming(tokenizer, do_sample):
+    ids = [*byte_ids(tokenizer, HARD_TEXT.encode()), tokenizer.im_end_id]
+    texts = list(scripted(QWenLMHeadModel, ids).chat_stream(tokenizer, "q", do_sample=do_sample))
+    assert texts == [HARD_TEXT[: i + 1] for i in range(len(HARD_TEXT))]
+
+
+@pytest.mark.parametrize(
+    ("data", "texts"),
+    [
+        (b"ok \xe4\xb8", ["o", "ok", "ok ", "ok \ufffd"]),  # the first two bytes of three
+        (b"\xf0\x9f\x91", ["\ufffd"]),
+        (b"a\xff", ["a", "a\ufffd"]),  # can't become a character
+        (b"\xe4a", ["\ufffda"]),  # shown once the next byte proves it
+        (b"", [""]),
+    ],
+)
+def test_malformed_ends(tokenizer, data, texts):
+    ids = byte_ids(tokenizer, data)
+    assert list(decode_growing(tokenizer, ids)) == texts
+    assert tokenizer.decode(ids) == texts[-1]
+
+
+def test_ids_beyond_the_vocabulary_are_no_crash(tokenizer):
+    """The published embedding has 85 rows more than there are tokens."""
+    ids = [*tokenizer.encode_text("a"), 151900, *tokenizer.encode_text("b")]
+    assert list(decode_growing(tokenizer, ids))[-1] == tokenizer.decode(ids)
+
+
+# ---- Errors, abandoned streams, and the library's import
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_errors_reach_the_reader(tokenizer, do_sample):
+    model = scripted(QWenLMHeadModel, tokenizer.encode_text("one two three four"), fail_at=2)
+    stream = model.chat_stream(tokenizer, "q", do_sample=do_sample)
+    assert [next(stream), next(stream)] == ["one", "one two"]
+    with pytest.raises(RuntimeError, match="the model broke"):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert not answering_threads()
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_unknown_arguments_are_refused(model, tokenizer, do_sample):
+    with pytest.raises(ValueError, match="no_such_setting"):
+        list(model.chat_stream(tokenizer, "q", do_sample=do_sample, no_such_setting=1))
+
+
+def answering_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "greedy answer"]
+
+
+@pytest.mark.parametrize("how", ["close", "drop", "never started"])
+def test_an_abandoned_stream_stops_generating(tokenizer, how):
+    model = scripted(QWenLMHeadModel, tokenizer.encode_text("a"))
+    stream = model.chat_stream(tokenizer, "q", do_sample=False, max_new_tokens=100_000)
+    if how != "never started":
+        assert next(stream) == "a"
+        assert len(answering_threads()) == 1
+    if how == "close":
+        stream.close()
+    del stream
+    assert not answering_threads()
+    steps = model.num_steps
+    assert steps < 10_000
+    assert model.chat(tokenizer, "q", do_sample=False, max_new_tokens=2)[0] == "aa"
+    assert model.num_steps == steps + 2
+
+
+def test_a_stream_keeps_the_caller_s_autocast(tokenizer):
+    model = tiny_model(vocab_size=151936)
+    dtypes = set()
+    model.transformer.h[0].attn.c_attn.register_forward_hook(lambda *hook: dtypes.add(hook[-1].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        list(model.chat_stream(tokenizer, "q", do_sample=False, max_new_tokens=2))
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2}])
+def test_what_cannot_be_streamed_is_refused_at_once(model, tokenizer, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        model.chat_stream(tokenizer, "q", **settings)
+
+
+def test_beams_are_fine_without_streaming(model, tokenizer):
+    _, ids = make_context(tokenizer, "q", None, "")
+    settings = {"num_beams": 3, "do_sample": False}
+    assert model.chat(tokenizer, "q", system="", **settings)[0] == generated_text(model, tokenizer, ids, 0, **settings)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3,), (1, 0)])
+def test_one_prompt_at_a_time(model, tokenizer, shape):
+    for ask in (answer_ids, stream_ids):
+        with pytest.raises(ValueError, match="one prompt"):
+            ask(model, tokenizer, torch.zeros(shape, dtype=torch.long))
+
+
+def test_the_import_leaves_transformers_as_it_was(model, tokenizer):
+    list(model.chat_stream(tokenizer, "q"))
+    assert "transformers_stream_generator.main" in sys.modules
+    for name in ("BeamSearchScorer", "ConstrainedBeamSearchScorer", "DisjunctiveConstraint", "PhrasalConstraint"):
+        assert not hasattr(transformers, name)
+    utils = importlib.import_module("transformers.generation.utils")
+    assert not hasattr(utils, "SampleOutput")
+    assert hasattr(utils, "GenerateOutput")
+    assert not hasattr(transformers.PreTrainedModel, "sample_stream")
+
+
+def test_importing_qwen_does_not_import_the_library():
+    code = "import sys, qwen; sys.exit('transformers_stream_generator' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
