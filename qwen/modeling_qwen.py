@@ -147,7 +147,7 @@ class QWenPreTrainedModel(CompleteLoadingMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["QWenBlock"]
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["past_key_values"]
     # Written into some published files; both are computed here instead.
     _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias$", r"rotary_emb\.inv_freq$"]
 
@@ -155,7 +155,7 @@ class QWenPreTrainedModel(CompleteLoadingMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, QWenRMSNorm):
             nn.init.ones_(module.weight)
@@ -177,9 +177,9 @@ class QWenModel(QWenPreTrainedModel):
         """Return the token embedding."""
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
-        self.wte = value
+        self.wte = value  # type: ignore[assignment]
 
     def forward(
         self,

@@ -9,24 +9,16 @@ from __future__ import annotations
 import codecs
 import contextlib
 import copy
-import functools
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
-from transformers.generation import utils as generation_utils
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from .chatml import stop_token_ids, trim_answer
+from .sampling_loop import sampled_tokens
 from .tokenization_qwen import QWenTokenizer
 
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -83,7 +75,7 @@ def stream_ids(
     input_ids, config, model_kwargs = _prepare(model, tokenizer, input_ids, generation_config, kwargs)
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams is {config.num_beams}: beams can't be streamed; use 1, or ask without streaming")
-    tokens = (_sampled_tokens if config.do_sample else _greedy_tokens)(model, input_ids, config, model_kwargs)
+    tokens = (sampled_tokens if config.do_sample else _greedy_tokens)(model, input_ids, config, model_kwargs)
     return _growing_text(tokenizer, tokens, frozenset(config.eos_token_id))
 
 
@@ -171,9 +163,6 @@ def decode_growing(tokenizer: QWenTokenizer, token_ids: Iterable[int]) -> Iterat
         yield text + rest
 
 
-# ---- Greedy: transformers' streamer, fed by a thread
-
-
 class _TokenStreamer(TextIteratorStreamer):
     """Transformers' streamer, handing on ids: its text would hold stop tokens and wait for the end of each word."""
 
@@ -241,95 +230,3 @@ def _greedy_tokens(
     finally:
         abandoned.set()
         thread.join()  # nobody else uses the model while the last token is being computed
-
-
-# ---- Sampling: transformers_stream_generator's loop
-
-
-def _sampled_tokens(
-    model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> Iterator[int]:
-    # `generate` prepares masks, cache, logits processors and stopping criteria, and leaves the loop to the callable.
-    tokens = model.generate(
-        input_ids=input_ids, generation_config=config, custom_generate=_run_sampling_loop, **model_kwargs
-    )
-    for token in tokens:
-        yield int(token)
-
-
-def _run_sampling_loop(
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    **model_kwargs: Any,
-) -> Iterator[Tensor]:
-    """Draw token after token (1,), as a decoding method that `generate` calls.
-
-    The library's `generate` is left out, as it reseeds the global generators and knows an older transformers only.
-    """
-    loop = _library_sampling_loop()
-    return loop(
-        _LoopModel(model),
-        input_ids,
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        **model_kwargs,
-    )
-
-
-class _LoopModel:
-    """Plays the model (`self`) for the library's loop, which was written for an older transformers."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.config = model.config
-        # Without stop ids: the stopping criteria know them, and the loop multiplies tokens if there are several.
-        self.generation_config = GenerationConfig()
-        self.is_prefill = True
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Tell the model what is new: all that the cache does not hold at first, then one token at a time."""
-        is_prefill, self.is_prefill = self.is_prefill, False
-        cache = kwargs.get("past_key_values")
-        num_new = None
-        if cache is not None and kwargs.get("use_cache", True):
-            num_new = input_ids.shape[1] - cache.get_seq_length() if is_prefill else 1
-        return self.model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=num_new, is_first_iteration=is_prefill, **kwargs
-        )
-
-    def __call__(self, **inputs: Any) -> Any:
-        """Run the model; logits come in fp32, in which `generate` samples too."""
-        output = self.model(**inputs)
-        output.logits = output.logits.float()
-        return output
-
-    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.model._update_model_kwargs_for_generation(*args, **kwargs)
-
-
-@functools.cache
-def _library_sampling_loop() -> Callable[..., Iterator[Tensor]]:
-    with _names_that_transformers_dropped():
-        from transformers_stream_generator.main import NewGenerationMixin
-    return NewGenerationMixin.sample_stream
-
-
-@contextlib.contextmanager
-def _names_that_transformers_dropped() -> Iterator[None]:
-    """Supply, for as long as the import takes, what the library imports and sampling one row never uses."""
-    # Looked up now: transformers may replace its own module object when it imports a part of itself.
-    transformers = sys.modules["transformers"]
-    wanted = [(transformers, name) for name in ("BeamSearchScorer", "ConstrainedBeamSearchScorer")]
-    wanted += [(transformers, name) for name in ("DisjunctiveConstraint", "PhrasalConstraint")]
-    wanted += [(generation_utils, name) for name in ("SampleOutput", "GenerateOutput")]
-    missing = [(module, name) for module, name in wanted if not hasattr(module, name)]
-    for module, name in missing:
-        setattr(module, name, type(name, (), {}))
-    try:
-        yield
-    finally:
-        for module, name in missing:
-            delattr(module, name)
