@@ -14,14 +14,14 @@ import json
 import os
 import pickle
 import re
+from copy import copy
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -130,20 +130,35 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: if files are missing or can't be read.
     """
     path = resolve_checkpoint(folder)
-    config = None
-    if (path / MULTIMODAL_CONFIG).is_file():
-        values = _read_json(path / MULTIMODAL_CONFIG)
-        expected = MultimodalConfig.__dataclass_fields__.keys()
-        absent = [name for name in expected if name not in values]
-        if absent:
-            raise CheckpointError(f"{path / MULTIMODAL_CONFIG}: {', '.join(absent)} missing")
-        config = MultimodalConfig(**{name: values[name] for name in expected})
-    _read_json(path / ADAPTER_CONFIG)
+    config = _read_multimodal_config(path) if (path / MULTIMODAL_CONFIG).is_file() else None
+    return Checkpoint(path, config, _read_lora_config(path))
+
+
+def _read_multimodal_config(folder: Path) -> MultimodalConfig:
+    path = folder / MULTIMODAL_CONFIG
+    values = _read_json(path)
+    types = get_type_hints(MultimodalConfig)
+    absent = [name for name in types if name not in values]
+    if absent:
+        raise CheckpointError(f"{path}: {', '.join(absent)} missing")
+    for name, expected in types.items():
+        expected = get_origin(expected) or expected
+        if type(values[name]) is not expected:
+            raise CheckpointError(f"{path}: {name} must be a {expected.__name__}, got {values[name]!r}")
+    if values["projector_layers"] not in (1, 2):
+        raise CheckpointError(f"{path}: projector_layers must be 1 or 2, got {values['projector_layers']}")
+    return MultimodalConfig(**{name: values[name] for name in types})
+
+
+def _read_lora_config(folder: Path) -> LoraConfig:
+    path = folder / ADAPTER_CONFIG
+    kind = _read_json(path).get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{path}: not a LoRA configuration: peft_type is {kind!r}, expected 'LORA'")
     try:
-        lora_config = LoraConfig.from_pretrained(str(path))
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path / ADAPTER_CONFIG}: not a LoRA configuration: {error}") from error
-    return Checkpoint(path, config, lora_config)
+        return LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a LoRA configuration: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -169,7 +184,7 @@ def save_checkpoint(
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(language_model)
+    weights = _lora_weights(language_model)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path / ADAPTER_WEIGHTS)
     projector_weights = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
     save_file(projector_weights, path / PROJECTOR_WEIGHTS)
@@ -178,6 +193,11 @@ def save_checkpoint(
     lora_config.save_pretrained(str(path))
     text = json.dumps(asdict(config), indent=2, ensure_ascii=False)
     (path / MULTIMODAL_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _lora_weights(language_model: PeftModel) -> dict[str, Tensor]:
+    # Told nothing of embeddings, PEFT asks the model hub whether the vocabulary has grown; here it never does.
+    return get_peft_model_state_dict(language_model, save_embedding_layers=False)
 
 
 def load_lora(
@@ -194,8 +214,9 @@ def load_lora(
     Raises:
         CheckpointError: if names or shapes are not exactly those that the base model and the rank call for.
     """
-    config = checkpoint.lora_config
+    config = copy(checkpoint.lora_config)
     config.inference_mode = not trainable
+    config.base_model_name_or_path = language_model.name_or_path  # or PEFT warns that it is another
     if dropout is not None:
         config.lora_dropout = dropout
     weights = _normalised_adapter_names(_read_adapter(checkpoint.folder))
@@ -203,7 +224,7 @@ def load_lora(
         wrapped = get_peft_model(language_model, config)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder / ADAPTER_CONFIG}: {error}") from error
-    expected = get_peft_model_state_dict(wrapped)
+    expected = _lora_weights(wrapped)
     _compare(expected, weights, f"adapter in {checkpoint.folder}", "another base language model or rank")
     set_peft_model_state_dict(wrapped, weights)
     return wrapped
@@ -216,7 +237,7 @@ def load_adapter_weights(language_model: PeftModel, folder: str | os.PathLike[st
         CheckpointError: if names or shapes differ.
     """
     weights = _normalised_adapter_names(_read_adapter(Path(folder)))
-    expected = get_peft_model_state_dict(language_model)
+    expected = _lora_weights(language_model)
     _compare(expected, weights, f"adapter in {folder}", "another base language model or rank")
     set_peft_model_state_dict(language_model, weights)
 
@@ -260,10 +281,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except pickle.UnpicklingError as error:  # its own text says how to switch the protection off
+        reason = "only plain PyTorch tensors are read; anything else could run code, or the file is damaged"
+        raise CheckpointError(f"{path}: can't be read as a file of tensors: {reason}") from error
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: can't be read as a file of tensors: {reason}") from error
-    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
+    ):
         raise CheckpointError(f"{path}: names and tensors are expected, got something else")
     return values
 

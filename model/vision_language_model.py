@@ -105,7 +105,7 @@ class VisionLanguageModel(nn.Module):
         language_model.requires_grad_(False)
         if checkpoint is not None:
             _check_geometry(checkpoint, tower, language_model)
-            projector_layers = 2 if any(name.startswith("2.") for name in read_projector(checkpoint.folder)) else 1
+            projector_layers = _projector_layers(checkpoint)
         projector = build_projector(tower.hidden_size, language_model.config.hidden_size, projector_layers)
         if checkpoint is not None:
             load_projector(projector, checkpoint.folder)
@@ -119,10 +119,14 @@ class VisionLanguageModel(nn.Module):
 
         Raises:
             LoraTargetError: if the language model has no linear layer of one of the target names.
+            ValueError: if it has LoRA layers already.
         """
+        if isinstance(self.language_model, PeftModel):
+            raise ValueError("the language model has LoRA layers already; they can be trained on or merged")
         self.language_model = add_lora(self.language_model, settings)
         self.language_model.to(self.device)
         self.projector.requires_grad_(True)
+        self.train(self.training)  # PEFT's layers, their dropout too, are made in training mode
 
     def merge_lora(self) -> None:
         """Add the LoRA updates to the base weights, for inference: W becomes W + ΔW."""
@@ -311,9 +315,16 @@ def _drops_first_patch(checkpoint: Checkpoint | None, vision_name: str) -> bool:
     """Whether SigLIP's first patch is left out: as trained by the original project, or going on from such training."""
     if checkpoint is None:
         return False
+    # Of another tower nothing can be dropped; that it does not fit is found out when both are loaded.
+    is_siglip = str(read_config(vision_name).get("model_type")).startswith("siglip")
+    return is_siglip and (checkpoint.config is None or checkpoint.config.drop_first_patch)
+
+
+def _projector_layers(checkpoint: Checkpoint) -> int:
+    """What the checkpoint says; the original project's say it by their weights only."""
     if checkpoint.config is not None:
-        return checkpoint.config.drop_first_patch
-    return str(read_config(vision_name).get("model_type")).startswith("siglip")
+        return checkpoint.config.projector_layers
+    return 2 if any(name.startswith("2.") for name in read_projector(checkpoint.folder)) else 1
 
 
 def _check_geometry(checkpoint: Checkpoint, tower: VisionTower, language_model: MultimodalQWenLMHeadModel) -> None:

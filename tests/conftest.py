@@ -23,3 +23,21 @@ def tokenizer(qwen_tiktoken):
     from qwen.tokenization_qwen import QWenTokenizer
 
     return QWenTokenizer(str(qwen_tiktoken))
+
+
+@pytest.fixture(scope="session")
+def tiny_bases(tmp_path_factory) -> tuple[str, str]:
+    """Folders of a tiny QWen and a tiny CLIP, as published; not to be written to."""
+    from tiny_towers import make_clip_checkpoint
+    from tiny_vlm import make_language_model
+
+    folder = tmp_path_factory.mktemp("bases")
+    return make_language_model(folder / "qwen"), make_clip_checkpoint(folder / "clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(tmp_path_factory) -> str:
+    """Folder of a tiny SigLIP, as published; not to be written to."""
+    from tiny_towers import make_siglip_checkpoint
+
+    return make_siglip_checkpoint(tmp_path_factory.mktemp("bases") / "siglip")

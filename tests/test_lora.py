@@ -1,0 +1,132 @@
+"""LoRA: where it goes, what is trained, and what merging does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_qwen import tiny_config, tiny_model
+from tiny_vlm import ALPHA, RANK, collate, enliven_trained, logits_of, new_model, sample, trainable_parameters
+from torch.testing import assert_close
+
+from model import LoraSettings, LoraTargetError, VisionLanguageModel
+from model.lora import add_lora
+from qwen import MultimodalQWenLMHeadModel
+
+LAYERS, WIDTH, INNER = 2, 16, 24
+
+
+def language_model():
+    return tiny_model(MultimodalQWenLMHeadModel).requires_grad_(False)
+
+
+def test_targets_are_parted_at_the_bars():
+    assert LoraSettings.parse_targets("c_attn|w1|w2") == ("c_attn", "w1", "w2")
+    assert LoraSettings.parse_targets(" c_attn | w1|") == ("c_attn", "w1")
+
+
+@pytest.mark.parametrize(
+    ("targets", "unmatched"),
+    [
+        (("c_atn",), "c_atn"),
+        (("c_attn", "q_proj", "w3"), "q_proj, w3"),
+        (("attn",), "attn"),  # a module, but no linear layer
+        (("ttn",), "ttn"),  # the end of a name, but not of a part of it
+        (("wte",), "wte"),
+        ((), "(empty)"),
+    ],
+)
+def test_a_target_that_matches_nothing_is_an_error_that_lists_what_exists(targets, unmatched):
+    model = language_model()
+    with pytest.raises(LoraTargetError) as error:
+        add_lora(model, LoraSettings(target_modules=targets))
+    message = str(error.value)
+    assert f"no linear layer is called {unmatched};" in message
+    assert "c_attn (2 layers), c_proj (4 layers), w1 (2 layers), w2 (2 layers)" in message
+    assert "lora" not in str(model)
+
+
+def test_lora_sits_on_every_layer_of_the_targets_and_nowhere_else():
+    wrapped = add_lora(language_model(), LoraSettings(rank=3, target_modules=("c_attn", "w1", "w2")))
+    names = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert names == {
+        f"base_model.model.transformer.h.{i}.{target}.lora_{part}.default.weight"
+        for i in range(LAYERS)
+        for target in ("attn.c_attn", "mlp.w1", "mlp.w2")
+        for part in "AB"
+    }
+
+
+def test_fresh_lora_changes_nothing():
+    model, ids = language_model(), torch.arange(6)[None]
+    before = model(input_ids=ids).logits
+    wrapped = add_lora(model, LoraSettings(rank=3)).eval()
+    assert_close(wrapped(input_ids=ids).logits, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_and_projector_are_fp32_on_a_half_precision_base(tiny_bases, dtype):
+    model = new_model(tiny_bases, dtype=dtype)
+    trained = trainable_parameters(model)
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if name not in trained} == {dtype}
+    assert model.dtype == dtype
+
+
+def test_merging_adds_the_update_to_the_weight(tiny_bases):
+    model = enliven_trained(new_model(tiny_bases)).eval()
+    layers = {
+        name: layer for name, layer in model.qwen.named_modules() if hasattr(layer, "base_layer")
+    }  # of PEFT's classes
+    assert len(layers) == LAYERS * 3
+    wanted = {
+        name: layer.base_layer.weight.detach()
+        + ALPHA / RANK * layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
+        for name, layer in layers.items()
+    }
+    untouched = {n: p.detach().clone() for n, p in model.qwen.named_parameters() if "c_proj" in n or "ln_" in n}
+    batch = collate(sample(1), sample(2, seed=1))
+    before = logits_of(model, batch)
+
+    model.merge_lora()
+
+    assert type(model.language_model) is MultimodalQWenLMHeadModel
+    weights = dict(model.language_model.named_parameters())
+    for name, weight in wanted.items():
+        assert_close(weights[f"{name}.weight"].detach(), weight)
+    for name, weight in untouched.items():
+        assert_close(weights[name].detach(), weight, rtol=0, atol=0)
+    assert_close(logits_of(model, batch), before, rtol=1e-4, atol=1e-4)
+    model.merge_lora()  # a second time changes nothing
+    assert dict(model.language_model.named_parameters()).keys() == weights.keys()
+
+
+def test_parameter_counts_of_each_part(tiny_bases):
+    model = new_model(tiny_bases)
+    counts = model.parameter_counts()
+    assert list(counts) == ["vision_tower", "projector", "language_model", "lora"]
+    lora = LAYERS * (RANK * (WIDTH + 3 * WIDTH) + 2 * RANK * (WIDTH + INNER))
+    assert counts["lora"] == (lora, lora)
+    projector = 32 * WIDTH + WIDTH + WIDTH * WIDTH + WIDTH
+    assert counts["projector"] == (projector, projector)
+    assert counts["language_model"] == (sum(p.numel() for p in tiny_model(vocab_size=151648).parameters()), 0)
+    assert counts["vision_tower"] == (sum(p.numel() for p in model.vision_tower.parameters()), 0)
+    assert tiny_config().intermediate_size == 2 * INNER
+
+
+def test_a_model_made_for_inference_has_nothing_to_train(tiny_bases):
+    model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
+    assert not trainable_parameters(model)
+    assert not any(module.training for module in model.modules())
+
+
+def test_lora_put_into_a_model_in_eval_mode_does_not_drop_out(tiny_bases):
+    model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
+    model.add_lora(LoraSettings(rank=RANK, dropout=0.5))
+    assert not any(module.training for module in model.modules())
+    assert all(p.requires_grad for p in model.projector.parameters())
+
+
+def test_lora_cannot_be_put_on_twice(tiny_bases):
+    model = new_model(tiny_bases)
+    with pytest.raises(ValueError, match="LoRA layers already"):
+        model.add_lora(LoraSettings())
