@@ -57,5 +57,5 @@ def _not_found(name: str, error: Exception) -> ValueError:
         return ValueError(f"base language model {name!r}: {error}")
     return ValueError(
         f"base language model {name!r} is no local folder, and the hub does not give it: {str(error).rstrip('.')}. "
-        "Give a folder with config.json, weights and qwen.tiktoken, or a name that can be downloaded or lies in the cache"
+        "Give a folder (config.json, weights, qwen.tiktoken), or a name that can be downloaded or lies in the cache"
     )

@@ -1,0 +1,384 @@
+"""train.py and train.sh as people call them: what is printed, written, and said where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import (
+    MIXED_CAPTIONS,
+    ROOT,
+    losses,
+    make_bases,
+    make_pictures,
+    one_line_error,
+    printed_steps,
+    start,
+    trained_weights,
+    write_as_the_original,
+    write_data,
+)
+from tiny_towers import make_siglip_checkpoint
+
+import train
+from dataset import ImageCaptionDataset, VLMCollator
+from model import VisionLanguageModel
+from qwen import QWenTokenizer
+
+PUBLISHED = shlex.split(
+    "--nproc_per_node=1 --master_port=25642 train.py --lora_rank 128 --lora_dropout 0.10 "
+    "--per_device_train_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 2 --save_steps 1000 "
+    "--save_total_limit 5 --learning_rate 3e-5 --seed 42 --ddp_find_unused_parameters False --feature_proj_lr 1e-4 "
+    "--remove_unused_columns false --logging_steps 100 --output_dir ./weights/train_V1_5 "
+    "--target_modules 'c_attn|w1|w2' --image_map data/image_map_b.json --captions_file data/captions_b.json"
+)
+QUICK = shlex.split(
+    "--lora_rank 4 --lora_alpha 8 --lora_dropout 0 --learning_rate 1e-2 --feature_proj_lr 3e-2 --logging_steps 1 "
+    "--save_steps 2 --num_train_epochs 2 --use_cpu true"
+)
+EXTRA = ["--num_train_epochs", "1", "--run_name", "two words"]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, qwen_tiktoken) -> list[str]:
+    return make_bases(tmp_path_factory.mktemp("bases"), qwen_tiktoken)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    make_pictures(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, pictures) -> list[str]:
+    return write_data(tmp_path_factory.mktemp("data"), MIXED_CAPTIONS, pictures)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """`main` directs the log to the stderr of the moment, which pytest closes after the test."""
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    yield
+    root.handlers[:] = handlers
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, bases, data) -> tuple[Path, str, str]:
+    """Six steps of four samples under plain python, evaluated: (run folder, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("run")
+    evaluation = ["--eval_image_map", data[1], "--eval_captions_file", data[3], "--per_device_eval_batch_size", "12"]
+    flags = [*QUICK, "--per_device_train_batch_size", "4", "--save_total_limit", "2", "--output_dir", folder]
+    done = start(sys.executable, "train.py", *bases, *data, *evaluation, *flags)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, done.stderr
+
+
+def quick_run(*flags: object) -> int:
+    """Train in this process; under a second where a new one takes ten."""
+    return train.main([*QUICK, "--report_to", "none", "--disable_tqdm", "true", *(str(flag) for flag in flags)])
+
+
+def weights_differ(a: Path, b: Path) -> float:
+    """The largest difference between the weights of two checkpoints."""
+    first, second = trained_weights(a), trained_weights(b)
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+# ---- What a run prints and writes
+
+
+def test_each_step_shows_loss_both_learning_rates_and_speed(run):
+    _, stdout, stderr = run
+    steps = printed_steps(stdout)
+    assert len(steps) == 6
+    for number, step in enumerate(steps):
+        assert step["learning_rate"] == pytest.approx(1e-2 * (6 - number) / 6, rel=1e-3)
+        assert step["feature_proj_lr"] == pytest.approx(3e-2 * (6 - number) / 6, rel=1e-3)
+        assert step["samples_per_second"] > 0
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert "6/6" in stderr  # the progress bar
+    for part in ("vision_tower", "projector", "language_model", "lora"):
+        assert stderr.count(f"\n{part} ") == 1, "parameters of each part, once"
+
+
+def test_the_run_folder_holds_checkpoints_a_last_save_and_the_settings(run, bases, data):
+    folder = run[0]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert weights_differ(folder, folder / "checkpoint-6") == 0
+    note = json.loads((folder / "multimodal_config.json").read_text())
+    assert [note["base_language_model"], note["base_value_model"]] == [bases[1], bases[3]]
+    assert (note["vision_tower"], note["num_image_tokens"], note["dtype"]) == ("clip", 4, "float32")
+    settings = json.loads((folder / "train_config.json").read_text())
+    assert settings["model"]["lora_rank"] == 4
+    assert settings["data"]["captions_file"] == data[3]
+    assert settings["training"]["feature_proj_lr"] == 3e-2
+    assert {"torch", "transformers", "peft"} <= settings["package_versions"].keys()
+
+
+def test_tensorboard_gets_what_is_printed(run):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (file,) = run[0].rglob("events.out.tfevents.*")
+    events = reader.EventAccumulator(str(file)).Reload()
+    for tag in ("loss", "learning_rate", "feature_proj_lr", "samples_per_second"):
+        assert len(events.Scalars(f"train/{tag}")) == 6
+    assert len(events.Scalars("eval/loss")) == 2
+
+
+def test_evaluation_gives_the_loss_of_the_first_alternatives(run, bases, data):
+    model = VisionLanguageModel.from_pretrained(model_weights=run[0], device="cpu")
+    tokenizer = QWenTokenizer.from_pretrained(bases[1])
+    samples = ImageCaptionDataset(
+        data[1], data[3], tokenizer, model.vision_tower.image_transform, model.num_image_tokens, training=False
+    )
+    with torch.no_grad():
+        loss = model(**VLMCollator(tokenizer.pad_token_id)([samples[i] for i in range(12)])).loss
+    printed = [float(value) for value in re.findall(r"'eval_loss': '([\d.]+)'", run[1])]
+    assert len(printed) == 2
+    assert printed[1] == pytest.approx(loss.item(), rel=5e-4)  # it is printed with four digits
+    assert printed[1] < printed[0]
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in (*(word for word in PUBLISHED[3:] if word.startswith("--")), "--previous_lora_weights", "--optim"):
+        assert f"\n  {flag}" in text
+
+
+# ---- train.sh
+
+
+@pytest.mark.parametrize(
+    ("env", "extra", "words"),
+    [
+        ({}, [], ["0", *PUBLISHED]),
+        (
+            {"CUDA_VISIBLE_DEVICES": "2,3", "NPROC_PER_NODE": "2", "MASTER_PORT": "1234"},
+            EXTRA,
+            ["2,3", "--nproc_per_node=2", "--master_port=1234", *PUBLISHED[2:], *EXTRA],
+        ),
+        ({"CUDA_VISIBLE_DEVICES": ""}, [], ["", *PUBLISHED]),
+    ],
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_train_sh_runs_the_published_command(tmp_path, env, extra, words, elsewhere):
+    fake = tmp_path / "torchrun"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$CUDA_VISIBLE_DEVICES" "$@"\n')
+    fake.chmod(0o755)
+    own = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "MASTER_PORT")}
+    own["PATH"] = f"{tmp_path}:{own['PATH']}"
+    script = str(ROOT / "train.sh") if elsewhere else "train.sh"
+    done = subprocess.run(
+        ["sh", script, *extra], cwd=tmp_path if elsewhere else ROOT, env={**own, **env}, text=True, capture_output=True
+    )
+    got = done.stdout.removesuffix("\n").split("\n")
+    program = got[3]
+    assert Path(tmp_path if elsewhere else ROOT, program).resolve() == ROOT / "train.py"
+    assert [*got[:3], "train.py", *got[4:]] == words
+
+
+def test_two_processes_train_as_one_and_write_once(run, bases, data, tmp_path):
+    """Two processes with half the batch each: the same losses, the same weights, from another folder."""
+    flags = [*QUICK, "--per_device_train_batch_size", "2", "--output_dir", "weights"]
+    done = start("sh", ROOT / "train.sh", *bases, *data, *flags, cwd=tmp_path, NPROC_PER_NODE="2", MASTER_PORT="25741")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "weights"
+    assert losses(folder / "checkpoint-6") == pytest.approx(losses(run[0] / "checkpoint-6"), rel=1e-5)
+    assert weights_differ(folder, run[0]) <= 1e-5
+    assert len(printed_steps(done.stdout)) == 6, "only the first process speaks"
+    assert done.stderr.count("done; ask the model") == 1
+    assert "[1]" not in done.stderr
+    assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+# ---- The numbers
+
+
+def test_losses_are_those_of_a_plain_loop(bases, pictures, tmp_path):
+    """AdamW in two groups, linear decay, clipping at 1, weight decay on matrices only; two batches to a step."""
+    data = write_data(tmp_path, MIXED_CAPTIONS[:4], pictures)
+    argv = [*bases, *data, *QUICK, "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
+    argv += ["--weight_decay", "0.1", "--num_train_epochs", "5", "--per_device_train_batch_size", "2"]
+    argv += ["--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "run")]
+    trainer = train.build_trainer(argv)
+    trainer.train()
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    reference = train.build_trainer(argv)  # the same seed draws the same weights
+    model, samples, collate = reference.model, reference.train_dataset, reference.data_collator
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.startswith("projector.") for name in trained)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in trained.items() if "lora_" in n], "lr": 1e-2, "weight_decay": 0.1},
+            {"params": [p for n, p in trained.items() if n.endswith("weight") and "lora_" not in n], "lr": 3e-2}
+            | {"weight_decay": 0.1},
+            {"params": [p for n, p in trained.items() if n.endswith("bias")], "lr": 3e-2, "weight_decay": 0.0},
+        ]
+    )
+    start_rates = [group["lr"] for group in optimizer.param_groups]
+    expected = []
+    for step in range(5):
+        samples.set_epoch(step)
+        for group, rate in zip(optimizer.param_groups, start_rates, strict=True):
+            group["lr"] = rate * (5 - step) / 5
+        loss = model(**collate([samples[i] for i in range(4)])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        expected.append(loss.item())
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert expected[-1] < expected[0] - 0.3
+
+
+def test_resuming_continues_as_if_never_stopped(bases, data, tmp_path):
+    flags = [*bases, *data, "--per_device_train_batch_size", "4", "--lora_dropout", "0.3"]
+    assert quick_run(*flags, "--output_dir", tmp_path / "whole") == 0
+    assert (
+        quick_run(*flags, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "auto", "--max_steps", "2")
+        == 0
+    )
+    whole = tmp_path / "whole"
+    resumed = ["--resume_from_checkpoint", whole / "checkpoint-4", "--output_dir", tmp_path / "rest"]
+    assert quick_run(*flags, *resumed) == 0
+    assert losses(tmp_path / "rest/checkpoint-6") == losses(whole / "checkpoint-6")
+    assert weights_differ(tmp_path / "rest", whole) == 0
+    # `auto` is the newest checkpoint of --output_dir.
+    shutil.rmtree(whole / "checkpoint-6")
+    before = trained_weights(whole)
+    assert quick_run(*flags, "--output_dir", whole, "--resume_from_checkpoint", "auto") == 0
+    assert losses(whole / "checkpoint-6") == losses(tmp_path / "rest/checkpoint-6")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained_weights(whole).items())
+
+
+# ---- Starting from earlier weights, towers, projectors, numbers of samples
+
+
+def test_previous_weights_are_where_training_starts(run, bases, data, tmp_path, capsys):
+    """With learning rates of 0, what is saved is what was loaded."""
+    still = [*bases, *data, "--learning_rate", "0", "--feature_proj_lr", "0", "--max_steps", "1"]
+    original = write_as_the_original(run[0], tmp_path / "original")
+    for previous in (run[0], run[0] / "checkpoint-6", original):
+        out = tmp_path / f"from {previous.name}"
+        assert quick_run(*still, "--previous_lora_weights", previous, "--output_dir", out) == 0
+        assert weights_differ(out, run[0]) == 0
+        assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+    for flag, value, there in (
+        ("--lora_rank", "8", "4"),
+        ("--lora_alpha", "16", "8"),
+        ("--projector_layers", "1", "2"),
+        ("--target_modules", "w1|w2", "c_attn|w1|w2"),
+    ):
+        capsys.readouterr()
+        assert quick_run(*still, "--previous_lora_weights", run[0], "--output_dir", tmp_path, flag, value) == 2
+        message = one_line_error(capsys.readouterr().err, "train.py")
+        assert flag in message
+        assert value in message
+        assert there in message
+
+
+def test_another_tower_and_a_single_layer(bases, data, tmp_path):
+    tower = make_siglip_checkpoint(tmp_path / "siglip")
+    flags = [*bases[:2], "--base_value_model", tower, *data, "--projector_layers", "1", "--max_steps", "2"]
+    assert quick_run(*flags, "--output_dir", tmp_path / "run") == 0
+    assert sorted(trained_weights(tmp_path / "run"))[:2] == ["0.bias", "0.weight"]
+    assert "2.weight" not in trained_weights(tmp_path / "run")
+    note = json.loads((tmp_path / "run/multimodal_config.json").read_text())
+    assert (note["vision_tower"], note["projector_layers"], note["drop_first_patch"]) == ("siglip", 1, False)
+    assert len(VisionLanguageModel.from_pretrained(model_weights=tmp_path / "run", device="cpu").projector) == 1
+
+
+def test_the_first_samples_only(bases, data, tmp_path):
+    argv = [*bases, *data, *QUICK, "--report_to", "none", "--max_train_samples", "3", "--output_dir", str(tmp_path)]
+    trainer = train.build_trainer(argv)
+    assert [trainer.train_dataset[i]["id"] for i in range(len(trainer.train_dataset))] == [0, 1, 2]
+
+
+# ---- What users get wrong
+
+
+def mistakes(folder: Path, pictures: Path, bases: list[str], run: Path) -> dict[str, tuple[list[str], str]]:
+    """Flags that come last, and what the message has to say."""
+    no_vocabulary = folder / "no vocabulary"
+    shutil.copytree(bases[1], no_vocabulary, ignore=lambda *_: ["qwen.tiktoken"])
+    weights_only = folder / "weights only"
+    shutil.copytree(run, weights_only, ignore=lambda *_: [p.name for p in run.glob("checkpoint-*")] + ["runs"])
+    (folder / "a file").touch()
+    absent = write_data(folder / "absent", [("nowhere.png", ("<|extra_0|>", "a"))], pictures)
+    long = write_data(folder / "long", [("red.png", ("<|extra_0|>" + "long " * 90, "a"))], pictures)
+    uneven = write_data(folder / "uneven", [("red.png", ("no placeholder", "a"))], pictures)
+    return {
+        "image map": (["--image_map", "nowhere.json"], "nowhere.json"),
+        "language model": (["--base_language_model", "no/such/folder"], "no/such/folder"),
+        "hub, offline": (["--base_language_model", "Qwen/Qwen-1_8B-Chat"], "'Qwen/Qwen-1_8B-Chat' is no local folder"),
+        "tower, offline": (["--base_value_model", "openai/clip-vit-base-patch32"], "openai/clip-vit-base-patch32"),
+        "bases swapped": (["--base_language_model", bases[3]], "qwen.tiktoken"),
+        "no tower": (["--base_value_model", bases[1]], "model_type 'qwen'"),
+        "no vocabulary": (["--base_language_model", str(no_vocabulary)], "qwen.tiktoken"),
+        "targets": (
+            ["--target_modules", "c_attn|q_proj"],
+            "no linear layer is called q_proj; the language model has c_attn",
+        ),
+        "part of a target": (["--target_modules", "attn"], "no linear layer is called attn"),
+        "no targets": (["--target_modules", "|"], "--target_modules"),
+        "no number": (["--learning_rate", "fast"], "--learning_rate"),
+        "misspelt": (["--lora_rnak", "4"], "--lora_rnak"),
+        "shortened": (["--lora_r", "4"], "--lora_r"),
+        "ranges": (
+            ["--lora_rank", "0", "--lora_dropout", "1", "--feature_proj_lr", "-1"],
+            "--lora_dropout 1.0: must be",
+        ),
+        "batch": (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0"),
+        "epochs": (["--num_train_epochs", "0"], "--num_train_epochs 0.0"),
+        "layers": (["--projector_layers", "3"], "--projector_layers 3"),
+        "half an evaluation": (["--eval_image_map", "x.json"], "--eval_captions_file"),
+        "no evaluation set": (["--eval_strategy", "steps"], "eval_dataset"),
+        "columns": (["--remove_unused_columns", "true"], "--remove_unused_columns"),
+        "log": (["--report_to", "wandb"], "--report_to wandb"),
+        "optimizer": (["--optim", "adamw_bnb_8bit"], "bitsandbytes"),
+        "output": (["--output_dir", str(folder / "a file")], "is a file"),
+        "no previous": (["--previous_lora_weights", "nowhere"], "nowhere"),
+        "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere"),
+        "no state": (["--resume_from_checkpoint", str(weights_only)], "no trainer_state.json"),
+        "other rank": (["--resume_from_checkpoint", str(run), "--lora_rank", "8"], "(4, 16), expected (8, 16)"),
+        "no image": (absent, "sample 0: "),
+        "no image, seen by a worker": ([*absent, "--dataloader_num_workers", "1"], "sample 0: "),
+        "too long": ([*long, "--max_length", "80"], "expected fewer than max_length = 80"),
+        "placeholders": (uneven, "0 image placeholders <|extra_0|> but it has 1 images"),
+    }
+
+
+def test_a_mistake_is_one_line(run, bases, data, pictures, tmp_path, capsys, monkeypatch):
+    for case, (flags, message) in mistakes(tmp_path, pictures, bases, run[0]).items():
+        right = ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--save_strategy", "no"]
+        assert quick_run(*bases, *data, *right, *flags) == 2, case
+        said = one_line_error(capsys.readouterr().err, "train.py")
+        assert message in said, case
+        assert len(said) < 700, case
+    assert quick_run(*bases, "--captions_file", data[3], "--output_dir", tmp_path / "out") == 2
+    assert "--image_map" in one_line_error(capsys.readouterr().err, "train.py")
+
+
+def test_a_mistake_ends_plain_python_with_2(bases, data, tmp_path):
+    done = start(sys.executable, ROOT / "train.py", *data, "--base_language_model", "Qwen/Qwen-7B-Chat", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Qwen/Qwen-7B-Chat" in one_line_error(done.stderr, "train.py")
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
