@@ -35,6 +35,17 @@ class VLMTrainingArguments(TrainingArguments):
         metadata={"help": "Not needed: LoRA and projector get a gradient in every step, without an image too."},
     )
 
+    def __post_init__(self) -> None:
+        """Refuse what would train something else than it says.
+
+        Raises:
+            ValueError: if label smoothing is asked for.
+        """
+        if self.label_smoothing_factor:
+            # Trainer shifts the labels of language models in its own list only; here it would smooth the wrong tokens.
+            raise ValueError(f"--label_smoothing_factor {self.label_smoothing_factor} is not supported; leave it out")
+        super().__post_init__()
+
     @property
     def n_gpu(self) -> int:
         """At most 1: torchrun starts a process for each GPU, and DataParallel would part images from their rows."""

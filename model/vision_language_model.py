@@ -184,9 +184,12 @@ class VisionLanguageModel(nn.Module):
             kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …).
 
         Raises:
-            ValueError: if image tokens and features differ in number.
+            ValueError: if image tokens and features differ in number, in all or by rows.
         """
-        features = self.encode_images(pixel_values) if pixel_values is not None else None
+        features = None
+        if pixel_values is not None:
+            self._check_image_tokens(input_ids, len(pixel_values))
+            features = self.encode_images(pixel_values)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "image_features": features, **kwargs}
         if labels is None or return_logits:
             out = self.qwen(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
@@ -223,37 +226,41 @@ class VisionLanguageModel(nn.Module):
             (B, T + new tokens), prompts included, as transformers' `generate` gives.
 
         Raises:
-            ValueError: if image tokens and features differ in number.
+            ValueError: if image tokens and features differ in number, in all or by rows.
         """
         if pixel_values is not None:
-            kwargs["image_features"] = self.features_by_row(input_ids, pixel_values)
+            self._check_image_tokens(input_ids, len(pixel_values))
+            kwargs["image_features"] = self.encode_images(pixel_values)
         return self.language_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    def features_by_row(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Encode images and part their features by the rows that they belong to.
+    def _check_image_tokens(self, input_ids: Tensor, num_images: int) -> None:
+        """See to it that every image's tokens stand in one row; were only the sum right, images would move."""
+        counts = (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist()
+        wanted = num_images * self.num_image_tokens
+        if sum(counts) != wanted or any(count % self.num_image_tokens for count in counts):
+            raise ValueError(
+                f"the prompts hold {sum(counts)} image tokens (by row: {counts}), but {num_images} images give "
+                f"{wanted}; every row must hold a multiple of {self.num_image_tokens}, so many for each of its images"
+            )
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute the language model's activations in the backward pass instead of keeping them.
 
         Args:
-            input_ids: (B, T).
-            pixel_values: (N, 3, H, W), in reading order.
-
-        Returns:
-            One tensor (image tokens of the row, D) for each row.
-
-        Raises:
-            ValueError: if image tokens and features differ in number.
+            activation_checkpointing_kwargs: as `torch.utils.checkpoint` takes them.
+            options: what else transformers' method of this name takes.
         """
-        features = self.encode_images(pixel_values).flatten(0, 1)
-        counts = (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist()
-        if sum(counts) != len(features):
-            raise ValueError(
-                f"the prompts hold {sum(counts)} image tokens (by row: {counts}), but {len(pixel_values)} images give "
-                f"{len(features)} features, {self.num_image_tokens} each"
-            )
-        return features.split(counts)
+        kwargs = activation_checkpointing_kwargs or {"use_reentrant": False}
+        if hasattr(self.qwen, "activation_checkpointing_enable"):
+            self.qwen.activation_checkpointing_enable(kwargs, **options)
+        else:  # its name in older versions, without options
+            self.qwen.gradient_checkpointing_enable(kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute the language model's activations in the backward pass instead of keeping them."""
-        self.qwen.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        """The name by which older versions of Trainer call `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def parameter_counts(self) -> dict[str, tuple[int, int]]:
         """Number of parameters, all and trainable, of each part; LoRA layers are a part of their own."""

@@ -1,0 +1,334 @@
+"""Training: the losses of a plain loop, two learning rates, accumulation, evaluation, saving and going on."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from tiny_vlm import collate, enliven_trained, logits_of, new_model, sample, trainable_parameters
+from torch.testing import assert_close
+from torch.utils.data import Dataset
+
+from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
+from model.trainer import optimizer_groups
+
+SAMPLES = [
+    sample(i % 3, num_words=3 + i % 4, num_answer=1 + (3 * i) % 7, seed=i) for i in range(8)
+]  # no, one and two images, answers of 1 to 7 tokens
+
+
+class Samples(Dataset):
+    """Remembers which epoch it was told of when each sample was asked for."""
+
+    def __init__(self, samples=SAMPLES) -> None:
+        self.samples = samples
+        self.epoch = -1
+        self.seen: list[tuple[int, int]] = []
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        self.seen.append((self.epoch, index))
+        return self.samples[index]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class RecordingCollator:
+    """Collates, and keeps the batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, torch.Tensor]] = []
+
+    def __call__(self, samples):
+        self.batches.append(collate(*samples))
+        return dict(self.batches[-1])
+
+
+def arguments(folder, **changes) -> VLMTrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-3,
+        "feature_proj_lr": 5e-3,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 3,
+    }
+    return VLMTrainingArguments(**{**settings, **changes})
+
+
+def train(model, folder, data=None, resume=None, **changes) -> VLMTrainer:
+    trainer = VLMTrainer(
+        model=model,
+        args=arguments(folder, **changes),
+        train_dataset=data or Samples(),
+        eval_dataset=Samples(),
+        data_collator=RecordingCollator(),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def collate_list(samples):
+    return collate(*samples)
+
+
+def logged(trainer: VLMTrainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.fixture
+def model(tiny_bases):
+    return enliven_trained(new_model(tiny_bases), std=0.1)
+
+
+# Optimizer groups
+
+
+def test_groups_cover_every_trainable_parameter_once(model, tmp_path):
+    args = arguments(tmp_path, weight_decay=0.1)
+    groups = optimizer_groups(model, args)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    expected = {
+        id(parameter): (5e-3 if name.startswith("projector.") else 1e-3, 0.1 if name.endswith("weight") else 0.0)
+        for name, parameter in trainable_parameters(model).items()
+    }
+    assert found == expected
+    assert len(expected) == 12 + 4
+
+
+def test_a_stray_trainable_parameter_is_an_error_that_names_it(model, tmp_path):
+    model.qwen.transformer.ln_f.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"exactly one optimizer group: .*transformer\.ln_f\.weight"):
+        optimizer_groups(model, arguments(tmp_path))
+
+
+def test_training_without_lora_is_an_error(tiny_bases, tmp_path):
+    model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu", trainable=True)
+    with pytest.raises(ValueError, match="was add_lora called"):
+        optimizer_groups(model, arguments(tmp_path))
+
+
+# Losses
+
+
+def plain_loop(model, batches, *, steps, lr, projector_lr, decay) -> tuple[list[float], list[float]]:
+    """AdamW over two groups, linear decay to 0, gradients clipped to a norm of 1; no Trainer."""
+    trained = trainable_parameters(model.train())
+    lora = [p for name, p in trained.items() if "lora_" in name]
+    matrices = [model.projector[0].weight, model.projector[2].weight]
+    biases = [model.projector[0].bias, model.projector[2].bias]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": lora, "lr": lr, "weight_decay": decay},
+            {"params": matrices, "lr": projector_lr, "weight_decay": decay},
+            {"params": biases, "lr": projector_lr, "weight_decay": 0.0},
+        ]
+    )
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    losses, norms = [], []
+    for step, batch in zip(range(steps), batches, strict=True):
+        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = rate * (1 - step / steps)
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms
+
+
+def test_losses_and_weights_are_those_of_a_plain_loop(tiny_bases, tmp_path):
+    model, twin = (enliven_trained(new_model(tiny_bases), std=0.1) for _ in range(2))
+    trainer = train(model, tmp_path, num_train_epochs=3, max_steps=-1, weight_decay=0.1)
+    batches = trainer.data_collator.batches
+    assert len(batches) == 12
+
+    losses, norms = plain_loop(twin, batches, steps=12, lr=1e-3, projector_lr=5e-3, decay=0.1)
+
+    assert losses[-1] < losses[0] - 0.5  # it learns something
+    assert max(norms) > 1 > min(norms)  # the clip is at work, but not always
+    assert logged(trainer) == pytest.approx(losses, rel=1e-6)
+    assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-4)
+    for name, parameter in trainable_parameters(twin).items():
+        assert_close(trainable_parameters(model)[name], parameter, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_only_what_is_to_be_trained_changes(model, tmp_path):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, tmp_path)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == trainable_parameters(model).keys()
+
+
+def test_accumulated_batches_equal_one_large_batch(tiny_bases, tmp_path):
+    runs = []
+    for size, accumulated in ((4, 1), (2, 2), (1, 4)):
+        model = enliven_trained(new_model(tiny_bases), std=0.1)
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+        trainer = train(model, tmp_path, max_steps=4, **changes)
+        runs.append((logged(trainer), trainable_parameters(model)))
+    for losses, weights in runs[1:]:
+        assert losses == pytest.approx(runs[0][0], rel=1e-5)
+        for name, parameter in runs[0][1].items():
+            assert_close(weights[name], parameter, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_gradient_checkpointing_gives_the_same_losses(tiny_bases, tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        model = enliven_trained(new_model(tiny_bases), std=0.1)
+        runs.append(logged(train(model, tmp_path, gradient_checkpointing=checkpointing)))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    assert model.qwen.transformer.h[0].gradient_checkpointing
+
+
+def test_a_run_is_reproducible_with_dropout(tiny_bases, tmp_path):
+    runs = [logged(train(new_model(tiny_bases, dropout=0.5), tmp_path)) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_bf16_trains_fp32_masters(tiny_bases, tmp_path):
+    """At a small rate a bf16 master would not move: 1e-5 is less than half a step of a weight of 0.1."""
+    model = enliven_trained(new_model(tiny_bases, dtype=torch.bfloat16), std=0.1)
+    before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+    train(model, tmp_path, bf16=True, learning_rate=1e-5, feature_proj_lr=1e-5, max_steps=1)
+    for name, parameter in trainable_parameters(model).items():
+        assert parameter.dtype == torch.float32
+        assert (parameter != before[name]).float().mean() > 0.95, name
+
+
+# What is logged
+
+
+def test_both_learning_rates_and_the_speed_are_logged(model, tmp_path):
+    trainer = train(model, tmp_path)
+    assert logged(trainer, "learning_rate") == pytest.approx([1e-3 * share for share in (1, 0.75, 0.5, 0.25)])
+    assert logged(trainer, "feature_proj_lr") == pytest.approx([5e-3 * share for share in (1, 0.75, 0.5, 0.25)])
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["samples_per_second"] > 0 for entry in steps)
+
+
+def test_parameter_counts_are_logged_at_the_start(model, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="model"):
+        VLMTrainer(model=model, args=arguments(tmp_path), train_dataset=Samples(), data_collator=collate_list)
+    lines = [record.getMessage().split() for record in caplog.records]
+    numbers = {line[0]: (line[1], line[3]) for line in lines if "parameters," in line}
+    assert numbers["lora"] == ("1,152", "1,152")
+    assert numbers["projector"] == ("800", "800")
+    assert numbers["vision_tower"][1] == numbers["language_model"][1] == "0"
+    assert numbers["all"] == (f"{sum(p.numel() for p in model.parameters()):,}", "1,952")
+
+
+# Evaluating, saving, going on
+
+
+def test_evaluation_gives_the_loss_and_changes_nothing(model, tmp_path):
+    trainer = VLMTrainer(
+        model=model, args=arguments(tmp_path), eval_dataset=Samples(SAMPLES[:4]), data_collator=collate_list
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        losses = [model.eval()(**collate(*SAMPLES[i : i + 2])).loss for i in (0, 2)]
+    assert metrics["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_checkpoints_are_written_by_trainer_and_load(model, tmp_path):
+    train(model, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    files = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    ours = {"adapter_config.json", "adapter_model.safetensors", "projector.safetensors", "multimodal_config.json"}
+    assert files >= ours | {"optimizer.pt", "scheduler.pt", "trainer_state.json"}
+    assert not files & {"model.safetensors", "pytorch_model.bin"}  # the frozen 7 B stay where they are
+    loaded = VisionLanguageModel.from_pretrained(model_weights=tmp_path, device="cpu")
+    batch = collate(*SAMPLES[:3])
+    assert_close(logits_of(loaded, batch), logits_of(model, batch), rtol=0, atol=0)
+
+
+def test_the_final_save_writes_the_weights_as_they_are(model, tmp_path):
+    trainer = train(model, tmp_path / "run")
+    trainer.save_model()
+    loaded = VisionLanguageModel.from_pretrained(model_weights=tmp_path / "run", device="cpu")
+    batch = collate(*SAMPLES[:3])
+    assert_close(logits_of(loaded, batch), logits_of(model, batch), rtol=0, atol=0)
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_cut(tiny_bases, tmp_path):
+    changes = {"num_train_epochs": 3, "max_steps": -1, "save_strategy": "steps", "save_steps": 6}
+    whole, data = new_model(tiny_bases, dropout=0.3), Samples()
+    uncut = train(whole, tmp_path, data, **changes)
+    rest, data_of_rest = enliven_trained(new_model(tiny_bases, dropout=0.3), seed=9), Samples()
+    resumed = train(rest, tmp_path, data_of_rest, resume=str(tmp_path / "checkpoint-6"), **changes)
+    assert logged(resumed) == logged(uncut)
+    for name, parameter in trainable_parameters(whole).items():
+        assert torch.equal(trainable_parameters(rest)[name], parameter), name
+    # The data set is told the right epoch, in the middle of which the run was cut.
+    assert data.seen[-12:] == data_of_rest.seen[-12:]
+    assert sorted({epoch for epoch, _ in data.seen}) == [0, 1, 2]
+    assert [epoch for epoch, _ in data.seen] == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_resuming_from_a_checkpoint_that_does_not_fit_is_an_error(tiny_bases, model, tmp_path):
+    train(model, tmp_path, save_strategy="steps", save_steps=2)
+    with pytest.raises(ValueError, match="does not fit"):
+        train(new_model(tiny_bases, layers=1), tmp_path, resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(model, tmp_path):
+    trainer = train(
+        model,
+        tmp_path,
+        # So high a rate that it gets worse, after a first step that does nothing.
+        learning_rate=2.0,
+        feature_proj_lr=2.0,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=1,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=1,
+        eval_steps=1,
+        max_steps=3,
+        load_best_model_at_end=True,
+    )
+    losses = logged(trainer, "eval_loss")
+    assert losses[0] < min(losses[1:])
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
+
+
+# Settings
+
+
+def test_defaults_of_the_training_arguments(tmp_path):
+    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert (args.learning_rate, args.feature_proj_lr) == (3e-5, 1e-4)
+    assert (args.remove_unused_columns, args.ddp_find_unused_parameters) == (False, False)
+    assert (args.max_grad_norm, args.weight_decay, str(args.lr_scheduler_type.value)) == (1.0, 0.0, "linear")
+    assert args.optim.value.startswith("adamw_torch")
+    assert json.loads(args.to_json_string())["feature_proj_lr"] == 1e-4
+
+
+def test_several_gpus_in_one_process_are_not_split_over(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 4
+    assert args.n_gpu == 1
+    assert args.train_batch_size == args.per_device_train_batch_size
+
+
+def test_label_smoothing_is_refused_for_trainer_would_not_shift_the_labels(tmp_path):
+    with pytest.raises(ValueError, match=r"--label_smoothing_factor 0\.1 is not supported"):
+        arguments(tmp_path, label_smoothing_factor=0.1)

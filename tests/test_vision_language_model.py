@@ -1,0 +1,287 @@
+"""The assembled model: what is trained, the loss, mixed batches, and generation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_qwen import left_padded, random_ids
+from tiny_vlm import (
+    NUM_IMAGE_TOKENS,
+    PAD_ID,
+    VOCAB_SIZE,
+    collate,
+    enliven_trained,
+    logits_of,
+    new_model,
+    prompt_of,
+    sample,
+    trainable_parameters,
+)
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from model import VisionLanguageModel
+from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID
+
+MIXED = (sample(1), sample(0, num_words=9, seed=1), sample(2, num_words=2, num_answer=6, seed=2))
+
+
+@pytest.fixture
+def model(tiny_bases):
+    return enliven_trained(new_model(tiny_bases))
+
+
+@pytest.fixture(scope="module")
+def still(tiny_bases):
+    """A model for inference; not to be changed."""
+    return enliven_trained(new_model(tiny_bases)).eval()
+
+
+def gradients(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+# What is trained
+
+
+def test_only_lora_and_projector_get_gradients(model):
+    model.train()(**collate(*MIXED)).loss.backward()
+    with_gradient = gradients(model)
+    assert with_gradient.keys() == trainable_parameters(model).keys()
+    assert all("lora_" in name or name.startswith("projector.") for name in with_gradient)
+    assert all(gradient.any() for gradient in with_gradient.values())
+
+
+def test_the_tower_stays_in_eval_mode_and_gives_no_graph(model):
+    model.train()
+    assert model.language_model.training
+    assert not any(module.training for module in model.vision_tower.modules())
+    assert not model.vision_tower(MIXED[0]["pixel_values"]).requires_grad
+    assert model.encode_images(MIXED[0]["pixel_values"]).requires_grad
+
+
+def test_a_batch_without_images_gives_the_projector_zeros_and_no_other_loss(model):
+    batch = collate(sample(0), sample(0, num_words=2, seed=1))
+    assert "pixel_values" not in batch
+    for return_logits in (True, False):
+        model.zero_grad()
+        out = model.train()(**batch, return_logits=return_logits)
+        out.loss.backward()
+        for parameter in model.projector.parameters():
+            assert parameter.grad is not None
+            assert not parameter.grad.any()
+        assert_close(out.loss, model.qwen(**batch).loss, rtol=1e-6, atol=0)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
+def test_the_loss_is_the_same_with_the_head_at_supervised_positions_only(model, num_items):
+    batch = collate(*MIXED)
+    found = []
+    for return_logits in (True, False):
+        model.zero_grad()
+        out = model.train()(**batch, return_logits=return_logits, num_items_in_batch=num_items)
+        assert (out.logits is not None) == return_logits
+        out.loss.backward()
+        found.append((out.loss.detach(), gradients(model)))
+    (loss, whole), (loss_only, sparse) = found
+    assert_close(loss_only, loss, rtol=1e-6, atol=0)
+    for name, gradient in whole.items():
+        assert_close(sparse[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens_or_the_sum_by_the_number_given(model):
+    batch = collate(*MIXED)
+    logits = logits_of(model, batch)
+    by_hand = [
+        F.cross_entropy(logits[row, t - 1], label)
+        for row, labels in enumerate(batch["labels"])
+        for t, label in enumerate(labels)
+        if label != IGNORE_INDEX
+    ]
+    assert len(by_hand) == 3 + 3 + 6
+    total = torch.stack(by_hand).sum()
+    with torch.no_grad():
+        for return_logits in (True, False):
+            assert_close(model(**batch, return_logits=return_logits).loss, total / len(by_hand))
+            for number in (5, torch.tensor(5)):
+                loss = model(**batch, return_logits=return_logits, num_items_in_batch=number).loss
+                assert_close(loss, total / 5)
+
+
+def test_a_batch_in_which_nothing_is_supervised_has_a_loss_of_zero(model):
+    batch = collate(sample(1))
+    batch["labels"][:] = IGNORE_INDEX
+    for return_logits in (True, False):
+        out = model.train()(**batch, return_logits=return_logits)
+        assert out.loss.item() == 0
+        out.loss.backward()
+    assert not any(gradient.any() for gradient in gradients(model).values())
+
+
+def test_without_labels_there_are_logits_and_no_loss(still):
+    batch = collate(*MIXED)
+    del batch["labels"]
+    with torch.no_grad():
+        out = still(**batch)
+    assert out.loss is None
+    assert out.logits.shape == (*batch["input_ids"].shape, VOCAB_SIZE)
+
+
+# Images and rows
+
+
+def test_rows_of_a_mixed_batch_equal_the_rows_alone(still):
+    together = logits_of(still, collate(*MIXED))
+    for row, one in enumerate(MIXED):
+        alone = logits_of(still, collate(one))[0]
+        assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_every_image_shows_in_its_own_row_only(still):
+    batch = collate(*MIXED)
+    before = logits_of(still, batch)
+    for image, row in ((0, 0), (1, 2), (2, 2)):
+        changed = {**batch, "pixel_values": batch["pixel_values"].clone()}
+        changed["pixel_values"][image] += 1
+        differs = (logits_of(still, changed) - before).abs().amax(-1) > 1e-6
+        assert differs.any(dim=1).nonzero().flatten().tolist() == [row], image
+        positions = (batch["input_ids"][row] == IMAGE_TOKEN_ID).nonzero().flatten()
+        first = positions[NUM_IMAGE_TOKENS if image == 2 else 0]
+        assert differs[row].nonzero().flatten()[0] == first  # nothing before the image can see it
+
+
+def test_numbers_that_differ_are_refused_with_both(model):
+    batch = collate(*MIXED)
+    fewer = {**batch, "pixel_values": batch["pixel_values"][:2]}
+    none = {name: value for name, value in batch.items() if name != "pixel_values"}
+    for spoilt, number in ((fewer, 8), (none, 0)):
+        with pytest.raises(ValueError, match=rf"12 image tokens .*\[4, 0, 8\].*\b{number}\b"):
+            model(**spoilt)
+    with pytest.raises(ValueError, match=r"12 image tokens .*\[4, 0, 8\].*\b8\b"):
+        model.generate(fewer["input_ids"], fewer["attention_mask"], fewer["pixel_values"], max_new_tokens=1)
+
+
+def test_images_do_not_move_between_rows_where_only_the_sum_is_right(model):
+    first, second = collate(sample(1), sample(1, seed=1))["input_ids"]
+    first[0] = IMAGE_TOKEN_ID
+    second[second.tolist().index(IMAGE_TOKEN_ID)] = 5
+    ids = torch.stack([first, second])
+    assert (ids == IMAGE_TOKEN_ID).sum(dim=1).tolist() == [5, 3]
+    pixel_values = sample(2)["pixel_values"]
+    with pytest.raises(ValueError, match=r"\[5, 3\].*multiple of 4"):
+        model(ids, pixel_values=pixel_values)
+    with pytest.raises(ValueError, match=r"\[5, 3\].*multiple of 4"):
+        model.generate(ids, pixel_values=pixel_values, max_new_tokens=1)
+
+
+# Generation
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids, mask = left_padded([prompt_of(one) for one in MIXED], PAD_ID)
+    return ids, mask, collate(*MIXED)["pixel_values"]
+
+
+def one_prompt(index: int) -> dict:
+    one = MIXED[index]
+    inputs = {"input_ids": prompt_of(one)[None], "pixel_values": one.get("pixel_values")}
+    return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_a_left_padded_batch_gives_every_row_what_it_gets_alone(still, options):
+    options = {**options, "max_new_tokens": 6, "do_sample": False}
+    ids, mask, pixel_values = prompts()
+    together = still.generate(ids, mask, pixel_values, **options)
+    assert together.shape == (3, ids.shape[1] + 6)
+    for row in range(3):
+        alone = still.generate(**one_prompt(row), **options)[0]
+        assert together[row, ids.shape[1] :].tolist() == alone[-6:].tolist(), row
+
+
+def test_greedy_generation_takes_the_likeliest_token_of_forward(still):
+    inputs = one_prompt(2)
+    ids = inputs["input_ids"]
+    for _ in range(4):
+        with torch.no_grad():
+            logits = still(ids, pixel_values=inputs["pixel_values"]).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    for use_cache in (True, False):
+        made = still.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=use_cache)
+        assert made.tolist() == ids.tolist()
+
+
+def test_several_answers_to_each_row_keep_their_own_images(still):
+    ids, mask, pixel_values = prompts()
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 4, "num_return_sequences": 2}
+    together = still.generate(ids, mask, pixel_values, **options)
+    assert len(together) == 6
+    for row in range(3):
+        alone = still.generate(**one_prompt(row), **options)
+        assert together[2 * row : 2 * row + 2, ids.shape[1] :].tolist() == alone[:, -4:].tolist(), row
+
+
+def test_sampling_several_answers_is_reproducible_and_lets_them_differ(still):
+    inputs = one_prompt(2)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append(still.generate(**inputs, max_new_tokens=5, do_sample=True, num_return_sequences=3))
+    assert torch.equal(*runs)
+    assert len({tuple(row.tolist()) for row in runs[0]}) > 1
+
+
+def test_generation_without_any_image(still):
+    ids = random_ids(1, 6)
+    made = still.generate(ids, max_new_tokens=3, do_sample=False)
+    assert made[:, :6].equal(ids)
+
+
+# Precision and memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_in_half_precision_under_autocast(tiny_bases, dtype):
+    batch = collate(*MIXED)
+    with torch.no_grad():
+        exact = enliven_trained(new_model(tiny_bases), std=0.05)(**batch).loss
+    model = enliven_trained(new_model(tiny_bases, dtype=dtype), std=0.05).train()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(**batch, return_logits=False).loss
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.03)
+    loss.backward()
+    found = gradients(model)
+    assert found.keys() == trainable_parameters(model).keys()
+    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in found.values())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_inference_in_bf16_without_autocast(tiny_bases, still, merged):
+    model = enliven_trained(new_model(tiny_bases, dtype=torch.bfloat16)).eval()
+    if merged:
+        model.merge_lora()
+    batch = collate(*MIXED)
+    logits, exact = logits_of(model, batch), logits_of(still, batch)
+    assert logits.dtype == torch.bfloat16
+    assert F.cosine_similarity(logits.float().flatten(), exact.flatten(), dim=0) > 0.99
+    ids, mask, pixel_values = prompts()
+    assert model.generate(ids, mask, pixel_values, max_new_tokens=2, do_sample=False).shape[1] == ids.shape[1] + 2
+
+
+def test_gradient_checkpointing_gives_the_same_loss_and_gradients(tiny_bases):
+    batch, found = collate(*MIXED), []
+    for checkpointing in (False, True):
+        model = enliven_trained(new_model(tiny_bases))
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        loss = model.train()(**batch, return_logits=False).loss
+        loss.backward()
+        found.append({"loss": loss.detach(), **gradients(model)})
+    assert model.qwen.is_gradient_checkpointing
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert_close(found[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
