@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -20,11 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from .weights import CheckpointError, check_weights, read_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -33,10 +33,6 @@ MULTIMODAL_CONFIG = "multimodal_config.json"
 ORIGINAL_ADAPTER_WEIGHTS = "adapter_model.bin"
 ORIGINAL_PROJECTOR_WEIGHTS = "other_params.bin"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that is incomplete, broken, or does not fit the base models."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +221,7 @@ def load_lora(
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder / ADAPTER_CONFIG}: {error}") from error
     expected = _lora_weights(wrapped)
-    _compare(expected, weights, f"adapter in {checkpoint.folder}", "another base language model or rank")
+    check_weights(expected, weights, f"adapter in {checkpoint.folder}", "another base language model or rank")
     set_peft_model_state_dict(wrapped, weights)
     return wrapped
 
@@ -238,7 +234,7 @@ def load_adapter_weights(language_model: PeftModel, folder: str | os.PathLike[st
     """
     weights = _normalised_adapter_names(_read_adapter(Path(folder)))
     expected = _lora_weights(language_model)
-    _compare(expected, weights, f"adapter in {folder}", "another base language model or rank")
+    check_weights(expected, weights, f"adapter in {folder}", "another base language model or rank")
     set_peft_model_state_dict(language_model, weights)
 
 
@@ -250,7 +246,7 @@ def load_projector(projector: nn.Module, folder: str | os.PathLike[str]) -> None
     """
     weights = read_projector(folder)
     expected = projector.state_dict()
-    _compare(expected, weights, f"projector in {folder}", "another vision tower or language model")
+    check_weights(expected, weights, f"projector in {folder}", "another vision tower or language model")
     projector.load_state_dict(weights)
 
 
@@ -258,53 +254,19 @@ def read_projector(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a checkpoint's projector weights, the original project's `other_params.bin` included."""
     path = Path(folder)
     if (path / PROJECTOR_WEIGHTS).is_file():
-        return _read_tensors(path / PROJECTOR_WEIGHTS)
-    weights = _read_tensors(path / ORIGINAL_PROJECTOR_WEIGHTS)
+        return read_tensors(path / PROJECTOR_WEIGHTS)
+    weights = read_tensors(path / ORIGINAL_PROJECTOR_WEIGHTS)
     # Some of the original's files name the tensors from the whole model's root, as in `feature_proj.0.weight`.
     return {re.sub(r"^.*?(\d+\.(?:weight|bias))$", r"\1", name): tensor for name, tensor in weights.items()}
 
 
 def _read_adapter(folder: Path) -> dict[str, Tensor]:
     if (folder / ADAPTER_WEIGHTS).is_file():
-        return _read_tensors(folder / ADAPTER_WEIGHTS)
-    return _read_tensors(folder / ORIGINAL_ADAPTER_WEIGHTS)
+        return read_tensors(folder / ADAPTER_WEIGHTS)
+    return read_tensors(folder / ORIGINAL_ADAPTER_WEIGHTS)
 
 
 def _normalised_adapter_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names as PEFT writes them: without the adapter's name, from the language model on."""
     names = {re.sub(r"(lora_[AB])\.default\.", r"\1.", name): tensor for name, tensor in weights.items()}
     return {re.sub(r"^.*?(?=base_model\.model\.)", "", name): tensor for name, tensor in names.items()}
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # its own text says how to switch the protection off
-        reason = "only plain PyTorch tensors are read; anything else could run code, or the file is damaged"
-        raise CheckpointError(f"{path}: can't be read as a file of tensors: {reason}") from error
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: can't be read as a file of tensors: {reason}") from error
-    if not isinstance(values, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
-    ):
-        raise CheckpointError(f"{path}: names and tensors are expected, got something else")
-    return values
-
-
-def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, likely: str) -> None:
-    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
-    for name in expected.keys() & found.keys():
-        if expected[name].shape != found[name].shape:
-            problems.append(f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}")
-        elif not found[name].is_floating_point():
-            problems.append(f"{name} is {found[name].dtype}, expected floating point")
-        elif not torch.isfinite(found[name]).all():
-            problems.append(f"{name} holds values that are not finite")
-    if problems:
-        shown = "; ".join(sorted(problems)[:4])
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(f"{what} does not fit (was it trained for {likely}?): {shown}{more}")

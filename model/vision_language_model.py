@@ -5,7 +5,6 @@ Shape legend: B rows, T tokens, N images of the whole batch, P tokens per image,
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
 from qwen.loss import supervised_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
-from visual.loading import read_config
 
+from .bases import base_models, check_geometry, drops_first_patch, num_projector_layers
 from .checkpoint import (
-    Checkpoint,
     CheckpointError,
     MultimodalConfig,
     load_adapter_weights,
@@ -30,15 +28,12 @@ from .checkpoint import (
     load_projector,
     package_versions,
     read_checkpoint,
-    read_projector,
     save_checkpoint,
 )
 from .device import pick_device, pick_dtype
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora
 from .projector import build_projector
-
-logger = logging.getLogger(__name__)
 
 
 class VisionLanguageModel(nn.Module):
@@ -98,14 +93,14 @@ class VisionLanguageModel(nn.Module):
         device = torch.device(device) if device is not None else pick_device()
         dtype = dtype or pick_dtype(device)
         checkpoint = read_checkpoint(model_weights) if model_weights is not None else None
-        language_name, vision_name = _base_models(base_language_model, base_value_model, checkpoint)
+        language_name, vision_name = base_models(base_language_model, base_value_model, checkpoint)
 
-        tower = build_vision_tower(vision_name, dtype, drop_first_patch=_drops_first_patch(checkpoint, vision_name))
+        tower = build_vision_tower(vision_name, dtype, drop_first_patch=drops_first_patch(checkpoint, vision_name))
         language_model: Any = load_language_model(language_name, dtype)
         language_model.requires_grad_(False)
         if checkpoint is not None:
-            _check_geometry(checkpoint, tower, language_model)
-            projector_layers = _projector_layers(checkpoint)
+            check_geometry(checkpoint, tower, language_model)
+            projector_layers = num_projector_layers(checkpoint)
         projector = build_projector(tower.hidden_size, language_model.config.hidden_size, projector_layers)
         if checkpoint is not None:
             load_projector(projector, checkpoint.folder)
@@ -301,56 +296,18 @@ class VisionLanguageModel(nn.Module):
         """Put a checkpoint's weights into LoRA layers and projector that are there already.
 
         Raises:
-            CheckpointError: if names or shapes differ.
+            CheckpointError: if names or shapes differ, or LoRA's scale or the base models' geometry.
         """
-        load_adapter_weights(self.language_model, folder)
-        load_projector(self.projector, folder)
-
-
-def _base_models(language: str | None, vision: str | None, checkpoint: Checkpoint | None) -> tuple[str, str]:
-    config = checkpoint.config if checkpoint is not None else None
-    if config is not None:
-        language, vision = language or config.base_language_model, vision or config.base_value_model
-    if language is None or vision is None:
-        absent = "--base_language_model" if language is None else "--base_value_model"
-        raise CheckpointError(f"{absent} is missing, and there is no checkpoint whose multimodal_config.json names it")
-    logger.info("base language model: %s; base vision model: %s", language, vision)
-    return language, vision
-
-
-def _drops_first_patch(checkpoint: Checkpoint | None, vision_name: str) -> bool:
-    """Whether SigLIP's first patch is left out: as trained by the original project, or going on from such training."""
-    if checkpoint is None:
-        return False
-    # Of another tower nothing can be dropped; that it does not fit is found out when both are loaded.
-    is_siglip = str(read_config(vision_name).get("model_type")).startswith("siglip")
-    return is_siglip and (checkpoint.config is None or checkpoint.config.drop_first_patch)
-
-
-def _projector_layers(checkpoint: Checkpoint) -> int:
-    """What the checkpoint says; the original project's say it by their weights only."""
-    if checkpoint.config is not None:
-        return checkpoint.config.projector_layers
-    return 2 if any(name.startswith("2.") for name in read_projector(checkpoint.folder)) else 1
-
-
-def _check_geometry(checkpoint: Checkpoint, tower: VisionTower, language_model: MultimodalQWenLMHeadModel) -> None:
-    if checkpoint.config is None:
-        return
-    found = {
-        "vision_tower": tower.kind,
-        "num_image_tokens": tower.num_image_tokens,
-        "vision_hidden_size": tower.hidden_size,
-        "language_hidden_size": language_model.config.hidden_size,
-        "vocab_size": language_model.config.vocab_size,
-    }
-    differences = [
-        f"{name} is {value}, the checkpoint was trained with {getattr(checkpoint.config, name)}"
-        for name, value in found.items()
-        if value != getattr(checkpoint.config, name)
-    ]
-    if differences:
-        raise CheckpointError(f"checkpoint {checkpoint.folder} does not fit the base models: {'; '.join(differences)}")
+        checkpoint = read_checkpoint(folder)
+        check_geometry(checkpoint, self.vision_tower, self.qwen)
+        alpha = self.language_model.peft_config["default"].lora_alpha
+        if checkpoint.lora_config.lora_alpha != alpha:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} was trained with lora_alpha {checkpoint.lora_config.lora_alpha}, the "
+                f"model has {alpha}; give the same --lora_alpha"
+            )
+        load_adapter_weights(self.language_model, checkpoint.folder)
+        load_projector(self.projector, checkpoint.folder)
 
 
 def _absolute_if_folder(name: str) -> str:

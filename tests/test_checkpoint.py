@@ -27,7 +27,7 @@ from tiny_vlm import (
 )
 from torch.testing import assert_close
 
-from model import CheckpointError, VisionLanguageModel, read_checkpoint
+from model import CheckpointError, LoraSettings, VisionLanguageModel, read_checkpoint
 from model.checkpoint import resolve_checkpoint
 from qwen import MultimodalQWenLMHeadModel
 
@@ -482,6 +482,16 @@ def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):
     original = write_original(tmp_path / "original", saved)  # which does not say what it was trained on
     with pytest.raises(CheckpointError, match=r"projector .* does not fit.*0.bias is \(16,\), expected \(32,\)"):
         load(original, wider, tiny_bases[1])
+
+
+def test_weights_go_into_no_model_with_another_scale_or_tower(saved, tiny_bases, tiny_siglip):
+    other_tower = new_model((tiny_bases[0], tiny_siglip))  # of the same width and number of tokens
+    with pytest.raises(CheckpointError, match="vision_tower is siglip, the checkpoint was trained with clip"):
+        other_tower.load_checkpoint(saved)
+    other_scale = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
+    other_scale.add_lora(LoraSettings(rank=RANK, alpha=ALPHA + 1))
+    with pytest.raises(CheckpointError, match="trained with lora_alpha 8, the model has 9"):
+        other_scale.load_checkpoint(saved)
 
 
 def test_a_base_model_that_has_gone_is_named(folder, tiny_bases, tmp_path):
