@@ -174,8 +174,9 @@ def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
     features = assistant.features(images)
     history: Turns = []
     sys.stderr.write("Ask about the image; `exit` or the end of input leaves.\n")
+    prompt = "> " if sys.stdin.isatty() else ""
     while True:
-        sys.stderr.write("> ")
+        sys.stderr.write(prompt)
         sys.stderr.flush()
         line = sys.stdin.readline()
         question = line.strip()

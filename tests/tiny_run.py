@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from PIL import Image
@@ -38,9 +40,17 @@ PUBLISHED_GENERATION_CONFIG = {
 }
 
 
-def make_language_model(folder: Path, qwen_tiktoken: Path, *, generation: dict | None = None, **changes) -> str:
-    """A QWen checkpoint as published, tiny but for its vocabulary; answers are short unless `generation` says so."""
+def make_language_model(
+    folder: Path, qwen_tiktoken: Path, *, generation: dict | None = None, head_scale: float = 1.0, **changes
+) -> str:
+    """A QWen checkpoint as published, tiny but for its vocabulary; answers are short unless `generation` says so.
+
+    A frozen random head has to be loud (`head_scale`), or even a hidden state that points straight at one token's row
+    leaves most of the probability to the 151,935 others.
+    """
     model = tiny_model(vocab_size=151936, **changes)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(head_scale)
     model.save_pretrained(str(folder))
     shutil.copy(qwen_tiktoken, folder / "qwen.tiktoken")
     auto_map = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
@@ -144,3 +154,13 @@ def one_line_error(stderr: str, program: str) -> str:
     lines = [line for line in stderr.splitlines() if line.startswith(f"{program}: ")]
     assert len(lines) == 1, stderr
     return lines[0]
+
+
+def load_test_py() -> ModuleType:
+    """test.py as a module; `import test` would mean Python's own."""
+    spec = importlib.util.spec_from_file_location("test_py", ROOT / "test.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,126 @@
+"""From raw annotations to an answer, through the commands that people type."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import pytest
+from tiny_run import (
+    ROOT,
+    load_test_py,
+    make_bases,
+    make_language_model,
+    make_pictures,
+    printed_steps,
+    start,
+    write_data,
+)
+from tiny_towers import make_clip_checkpoint
+
+from qwen import QWenTokenizer
+
+SAMPLES = [
+    ("red.png", ("这幅图像描述了什么？<|extra_0|>", "一块红色的牌子。🟥")),
+    ("blue.png", ("这幅图像描述了什么？<|extra_0|>", "A blue sign,\n and nothing else.")),
+    (["green.png", "yellow.png"], ("Compare <|extra_0|> with <|extra_0|>!", "绿与黄: green, then yellow.")),
+    (
+        "black.png",
+        {"turns": [{"q": "<|extra_0|>Is it dark?", "a": "Yes, black."}, {"q": "为什么？", "a": "黑色不反光。"}]},
+    ),
+]
+"""The first two share their question: only the picture tells them apart."""
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    yield
+    root.handlers[:] = handlers
+
+
+def test_four_samples_are_learnt_to_their_exact_answers(tmp_path, qwen_tiktoken, capsys):
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "kv_channels": 16, "intermediate_size": 256}
+    language = make_language_model(tmp_path / "qwen", qwen_tiktoken, head_scale=2.0, **sizes)
+    bases = ["--base_language_model", language, "--base_value_model", make_clip_checkpoint(tmp_path / "clip")]
+    pictures = make_pictures(tmp_path / "pictures")
+    data = write_data(tmp_path, SAMPLES, tmp_path / "pictures")
+    done = start(
+        *(sys.executable, "train.py", *bases, *data, "--output_dir", tmp_path / "run", "--use_cpu", "true"),
+        *("--lora_rank", "16", "--lora_alpha", "32", "--lora_dropout", "0", "--target_modules", "c_attn|w1|w2|c_proj"),
+        *("--learning_rate", "5e-3", "--feature_proj_lr", "1e-2", "--per_device_train_batch_size", "4"),
+        *("--max_steps", "60", "--logging_steps", "20"),
+        OMP_NUM_THREADS="2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert printed_steps(done.stdout)[-1]["loss"] < 0.05
+
+    greedy = ["--model_weights", str(tmp_path / "run"), "--device", "cpu", "--greedy", "--max_new_tokens", "40"]
+    done = start(
+        *(
+            sys.executable,
+            "test.py",
+            *greedy,
+            "--image_path",
+            pictures["red"],
+            "--prompt",
+            "这幅图像描述了什么？<|extra_0|>",
+        )
+    )
+    assert (done.returncode, done.stdout) == (0, "一块红色的牌子。🟥\n")
+    done = start(sys.executable, "test.py", *greedy, "--image_path", pictures["black"], stdin="Is it dark?\n为什么？\n")
+    assert (done.returncode, done.stdout) == (0, "Yes, black.\n黑色不反光。\n")
+    capsys.readouterr()
+    for names, (question, answer) in (SAMPLES[1], SAMPLES[2]):
+        paths = [str(tmp_path / "pictures" / name) for name in ([names] if isinstance(names, str) else names)]
+        assert load_test_py().main([*greedy, "--image_path", *paths, "--prompt", question]) == 0
+        assert capsys.readouterr().out == f"{answer}\n"
+
+
+def test_from_raw_annotations_to_an_answer(tmp_path, qwen_tiktoken):
+    """process_image.py, train.sh and test.sh, one after the other, from a folder that is not the project's."""
+    bases = make_bases(tmp_path / "bases", qwen_tiktoken)
+    for name in ("ali", "coco"):  # the same file names, other photos would be in them
+        make_pictures(tmp_path / name)
+    captions = ["一。", "二。", "三。", "四。", "五。"]
+    ali = [{"url": "u", "image_id": f"{name}.png", "caption": captions} for name in ("red", "green")]
+    coco = [
+        ("red.png", ["<image>\nWhat is it?", "A sign."]),
+        ("blue.png", ["Which colour?\n<image>", "Blue.", "Sure?", "Yes."]),
+        (None, ["Hello", "Hi!"]),
+    ]
+    llava = [
+        {"id": str(i), "conversations": [{"from": ("human", "gpt")[k % 2], "value": v} for k, v in enumerate(turns)]}
+        | ({"image": image} if image else {})
+        for i, (image, turns) in enumerate(coco)
+    ]
+    (tmp_path / "ali.json").write_text(json.dumps(ali), encoding="utf-8")
+    (tmp_path / "llava.json").write_text(json.dumps(llava), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(
+        "ali_image_path: ali\nali_image_path_label_file: ali.json\n"
+        "coco_image_path: coco\ncoco_image_path_label_file1: llava.json\n"
+        "output_image_map: data/image_map_b.json\noutput_captions: data/captions_b.json\n"
+    )
+    prepare = [sys.executable, ROOT / "dataprocess/process_image.py", "--config", "config.yaml", "--check_images"]
+    done = start(*prepare, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    samples = json.loads((tmp_path / "data/captions_b.json").read_text(encoding="utf-8"))
+    assert len(samples) == 5
+
+    # The data lies where the published command looks for it, and the weights go where test.sh looks.
+    flags = ["--lora_rank", "4", "--num_train_epochs", "3", "--save_steps", "2", "--logging_steps", "1"]
+    done = start("sh", ROOT / "train.sh", *bases, *flags, cwd=tmp_path, MASTER_PORT="25743")
+    assert done.returncode == 0, done.stderr
+    assert len(printed_steps(done.stdout)) == 6
+    (tmp_path / "weights/train_V1_5/checkpoint-6").rename(tmp_path / "weights/train_V1_5/checkpoint-10000")
+
+    picture = ["--image_path", tmp_path / "ali/red.png"]
+    answers = [
+        start("sh", ROOT / "test.sh", *picture, "--max_new_tokens", "5", "--seed", "1", cwd=tmp_path) for _ in range(2)
+    ]
+    assert answers[0].returncode == 0, answers[0].stderr
+    assert answers[0].stdout == answers[1].stdout
+    words = QWenTokenizer.from_pretrained(bases[1]).encode_text(answers[0].stdout.removesuffix("\n"))
+    assert words
