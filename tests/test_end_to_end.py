@@ -50,12 +50,11 @@ def test_four_samples_are_learnt_to_their_exact_answers(tmp_path, qwen_tiktoken,
     done = start(
         *(sys.executable, "train.py", *bases, *data, "--output_dir", tmp_path / "run", "--use_cpu", "true"),
         *("--lora_rank", "16", "--lora_alpha", "32", "--lora_dropout", "0", "--target_modules", "c_attn|w1|w2|c_proj"),
-        *("--learning_rate", "5e-3", "--feature_proj_lr", "1e-2", "--per_device_train_batch_size", "4"),
-        *("--max_steps", "60", "--logging_steps", "20"),
-        OMP_NUM_THREADS="2",
+        *("--learning_rate", "1e-2", "--feature_proj_lr", "2e-2", "--per_device_train_batch_size", "4"),
+        *("--max_steps", "36", "--logging_steps", "12"),
     )
     assert done.returncode == 0, done.stderr
-    assert printed_steps(done.stdout)[-1]["loss"] < 0.05
+    assert printed_steps(done.stdout)[-1]["loss"] < 0.1
 
     greedy = ["--model_weights", str(tmp_path / "run"), "--device", "cpu", "--greedy", "--max_new_tokens", "40"]
     done = start(
