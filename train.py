@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,17 +24,29 @@ import torch
 from transformers import set_seed
 
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
+from dataset.bad_samples import TooManyBadSamplesError
+from dataset.epoch_order import EpochOrder
 from dataset.image_io import ImageError
 from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArguments, read_checkpoint
 from model.arguments import DataArguments, ModelArguments, parse_arguments
-from model.checkpoint import CheckpointError, package_versions, resolve_checkpoint
+from model.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MULTIMODAL_CONFIG,
+    PROJECTOR_WEIGHTS,
+    CheckpointError,
+    package_versions,
+    resolve_checkpoint,
+)
 from model.console import in_one_line, set_up_logging
+from model.guards import BAD_SAMPLES, NotFiniteError, WatchBadSamples
 from model.language_model import load_tokenizer
 from qwen import QWenTokenizer
 
 logger = logging.getLogger("train")
 
 RUN_CONFIG = "train_config.json"
+_RUN_FILES = ("checkpoint-*", ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG, BAD_SAMPLES)
 
 
 def frozen_dtype(args: VLMTrainingArguments) -> torch.dtype:
@@ -118,6 +132,8 @@ def build_datasets(
         "max_length": data_args.max_length,
         "seed": args.seed,
         "allow_links": data_args.allow_links,
+        "on_bad_sample": data_args.on_bad_sample,
+        "max_bad_fraction": data_args.max_bad_fraction,
     }
     train_set = ImageCaptionDataset(
         data_args.image_map, data_args.captions_file, max_samples=data_args.max_train_samples, **common
@@ -141,6 +157,43 @@ def save_run_config(model_args: ModelArguments, data_args: DataArguments, args: 
     }
     text = json.dumps(resolved, indent=2, ensure_ascii=False, default=str)
     (folder / RUN_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def run_identity(
+    model: VisionLanguageModel, train_set: ImageCaptionDataset, args: VLMTrainingArguments
+) -> dict[str, Any]:
+    """What a run is about: a resumed one must have the same."""
+    lora = model.language_model.peft_config["default"]
+    return {
+        "training data": train_set.fingerprint,
+        "number of samples": len(train_set),
+        "max_length": train_set.max_length,
+        "seed": args.seed,
+        "lora_rank": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "target_modules": "|".join(sorted(lora.target_modules)),
+        "projector_layers": 1 if len(model.projector) == 1 else 2,
+        **{name.replace("_fingerprint", ""): value for name, value in model.fingerprints.items()},
+    }
+
+
+def make_way(args: VLMTrainingArguments) -> None:
+    """See to it that a new run does not mix with an old one in the same folder.
+
+    Raises:
+        CheckpointError: if `--output_dir` holds a run that is neither gone on with nor to be overwritten.
+    """
+    folder = Path(str(args.output_dir))
+    old = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
+    if args.resume_from_checkpoint is not None or not old:
+        return
+    if not args.overwrite_output_dir:
+        raise CheckpointError(
+            f"--output_dir {folder} holds a run ({old[0].name}, …); go on with it by --resume_from_checkpoint auto, "
+            "delete it by --overwrite_output_dir, or give another folder"
+        )
+    for path in [*old, *folder.glob("tmp-*")] if args.process_index == 0 else []:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def resume_folder(args: VLMTrainingArguments) -> str | None:
@@ -180,14 +233,21 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
     train_set, eval_set = build_datasets(model, tokenizer, data_args, args)
+    make_way(args)
     if args.process_index == 0:
         save_run_config(model_args, data_args, args)
+    ordered: Any = train_set
+    if args.train_sampling_strategy == "random":
+        # Trainer's own sampler can't go on in mid-epoch with other batches; this order is a function of seed and epoch.
+        ordered, args.train_sampling_strategy = EpochOrder(train_set, args.seed), "sequential"
     return VLMTrainer(
         model=model,
         args=args,
-        train_dataset=train_set,
+        identity=run_identity(model, train_set, args),
+        train_dataset=ordered,
         eval_dataset=eval_set,
         data_collator=VLMCollator(tokenizer.pad_token_id),
+        callbacks=[WatchBadSamples(train_set)],
     )
 
 
@@ -202,14 +262,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except (SampleError, ImageError, CheckpointError, ImportError) as error:
+    except (SampleError, ImageError, TooManyBadSamplesError, CheckpointError, ImportError) as error:
         logger.error("train.py: %s", in_one_line(error))
         return 2
-    train_set = trainer.train_dataset
+    except NotFiniteError as error:
+        logger.error("train.py: %s", in_one_line(error))
+        return 1
+    return finish(trainer)
+
+
+def finish(trainer: VLMTrainer) -> int:
+    """Say how the run ended and what comes next; returns the exit status."""
+    folder, step = trainer.args.output_dir, trainer.state.global_step
+    train_set = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
     if isinstance(train_set, ImageCaptionDataset):
         train_set.log_cuts()
+    if trainer.save_failure:
+        logger.error("train.py: step %d could not be saved: %s", step, trainer.save_failure)
+        return 1
+    received = trainer.stop_on_signal.received
+    if received:
+        logger.warning(
+            "stopped by %s after step %d, which is saved; go on with the same command and "
+            "--resume_from_checkpoint auto",
+            *(signal.Signals(received).name, step),
+        )
+        return 128 + received
     trainer.save_model()
-    logger.info("done; ask the model with: python test.py --model_weights %s --image_path …", trainer.args.output_dir)
+    logger.info("done; ask the model with: python test.py --model_weights %s --image_path …", folder)
     return 0
 
 

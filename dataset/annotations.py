@@ -8,6 +8,7 @@ Files of the original project are read too: they call the first key `iamge_file`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable
@@ -48,13 +49,27 @@ class Annotations:
         image_map: path of `image_map.json`.
         captions_file: path of `captions.json`.
         max_samples: read only the first so many.
+        skip_bad: leave bad samples out, and keep what is wrong with them in `errors`.
 
     Raises:
         ValueError: a file cannot be read or has not the expected form.
-        SampleError: samples are contradictory or incomplete; the message names the first IDs.
+        SampleError: samples are contradictory or incomplete; the message names the first IDs. With `skip_bad`, only
+            if there is no good one.
     """
 
-    def __init__(self, image_map: str | Path, captions_file: str | Path, max_samples: int | None = None) -> None:
+    errors: list[str]
+    """What is wrong with the samples that were left out, each named."""
+    fingerprint: str
+    """Hash of the samples, in their order; the folders of their images do not count."""
+
+    def __init__(
+        self,
+        image_map: str | Path,
+        captions_file: str | Path,
+        max_samples: int | None = None,
+        *,
+        skip_bad: bool = False,
+    ) -> None:
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         entries = _read_object(image_map)
@@ -63,6 +78,7 @@ class Annotations:
             raise ValueError(f"{image_map} holds no samples; prepare the data with dataprocess/process_image.py")
         folders = _Folders(Path(image_map))
         packed = bytearray()
+        digest = hashlib.sha256()
         ends: list[int] = []
         seen: dict[int, str] = {}
         errors: list[str] = []
@@ -78,9 +94,13 @@ class Annotations:
                 continue
             seen[sample.id] = key
             record = [sample.id, sample.image_folder, sample.image_files, sample.turns]
+            digest.update(repr((sample.id, sample.image_files, sample.turns)).encode("utf-8", "surrogatepass"))
             packed += json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
             ends.append(len(packed))
-        _raise_errors(errors, image_map, captions_file)
+        if not (skip_bad and ends):
+            _raise_errors(errors, image_map, captions_file)
+        self.errors = errors
+        self.fingerprint = digest.hexdigest()[:16]
         if max_samples is None and len(captions) > len(seen):
             logger.warning("%s: %d entries have no image_map entry", captions_file, len(captions) - len(seen))
         self._packed = torch.frombuffer(packed, dtype=torch.uint8)

@@ -15,9 +15,10 @@ from qwen import IGNORE_INDEX
 class VLMCollator:
     """Pads on the right, masks and stacks.
 
-    A batch holds `input_ids`, `attention_mask` and `labels`, all int64 (B, T), and `pixel_values` float32
-    (images in the batch, 3, H, W): the images of row 0 in reading order, then those of row 1, and so on. A batch
-    without any image has no `pixel_values`. Shape legend: B samples, T tokens of the longest one.
+    A batch holds `input_ids`, `attention_mask` and `labels`, all int64 (B, T), `ids` int64 (B,), by which a message
+    can name samples, and `pixel_values` float32 (images in the batch, 3, H, W): the images of row 0 in reading order,
+    then those of row 1, and so on. A batch without any image has no `pixel_values`. Shape legend: B samples, T tokens
+    of the longest one.
     """
 
     pad_token_id: int
@@ -30,7 +31,7 @@ class VLMCollator:
 
         Args:
             samples: what `ImageCaptionDataset` gives: `input_ids` (T,), `labels` (T,), and `pixel_values` (n, 3, H, W)
-                where there are images. Other keys are left out of the batch.
+                where there are images, `id` where it is known. Other keys are left out of the batch.
 
         Returns:
             The batch.
@@ -53,6 +54,8 @@ class VLMCollator:
             attention_mask[row, :length] = 1
             labels[row, :length] = sample["labels"]
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if all("id" in sample for sample in samples):
+            batch["ids"] = torch.tensor([sample["id"] for sample in samples])
         images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
         if images:
             sizes = {tuple(image.shape[1:]) for image in images}

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
+from qwen import IGNORE_INDEX
 from qwen.tokenization_qwen import QWenTokenizer
 
 from .annotations import Annotations, Sample
+from .bad_samples import BadSamples
 from .image_io import ImageError, load_image, resolve_image_path
 from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
 
@@ -61,10 +63,14 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         training: draw among alternatives; otherwise the first one is used.
         max_samples: use only the first so many.
         allow_links: follow links that lead out of the image folder.
+        on_bad_sample: "error", or "skip": a bad sample is left out where the two files show it, and where it shows
+            only when it is asked for, it becomes a sample of one token without a label. `bad` counts both.
+        max_bad_fraction: with "skip", the share of the samples that may be bad, 0 to 1.
 
     Raises:
         ValueError: a file cannot be read or has not the expected form, or a number is out of range.
         SampleError: samples are contradictory or incomplete.
+        TooManyBadSamplesError: with "skip", if more of them are bad than may be.
     """
 
     def __init__(
@@ -81,7 +87,11 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         training: bool = True,
         max_samples: int | None = None,
         allow_links: bool = False,
+        on_bad_sample: str = "error",
+        max_bad_fraction: float = 0.01,
     ) -> None:
+        if on_bad_sample not in ("error", "skip"):
+            raise ValueError(f"on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
         for name, value in (("num_image_tokens", num_image_tokens), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -94,7 +104,9 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self.training = training
         self.allow_links = allow_links
         self.captions_file = str(captions_file)
-        self._annotations = Annotations(image_map, captions_file, max_samples)
+        self.skips_bad = on_bad_sample == "skip"
+        self._annotations = Annotations(image_map, captions_file, max_samples, skip_bad=self.skips_bad)
+        self.bad = BadSamples(len(self._annotations), self._annotations.errors, max_bad_fraction)
         # In shared memory, so that workers that outlive an epoch see the new one, and their counts are seen here.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._cuts = torch.zeros(_MAX_WORKERS, 2, dtype=torch.long).share_memory_()
@@ -103,6 +115,11 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._annotations)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the samples; where their images lie does not count."""
+        return self._annotations.fingerprint
 
     @property
     def epoch(self) -> int:
@@ -139,13 +156,38 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             self._logged_cuts = total
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample at a position.
+        """The sample at a position; one token without a label in place of a bad one that is skipped.
 
         Raises:
             IndexError: there is no such position.
             SampleError: its questions leave no room for an answer; the message names its ID.
             ImageError: an image of it cannot be used; the message names its ID and the file.
         """
+        try:
+            return self._build(index)
+        except (SampleError, ImageError):
+            if not self.skips_bad:
+                raise
+        self.bad.mark(index)
+        return {
+            "input_ids": torch.tensor([self.tokenizer.eod_id]),
+            "labels": torch.tensor([IGNORE_INDEX]),
+            "id": self._annotations[index].id,
+        }
+
+    def bad_sample_messages(self) -> list[str]:
+        """What is wrong with each of the samples found bad so far; each message names its sample."""
+        messages = list(self.bad.unreadable)
+        for index in self.bad.indices:
+            try:
+                self._build(index)
+            except (SampleError, ImageError) as error:
+                messages.append(str(error))
+            else:  # a file that came back in the meantime
+                messages.append(f"sample {self._annotations[index].id}: could not be read, but can be now")
+        return messages
+
+    def _build(self, index: int) -> dict[str, Any]:
         sample = self._annotations[index]
         try:
             encoded = encode_sample(

@@ -71,6 +71,13 @@ class DataArguments:
     )
     eval_image_map: str | None = field(default=None, metadata={"help": "As --image_map, for evaluation."})
     eval_captions_file: str | None = field(default=None, metadata={"help": "As --captions_file, for evaluation."})
+    on_bad_sample: str = field(
+        default="skip",
+        metadata={"help": "What a sample that can't be used does.", "choices": ["error", "skip"]},
+    )
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "With --on_bad_sample skip: more bad samples than this share stop the run."}
+    )
     allow_links: bool = field(default=False, metadata={"help": "Follow links in the image folder that lead out of it."})
 
 
@@ -159,6 +166,7 @@ def check_values(*arguments: object) -> None:
         "projector_layers": (lambda value: value in (1, 2), "1 or 2"),
         "max_train_samples": at_least_1,
         "max_length": at_least_1,
+        "max_bad_fraction": (lambda value: 0 <= value <= 1, "0 to 1"),
         "learning_rate": not_negative,
         "feature_proj_lr": not_negative,
         "per_device_train_batch_size": at_least_1,

@@ -45,8 +45,19 @@ def num_projector_layers(checkpoint: Checkpoint) -> int:
     return 2 if any(name.startswith("2.") for name in read_projector(checkpoint.folder)) else 1
 
 
-def check_geometry(checkpoint: Checkpoint, tower: VisionTower, language_model: MultimodalQWenLMHeadModel) -> None:
+def check_bases(
+    checkpoint: Checkpoint,
+    tower: VisionTower,
+    language_model: MultimodalQWenLMHeadModel,
+    fingerprints: dict[str, str],
+) -> None:
     """Hold the base models against what the checkpoint was trained on; the original project's do not say.
+
+    Args:
+        checkpoint: the checkpoint.
+        tower: the vision tower at hand.
+        language_model: the language model at hand.
+        fingerprints: of both, as `base_fingerprints` gives them.
 
     Raises:
         CheckpointError: with every difference.
@@ -65,5 +76,14 @@ def check_geometry(checkpoint: Checkpoint, tower: VisionTower, language_model: M
         for name, value in found.items()
         if value != getattr(checkpoint.config, name)
     ]
+    if not differences:
+        for name, value in fingerprints.items():
+            there = getattr(checkpoint.config, name)
+            if value and there and value != there:
+                base = "base_value_model" if name.startswith("vision") else "base_language_model"
+                differences.append(
+                    f"the weights or settings of --{base} are others than those of "
+                    f"{getattr(checkpoint.config, base)}, which it was trained on"
+                )
     if differences:
         raise CheckpointError(f"checkpoint {checkpoint.folder} does not fit the base models: {'; '.join(differences)}")

@@ -55,6 +55,10 @@ class MultimodalConfig:
     """Rows of the language model's embedding."""
     projector_layers: int
     """1 or 2."""
+    vision_tower_fingerprint: str
+    """Of its weights and of how it prepares images; empty: not known."""
+    language_model_fingerprint: str
+    """Of its weights and settings; empty: not known."""
     drop_first_patch: bool
     """Whether SigLIP's first patch is left out, as the original project did."""
     dtype: str

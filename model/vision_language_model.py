@@ -19,7 +19,7 @@ from qwen.loss import supervised_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
 
-from .bases import base_models, check_geometry, drops_first_patch, num_projector_layers
+from .bases import base_models, check_bases, drops_first_patch, num_projector_layers
 from .checkpoint import (
     CheckpointError,
     MultimodalConfig,
@@ -31,6 +31,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .device import pick_device, pick_dtype
+from .fingerprint import base_fingerprints
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora
 from .projector import build_projector
@@ -43,6 +44,8 @@ class VisionLanguageModel(nn.Module):
         vision_tower: frozen, always in `eval()`.
         projector: fp32, trained.
         language_model: frozen `MultimodalQWenLMHeadModel`, or a `PeftModel` around it whose LoRA layers are fp32.
+        base_language_model: hub name or folder that the language model came from.
+        fingerprints: of both base models, by the names that `multimodal_config.json` has.
     """
 
     accepts_loss_kwargs = True  # tells Trainer to hand over the supervised tokens of the whole optimizer step
@@ -53,12 +56,14 @@ class VisionLanguageModel(nn.Module):
         projector: nn.Sequential,
         language_model: MultimodalQWenLMHeadModel | PeftModel,
         base_language_model: str,
+        fingerprints: dict[str, str],
     ) -> None:
         super().__init__()
         self.vision_tower = vision_tower
         self.projector = projector
         self.language_model: Any = language_model  # a PeftModel hands its base model's attributes on
         self.base_language_model = base_language_model
+        self.fingerprints = fingerprints
 
     @classmethod
     def from_pretrained(
@@ -98,14 +103,15 @@ class VisionLanguageModel(nn.Module):
         tower = build_vision_tower(vision_name, dtype, drop_first_patch=drops_first_patch(checkpoint, vision_name))
         language_model: Any = load_language_model(language_name, dtype)
         language_model.requires_grad_(False)
+        fingerprints = base_fingerprints(tower, language_model)
         if checkpoint is not None:
-            check_geometry(checkpoint, tower, language_model)
+            check_bases(checkpoint, tower, language_model, fingerprints)
             projector_layers = num_projector_layers(checkpoint)
         projector = build_projector(tower.hidden_size, language_model.config.hidden_size, projector_layers)
         if checkpoint is not None:
             load_projector(projector, checkpoint.folder)
             language_model = load_lora(language_model, checkpoint, trainable=trainable, dropout=lora_dropout)
-        model = cls(tower, projector, language_model, language_name).to(device)
+        model = cls(tower, projector, language_model, language_name, fingerprints).to(device)
         model.projector.requires_grad_(trainable)
         return model.train(trainable)
 
@@ -277,6 +283,7 @@ class VisionLanguageModel(nn.Module):
             language_hidden_size=self.qwen.config.hidden_size,
             vocab_size=self.qwen.config.vocab_size,
             projector_layers=1 if len(self.projector) == 1 else 2,
+            **self.fingerprints,
             drop_first_patch=self.vision_tower.drop_first_patch,
             dtype=str(self.dtype).removeprefix("torch."),
             package_versions=package_versions(),
@@ -299,7 +306,7 @@ class VisionLanguageModel(nn.Module):
             CheckpointError: if names or shapes differ, or LoRA's scale or the base models' geometry.
         """
         checkpoint = read_checkpoint(folder)
-        check_geometry(checkpoint, self.vision_tower, self.qwen)
+        check_bases(checkpoint, self.vision_tower, self.qwen, self.fingerprints)
         alpha = self.language_model.peft_config["default"].lora_alpha
         if checkpoint.lora_config.lora_alpha != alpha:
             raise CheckpointError(

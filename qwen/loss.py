@@ -29,5 +29,5 @@ def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | N
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)
     if isinstance(num_items, Tensor):
-        num_items = num_items.to(total.device)
-    return total / num_items
+        return total / num_items.to(total.device).clamp(min=1)
+    return total / max(num_items, 1)

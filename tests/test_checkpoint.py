@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -99,6 +100,9 @@ def test_files_and_names(saved, tiny_bases, trained):
     }
     assert set(load_file(saved / "projector.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     config = json.loads((saved / "multimodal_config.json").read_text())
+    prints = [config.pop(f"{base}_fingerprint") for base in ("vision_tower", "language_model")]
+    assert all(re.fullmatch("[0-9a-f]{16}", value) for value in prints)
+    assert prints[0] != prints[1]
     assert set(config.pop("package_versions")) == {"torch", "transformers", "peft", "accelerate"}
     assert config == {
         "base_language_model": tiny_bases[0],
@@ -477,9 +481,14 @@ def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):
     with pytest.raises(CheckpointError, match="language_hidden_size is 32, the checkpoint was trained with 16"):
         load(folder, wider)
     deeper = make_language_model(tmp_path / "deeper", num_hidden_layers=3)
-    with pytest.raises(CheckpointError, match=r"missing base_model.model.transformer.h.2.attn.c_attn.lora_A.weight"):
+    with pytest.raises(CheckpointError, match="weights or settings of --base_language_model are others"):
         load(folder, deeper)
+    same_shape = make_language_model(tmp_path / "same_shape", seed=99)
+    with pytest.raises(CheckpointError, match="weights or settings of --base_language_model are others"):
+        load(folder, same_shape)
     original = write_original(tmp_path / "original", saved)  # which does not say what it was trained on
+    with pytest.raises(CheckpointError, match=r"missing base_model.model.transformer.h.2.attn.c_attn.lora_A.weight"):
+        load(original, deeper, tiny_bases[1])
     with pytest.raises(CheckpointError, match=r"projector .* does not fit.*0.bias is \(16,\), expected \(32,\)"):
         load(original, wider, tiny_bases[1])
 

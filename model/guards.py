@@ -1,0 +1,154 @@
+"""Callbacks that stop a run in good order: signals, numbers that are not finite, too many bad samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .agreement import gather_objects, gather_rows, is_distributed
+
+logger = logging.getLogger(__name__)
+
+BAD_SAMPLES = "bad_samples.jsonl"
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient that is not finite; the step was not taken."""
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM or SIGINT, finishes the step, saves and stops, on all processes at the same step.
+
+    A second signal of either kind ends the process at once.
+
+    Attributes:
+        received: the signal's number, or 0. Known to every process once the run has stopped.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        logger.warning(
+            "%s: finishing this step, then saving; a second signal quits at once", signal.Signals(number).name
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the signals over."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask all processes whether one was told to stop."""
+        signals = gather_rows([float(self.received)], args.device)
+        if signals.any():
+            self.received = int(signals.max())
+            control.should_save = True
+            control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Give the signals back to whom they belonged."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Raises before an optimizer step whose loss or gradient is not finite, on all processes."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._ids: list[int] = []
+
+    def remember(self, loss: Tensor, ids: Tensor | None) -> None:
+        """Take note of a batch that the step consists of."""
+        self._losses.append(loss.detach())
+        if ids is not None:
+            self._ids += ids.tolist()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the step.
+
+        Raises:
+            NotFiniteError: naming step and samples.
+        """
+        finite = torch.stack([loss.isfinite().all() for loss in self._losses]).all()
+        if not args.fp16:  # there, the gradient scaler skips steps that overflowed, and lowers its scale
+            gradients = [p.grad.isfinite().all() for p in kwargs["model"].parameters() if p.grad is not None]
+            finite_gradient = torch.stack(gradients).all() if gradients else finite
+        else:
+            finite_gradient = finite
+        rows = gather_rows([float(finite), float(finite_gradient)], args.device)
+        ids, self._ids, self._losses = self._ids, [], []
+        if rows.all():
+            return
+        what = "loss" if not rows[:, 0].all() else "gradient"
+        all_ids = sorted(number for numbers in gather_objects(ids) for number in numbers)
+        raise NotFiniteError(
+            f"the {what} of step {state.global_step + 1} is not finite; the step was not taken. Its samples have the "
+            f"IDs {', '.join(map(str, all_ids))}. Look at them, or lower --learning_rate and --feature_proj_lr; "
+            f"checkpoints in {args.output_dir} are as they were"
+        )
+
+
+class WatchBadSamples(TrainerCallback):
+    """Counts the samples that could not be read, lists them, and stops the run if they are too many.
+
+    Args:
+        dataset: has `bad` and `bad_sample_messages`, as `ImageCaptionDataset` has.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._known = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """List what the two files already showed to be bad."""
+        self._look(args)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look for new ones.
+
+        Raises:
+            TooManyBadSamplesError: if they are too many.
+        """
+        self._look(args)
+
+    def _look(self, args: TrainingArguments) -> None:
+        counts = gather_rows([float(len(self.dataset.bad))], args.device)
+        if int(counts.max()) == self._known and bool((counts == counts[0]).all()):
+            return
+        if is_distributed():
+            flags = self.dataset.bad.flags.to(args.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            self.dataset.bad.flags.copy_(flags)
+        self._known = len(self.dataset.bad)
+        path = Path(str(args.output_dir)) / BAD_SAMPLES
+        if args.process_index == 0:
+            messages = self.dataset.bad_sample_messages()
+            lines = [json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in messages]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+            logger.warning("%d bad samples were left out so far; see %s", self._known, path)
+        self.dataset.bad.check(str(path))
