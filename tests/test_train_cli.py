@@ -308,7 +308,7 @@ def test_another_tower_and_a_single_layer(bases, data, tmp_path):
 def test_the_first_samples_only(bases, data, tmp_path):
     argv = [*bases, *data, *QUICK, "--report_to", "none", "--max_train_samples", "3", "--output_dir", str(tmp_path)]
     trainer = train.build_trainer(argv)
-    assert [trainer.train_dataset[i]["id"] for i in range(len(trainer.train_dataset))] == [0, 1, 2]
+    assert sorted(trainer.train_dataset[i]["id"] for i in range(len(trainer.train_dataset))) == [0, 1, 2]
 
 
 # ---- What users get wrong
@@ -357,7 +357,7 @@ def mistakes(folder: Path, pictures: Path, bases: list[str], run: Path) -> dict[
         "no previous": (["--previous_lora_weights", "nowhere"], "nowhere"),
         "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere"),
         "no state": (["--resume_from_checkpoint", str(weights_only)], "no trainer_state.json"),
-        "other rank": (["--resume_from_checkpoint", str(run), "--lora_rank", "8"], "(4, 16), expected (8, 16)"),
+        "other rank": (["--resume_from_checkpoint", str(run), "--lora_rank", "8"], "rank"),
         "no image": (absent, "sample 0: "),
         "no image, seen by a worker": ([*absent, "--dataloader_num_workers", "1"], "sample 0: "),
         "too long": ([*long, "--max_length", "80"], "expected fewer than max_length = 80"),
