@@ -323,6 +323,7 @@ def mistakes(folder: Path, pictures: Path, bases: list[str], run: Path) -> dict[
     (folder / "a file").touch()
     absent = write_data(folder / "absent", [("nowhere.png", ("<|extra_0|>", "a"))], pictures)
     long = write_data(folder / "long", [("red.png", ("<|extra_0|>" + "long " * 90, "a"))], pictures)
+    stop_there = ["--on_bad_sample", "error"]
     uneven = write_data(folder / "uneven", [("red.png", ("no placeholder", "a"))], pictures)
     return {
         "image map": (["--image_map", "nowhere.json"], "nowhere.json"),
@@ -358,10 +359,11 @@ def mistakes(folder: Path, pictures: Path, bases: list[str], run: Path) -> dict[
         "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere"),
         "no state": (["--resume_from_checkpoint", str(weights_only)], "no trainer_state.json"),
         "other rank": (["--resume_from_checkpoint", str(run), "--lora_rank", "8"], "rank"),
-        "no image": (absent, "sample 0: "),
-        "no image, seen by a worker": ([*absent, "--dataloader_num_workers", "1"], "sample 0: "),
-        "too long": ([*long, "--max_length", "80"], "expected fewer than max_length = 80"),
-        "placeholders": (uneven, "0 image placeholders <|extra_0|> but it has 1 images"),
+        "no image": ([*absent, *stop_there], "sample 0: "),
+        "no image, seen by a worker": ([*absent, *stop_there, "--dataloader_num_workers", "1"], "sample 0: "),
+        "too long": ([*long, *stop_there, "--max_length", "80"], "expected fewer than max_length = 80"),
+        "only bad samples": (absent, "--max_bad_fraction 0.01"),
+        "placeholders": ([*uneven, *stop_there], "0 image placeholders <|extra_0|> but it has 1 images"),
     }
 
 
