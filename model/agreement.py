@@ -24,9 +24,9 @@ def gather_rows(values: list[float], device: torch.device) -> Tensor:
     Returns:
         (processes, k) float64, on the CPU.
     """
-    own = torch.tensor(values, dtype=torch.float64, device=device)
     if not is_distributed():
-        return own[None].cpu()
+        return torch.tensor([values], dtype=torch.float64)
+    own = torch.tensor(values, dtype=torch.float64, device=device)
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
     return torch.stack(rows).cpu()
