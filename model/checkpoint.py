@@ -17,19 +17,21 @@ from copy import copy
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import get_origin, get_type_hints
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .adapter_config import ADAPTER_CONFIG, read_lora_config
+from .folders import check_inside, read_json
 from .weights import CheckpointError, check_weights, read_tensors
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROJECTOR_WEIGHTS = "projector.safetensors"
 MULTIMODAL_CONFIG = "multimodal_config.json"
+RUN_STATE = "run_state.json"
 ORIGINAL_ADAPTER_WEIGHTS = "adapter_model.bin"
 ORIGINAL_PROJECTOR_WEIGHTS = "other_params.bin"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
@@ -93,24 +95,40 @@ def resolve_checkpoint(folder: str | os.PathLike[str]) -> Path:
     """Find the checkpoint that a path means: the folder itself, or the newest complete one of a run folder.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is none, or a link in it leads out of it.
     """
     path = Path(folder)
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path}: no such folder; give a checkpoint or a run folder")
-    numbered = [
-        (int(match[1]), child)
-        for child in path.iterdir()
-        if (match := re.fullmatch(r"checkpoint-(\d+)", child.name)) and child.is_dir()
-    ]
-    for _, child in sorted(numbered, reverse=True):
+    numbered = numbered_checkpoints(path)
+    for child in numbered:
         if not _missing(child):
+            check_inside(child)
             return child
     missing = _missing(path)
     if missing:
         inside = f" and none of its {len(numbered)} checkpoint-* folders is complete" if numbered else ""
         raise CheckpointError(f"checkpoint {path}: {' and '.join(missing)} missing{inside}")
+    check_inside(path)
     return path
+
+
+def numbered_checkpoints(run: Path) -> list[Path]:
+    """The `checkpoint-N` folders of a run folder, complete or not; the one that has come furthest first.
+
+    Where the batch size changed, steps were counted anew, so the place in the data goes before the step's number.
+    """
+
+    def progress(folder: Path) -> tuple[int, int, int]:
+        try:
+            state = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
+            place = int(state["epoch"]), int(state["position"])
+        except (OSError, ValueError, TypeError, KeyError):
+            place = -1, 0  # not written by a run of ours, or broken
+        return *place, int(folder.name.split("-")[1])
+
+    found = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=progress, reverse=True)
 
 
 def _missing(folder: Path) -> list[str]:
@@ -131,12 +149,12 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """
     path = resolve_checkpoint(folder)
     config = _read_multimodal_config(path) if (path / MULTIMODAL_CONFIG).is_file() else None
-    return Checkpoint(path, config, _read_lora_config(path))
+    return Checkpoint(path, config, read_lora_config(path))
 
 
 def _read_multimodal_config(folder: Path) -> MultimodalConfig:
     path = folder / MULTIMODAL_CONFIG
-    values = _read_json(path)
+    values = read_json(path)
     types = get_type_hints(MultimodalConfig)
     absent = [name for name in types if name not in values]
     if absent:
@@ -148,27 +166,6 @@ def _read_multimodal_config(folder: Path) -> MultimodalConfig:
     if values["projector_layers"] not in (1, 2):
         raise CheckpointError(f"{path}: projector_layers must be 1 or 2, got {values['projector_layers']}")
     return MultimodalConfig(**{name: values[name] for name in types})
-
-
-def _read_lora_config(folder: Path) -> LoraConfig:
-    path = folder / ADAPTER_CONFIG
-    kind = _read_json(path).get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{path}: not a LoRA configuration: peft_type is {kind!r}, expected 'LORA'")
-    try:
-        return LoraConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a LoRA configuration: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: can't be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, got {type(values).__name__}")
-    return values
 
 
 def save_checkpoint(
@@ -220,6 +217,11 @@ def load_lora(
     if dropout is not None:
         config.lora_dropout = dropout
     weights = _normalised_adapter_names(_read_adapter(checkpoint.folder))
+    longest = max((size for tensor in weights.values() for size in tensor.shape), default=0)
+    if config.r > max(longest, 4096):  # before room is made for it
+        raise CheckpointError(
+            f"{checkpoint.folder / ADAPTER_CONFIG}: r is {config.r}, but its weights have no dimension of that size"
+        )
     try:
         wrapped = get_peft_model(language_model, config)
     except ValueError as error:

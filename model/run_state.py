@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
-from .checkpoint import CheckpointError
+from .folders import read_json
+from .weights import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-RUN_STATE = "run_state.json"
 TRAINER_STATE = "trainer_state.json"
-_SCHEDULER = "scheduler.pt"
+SCHEDULER = "scheduler.pt"
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,26 @@ class RunState:
             CheckpointError: if it is missing or can't be read.
         """
         try:
-            values = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
-            return cls(**{**values, "geometry": Geometry(**values["geometry"])})
+            values = read_json(folder / RUN_STATE)
+            state = cls(**{**values, "geometry": Geometry(**values["geometry"])})
+            state._check()
+            return state
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{folder / RUN_STATE}: can't be read ({error}), so training can't go on from this checkpoint; start "
                 "anew from its weights with --previous_lora_weights"
             ) from error
+
+    def _check(self) -> None:
+        whole = {**asdict(self.geometry), "epoch": self.epoch, "position": self.position}
+        whole["steps_since_log"] = self.steps_since_log
+        for name, value in whole.items():
+            if type(value) is not int or value < (name in asdict(self.geometry)):
+                raise ValueError(f"{name} is {value!r}")
+        if not isinstance(self.identity, dict) or not isinstance(self.loss_sums, list) or not self.loss_sums:
+            raise ValueError("identity or loss_sums are not of their type")
+        if not all(isinstance(value, (int, float)) for value in (self.total_loss, *self.loss_sums)):
+            raise ValueError("a loss is no number")
 
 
 def check_identity(state: RunState, identity: dict[str, Any], folder: Path) -> None:
@@ -143,7 +156,7 @@ def place_in_run(folder: Path, state: RunState, geometry: Geometry, staging: Pat
     trainer_state.global_step = new_step
     trainer_state.epoch = state.epoch + state.position / geometry.num_samples
     trainer_state.save_to_json(str(staging / TRAINER_STATE))
-    schedule = torch.load(folder / _SCHEDULER, weights_only=True)
+    schedule = torch.load(folder / SCHEDULER, weights_only=True)
     schedule["last_epoch"] = new_step
-    torch.save(schedule, staging / _SCHEDULER)
+    torch.save(schedule, staging / SCHEDULER)
     return staging, skipped

@@ -26,6 +26,7 @@ from .guards import StopOnNonFinite, StopOnSignal
 from .optimizer import optimizer_groups
 from .progress import RatesAndSpeed
 from .run_state import TRAINER_STATE, Geometry, RunState, check_identity, place_in_run
+from .training_state import check_optimizer_state, check_state_files
 from .vision_language_model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
@@ -169,6 +170,7 @@ class VLMTrainer(Trainer):
         )
 
     def _prepare_to_resume(self, folder: Path) -> str:
+        check_state_files(folder)
         state = RunState.read(folder)
         if self.identity is not None:
             check_identity(state, self.identity, folder)
@@ -181,9 +183,15 @@ class VLMTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_checkpoint(resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.optimizer is not None:
+            check_optimizer_state(Path(checkpoint), self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if best is not None:
+            best = str(Path(str(self.args.output_dir)) / Path(best).name)  # of this run, whatever a checkpoint names
             logger.info("loading the best checkpoint %s (score %s)", best, self.state.best_metric)
             self.model.load_checkpoint(best)
 

@@ -35,6 +35,7 @@ from .fingerprint import base_fingerprints
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora
 from .projector import build_projector
+from .weights import check_finite
 
 
 class VisionLanguageModel(nn.Module):
@@ -103,6 +104,8 @@ class VisionLanguageModel(nn.Module):
         tower = build_vision_tower(vision_name, dtype, drop_first_patch=drops_first_patch(checkpoint, vision_name))
         language_model: Any = load_language_model(language_name, dtype)
         language_model.requires_grad_(False)
+        check_finite(tower, vision_name)
+        check_finite(language_model, language_name)
         fingerprints = base_fingerprints(tower, language_model)
         if checkpoint is not None:
             check_bases(checkpoint, tower, language_model, fingerprints)

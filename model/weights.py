@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class CheckpointError(ValueError):
@@ -23,6 +24,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        _check_archive(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # its own text says how to switch the protection off
         reason = "only plain PyTorch tensors are read; anything else could run code, or the file is damaged"
@@ -35,6 +37,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path}: names and tensors are expected, got something else")
     return values
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that unpacks to more than it is: PyTorch's own are never compressed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is a compressed archive, as PyTorch does not write")
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """See to it that a base model's weights are numbers.
+
+    Args:
+        model: the model.
+        name: what it was loaded from, for the message.
+
+    Raises:
+        CheckpointError: naming the first weights that are not finite.
+    """
+    bad = [key for key, value in model.named_parameters() if not all(map(torch.isfinite, value.detach().aminmax()))]
+    if bad:
+        shown = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
+        raise CheckpointError(
+            f"the weights of {name} hold values that are not finite, in {len(bad)} tensors ({shown}); download or "
+            "copy it again"
+        )
 
 
 def check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, likely: str) -> None:
