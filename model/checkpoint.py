@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from copy import copy
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import get_origin, get_type_hints
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -121,9 +123,9 @@ def numbered_checkpoints(run: Path) -> list[Path]:
 
     def progress(folder: Path) -> tuple[int, int, int]:
         try:
-            state = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
+            state = read_json(folder / RUN_STATE)
             place = int(state["epoch"]), int(state["position"])
-        except (OSError, ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):
             place = -1, 0  # not written by a run of ours, or broken
         return *place, int(folder.name.split("-")[1])
 
@@ -178,18 +180,50 @@ def save_checkpoint(
         language_model: the language model with its LoRA layers.
         projector: the projector.
         config: what they were trained on.
+
+    Raises:
+        OSError: if they can't be written; files that were there before are as they were then.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     weights = _lora_weights(language_model)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path / ADAPTER_WEIGHTS)
-    projector_weights = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
-    save_file(projector_weights, path / PROJECTOR_WEIGHTS)
     lora_config = language_model.peft_config["default"]
     lora_config.base_model_name_or_path = config.base_language_model
-    lora_config.save_pretrained(str(path))
     text = json.dumps(asdict(config), indent=2, ensure_ascii=False)
-    (path / MULTIMODAL_CONFIG).write_text(text + "\n", encoding="utf-8")
+    # Written beside the old files first: what goes wrong, goes wrong here, and the old ones are whole.
+    new = path / "tmp-weights"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir()
+        _save_tensors(weights, new / ADAPTER_WEIGHTS)
+        _save_tensors(projector.state_dict(), new / PROJECTOR_WEIGHTS)
+        lora_config.save_pretrained(str(new))
+        (new / MULTIMODAL_CONFIG).write_text(text + "\n", encoding="utf-8")
+        for file in new.iterdir():
+            flush_to_disk(file)
+        # The folder is no checkpoint until the last of them is in its place.
+        (path / MULTIMODAL_CONFIG).unlink(missing_ok=True)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == MULTIMODAL_CONFIG):
+            file.replace(path / file.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    flush_to_disk(path)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # of the file system, too
+        raise OSError(f"{path}: {error}") from error
+
+
+def flush_to_disk(path: Path) -> None:
+    """Go on when a file, or a folder's list of names, is on the disk and not only on its way there."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _lora_weights(language_model: PeftModel) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
+from .checkpoint import RUN_STATE
 from .folders import read_json
 from .weights import CheckpointError
 
