@@ -1,0 +1,53 @@
+"""Text to pretrain the language model on: the training questions about scenes that are told in words, not shown.
+
+No image is involved. A description stands where the image will stand later, so that the model learns to read what
+there is and to answer from it; what is left for the vision-language stage is to make image features read like words.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from dataprocess.ai_challenger import PROMPTS
+from dataprocess.records import PLACEHOLDER
+
+from .questions import Question
+from .shapes import CHINESE, Scene
+
+Turn = tuple[str, str]
+
+_LONGEST_LIST = 16  # words, about as many as an image has features
+
+
+def describe(scene: Scene, rng: random.Random) -> str:
+    """Tell a scene in words: a sentence in English or Chinese, or its two words over and over in any order."""
+    manner = rng.randrange(4)
+    if manner == 0:
+        return scene.caption
+    if manner == 1:
+        return rng.choice(scene.chinese_captions)
+    words = [scene.color, scene.shape]
+    if manner == 2:
+        words = [CHINESE[word] for word in words]
+    listed = words + rng.choices(words, k=rng.randint(0, _LONGEST_LIST - 2))
+    rng.shuffle(listed)
+    return " ".join(listed)
+
+
+def conversation(scene: Scene, questions: Sequence[Question], rng: random.Random) -> list[Turn]:
+    """Questions about one scene and their answers; its description comes before the first question."""
+    turns = [(question.text, question.answer) for question in questions]
+    turns[0] = (f"{describe(scene, rng)}\n{turns[0][0]}", turns[0][1])
+    return turns
+
+
+def captioning(scene: Scene, rng: random.Random) -> list[Turn]:
+    """The data set's two Chinese questions, with the description where the image will be, and a Chinese caption."""
+    question = rng.choice(PROMPTS).replace(PLACEHOLDER, describe(scene, rng))
+    return [(question, rng.choice(scene.chinese_captions))]
+
+
+def split_into_conversations(questions: Sequence[Question], num_turns: int) -> list[list[Question]]:
+    """Cut a picture's questions into conversations of at most `num_turns` turns, in their order."""
+    return [list(questions[start : start + num_turns]) for start in range(0, len(questions), num_turns)]
