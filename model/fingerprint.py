@@ -30,7 +30,10 @@ def model_fingerprint(model: nn.Module, *settings: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         values = parameter.detach().flatten()
-        spread = torch.linspace(0, max(values.numel() - 1, 0), min(_VALUES_PER_TENSOR, values.numel())).long()
+        number = min(_VALUES_PER_TENSOR, values.numel())
+        spread = (
+            torch.arange(number) * (values.numel() - 1) // max(number - 1, 1)
+        )  # in whole numbers: exact at any size
         sample = values[spread.to(values.device)].to(torch.bfloat16).view(torch.int16).cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
