@@ -11,6 +11,7 @@ a prompt without it gets it in front. With a folder as image path, every picture
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,13 +22,15 @@ import torch
 from PIL import Image
 from transformers import set_seed
 
-from dataset import SYSTEM_PROMPT, encode_prompt, load_image
-from dataset.image_io import ImageError, picture_suffixes
+from dataset import SYSTEM_PROMPT, load_image
+from dataset.image_io import ImageError, pictures_in
 from dataset.prompt import count_placeholders
+from dataset.window import fit_prompt
 from model import VisionLanguageModel
-from model.console import OneLineErrors, in_one_line, set_up_logging
+from model.console import OneLineErrors, in_one_line, one_line, set_up_logging, use_utf8
 from model.device import parse_dtype, pick_device
 from model.language_model import load_tokenizer
+from model.memory import is_out_of_memory, out_of_memory
 from qwen import IMAGE_TOKEN, QWenTokenizer
 from qwen.stream import answer_ids, complete_config, stream_ids
 
@@ -65,9 +68,9 @@ class Assistant:
         return self.model.encode_images(torch.stack([transform(image) for image in images]))
 
     def stream(self, prompt: str, features: torch.Tensor | None, history: Turns | None = None) -> Iterator[str]:
-        """Answer; gives the growing text."""
+        """Answer; gives the growing text. Nothing is done before the first is asked for."""
         ids, kwargs = self._inputs(prompt, features, history)
-        return stream_ids(self.model.qwen, self.tokenizer, ids, **kwargs)
+        yield from stream_ids(self.model.qwen, self.tokenizer, ids, **kwargs)
 
     def answer(self, prompt: str, features: torch.Tensor | None, history: Turns | None = None) -> str:
         """Answer; gives the whole text."""
@@ -77,27 +80,13 @@ class Assistant:
     def _inputs(
         self, prompt: str, features: torch.Tensor | None, history: Turns | None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        history = list(history or [])
-        ids, dropped = self._encode(prompt, history)
-        if dropped:
-            logger.warning("the conversation is longer than the window: the oldest %d turns were left out", dropped)
-            num_images = sum(count_placeholders(question) for question, _ in history[:dropped])
-            history = history[dropped:]
-            # The images stay: what is now the oldest question takes over those of the turns that went.
-            if num_images and history:
-                history[0] = (IMAGE_TOKEN * num_images + history[0][0], history[0][1])
-            elif num_images:
-                prompt = IMAGE_TOKEN * num_images + prompt
-            return self._inputs(prompt, features, history)
+        ids = fit_prompt(
+            self.tokenizer, prompt, self.model.num_image_tokens, history or [], self.system, self.max_window_size
+        )
         kwargs = dict(self.options)
         if features is not None:
             kwargs["image_features"] = (features.flatten(0, 1),)
         return torch.tensor([ids]), kwargs
-
-    def _encode(self, prompt: str, history: Turns) -> tuple[list[int], int]:
-        return encode_prompt(
-            self.tokenizer, prompt, self.model.num_image_tokens, history, self.system, self.max_window_size
-        )
 
 
 def with_placeholders(prompt: str, num_images: int) -> str:
@@ -126,27 +115,24 @@ def ask_once(assistant: Assistant, prompt: str, images: Sequence[Image.Image], s
         print(assistant.answer(prompt, features))
 
 
-def show(texts: Iterator[str]) -> str:
-    """Print a growing text as it grows, and a line break at its end."""
-    shown = ""
-    for text in texts:
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
-    print()
-    return shown
+def show(texts: Iterator[str], *, may_be_stopped: bool = False) -> str:
+    """Print a growing text as it grows, and a line break at its end; returns what was printed.
 
-
-def pictures_in(folder: Path) -> list[Path]:
-    """The files of a folder whose names end as those of pictures do, by name.
-
-    Raises:
-        ValueError: if there is none.
+    With `may_be_stopped`, Ctrl-C ends the text there, and nothing else.
     """
-    known = picture_suffixes()
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
-    if not paths:
-        raise ValueError(f"--image_path {folder}: there is no picture in this folder")
-    return paths
+    shown = ""
+    try:
+        with contextlib.closing(texts):  # type: ignore[type-var]
+            for text in texts:
+                new, shown = text[len(shown) :], text
+                print(new, end="", flush=True)
+    except KeyboardInterrupt:
+        if not may_be_stopped:
+            raise
+        sys.stderr.write(" [stopped]")
+        sys.stderr.flush()
+    print(flush=True)
+    return shown
 
 
 def ask_about_each(assistant: Assistant, prompt: str, paths: Sequence[Path]) -> int:
@@ -164,13 +150,11 @@ def ask_about_each(assistant: Assistant, prompt: str, paths: Sequence[Path]) -> 
     return failed
 
 
-def one_line(text: str) -> str:
-    """Write line breaks, tabs and backslashes as escapes, so that a name or an answer takes one column of one line."""
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-
-
 def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
-    """Ask for questions on stdin until its end, `exit` or `quit`; answers see the turns before them."""
+    """Ask for questions on stdin until its end, `exit` or `quit`; answers see the turns before them.
+
+    Ctrl-C ends an answer, whose beginning then counts as the answer; at the prompt it leaves.
+    """
     features = assistant.features(images)
     history: Turns = []
     sys.stderr.write("Ask about the image; `exit` or the end of input leaves.\n")
@@ -190,8 +174,30 @@ def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
         except ValueError as error:
             logger.error("test.py: %s", error)
             continue
-        answer = show(assistant.stream(question, features, history))
-        history.append((question, answer))
+        try:
+            answer = show(assistant.stream(question, features, history), may_be_stopped=True)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            logger.error("test.py: %s", explain(error))
+            continue
+        if answer:  # stopped before its first word, a question was not asked
+            history.append((question, answer))
+
+
+def explain(error: Exception) -> str:
+    """One line about an error, with advice where memory ran out.
+
+    Raises:
+        RuntimeError: the error itself, if it is one of this program's own.
+    """
+    if is_out_of_memory(error):
+        return out_of_memory(
+            error,
+            "give fewer images and shorter questions, lower --max_new_tokens, load half the bytes with "
+            "--dtype bfloat16, or use --device cpu",
+        )
+    if isinstance(error, (ValueError, OSError)):
+        return in_one_line(error)
+    raise error
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -292,13 +298,15 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer; returns the exit status, 2 for what the user can mend."""
+    use_utf8()
     set_up_logging()
     try:
         return run(parse_arguments(sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError) as error:
-        logger.error("test.py: %s", in_one_line(error))
-        return 2
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        logger.error("test.py: %s", explain(error))
+        return 1 if is_out_of_memory(error) else 2
     except KeyboardInterrupt:
+        sys.stderr.write("\n")
         return 130
 
 

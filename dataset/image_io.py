@@ -68,6 +68,19 @@ def picture_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The files of a folder whose names end as those of pictures do, by name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    known = picture_suffixes()
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
+    if not paths:
+        raise ValueError(f"--image_path {folder}: there is no picture in this folder")
+    return paths
+
+
 def check_image_name(name: str) -> str | None:
     """Judge an image name by its text alone, without touching the disk.
 

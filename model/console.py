@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import re
 import sys
@@ -10,6 +11,13 @@ import warnings
 from typing import NoReturn
 
 _OURS = ("dataset", "model", "qwen", "test", "train", "visual")
+
+
+def use_utf8() -> None:
+    """Read and write UTF-8 whatever the locale says: answers are Chinese, and must not fail where it is ASCII."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def set_up_logging(rank: int = 0, world_size: int = 1) -> None:
@@ -42,3 +50,8 @@ def in_one_line(error: BaseException) -> str:
         # PyTorch puts the worker's traceback into the message; its last paragraph names the class and the reason.
         text = re.split(r"\n[\w.]*Error: ", text)[-1]
     return " ".join(text.split())
+
+
+def one_line(text: str) -> str:
+    """Write line breaks, tabs and backslashes as escapes, so that a name or an answer takes one column of one line."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
