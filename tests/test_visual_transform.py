@@ -44,6 +44,23 @@ def test_pixels_equal_the_checkpoints_own_processor(make, tmp_path):
         assert torch.equal(pixels, processor(images=picture(size), return_tensors="pt")["pixel_values"][0])
 
 
+def test_a_long_strip_costs_no_more_than_its_middle(tmp_path):
+    """The processor alone would enlarge all of it first: 3 GB for 1 × 5000 pixels, and no end for more."""
+    folder = make_clip_checkpoint(tmp_path)
+    transform = build_vision_tower(folder).image_transform
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    for size in [(1, 3000), (2000, 3), (2, 501), (999, 7)]:
+        expected = processor(images=picture(size), return_tensors="pt")["pixel_values"][0]
+        assert (transform(picture(size)) - expected).abs().max() < 0.02, size
+    seen = []
+    whole = transform.processor.resize
+    transform.processor.resize = lambda image, *args, **kwargs: (
+        seen.append(image.shape) or whole(image, *args, **kwargs)
+    )
+    assert transform(Image.new("RGB", (1, 1_000_000), (9, 9, 9))).shape == (3, 28, 28)
+    assert max(seen[0]) <= 34
+
+
 def test_clip_pixels_by_hand(tmp_path):
     """Short edge to 32 by bicubic, middle 28 × 28, to [0, 1], less mean, by deviation."""
     transform = build_vision_tower(make_clip_checkpoint(tmp_path)).image_transform

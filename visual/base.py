@@ -16,6 +16,25 @@ from visual.loading import load_config, load_image_processor, load_model
 logger = logging.getLogger(__name__)
 
 
+_LONGEST = 32
+"""How many times longer than wide a picture may be before its far ends, which a centre crop drops, are not enlarged."""
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """What a centre crop can see of a picture that is very long or very tall.
+
+    Processors resize the short edge first: a strip of 1 × 5000 pixels would become 224 × 1,120,000, some gigabytes, of
+    which 224 × 224 are kept.
+    """
+    width, height = image.size
+    short, long = sorted(image.size)
+    surplus = (long - _LONGEST * short) // 2
+    if surplus <= 0:
+        return image
+    across = width > height
+    return image.crop((surplus, 0, width - surplus, height) if across else (0, surplus, width, height - surplus))
+
+
 class ImageTransform:
     """From a PIL image in RGB to the pixels a tower was trained on, by the checkpoint's own image processor.
 
@@ -39,6 +58,8 @@ class ImageTransform:
         """
         if image.mode != "RGB":
             raise ValueError(f"the image transform takes RGB images, got mode {image.mode!r}: convert the image first")
+        if self.processor.to_dict().get("do_center_crop"):
+            image = _middle(image)
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels.to(torch.float32)
 
