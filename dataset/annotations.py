@@ -173,6 +173,8 @@ def _parse_entry(key: str, entry: Any, captions: dict[str, Any], folders: _Folde
     sample_id = entry.get("ID")
     if not isinstance(sample_id, int) or isinstance(sample_id, bool):
         raise SampleError(f"entry {key!r}: ID must be an integer, got {sample_id!r}")
+    if not -(2**63) <= sample_id < 2**63:
+        raise SampleError(f"entry {key!r}: ID must be an integer of at most 64 bits")
     try:
         files = _image_files(entry)
         folder = ""

@@ -1,0 +1,322 @@
+"""Pictures as they really are: each goes through preparation, training and answering, with its outcome written down.
+
+`IMAGES` is the table; tests/HOSTILE.md shows it to people.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hostile import GOOD, answer, llava, prepare, train_on_all
+from PIL import Image
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+READ = "read: the path is the user's own"
+NO_WORD = "no command line can hold it"
+Maker = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A picture, and what becomes of it."""
+
+    what: str
+    """What it is."""
+    make: Maker
+    """Writes the file."""
+    name: str = "x.png"
+    """What the annotations call it."""
+    refused: str = ""
+    """Why it can't be used, as `--check_images`, training and test.py say; empty: it can."""
+    refused_by_name: str = ""
+    """Why its name alone is refused, by preparation without `--check_images` too; test.py takes any path."""
+    size: tuple[int, int] = (4, 2)
+    """Width and height it is seen with."""
+    corner: tuple[int, int, int] = RED
+    """Colour of its upper left pixel as it is seen."""
+    test_py: str = ""
+    """What becomes of it in test.py, where that is not the same: `READ`, `NO_WORD`, or a part of the message."""
+
+
+def save(colour: object = RED, mode: str = "RGB", size: tuple[int, int] = (4, 2), **how: object) -> Maker:
+    return lambda path: Image.new(mode, size, colour).save(path, **how)  # type: ignore[arg-type]
+
+
+def write(content: bytes) -> Maker:
+    return lambda path: path.write_bytes(content)
+
+
+def cut(share: float, **how: object) -> Maker:
+    def make(path: Path) -> None:
+        Image.effect_noise((200, 200), 50).convert("RGB").save(path, **how)  # type: ignore[arg-type]
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * share)])
+
+    return make
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(path: Path) -> None:
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+
+
+def text_bomb(path: Path) -> None:
+    """A compressed comment that unpacks to 200 MB beside a harmless picture."""
+    save()(path)
+    content = path.read_bytes()
+    comment = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * 200_000_000))
+    path.write_bytes(content[:33] + comment + content[33:])
+
+
+def flip_a_bit(path: Path) -> None:
+    save()(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 0xFF
+    path.write_bytes(content)
+
+
+def palette(path: Path) -> None:
+    image = Image.new("P", (4, 2))
+    image.putpalette([*BLUE, *RED])
+    image.save(path, transparency=0)
+
+
+def turned(path: Path) -> None:
+    """Lies on its side, red above green once it is upright."""
+    stored = Image.new("RGB", (64, 32), GREEN)
+    stored.paste(RED, (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    stored.save(path, format="JPEG", quality=100, exif=exif)
+
+
+def animated(path: Path) -> None:
+    frames = [Image.new("RGB", (4, 2), colour) for colour in (RED, BLUE)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def sixteen_bit(path: Path) -> None:
+    Image.fromarray(np.full((2, 4), 0x8080, dtype=np.uint16)).save(path)
+
+
+def floats(value: float) -> Maker:
+    return lambda path: Image.fromarray(np.full((2, 4), value, dtype=np.float32)).save(path)
+
+
+def outside(path: Path) -> Path:
+    target = path.parent.parent / "outside.png"
+    save()(target)
+    return target
+
+
+def link_outside(path: Path) -> None:
+    path.symlink_to(outside(path))
+
+
+def link_in_a_folder(path: Path) -> None:
+    elsewhere = path.parent.parent.parent / "elsewhere"
+    elsewhere.mkdir()
+    save()(elsewhere / path.name)
+    path.parent.rmdir()
+    path.parent.symlink_to(elsewhere)
+
+
+def link_inside(path: Path) -> None:
+    save()(path.with_name("target.png"))
+    path.symlink_to("target.png")
+
+
+def link_in_a_circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def nothing(path: Path) -> None:
+    """There is no such file."""
+
+
+def unreadable(path: Path) -> None:
+    save()(path)
+    path.chmod(0)
+
+
+def a_socket(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # the name of a socket may have 108 bytes
+    try:
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+CUT, ABSENT, NO_IMAGE = "image cut short or damaged", "missing", "not an image"
+LINK = "link leads out of its folder"
+IMAGES = [
+    # Not usable
+    Case("missing", nothing, refused=ABSENT),
+    Case("empty", write(b""), refused="empty file"),
+    Case("cut short, JPEG", cut(0.5, format="JPEG"), "x.jpg", refused=CUT),
+    Case("cut short, PNG", cut(0.5), refused=CUT),
+    Case("cut short, WebP", cut(0.5, format="WEBP"), "x.webp", refused=CUT),
+    Case("cut short, GIF", cut(0.5, format="GIF"), "x.gif", refused=CUT),
+    Case("nothing but the beginning of a JPEG", write(b"\xff\xd8\xff\xe0"), "x.jpg", refused=NO_IMAGE),
+    Case("a bit has flipped in its data", flip_a_bit, refused=CUT),
+    Case("not an image: text", write("这不是图片".encode()), refused=NO_IMAGE),
+    Case("not an image: an HTML error page", write(b"<!DOCTYPE html><html>404</html>"), "x.jpg", refused=NO_IMAGE),
+    Case("not an image: a pickle", write(b"\x80\x04\x95\x0b\x00\x00\x00"), refused=NO_IMAGE),
+    Case(
+        "SVG, which names other files", write(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "x.svg", refused=NO_IMAGE
+    ),
+    Case("EPS, which runs a program", save(format="EPS"), "x.eps", refused=NO_IMAGE),
+    Case(
+        "a directory",
+        lambda path: path.mkdir(),
+        refused="a directory, not a file",
+        test_py="there is no picture",
+    ),
+    Case("unreadable", unreadable, refused="unreadable"),
+    Case("a pipe", lambda path: os.mkfifo(path), refused="not a regular file"),
+    Case("a socket", a_socket, refused="not a regular file"),
+    Case("a link to itself", link_in_a_circle, refused="unreadable"),
+    Case("a decompression bomb: 900 million pixels in 100 bytes", bomb, refused="image too large"),
+    Case("a decompression bomb in a comment", text_bomb, refused=CUT),
+    Case("floats that are not finite", floats(float("nan")), "x.tif", refused=CUT),
+    # Usable, each in its own way
+    Case("1 × 1", save(size=(1, 1)), size=(1, 1)),
+    Case("1 × 5000", save(size=(1, 5000)), size=(1, 5000)),
+    Case("5000 × 1", save(size=(5000, 1)), size=(5000, 1)),
+    Case("grey", save(77, "L"), corner=(77, 77, 77)),
+    Case("black and white", save(1, "1"), corner=WHITE),
+    Case("grey with alpha: on white", save((0, 128), "LA"), corner=(127, 127, 127)),
+    Case("palette", lambda path: Image.new("P", (4, 2), 0).save(path), corner=(0, 0, 0)),
+    Case("palette with transparency: on white", palette, corner=WHITE),
+    Case("RGBA: on white", save((255, 0, 0, 0), "RGBA"), corner=WHITE),
+    Case("RGBA, half transparent: on white", save((255, 0, 0, 128), "RGBA"), corner=(255, 127, 127)),
+    Case("one colour that stands for transparency", save(BLUE, transparency=BLUE), corner=WHITE),
+    Case("CMYK", save((0, 255, 255, 0), "CMYK", (16, 16), quality=100), "x.jpg", size=(16, 16)),
+    Case("YCbCr TIFF", save((76, 85, 255), "YCbCr"), "x.tif"),
+    Case("16-bit grey: scaled", sixteen_bit, corner=(128, 128, 128)),
+    Case("floats: stretched", floats(0.5), "x.tif", corner=(0, 0, 0)),
+    Case("EXIF-rotated: turned upright", turned, "x.jpg", size=(32, 64)),
+    Case(
+        "EXIF block damaged",
+        save(size=(16, 16), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=100),
+        "x.jpg",
+        size=(16, 16),
+    ),
+    Case("animated GIF: first frame", animated, "x.gif"),
+    Case("animated WebP: first frame", animated, "x.webp", corner=(254, 0, 0)),
+    Case("animated PNG: first frame", animated),
+    Case("WebP", save(lossless=True), "x.webp"),
+    Case("BMP", save(), "x.bmp"),
+    Case("wrong extension: a PNG called .jpg", save(format="PNG"), "x.jpg"),
+    Case("no extension", save(format="PNG"), "x"),
+    # Names
+    Case("a name in Chinese", save(), "图片 一.png"),
+    Case("a name with a line break and quotes", save(), "a\n\"b'.png"),
+    Case("a name that begins with a hyphen", save(), "-x.png"),
+    Case("a name with two dots in it", save(), "a..b.png"),
+    Case("a name of 5,000 characters", nothing, "x" * 5000, refused="unreadable", test_py="File name too long"),
+    Case("an empty name", nothing, "", refused_by_name="image name", test_py=NO_WORD),
+    Case("a name that climbs out: ../", outside, "../outside.png", refused_by_name="leads out", test_py=READ),
+    Case("climbs out further in", outside, "a/../../outside.png", refused_by_name="leads out", test_py="missing"),
+    Case("climbs out the other way", nothing, "..\\outside.png", refused_by_name="leads out", test_py="missing"),
+    Case("an absolute name", nothing, "/etc/hostname", refused_by_name="absolute", test_py="not an image"),
+    Case("an absolute name of Windows", nothing, "C:\\x.png", refused_by_name="absolute", test_py="missing"),
+    Case("a name with NUL", nothing, "a\0.png", refused_by_name="NUL", test_py=NO_WORD),
+    Case(
+        "half of a surrogate pair in the name",
+        nothing,
+        "a\ud800.png",
+        refused="unreadable",
+        refused_by_name="surrogate",
+        test_py=NO_WORD,
+    ),
+    Case("a link that leads out", link_outside, refused=LINK, test_py=READ),
+    Case("a folder that is a link that leads out", link_in_a_folder, "sub/x.png", refused=LINK, test_py=READ),
+    Case("a link inside", link_inside),
+    Case("an https address", nothing, "https://example.com/x.png", refused=ABSENT),
+    Case("a home folder", nothing, "~/x.png", refused=ABSENT),
+]
+
+
+def outcomes(case: Case) -> list[str]:
+    """What the table says of each stage: preparation, with --check_images, training with error and skip, test.py."""
+    reason = case.refused or case.refused_by_name
+    seen = f"{case.size[0]} × {case.size[1]}, " + "#{:02x}{:02x}{:02x}".format(*case.corner)
+    if not reason:
+        return ["kept", "kept", seen, seen, seen]
+    plain = f"rejected: {case.refused_by_name}" if case.refused_by_name else "kept"
+    checked = f"rejected: {case.refused_by_name or reason}"
+    end = case.test_py if case.test_py in (READ, NO_WORD) else f"error: {case.test_py or reason}"
+    return [plain, checked, f"error: sample 1: {reason}", "skipped, listed", end]
+
+
+@pytest.mark.parametrize("case", IMAGES, ids=[case.what for case in IMAGES])
+def test_picture(case: Case, tmp_path, tokenizer, capsys):
+    if case.what == "unreadable" and os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    images = tmp_path / "images"
+    images.mkdir()
+    save(size=(3, 3))(images / GOOD)
+    writable = case.make is not nothing and ".." not in Path(case.name).parts
+    if "/" in case.name and writable:
+        (images / case.name).parent.mkdir(parents=True)
+    case.make(images / (case.name if writable else "unused.png"))
+    prepared(case, tmp_path)
+    reason = case.refused or case.refused_by_name
+    seen = trained_on(case, tmp_path, tokenizer, reason)
+    if case.test_py != NO_WORD:
+        path = case.name if case.name.startswith("/") else images / case.name
+        said, assistant = answer(path, "What?", tokenizer, capsys)
+        if case.test_py == READ or not reason:
+            assert said == ""
+        else:
+            assert (case.test_py or reason) in said
+            assert not assistant.ids
+        seen += assistant.images
+    for picture in seen:
+        assert tuple(picture.shape) == (3, case.size[1], case.size[0])
+        assert np.abs(picture[:, 0, 0].numpy() - case.corner).max() <= 3, picture[:, 0, 0]
+        assert torch.equal(picture, seen[0]), "training and answering see the same"
+
+
+def prepared(case: Case, folder: Path) -> None:
+    records = [llava(GOOD, "<image>\nA?", "good"), llava(case.name, "<image>\nB?", "hostile")]
+    for flags, reason in (((), case.refused_by_name), (("--check_images",), case.refused_by_name or case.refused)):
+        status, captions, rejects = prepare(folder, json.dumps(records).encode(), *flags)
+        assert status == 0
+        assert [caption["a"] for caption in captions] == (["good"] if reason else ["good", "hostile"]), flags
+        assert [line["record"] for line in rejects] == ([1] if reason else [])
+        if reason:
+            assert reason in rejects[0]["reason"]
+
+
+def trained_on(case: Case, folder: Path, tokenizer, reason: str) -> list[torch.Tensor]:
+    """Train on files that somebody else prepared; returns the picture as it is seen."""
+    names = {"0": GOOD, "1": case.name}
+    entries = {key: {"image_file": name, "ID": int(key), "path": str(folder / "images")} for key, name in names.items()}
+    (folder / "image_map.json").write_text(json.dumps(entries))
+    (folder / "captions.json").write_text(json.dumps({key: {"q": "<|extra_0|>", "a": "B"} for key in names}))
+    problem, samples = train_on_all(folder, tokenizer)
+    assert [sample["id"] for sample in samples] == ([0] if reason else [0, 1])
+    if not reason:
+        assert problem == ""
+        return [samples[1]["pixel_values"][0]]
+    assert "sample 1: " in problem
+    assert reason in problem
+    return []

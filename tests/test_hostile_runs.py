@@ -1,0 +1,107 @@
+"""Training runs over data with bad samples in it, through train.py's command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny_run import losses, make_bases, make_pictures, one_line_error, trained_weights, write_data
+
+import train
+
+QUICK = shlex.split(
+    "--lora_rank 4 --lora_dropout 0 --logging_steps 1 --save_steps 100 --num_train_epochs 1 --use_cpu true "
+    "--report_to none --disable_tqdm true --learning_rate 1e-2"
+)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, qwen_tiktoken) -> list[str]:
+    return make_bases(tmp_path_factory.mktemp("bases"), qwen_tiktoken)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    yield
+    root.handlers[:] = handlers
+
+
+@pytest.fixture
+def data(tmp_path) -> list[str]:
+    """Twelve samples: three whose picture is bad, one whose question has no placeholder, eight good ones."""
+    pictures = make_pictures(tmp_path / "pictures")
+    folder = pictures["red"].parent
+    (folder / "cut.png").write_bytes(pictures["red"].read_bytes()[:-20])
+    (folder / "text.png").write_text("no picture")
+    question = ("<|extra_0|>What?", "It is.")
+    bad = [(name, question) for name in ("cut.png", "text.png", "missing.png")]
+    samples = [*bad, ("red.png", ("What?", "It is.")), *[("blue.png", question), (None, ("1 + 1?", "2"))] * 4]
+    return write_data(tmp_path / "data", samples, folder)
+
+
+def run(output: Path, bases: list[str], data: list[str], *flags: object) -> int:
+    return train.main([*QUICK, *bases, *data, "--output_dir", str(output), *map(str, flags)])
+
+
+def listed(output: Path) -> list[str]:
+    lines = (output / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["reason"] for line in lines]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_bad_samples_are_skipped_counted_and_listed(bases, data, tmp_path, capsys, workers, batch):
+    """With one sample a batch, whole steps consist of bad samples: their loss is 0, and nothing breaks."""
+    out = tmp_path / "run"
+    flags = ["--max_bad_fraction", 0.5, "--dataloader_num_workers", workers, "--per_device_train_batch_size", batch]
+    assert run(out, bases, data, *flags) == 0
+    messages = listed(out)
+    assert [message.split(":")[0] for message in messages] == ["sample 3", "sample 0", "sample 1", "sample 2"]
+    for message, reason in zip(messages, ("0 image placeholders", "cut short", "not an image", "missing"), strict=True):
+        assert reason in message
+    assert "4 bad samples were left out so far" in capsys.readouterr().err
+    assert all(tensor.isfinite().all() for tensor in trained_weights(out).values())
+    steps = losses(next(out.glob("checkpoint-*")))
+    assert len(steps) == math.ceil(11 / batch)
+    assert all(math.isfinite(loss) for loss in steps)
+    assert steps.count(0) == (3 if batch == 1 else 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_ends_the_run_where_it_is_to_be_an_error(bases, data, tmp_path, capsys, workers):
+    captions = json.loads(Path(data[3]).read_text())
+    captions["3"]["q"] += "<|extra_0|>"  # now only the pictures are bad
+    Path(data[3]).write_text(json.dumps(captions))
+    out = tmp_path / "run"
+    assert run(out, bases, data, "--on_bad_sample", "error", "--dataloader_num_workers", workers) == 2
+    said = one_line_error(capsys.readouterr().err, "train.py")
+    assert any(f"sample {number}: " in said for number in (0, 1, 2))
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_more_bad_samples_than_allowed_are_an_error_that_says_where_they_are_listed(bases, data, tmp_path, capsys):
+    for fraction, flags in ((0.01, []), (0.2, ["--max_bad_fraction", 0.2])):
+        out = tmp_path / f"run {fraction}"
+        assert run(out, bases, data, *flags) == 2
+        said = one_line_error(capsys.readouterr().err, "train.py")
+        assert f"of 12 samples are bad, more than --max_bad_fraction {fraction}" in said
+        assert str(out / "bad_samples.jsonl") in said
+        assert "sample 3" in listed(out)[0]
+        assert not list(out.glob("checkpoint-*"))
+
+
+def test_nothing_but_bad_samples(bases, data, tmp_path, capsys):
+    entries = json.loads(Path(data[1]).read_text())
+    Path(data[1]).write_text(json.dumps(dict(list(entries.items())[:3])))
+    out = tmp_path / "run"
+    assert run(out, bases, data, "--max_bad_fraction", 1) == 0  # as was asked for
+    assert len(listed(out)) == 3
+    assert all(tensor.isfinite().all() for tensor in trained_weights(out).values())
+    assert run(tmp_path / "other", bases, data, "--max_bad_fraction", 0.9) == 2
+    assert "3 of 3 samples are bad" in capsys.readouterr().err
