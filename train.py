@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -28,25 +27,25 @@ from dataset.bad_samples import TooManyBadSamplesError
 from dataset.epoch_order import EpochOrder
 from dataset.image_io import ImageError
 from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArguments, read_checkpoint
+from model.agreement import gather_objects
 from model.arguments import DataArguments, ModelArguments, parse_arguments
-from model.checkpoint import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    MULTIMODAL_CONFIG,
-    PROJECTOR_WEIGHTS,
-    CheckpointError,
-    package_versions,
-    resolve_checkpoint,
-)
+from model.checkpoint import CheckpointError, numbered_checkpoints, package_versions
 from model.console import in_one_line, set_up_logging
-from model.guards import BAD_SAMPLES, NotFiniteError, WatchBadSamples
+from model.guards import ClearOnFirstStep, NotFiniteError, WatchBadSamples
 from model.language_model import load_tokenizer
+from model.memory import is_out_of_memory, out_of_memory
+from model.run_folder import files_of_a_run, lacks_to_resume, newest_resumable, restore_replaced
+from model.run_state import RunState, check_identity
 from qwen import QWenTokenizer
 
 logger = logging.getLogger("train")
 
+_LESS_MEMORY = (
+    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, which leaves the steps as "
+    "they are, or try --gradient_checkpointing true, --bf16 true, a smaller --max_length or --lora_rank; "
+    "--resume_from_checkpoint auto goes on from the last checkpoint"
+)
 RUN_CONFIG = "train_config.json"
-_RUN_FILES = ("checkpoint-*", ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG, BAD_SAMPLES)
 
 
 def frozen_dtype(args: VLMTrainingArguments) -> torch.dtype:
@@ -177,23 +176,31 @@ def run_identity(
     }
 
 
-def make_way(args: VLMTrainingArguments) -> None:
-    """See to it that a new run does not mix with an old one in the same folder.
+def old_run(args: VLMTrainingArguments, resume: str | None) -> list[Path]:
+    """What is in the way of a new run: the files of another one in `--output_dir`, which are to be overwritten.
 
     Raises:
-        CheckpointError: if `--output_dir` holds a run that is neither gone on with nor to be overwritten.
+        CheckpointError: if there are any that are neither gone on from nor to be overwritten.
     """
     folder = Path(str(args.output_dir))
-    old = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
-    if args.resume_from_checkpoint is not None or not old:
-        return
+    if args.resume_from_checkpoint is not None and args.overwrite_output_dir:
+        raise CheckpointError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} goes on with a run and --overwrite_output_dir "
+            "deletes it; give one of them"
+        )
+    old = files_of_a_run(folder)
+    if resume is None:
+        goes_on = args.resume_from_checkpoint is not None  # `auto`, and nothing to go on from
+    else:
+        goes_on = Path(resume).resolve().parent == folder.resolve()
+    if not old or goes_on:
+        return []
     if not args.overwrite_output_dir:
         raise CheckpointError(
             f"--output_dir {folder} holds a run ({old[0].name}, …); go on with it by --resume_from_checkpoint auto, "
             "delete it by --overwrite_output_dir, or give another folder"
         )
-    for path in [*old, *folder.glob("tmp-*")] if args.process_index == 0 else []:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return old
 
 
 def resume_folder(args: VLMTrainingArguments) -> str | None:
@@ -207,21 +214,32 @@ def resume_folder(args: VLMTrainingArguments) -> str | None:
     wanted = args.resume_from_checkpoint
     if wanted is None:
         return None
-    if wanted == "auto" and not any(Path(str(args.output_dir)).glob("checkpoint-*/trainer_state.json")):
-        return None
-    if wanted.lower() in ("auto", "true"):
-        wanted = args.output_dir
-    folder = resolve_checkpoint(str(wanted))
-    if not (folder / "trainer_state.json").is_file():
+    automatic = wanted.lower() in ("auto", "true")
+    folder = Path(str(args.output_dir if automatic else wanted))
+    restore_replaced(folder)
+    found = newest_resumable(folder)
+    if len(set(gather_objects(None if found is None else found.name))) > 1:
+        raise CheckpointError(f"the processes see different checkpoints in {folder}; it must be a folder they share")
+    if found is not None or wanted.lower() == "auto":
+        return None if found is None else str(found)
+    if not folder.is_dir():
+        raise CheckpointError(f"--resume_from_checkpoint {folder}: no such folder; give a checkpoint or a run folder")
+    lacking = lacks_to_resume(folder)
+    if lacking:
+        inside = numbered_checkpoints(folder)
+        what = f"none of its {len(inside)} checkpoints is complete" if inside else f"no {', no '.join(lacking)}"
         raise CheckpointError(
-            f"--resume_from_checkpoint {folder}: no trainer_state.json, so it holds weights, but not the state that "
-            "training goes on from; start anew from its weights with --previous_lora_weights"
+            f"--resume_from_checkpoint {folder}: {what}, so training can't go on from it; if it holds weights, start "
+            "anew from them with --previous_lora_weights"
         )
     return str(folder)
 
 
 def build_trainer(argv: Sequence[str]) -> VLMTrainer:
-    """Everything before the first step.
+    """Everything before the first step; nothing that was there is deleted or changed.
+
+    Returns:
+        The trainer; `resume_from_checkpoint` among its arguments is the checkpoint to go on from, or None.
 
     Raises:
         ValueError: for whatever the user can mend; the message says how.
@@ -229,44 +247,70 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     """
     model_args, data_args, args = parse_arguments(argv, __doc__)
     set_up_logging(args.process_index, args.world_size)
+    resume = resume_folder(args)
+    in_the_way = old_run(args, resume)
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
     train_set, eval_set = build_datasets(model, tokenizer, data_args, args)
-    make_way(args)
-    if args.process_index == 0:
-        save_run_config(model_args, data_args, args)
+    identity = run_identity(model, train_set, args)
+    if resume is not None:
+        check_identity(RunState.read(Path(resume)), identity, Path(resume))
     ordered: Any = train_set
     if args.train_sampling_strategy == "random":
         # Trainer's own sampler can't go on in mid-epoch with other batches; this order is a function of seed and epoch.
         ordered, args.train_sampling_strategy = EpochOrder(train_set, args.seed), "sequential"
-    return VLMTrainer(
+    trainer = VLMTrainer(
         model=model,
         args=args,
-        identity=run_identity(model, train_set, args),
+        identity=identity,
         train_dataset=ordered,
         eval_dataset=eval_set,
         data_collator=VLMCollator(tokenizer.pad_token_id),
-        callbacks=[WatchBadSamples(train_set)],
+        callbacks=[WatchBadSamples(train_set), ClearOnFirstStep(in_the_way)],
     )
+    trainer.create_optimizer()  # flags that it does not like are found before anything is written
+    args.resume_from_checkpoint = resume
+    if args.process_index == 0:
+        save_run_config(model_args, data_args, args)
+    return trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status."""
     set_up_logging()
     try:
-        trainer = build_trainer(sys.argv[1:] if argv is None else argv)
-        resume = resume_folder(trainer.args)
+        return run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # before the first step or after the last; in between, signals are waited for
+        logger.error("train.py: stopped by SIGINT outside of the steps; checkpoints are as they were")
+        return 128 + signal.SIGINT
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.error("train.py: %s", out_of_memory(error, _LESS_MEMORY))
+        return 1
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train; returns the exit status."""
+    try:
+        trainer = build_trainer(argv)
     except (ValueError, OSError, ImportError) as error:
         logger.error("train.py: %s", in_one_line(error))
         return 2
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except (SampleError, ImageError, TooManyBadSamplesError, CheckpointError, ImportError) as error:
         logger.error("train.py: %s", in_one_line(error))
         return 2
     except NotFiniteError as error:
         logger.error("train.py: %s", in_one_line(error))
+        return 1
+    except OSError as error:
+        logger.error(
+            "train.py: %s; mend that, and go on with the same command and --resume_from_checkpoint auto",
+            in_one_line(error),
+        )
         return 1
     return finish(trainer)
 
@@ -278,17 +322,25 @@ def finish(trainer: VLMTrainer) -> int:
     if isinstance(train_set, ImageCaptionDataset):
         train_set.log_cuts()
     if trainer.save_failure:
-        logger.error("train.py: step %d could not be saved: %s", step, trainer.save_failure)
+        logger.error(
+            "train.py: the run ended at step %d; its last checkpoint could not be written: %s",
+            step,
+            trainer.save_failure,
+        )
         return 1
     received = trainer.stop_on_signal.received
-    if received:
+    if received and step < trainer.state.max_steps:
         logger.warning(
             "stopped by %s after step %d, which is saved; go on with the same command and "
             "--resume_from_checkpoint auto",
             *(signal.Signals(received).name, step),
         )
         return 128 + received
-    trainer.save_model()
+    try:
+        trainer.save_model()
+    except OSError as error:
+        logger.error("train.py: the final weights could not be written to %s: %s", folder, in_one_line(error))
+        return 1
     logger.info("done; ask the model with: python test.py --model_weights %s --image_path …", folder)
     return 0
 

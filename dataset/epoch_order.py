@@ -53,12 +53,20 @@ class EpochOrder(Dataset[dict[str, Any]]):
             self._cached = (epoch, epoch_permutation(len(self.dataset), self.seed, epoch))
         return self.dataset[int(self._cached[1][start + position])]
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
+    def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, before iterating over it.
 
         Args:
             epoch: counted from 0.
-            start: leave the first so many samples out, for a run that goes on in mid-epoch.
         """
-        self._state[0], self._state[1] = epoch, start
+        if epoch != int(self._state[0]):  # data loaders say it again, of an epoch that may begin in its middle
+            self._state[0], self._state[1] = epoch, 0
         self.dataset.set_epoch(epoch)
+
+    def start_at(self, position: int) -> None:
+        """Leave the first samples of the chosen epoch out, for a run that goes on in its middle.
+
+        Args:
+            position: how many.
+        """
+        self._state[1] = position

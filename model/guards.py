@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -38,15 +39,16 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received = 0
+        self._stops = False
         self._previous: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             os._exit(128 + number)
         self.received = number
-        logger.warning(
-            "%s: finishing this step, then saving; a second signal quits at once", signal.Signals(number).name
-        )
+        name = signal.Signals(number).name
+        # Not through logging: the signal may have come while it, or a progress bar, was writing.
+        os.write(2, f"\n{name}: finishing this step, then saving; a second signal quits at once\n".encode())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,6 +64,14 @@ class StopOnSignal(TrainerCallback):
             self.received = int(signals.max())
             control.should_save = True
             control.should_training_stop = True
+            self._stops = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep Trainer from logging, evaluating and saving as at an epoch's end, where the run stops in its middle."""
+        if self._stops and (state.epoch or 0) % 1:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def restore(self) -> None:
         """Give the signals back to whom they belonged."""
@@ -74,6 +84,8 @@ class StopOnNonFinite(TrainerCallback):
     """Raises before an optimizer step whose loss or gradient is not finite, on all processes."""
 
     def __init__(self) -> None:
+        self.gradient_norm: Any = 0.0
+        """Norm of the step's gradient before it was clipped; one that is too large for fp32 is not finite either."""
         self._losses: list[Tensor] = []
         self._ids: list[int] = []
 
@@ -92,22 +104,40 @@ class StopOnNonFinite(TrainerCallback):
             NotFiniteError: naming step and samples.
         """
         finite = torch.stack([loss.isfinite().all() for loss in self._losses]).all()
+        finite_gradient = finite
         if not args.fp16:  # there, the gradient scaler skips steps that overflowed, and lowers its scale
-            gradients = [p.grad.isfinite().all() for p in kwargs["model"].parameters() if p.grad is not None]
-            finite_gradient = torch.stack(gradients).all() if gradients else finite
-        else:
-            finite_gradient = finite
+            finite_gradient = torch.as_tensor(self.gradient_norm).isfinite().all()
         rows = gather_rows([float(finite), float(finite_gradient)], args.device)
         ids, self._ids, self._losses = self._ids, [], []
         if rows.all():
             return
         what = "loss" if not rows[:, 0].all() else "gradient"
-        all_ids = sorted(number for numbers in gather_objects(ids) for number in numbers)
+        all_ids = sorted({number for numbers in gather_objects(ids) for number in numbers})
         raise NotFiniteError(
             f"the {what} of step {state.global_step + 1} is not finite; the step was not taken. Its samples have the "
             f"IDs {', '.join(map(str, all_ids))}. Look at them, or lower --learning_rate and --feature_proj_lr; "
             f"checkpoints in {args.output_dir} are as they were"
         )
+
+
+class ClearOnFirstStep(TrainerCallback):
+    """Deletes what a new run overwrites, once it has taken a step: a run that can't begin takes nothing away.
+
+    Args:
+        paths: files and folders of the old run.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Delete them."""
+        paths, self.paths = self.paths, []
+        for path in paths if args.process_index == 0 else []:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class WatchBadSamples(TrainerCallback):
@@ -148,7 +178,10 @@ class WatchBadSamples(TrainerCallback):
         if args.process_index == 0:
             messages = self.dataset.bad_sample_messages()
             lines = [json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in messages]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+            except OSError as error:  # a full disk, say; that is no reason to lose the run
+                logger.error("%s could not be written: %s", path, error)
             logger.warning("%d bad samples were left out so far; see %s", self._known, path)
         self.dataset.bad.check(str(path))

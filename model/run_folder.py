@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG)
 _STATE = (TRAINER_STATE, RUN_STATE, "optimizer.pt", SCHEDULER)
 _REPLACED = "tmp-replaced-"
+RESUME_COPY = "tmp-resume"
+"""Copy of a checkpoint that stands for another step number, while a run goes on from it."""
 _LEFTOVER = re.compile(r"tmp-(resume|weights|((replaced|deleted)-)?checkpoint-\d+)")
 
 
@@ -112,8 +114,13 @@ def restore_replaced(run: Path) -> None:
 
 
 def leftovers(run: Path) -> list[Path]:
-    """What a run that was killed has left of unfinished work."""
-    return [path for path in run.glob("tmp-*") if _LEFTOVER.fullmatch(path.name)]
+    """What a run that was killed has left of unfinished work; nothing that `restore_replaced` still has to mend."""
+    found = [path for path in run.glob("tmp-*") if _LEFTOVER.fullmatch(path.name)]
+    return [
+        path
+        for path in found
+        if not path.name.startswith(_REPLACED) or (run / path.name.removeprefix(_REPLACED)).exists()
+    ]
 
 
 def delete_old_checkpoints(run: Path, limit: int | None, keep: set[Path]) -> None:

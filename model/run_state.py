@@ -135,15 +135,15 @@ def place_in_run(folder: Path, state: RunState, geometry: Geometry, staging: Pat
 
     Returns:
         The checkpoint to resume from, and how many samples the epoch's order is to leave out in front. Where steps
-        are what they were, that is the folder itself and 0. Otherwise it is a copy whose step number and schedule
-        are what they would be had the run been cut like this from its start.
+        are what they were, that is the folder itself. Otherwise it is a copy whose step number and schedule are what
+        they would be had the run been cut like this from its start.
     """
     steps, skipped = divmod(state.position, geometry.samples_per_step)
     new_step = state.epoch * geometry.steps_per_epoch + steps
     trainer_state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
     old_step = trainer_state.global_step
-    if new_step == old_step and skipped == 0:
-        return folder, 0
+    if new_step == old_step and (skipped == 0 or geometry == state.geometry):
+        return folder, skipped
     logger.warning(
         "steps are of %d samples now, they were of %d: the run goes on behind sample %d of epoch %d, in the same "
         "order; step %d counts as step %d, and the learning rates go on from there in a schedule of %d steps an epoch",

@@ -6,28 +6,36 @@ Everything else (devices, DDP, autocast, accumulation, clipping, schedule) is Tr
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
 
 from qwen import IGNORE_INDEX
 
 from .agreement import gather_objects, wait_for_all
+from .data_workers import with_calm_workers
 from .guards import StopOnNonFinite, StopOnSignal
 from .optimizer import optimizer_groups
+from .place import PlaceInRun
 from .progress import RatesAndSpeed
+from .run_folder import (
+    RESUME_COPY,
+    delete_old_checkpoints,
+    leftovers,
+    newest_resumable,
+    put_in_place,
+    restore_replaced,
+)
 from .run_state import TRAINER_STATE, Geometry, RunState, check_identity, place_in_run
 from .training_state import check_optimizer_state, check_state_files
 from .vision_language_model import VisionLanguageModel
+from .weights import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +63,22 @@ class VLMTrainingArguments(TrainingArguments):
         """Refuse what would train something else than it says.
 
         Raises:
-            ValueError: if label smoothing is asked for.
+            ValueError: for flags that are not supported, and what to do instead.
         """
-        if self.label_smoothing_factor:
+        reasons = {
             # Trainer shifts the labels of language models in its own list only; here it would smooth the wrong tokens.
-            raise ValueError(f"--label_smoothing_factor {self.label_smoothing_factor} is not supported; leave it out")
+            "label_smoothing_factor": "leave it out",
+            "dataloader_drop_last": "no sample of an epoch is left out; leave the flag out",
+            "ignore_data_skip": "a run goes on behind the last sample it was given, at no cost; leave the flag out",
+            "auto_find_batch_size": "give a smaller --per_device_train_batch_size, with --gradient_accumulation_steps",
+        }
+        given = [
+            f"--{name} {getattr(self, name)} is not supported: {why}"
+            for name, why in reasons.items()
+            if getattr(self, name)
+        ]
+        if given:
+            raise ValueError("; ".join(given))
         super().__post_init__()
 
     @property
@@ -91,8 +110,8 @@ class VLMTrainer(Trainer):
         self.stop_on_signal = StopOnSignal()
         self._finite = StopOnNonFinite()
         self._rates = RatesAndSpeed()
-        self._progress = _Progress(self)
-        for callback in (self._progress, self._rates, self._finite, self.stop_on_signal):
+        self._place = PlaceInRun(self)
+        for callback in (self._place, self._rates, self._finite, self.stop_on_signal):
             self.add_callback(callback)
         log_parameter_counts(self.model)
 
@@ -126,6 +145,18 @@ class VLMTrainer(Trainer):
         self._finite.remember(loss, inputs.get("ids"))
         return loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._finite.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._finite.gradient_norm
+
+    def get_train_dataloader(self) -> Any:
+        """As Trainer does; data workers leave signals to the process they work for."""
+        return with_calm_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As Trainer does; data workers leave signals to the process they work for."""
+        return with_calm_workers(super().get_eval_dataloader(eval_dataset))
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -153,12 +184,22 @@ class VLMTrainer(Trainer):
             CheckpointError: if the checkpoint belongs to a run on something else.
             NotFiniteError: if a loss or a gradient is not finite.
         """
-        if isinstance(resume_from_checkpoint, str):
-            resume_from_checkpoint = self._prepare_to_resume(Path(resume_from_checkpoint))
+        run = Path(str(self.args.output_dir))
+        restore_replaced(run)
+        self._delete(*leftovers(run))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_resumable(run) or run)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._prepare_to_resume(Path(str(resume_from_checkpoint)))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.stop_on_signal.restore()
+            self._delete(run / RESUME_COPY)
+
+    def _delete(self, *folders: Path) -> None:
+        for folder in folders if self.args.should_save else ():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def geometry(self) -> Geometry:
         """How epochs are cut into steps."""
@@ -174,10 +215,16 @@ class VLMTrainer(Trainer):
         state = RunState.read(folder)
         if self.identity is not None:
             check_identity(state, self.identity, folder)
-        staging = Path(str(self.args.output_dir)) / "tmp-resume"
-        folder, skipped = place_in_run(folder, state, self.geometry(), staging, write=self.args.should_save)
-        wait_for_all()
-        self._progress.resumed, self._progress.skipped = state, skipped
+        staging = Path(str(self.args.output_dir)) / RESUME_COPY
+        problem = ""
+        try:
+            folder, skipped = place_in_run(folder, state, self.geometry(), staging, write=self.args.should_save)
+        except OSError as error:
+            problem = f"a copy of checkpoint {folder} could not be written: {error}"
+        problem = "".join(gather_objects(problem))
+        if problem:
+            raise CheckpointError(problem)
+        self._place.resumed, self._place.skipped = state, skipped
         return str(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -189,11 +236,15 @@ class VLMTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None:
-            best = str(Path(str(self.args.output_dir)) / Path(best).name)  # of this run, whatever a checkpoint names
-            logger.info("loading the best checkpoint %s (score %s)", best, self.state.best_metric)
-            self.model.load_checkpoint(best)
+        if self.state.best_model_checkpoint is None:
+            return
+        # Of this run, whatever a checkpoint names.
+        best = Path(str(self.args.output_dir)) / Path(self.state.best_model_checkpoint).name
+        if not best.is_dir():
+            logger.warning("the best checkpoint %s is not there; the weights of the last step are kept", best)
+            return
+        logger.info("loading the best checkpoint %s (score %s)", best, self.state.best_metric)
+        self.model.load_checkpoint(best)
 
     # ---- Saving
 
@@ -211,32 +262,37 @@ class VLMTrainer(Trainer):
         run = Path(str(self.args.output_dir))
         target = run / f"checkpoint-{self.state.global_step}"
         staging = run / f"tmp-{target.name}"
+        best_before = self.state.best_model_checkpoint
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == target or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
         self.store_flos()
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
-        run_state = self._progress.run_state()
+        run_state = self._place.run_state()
         problem = ""
         try:
             self._write_checkpoint(staging, run_state)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError) as error:
             problem = " ".join(str(error).split()) or type(error).__name__
         problem = "; ".join(filter(None, gather_objects(problem)))
         if not problem and self.args.should_save:
             try:
-                _put_in_place(staging, target)
+                put_in_place(staging, target)
             except OSError as error:
                 problem = str(error)
-        self.save_failure = next(filter(None, gather_objects(problem)), "")
-        if self.save_failure:
+        problem = next(filter(None, gather_objects(problem)), "")
+        self.save_failure = f"{target}: {problem}" if problem else ""
+        if problem:
+            self.state.best_model_checkpoint = best_before
             logger.error(
                 "checkpoint %s could not be written: %s; older checkpoints are as they were, and training goes on",
-                *(target, self.save_failure),
+                *(target, problem),
             )
         if not self.args.should_save:
             return
         shutil.rmtree(staging, ignore_errors=True)
-        if not self.save_failure:
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        if not problem:
+            best_now = self.state.best_model_checkpoint
+            delete_old_checkpoints(run, self.args.save_total_limit, {target, Path(best_now or target)})
 
     def _write_checkpoint(self, folder: Path, run_state: RunState) -> None:
         if self.args.should_save:
@@ -256,79 +312,9 @@ class VLMTrainer(Trainer):
             run_state.write(folder)
 
 
-def _put_in_place(staging: Path, target: Path) -> None:
-    """Rename a finished folder, once all of it is on the disk."""
-    for path in staging.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)  # of an earlier try that was resumed from before this step
-    staging.rename(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def log_parameter_counts(model: VisionLanguageModel) -> None:
     """Log how many parameters each part has, and how many of them are trained."""
     counts = model.parameter_counts()
     counts["all"] = (sum(total for total, _ in counts.values()), sum(trained for _, trained in counts.values()))
     for part, (number, trained) in counts.items():
         logger.info("%-15s %15s parameters, %13s trainable", part, f"{number:,}", f"{trained:,}")
-
-
-class _Progress(TrainerCallback):
-    """Keeps the place in the epoch and the losses since the last log, and puts both back when a run goes on."""
-
-    def __init__(self, trainer: VLMTrainer) -> None:
-        self.trainer = trainer
-        self.resumed: RunState | None = None
-        self.skipped = 0
-        self._epoch = 0
-        self._first_step = 0
-        self._first_position = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.should_save:
-            for leftover in Path(str(args.output_dir)).glob("tmp-checkpoint-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        saved = self.resumed
-        if saved is None:
-            return
-        trainer = self.trainer
-        sums = saved.loss_sums
-        own = sums[args.process_index] if len(sums) == args.world_size else sum(sums) / len(sums)
-        trainer._tr_loss = torch.tensor(own, device=args.device)
-        trainer._total_loss_scalar = saved.total_loss
-        trainer._globalstep_last_logged = state.global_step - saved.steps_since_log
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        saved, self.resumed = self.resumed, None
-        self._epoch = saved.epoch if saved is not None else int(state.epoch or 0)
-        self._first_step = state.global_step
-        self._first_position = saved.position if saved is not None else 0
-        skipped, self.skipped = self.skipped, 0
-        dataset: Any = self.trainer.train_dataset
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(self._epoch, *([skipped] if skipped else []))
-
-    def run_state(self) -> RunState:
-        trainer = self.trainer
-        geometry = trainer.geometry()
-        done = trainer.state.global_step - self._first_step
-        position = self._first_position + done * geometry.samples_per_step
-        ended = position >= geometry.num_samples
-        return RunState(
-            identity=trainer.identity or {},
-            geometry=geometry,
-            epoch=self._epoch + int(ended),
-            position=0 if ended else position,
-            loss_sums=gather_objects(trainer._tr_loss.item()),
-            total_loss=trainer._total_loss_scalar,
-            steps_since_log=trainer.state.global_step - trainer._globalstep_last_logged,
-        )
