@@ -21,6 +21,7 @@ from .checkpoint import (
     flush_to_disk,
     numbered_checkpoints,
 )
+from .folders import MAX_JSON_BYTES, read_json
 from .run_state import SCHEDULER, TRAINER_STATE, RunState
 from .weights import CheckpointError
 
@@ -63,19 +64,21 @@ def newest_resumable(run: Path) -> Path | None:
 def _is_whole(path: Path) -> bool:
     """Whether a file is there and not cut short, as far as that shows without reading all of it."""
     try:
+        if not path.is_file():
+            return False
         if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            read_json(path)
             return True
         if path.suffix == ".safetensors":
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                if length > path.stat().st_size:
+                if length > min(path.stat().st_size, MAX_JSON_BYTES):
                     return False
                 header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             return path.stat().st_size == 8 + length + max(ends, default=0)
         return zipfile.is_zipfile(path)  # PyTorch's; the directory of a zip file stands at its end
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
 
 
