@@ -32,6 +32,7 @@ from model.device import parse_dtype, pick_device
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
 from qwen import IMAGE_TOKEN, QWenTokenizer
+from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
 from qwen.stream import answer_ids, complete_config, stream_ids
 
 logger = logging.getLogger("test")
@@ -57,7 +58,9 @@ class Assistant:
         self.tokenizer = tokenizer
         self.system = system
         self.options = options
-        self.max_window_size = int(getattr(complete_config(model.qwen, None), "max_window_size", 6144))
+        self.max_window_size = int(
+            getattr(complete_config(model.qwen, None), "max_window_size", DEFAULT_MAX_WINDOW_SIZE)
+        )
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image]) -> torch.Tensor | None:
@@ -126,8 +129,10 @@ def show(texts: Iterator[str], *, may_be_stopped: bool = False) -> str:
             for text in texts:
                 new, shown = text[len(shown) :], text
                 print(new, end="", flush=True)
-    except KeyboardInterrupt:
-        if not may_be_stopped:
+    except BaseException as error:
+        if not (may_be_stopped and isinstance(error, KeyboardInterrupt)):
+            if shown:
+                print(flush=True)  # whatever comes next begins a line
             raise
         sys.stderr.write(" [stopped]")
         sys.stderr.flush()
