@@ -305,7 +305,7 @@ def test_out_of_memory_while_training_gives_advice(bases, red, monkeypatch, caps
 # ---- Characters
 
 
-@pytest.mark.parametrize("locale", ["C", "POSIX", "ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("locale", ["C", "ascii"])
 def test_answers_are_utf8_in_any_locale(locale, tmp_path):
     """Not UTF-8 by the locale, by PYTHONIOENCODING, or both; Python's own way out is switched off."""
     code = (
@@ -319,9 +319,8 @@ def test_answers_are_utf8_in_any_locale(locale, tmp_path):
     )
     script = tmp_path / "script.py"
     script.write_text(code, encoding="utf-8")
-    names = {"C": "C", "POSIX": "POSIX"}
-    variables = {"LC_ALL": names.get(locale, "C.UTF-8"), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    if locale not in names:
+    variables = {"LC_ALL": "C" if locale == "C" else "C.UTF-8", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    if locale != "C":
         variables["PYTHONIOENCODING"] = locale
     done = subprocess.run(
         [sys.executable, script],
