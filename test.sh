@@ -3,6 +3,8 @@
 #     sh test.sh --model_weights weights/train_V1_5 --image_path photo.jpg --prompt "What is this?<|extra_0|>"
 # Both base models are those that the checkpoint was trained on, unless --base_language_model and --base_value_model
 # say otherwise.
+# Without an environment that is activated, the one that sh demo.sh and sh tests/run.sh set up is used.
+command -v torchrun > /dev/null || PATH="$(cd "$(dirname "$0")" && pwd)/.venv/bin:$PATH"
 exec python "$(dirname "$0")/test.py" \
     --model_weights ./weights/train_V1_5/checkpoint-10000/ \
     --image_path ./test_img/1.jpg \

@@ -31,7 +31,7 @@ from model.agreement import gather_objects
 from model.arguments import DataArguments, ModelArguments, parse_arguments
 from model.checkpoint import CheckpointError, numbered_checkpoints, package_versions
 from model.console import in_one_line, set_up_logging
-from model.guards import ClearOnFirstStep, NotFiniteError, WatchBadSamples
+from model.guards import BAD_EVAL_SAMPLES, ClearOnFirstStep, NotFiniteError, WatchBadSamples
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
 from model.run_folder import files_of_a_run, lacks_to_resume, newest_resumable, restore_replaced
@@ -260,6 +260,9 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     if args.train_sampling_strategy == "random":
         # Trainer's own sampler can't go on in mid-epoch with other batches; this order is a function of seed and epoch.
         ordered, args.train_sampling_strategy = EpochOrder(train_set, args.seed), "sequential"
+    watches = [WatchBadSamples(train_set)]
+    if eval_set is not None:
+        watches.append(WatchBadSamples(eval_set, BAD_EVAL_SAMPLES))
     trainer = VLMTrainer(
         model=model,
         args=args,
@@ -267,7 +270,7 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
         train_dataset=ordered,
         eval_dataset=eval_set,
         data_collator=VLMCollator(tokenizer.pad_token_id),
-        callbacks=[WatchBadSamples(train_set), ClearOnFirstStep(in_the_way)],
+        callbacks=[*watches, ClearOnFirstStep(in_the_way)],
     )
     trainer.create_optimizer()  # flags that it does not like are found before anything is written
     args.resume_from_checkpoint = resume
@@ -341,6 +344,8 @@ def finish(trainer: VLMTrainer) -> int:
     except OSError as error:
         logger.error("train.py: the final weights could not be written to %s: %s", folder, in_one_line(error))
         return 1
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        folder = trainer.state.best_model_checkpoint  # of a run folder, the newest would be taken
     logger.info("done; ask the model with: python test.py --model_weights %s --image_path …", folder)
     return 0
 

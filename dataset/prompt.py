@@ -29,7 +29,7 @@ class EncodedSample:
     labels: list[int]
     """The same ids where an answer or its end token stands, `IGNORE_INDEX` elsewhere; not shifted."""
     num_cut: int
-    """How many tokens of the last answer, its end token included, were lost to `max_length`."""
+    """How many tokens of answers, end tokens included, were lost to `max_length`."""
 
 
 def count_placeholders(text: str) -> int:
@@ -101,7 +101,8 @@ def encode_sample(
     """A conversation as input ids and labels.
 
     Every answer is supervised; all but the last end in `<|im_end|>`, the last in `<|endoftext|>`. What is longer than
-    `max_length` loses tokens of the last answer from the end, and with the first of them its end token.
+    `max_length` loses tokens from the end: of answers, each with its end token, and questions that no token of an
+    answer follows any more. Nothing of a question that is kept is lost, and no image token.
 
     Args:
         tokenizer: QWen's tokenizer.
@@ -114,26 +115,34 @@ def encode_sample(
         Ids, labels and the number of tokens cut.
 
     Raises:
-        SampleError: there is no turn, an answer is empty, or all that comes before the last answer leaves no room for
-            a token of it.
+        SampleError: there is no turn, an answer is empty, the first question leaves no room for a token of its answer,
+            or a question that would be lost has an image.
     """
     if not turns:
         raise SampleError("has no question and answer")
     ids = system_ids(tokenizer, system)
     labels = [IGNORE_INDEX] * len(ids)
-    num_before_answer = 0
     for number, (question, answer) in enumerate(turns, start=1):
         if not answer.strip():
             raise SampleError(f"answer {number} of {len(turns)} is empty")
         prompt = question_ids(tokenizer, encode_question(tokenizer, question, num_image_tokens))
         is_last = number == len(turns)
         response = [*tokenizer.encode_text(answer), tokenizer.eod_id if is_last else tokenizer.im_end_id]
-        num_before_answer = len(ids) + len(prompt)
         ids += prompt + response
         labels += [IGNORE_INDEX] * len(prompt) + response
-    if num_before_answer >= max_length:
+    kept = max_length
+    while kept < len(ids) and kept and labels[kept - 1] == IGNORE_INDEX:
+        kept -= 1  # a question without an answer behind it
+    if kept == 0:
+        first = next(position for position, label in enumerate(labels) if label != IGNORE_INDEX)
         raise SampleError(
-            f"{num_before_answer} tokens come before the last answer, expected fewer than max_length = {max_length}; "
+            f"{first} tokens come before the first answer, expected fewer than max_length = {max_length}; "
             "shorten the question or raise --max_length"
         )
-    return EncodedSample(ids[:max_length], labels[:max_length], max(len(ids) - max_length, 0))
+    if tokenizer.image_token_id in ids[kept:]:
+        raise SampleError(
+            f"{len(ids)} tokens are more than max_length = {max_length}, and an image is among those to be lost; "
+            "shorten the answers before it or raise --max_length"
+        )
+    num_cut = sum(label != IGNORE_INDEX for label in labels[kept:])
+    return EncodedSample(ids[:kept], labels[:kept], num_cut)

@@ -81,6 +81,13 @@ class DataArguments:
     allow_links: bool = field(default=False, metadata={"help": "Follow links in the image folder that lead out of it."})
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says defaults, but for None: what happens then stands in the flag's own words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(OneLineErrors, HfArgumentParser):
     """Takes the flags of several dataclasses."""
 
@@ -129,7 +136,7 @@ def parse_arguments(
     parser = _Parser(
         (ModelArguments, DataArguments, VLMTrainingArguments),  # type: ignore[arg-type]
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -143,6 +150,10 @@ def parse_arguments(
         raise ValueError("--eval_image_map and --eval_captions_file go together; one of them is missing")
     if training_args.remove_unused_columns:
         raise ValueError("--remove_unused_columns must be false: the data set gives just what the model takes")
+    for name in ("image_map", "captions_file", "eval_image_map", "eval_captions_file"):
+        path = getattr(data_args, name)
+        if path is not None and not Path(path).is_file():  # found now, not after the base models are loaded
+            raise ValueError(f"--{name} {path}: there is no such file; dataprocess/process_image.py writes it")
     absent = set(training_args.report_to) - set(get_available_reporting_integrations())
     if absent:
         raise ValueError(f"--report_to {' '.join(sorted(absent))}: not installed here; install it, or say none")

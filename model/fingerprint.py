@@ -31,9 +31,7 @@ def model_fingerprint(model: nn.Module, *settings: dict[str, Any]) -> str:
     for name, parameter in sorted(model.named_parameters()):
         values = parameter.detach().flatten()
         number = min(_VALUES_PER_TENSOR, values.numel())
-        spread = (
-            torch.arange(number) * (values.numel() - 1) // max(number - 1, 1)
-        )  # whole numbers: exact
+        spread = torch.arange(number) * (values.numel() - 1) // max(number - 1, 1)  # whole numbers: exact
         sample = values[spread.to(values.device)].to(torch.bfloat16).view(torch.int16).cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())

@@ -22,6 +22,7 @@ from .agreement import gather_objects, gather_rows, is_distributed
 logger = logging.getLogger(__name__)
 
 BAD_SAMPLES = "bad_samples.jsonl"
+BAD_EVAL_SAMPLES = "bad_eval_samples.jsonl"
 
 
 class NotFiniteError(RuntimeError):
@@ -145,10 +146,12 @@ class WatchBadSamples(TrainerCallback):
 
     Args:
         dataset: has `bad` and `bad_sample_messages`, as `ImageCaptionDataset` has.
+        list_name: file in the output folder that lists them.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, list_name: str = BAD_SAMPLES) -> None:
         self.dataset = dataset
+        self.list_name = list_name
         self._known = 0
 
     def on_train_begin(
@@ -165,6 +168,14 @@ class WatchBadSamples(TrainerCallback):
         """
         self._look(args)
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look for new ones in an evaluation set: a loss over what is left of it may mean little.
+
+        Raises:
+            TooManyBadSamplesError: if they are too many.
+        """
+        self._look(args)
+
     def _look(self, args: TrainingArguments) -> None:
         counts = gather_rows([float(len(self.dataset.bad))], args.device)
         if int(counts.max()) == self._known and bool((counts == counts[0]).all()):
@@ -174,7 +185,7 @@ class WatchBadSamples(TrainerCallback):
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             self.dataset.bad.flags.copy_(flags)
         self._known = len(self.dataset.bad)
-        path = Path(str(args.output_dir)) / BAD_SAMPLES
+        path = Path(str(args.output_dir)) / self.list_name
         if args.process_index == 0:
             messages = self.dataset.bad_sample_messages()
             lines = [json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in messages]

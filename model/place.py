@@ -37,7 +37,8 @@ class PlaceInRun(TrainerCallback):
         sums = saved.loss_sums
         own = sums[args.process_index] if len(sums) == args.world_size else sum(sums) / len(sums)
         trainer._tr_loss = torch.tensor(own, device=args.device)
-        trainer._total_loss_scalar = saved.total_loss
+        # Trainer's mean at the end is over the steps of this call: what came before it is not counted.
+        trainer._total_loss_scalar = -sum(sums) / len(sums)
         trainer._globalstep_last_logged = state.global_step - saved.steps_since_log
 
     def on_epoch_begin(
@@ -87,6 +88,5 @@ class PlaceInRun(TrainerCallback):
             epoch=self._epoch + int(ended),
             position=0 if ended else position,
             loss_sums=gather_objects(trainer._tr_loss.item()),
-            total_loss=trainer._total_loss_scalar,
             steps_since_log=trainer.state.global_step - trainer._globalstep_last_logged,
         )

@@ -65,8 +65,6 @@ class RunState:
     """Samples of that epoch that were given already."""
     loss_sums: list[float]
     """Sum of the losses since the last logged step, for each process."""
-    total_loss: float
-    """Sum of the losses that were logged."""
     steps_since_log: int
     """Steps since the last logged one."""
 
@@ -101,7 +99,7 @@ class RunState:
                 raise ValueError(f"{name} is {value!r}")
         if not isinstance(self.identity, dict) or not isinstance(self.loss_sums, list) or not self.loss_sums:
             raise ValueError("identity or loss_sums are not of their type")
-        if not all(isinstance(value, (int, float)) for value in (self.total_loss, *self.loss_sums)):
+        if not all(isinstance(value, (int, float)) for value in self.loss_sums):
             raise ValueError("a loss is no number")
 
 

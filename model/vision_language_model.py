@@ -159,6 +159,10 @@ class VisionLanguageModel(nn.Module):
         """Tokens that one image takes in the prompt (P)."""
         return self.vision_tower.num_image_tokens
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's token embedding, which `--neftune_noise_alpha` adds noise to."""
+        return self.qwen.get_input_embeddings()
+
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Turn images (N, 3, H, W) into features (N, P, D) in the language model's space."""
         features = self.vision_tower(pixel_values)

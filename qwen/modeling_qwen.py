@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .chat import ChatMixin
 from .configuration_qwen import QWenConfig
@@ -181,6 +182,7 @@ class QWenModel(QWenPreTrainedModel):
         """Replace the token embedding."""
         self.wte = value  # type: ignore[assignment]
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -285,6 +287,7 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
         """Replace the language head."""
         self.lm_head = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -294,7 +297,7 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -302,14 +305,13 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T), `IGNORE_INDEX` where no loss is taken; position t is predicted from the tokens before t.
-            logits_to_keep: give the logits of the last so many positions only; 0 means all.
+            logits_to_keep: give the logits of the last so many positions only (0 means all), or of these positions.
             num_items_in_batch: number of supervised tokens that the summed loss is divided by; by default this
                 call's own, which makes the loss a mean.
 
         Returns:
             Logits (B, T or `logits_to_keep`, vocab_size), the loss where labels are given, and the cache.
         """
-        kwargs.pop("return_dict", None)
         out = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -319,7 +321,8 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             if logits.shape[1] != labels.shape[1]:

@@ -113,7 +113,8 @@ def attention_mask_4d(
     tokens only (nothing before them can see it).
 
     Args:
-        attention_mask: (B, K) with 0 for padding, or (B, 1, T, K), non-zero where a key may be seen, or None.
+        attention_mask: (B, K) with 0 for padding, or None; or (B, 1, T, K), True where a key may be seen, or in
+            floating point to be added to the scores: 0 where a key may be seen, very low elsewhere.
         num_rows: B.
         num_tokens: T.
         num_keys: K.
@@ -126,6 +127,8 @@ def attention_mask_4d(
         ValueError: if the mask's shape is another one.
     """
     if attention_mask is not None:
+        if attention_mask.dim() == 4 and attention_mask.is_floating_point():
+            attention_mask = attention_mask == 0
         attention_mask = attention_mask.to(device=device, dtype=torch.bool)
         if attention_mask.dim() == 4:
             return attention_mask

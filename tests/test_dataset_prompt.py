@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.prompt import SYSTEM_PROMPT, SampleError, encode_prompt, encode_sample
+from qwen import IGNORE_INDEX
 
 START, END, EOD, IMAGE = 151644, 151645, 151643, 151646
 HEAD = [START, 8948, 198, 56568, 109182, 107553, 101128, 110498, 1773, END]  # 你是一位图像理解助手。
@@ -93,13 +94,15 @@ def test_the_last_token_stays_at_the_length_limit(tokenizer):
         encode_sample(tokenizer, turns, 1, max_length=length)
 
 
-def test_images_and_earlier_turns_are_never_cut(tokenizer):
+def test_images_are_never_cut(tokenizer):
     turns = [("<|extra_0|>", "B"), ("<|extra_0|>", "A " * 100)]
     sample = encode_sample(tokenizer, turns, num_image_tokens=20, max_length=80)
     assert len(sample.input_ids) == 80
     assert sample.input_ids.count(IMAGE) == 40
-    with pytest.raises(SampleError, match="before the last answer"):
+    with pytest.raises(SampleError, match="an image is among those to be lost"):
         encode_sample(tokenizer, turns, num_image_tokens=40, max_length=80)
+    with pytest.raises(SampleError, match="before the first answer"):
+        encode_sample(tokenizer, turns, num_image_tokens=70, max_length=80)
 
 
 @pytest.mark.parametrize("turns", [[], [("A", "")], [("A", " \n")], [("A", ""), ("A", "B")]])
@@ -153,3 +156,22 @@ def test_truncation_only_takes_answer_tokens(tokenizer, question, answer, images
 def test_opening_images_does_not_load_torch():
     code = "import sys, dataset.image_io; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_long_conversation_loses_whole_turns_from_its_end(tokenizer):
+    turns = [("a", "long " * 5), ("b", "long " * 50), ("c", "d")]
+    full = encode_sample(tokenizer, turns, 4)
+    for max_length in range(21, len(full.input_ids) + 1):
+        cut = encode_sample(tokenizer, turns, 4, max_length=max_length)
+        size = len(cut.input_ids)
+        assert size <= max_length
+        assert (cut.input_ids, cut.labels) == (full.input_ids[:size], full.labels[:size])
+        assert cut.labels[-1] != IGNORE_INDEX  # no question without an answer at the end
+        assert not any(label != IGNORE_INDEX for label in full.labels[size:max_length])  # no answer lost that had room
+        assert cut.num_cut == sum(label != IGNORE_INDEX for label in full.labels[size:])
+
+
+def test_a_turn_with_an_image_is_not_lost(tokenizer):
+    turns = [("a", "long " * 50), ("<|extra_0|>b", "c")]
+    with pytest.raises(SampleError, match="an image is among those to be lost"):
+        encode_sample(tokenizer, turns, 4, max_length=40)
