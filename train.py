@@ -333,7 +333,7 @@ def finish(trainer: VLMTrainer) -> int:
         return 1
     received = trainer.stop_on_signal.received
     if received and step < trainer.state.max_steps:
-        logger.warning(
+        logger.info(
             "stopped by %s after step %d, which is saved; go on with the same command and "
             "--resume_from_checkpoint auto",
             *(signal.Signals(received).name, step),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -234,6 +235,14 @@ class VLMTrainer(Trainer):
         if checkpoint is not None and self.optimizer is not None:
             check_optimizer_state(Path(checkpoint), self.optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is not None and isinstance(schedule, LambdaLR):
+            # The checkpoint's rates are those of its own schedule; this one may be longer, or count other steps.
+            parts = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            rates = [base * share(schedule.last_epoch) for base, share in parts]
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = rates
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is None:
@@ -283,12 +292,13 @@ class VLMTrainer(Trainer):
         self.save_failure = f"{target}: {problem}" if problem else ""
         if problem:
             self.state.best_model_checkpoint = best_before
+        if not self.args.should_save:
+            return
+        if problem:
             logger.error(
                 "checkpoint %s could not be written: %s; older checkpoints are as they were, and training goes on",
                 *(target, problem),
             )
-        if not self.args.should_save:
-            return
         shutil.rmtree(staging, ignore_errors=True)
         if not problem:
             best_now = self.state.best_model_checkpoint

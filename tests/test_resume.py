@@ -133,10 +133,18 @@ def test_true_means_the_newest_checkpoint(uncut, tiny_bases, tmp_path):
     assert resumed.seen == uncut.seen[5:]
 
 
+def test_a_longer_run_goes_on_at_the_rates_of_its_own_schedule(uncut, tiny_bases, tmp_path):
+    new_trainer(tiny_bases, tmp_path, num_train_epochs=1, logging_steps=1).train()
+    rest = go_on(tiny_bases, tmp_path, num_train_epochs=3, logging_steps=1)
+    rates = [rate for *_, rate in logged(rest)]
+    assert rates[:3] == pytest.approx([1e-2 * share for share in (1, 2 / 3, 1 / 3)])
+    assert rates[3:] == pytest.approx([1e-2 * share / 9 for share in (6, 5, 4, 3, 2, 1)])
+
+
 # ---- Other batches
 
 
-@pytest.mark.parametrize("size", [11, 13, 16])
+@pytest.mark.parametrize("size", [12, 13])
 @pytest.mark.parametrize(
     ("before", "after", "steps"), [((1, 1), (2, 2), 5), ((1, 1), (4, 1), 7), ((2, 2), (1, 3), 1), ((3, 1), (2, 2), 3)]
 )
