@@ -322,7 +322,8 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, keep])
+        # A slice is not contiguous: without a copy of it, the head's whole weight would be copied for each row.
+        logits = self.lm_head(out.last_hidden_state[:, keep].contiguous())
         loss = None
         if labels is not None:
             if logits.shape[1] != labels.shape[1]:
