@@ -105,10 +105,23 @@ def test_images_are_never_cut(tokenizer):
         encode_sample(tokenizer, turns, num_image_tokens=70, max_length=80)
 
 
-@pytest.mark.parametrize("turns", [[], [("A", "")], [("A", " \n")], [("A", ""), ("A", "B")]])
-def test_nothing_to_learn_is_an_error(tokenizer, turns):
-    with pytest.raises(SampleError):
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "no question and answer"),
+        ([("A", "")], "answer 1 of 1 is empty"),
+        ([("A", " \n")], "answer 1 of 1 is empty"),
+        ([("A", ""), ("A", "B")], "answer 1 of 2 is empty"),
+        ([("A", "B"), ("A", "")], "answer 2 of 2 is empty"),
+    ],
+)
+def test_nothing_to_learn_is_an_error(tokenizer, turns, message):
+    with pytest.raises(SampleError, match=message):
         encode_sample(tokenizer, turns, 1)
+
+
+def test_a_sample_has_2048_tokens_at_most_if_nothing_else_is_said(tokenizer):
+    assert len(encode_sample(tokenizer, [("A", " a" * 3000)], 1).input_ids) == 2048
 
 
 def test_a_prompt_is_the_beginning_of_the_training_sample(tokenizer):
