@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_qwen import left_padded, tiny_model
 from torch.testing import assert_close
+from transformers import GenerationConfig
 
-from qwen import IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, MultimodalQWenModel, QWenLMHeadModel
+from qwen import IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, MultimodalQWenModel, QWenLMHeadModel, QWenModel
 from qwen.multimodal_qwen import place_image_features
 
 IMG = IMAGE_TOKEN_ID
@@ -110,12 +111,56 @@ def test_counts_that_differ_are_an_error_with_both(model, row, num_images, numbe
             model.generate(ids, image_features=images, **GREEDY)
 
 
+def test_the_error_says_how_many_image_tokens_each_row_has(model):
+    ids, mask = batch(ONE_IMAGE, NO_IMAGE, TWO_IMAGES)
+    with pytest.raises(ValueError, match=r"holds 9 image tokens .*\[3, 0, 6\].* 6 image"):
+        model(ids, attention_mask=mask, image_features=features(2))
+
+
 def test_features_go_by_reading_order(model):
     """Rows are told apart by their image tokens alone, however many each has: no feature is lost or moved."""
     ids, _ = batch([21, IMG, IMG, IMG, IMG], [21, IMG, IMG])
     images = features(2)
     placed = place_image_features(ids, model.get_input_embeddings()(ids), images)
     assert torch.equal(placed[ids == IMG], images.flatten(0, 1))
+
+
+@torch.no_grad()
+def test_image_tokens_behind_those_of_the_prompt_are_ordinary_ids(model):
+    ids = torch.tensor([[21, IMG, IMG, IMG], [IMG, IMG, 22, IMG], [IMG, 23, IMG, 24]])
+    embeds = model.get_input_embeddings()(ids)
+    three = features(1)
+    placed = place_image_features(ids, embeds, three, [1, 2, 0])
+    want = embeds.clone()
+    want[0, 1], want[1, 0], want[1, 1] = three[0]
+    assert torch.equal(placed, want)
+    with pytest.raises(ValueError, match=r"holds 2 image tokens .* 3 image"):
+        place_image_features(ids, embeds, three, [1, 1, 0])
+
+
+@torch.no_grad()
+def test_an_image_behind_a_cached_beginning(model):
+    ids = torch.tensor([[*ONE_IMAGE, *TWO_IMAGES]])
+    images = features(3)
+    whole = model(ids, image_features=images).logits
+    begun = model(ids[:, :5], image_features=images[:1], use_cache=True)
+    with pytest.raises(ValueError, match=r"holds 6 image tokens .* 3 image"):
+        model(ids[:, 5:], image_features=images[1:2], past_key_values=begun.past_key_values)
+    rest = model(ids[:, 5:], image_features=images[1:], past_key_values=begun.past_key_values)
+    assert_close(rest.logits, whole[:, 5:], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_decoder_s_other_arguments_are_handed_on(model):
+    ids, positions = torch.tensor([ONE_IMAGE]), torch.tensor([[0, 1, 5, 9, 2]])
+    decoder, images = model.transformer, features(1)
+    embeds = place_image_features(ids, decoder.wte(ids), images)
+    want = QWenModel.forward(decoder, inputs_embeds=embeds, position_ids=positions, use_cache=False)
+    got = decoder(ids, None, positions, None, None, False, False, True, image_features=images)
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state)
+    assert not torch.allclose(want.last_hidden_state, decoder(ids, image_features=images).last_hidden_state)
+    assert got.past_key_values is None
+    assert len(got.hidden_states) == 3
 
 
 def test_other_widths_and_embeddings_are_refused(model):
@@ -203,6 +248,13 @@ def test_generate_equals_generate_from_embeddings(model, name, form):
     assert torch.equal(got, want)
 
 
+def test_generate_takes_ids_by_name_and_settings_by_place(model):
+    ids, images = torch.tensor([TWO_IMAGES]), features(2)
+    want = model.generate(ids, image_features=images, **GREEDY)
+    assert torch.equal(model.generate(input_ids=ids, image_features=images, **GREEDY), want)
+    assert torch.equal(model.generate(ids, GenerationConfig(**GREEDY), image_features=images), want)
+
+
 def test_features_are_used_at_prefill_only(model, monkeypatch):
     seen = []
     forward = model.transformer.forward
@@ -228,5 +280,6 @@ def test_sampling_the_image_token_is_no_crash(use_cache):
     ids = torch.tensor([ONE_IMAGE])
     got = model.generate(ids, image_features=features(1), logits_processor=[always_image], **settings)
     assert got[0, 5:].tolist() == [IMG] * 8
-    got = model.generate(torch.tensor([NO_IMAGE]), logits_processor=[always_image], **settings)
-    assert got[0, 4:].tolist() == [IMG] * 8
+    for prompt in (NO_IMAGE, NO_IMAGE[:1]):
+        got = model.generate(torch.tensor([prompt]), logits_processor=[always_image], **settings)
+        assert got[0, len(prompt) :].tolist() == [IMG] * 8
