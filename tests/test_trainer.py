@@ -106,17 +106,25 @@ def test_groups_cover_every_trainable_parameter_once(model, tmp_path):
     }
     assert found == expected
     assert len(expected) == 12 + 4
+    # LoRA first: what Trainer logs and schedules as "the" learning rate is the first group's.
+    assert [group["name"] for group in groups] == ["lora matrices", "projector matrices", "projector vectors"]
 
 
 def test_a_stray_trainable_parameter_is_an_error_that_names_it(model, tmp_path):
     model.qwen.transformer.ln_f.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"exactly one optimizer group: .*transformer\.ln_f\.weight"):
+    with pytest.raises(ValueError, match=r"exactly one optimizer group: [\w.]*transformer\.ln_f\.weight$"):
         optimizer_groups(model, arguments(tmp_path))
 
 
 def test_training_without_lora_is_an_error(tiny_bases, tmp_path):
     model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu", trainable=True)
     with pytest.raises(ValueError, match="was add_lora called"):
+        optimizer_groups(model, arguments(tmp_path))
+
+
+def test_training_without_the_projector_is_an_error(model, tmp_path):
+    model.projector.requires_grad_(False)
+    with pytest.raises(ValueError, match="must both be trainable"):
         optimizer_groups(model, arguments(tmp_path))
 
 
