@@ -7,11 +7,13 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint
 from tiny_vlm import (
@@ -26,10 +28,12 @@ from tiny_vlm import (
     sample,
     trainable_parameters,
 )
+from torch import nn
 from torch.testing import assert_close
 
 from model import CheckpointError, LoraSettings, VisionLanguageModel, read_checkpoint
-from model.checkpoint import resolve_checkpoint
+from model.checkpoint import numbered_checkpoints, resolve_checkpoint
+from model.weights import check_finite, check_weights, read_tensors
 from qwen import MultimodalQWenLMHeadModel
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "projector.safetensors", "multimodal_config.json"}
@@ -136,6 +140,50 @@ def test_a_model_without_lora_cannot_be_saved(tiny_bases, tmp_path):
         model.save_checkpoint(tmp_path)
 
 
+def test_the_folders_above_a_checkpoint_are_made(trained, tmp_path):
+    trained.save_checkpoint(tmp_path / "new" / "folder")
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == FILES
+
+
+def test_what_a_killed_save_left_behind_is_cleared(trained, saved, folder):
+    (folder / "tmp-weights").mkdir()
+    (folder / "tmp-weights" / "adapter_model.safetensors").write_bytes(b"half")
+    trained.save_checkpoint(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in saved.iterdir()
+    }
+
+
+def test_weights_that_cannot_be_written_leave_the_old_ones(trained, saved, folder, monkeypatch):
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("model.checkpoint.save_file", full)
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors: No space left on device"):
+        trained.save_checkpoint(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in saved.iterdir()
+    }
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_new_weights_half_in_place_are_no_checkpoint(trained, folder, monkeypatch, done):
+    replace, calls = Path.replace, []
+
+    def fail_later(path, target):
+        calls.append(target)
+        if len(calls) > done:
+            raise OSError("Input/output error")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail_later)
+    with pytest.raises(OSError, match="Input/output error"):
+        trained.save_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"multimodal_config\.json missing"):
+        resolve_checkpoint(folder)
+
+
 # What comes back
 
 
@@ -239,6 +287,42 @@ def test_a_folder_without_any_complete_checkpoint(saved, tmp_path):
         resolve_checkpoint(tmp_path)
 
 
+def test_the_checkpoint_furthest_in_the_data_comes_first(tmp_path):
+    """Where the batch size changed, steps were counted anew."""
+    states = {
+        "checkpoint-9": {"epoch": 1, "position": 0},
+        "checkpoint-20": {"epoch": 0, "position": 64},
+        "checkpoint-3": {"epoch": 1, "position": 8},
+        "checkpoint-100": {"epoch": 0, "position": 0},
+        "checkpoint-30": {"epoch": 0, "position": 64},
+        "checkpoint-500": None,
+        "checkpoint-1000": {"epoch": 1},
+    }
+    for name, state in states.items():
+        (tmp_path / name).mkdir()
+        if state is not None:
+            (tmp_path / name / "run_state.json").write_text(json.dumps(state))
+    numbers = [int(path.name.removeprefix("checkpoint-")) for path in numbered_checkpoints(tmp_path)]
+    assert numbers == [3, 9, 30, 20, 100, 1000, 500]
+
+
+def test_a_link_that_leads_out_of_the_newest_checkpoint_of_a_run(saved, tmp_path):
+    (newest,) = make_run(tmp_path / "run", saved, 5)
+    (tmp_path / "secret").write_text("")
+    (newest / "notes").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="notes is a link that leads out"):
+        resolve_checkpoint(tmp_path / "run")
+
+
+def test_all_that_is_missing_is_named(tmp_path):
+    expected = (
+        r"adapter_config\.json and adapter_model\.safetensors or adapter_model\.bin and "
+        r"projector\.safetensors or other_params\.bin missing$"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        resolve_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
@@ -262,6 +346,41 @@ def test_a_folder_of_the_original_project_loads(saved, trained, tiny_bases, tmp_
     loaded = load(folder, *tiny_bases)
     assert_close(logits_of(loaded, batch), logits_of(trained, batch), rtol=0, atol=0)
     assert not loaded.vision_tower.drop_first_patch  # CLIP's class token went, and that is all
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "language_model."])
+def test_adapter_names_of_the_original_project_may_hold_the_adapter_s_own(saved, trained, tiny_bases, tmp_path, prefix):
+    folder = write_original(tmp_path / "original", saved)
+    weights = torch.load(folder / "adapter_model.bin", weights_only=True)
+    longer = {prefix + re.sub(r"(lora_[AB])", r"\1.default", name): value for name, value in weights.items()}
+    assert all(name.endswith(".default.weight") for name in longer)
+    torch.save(longer, folder / "adapter_model.bin")
+    loaded = load(folder, *tiny_bases)
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+def test_a_projector_of_one_layer_that_the_original_project_trained(tiny_bases, tmp_path, batch):
+    model = enliven_trained(new_model(tiny_bases, layers=1))
+    model.save_checkpoint(tmp_path / "ours")
+    loaded = load(write_original(tmp_path / "original", tmp_path / "ours"), *tiny_bases)
+    assert len(loaded.projector) == 1
+    assert_close(logits_of(loaded, batch), logits_of(model, batch), rtol=0, atol=0)
+
+
+def test_what_the_original_project_wrote_on_a_gpu_is_read_to_the_cpu(tmp_path):
+    file, tensor = tmp_path / "other_params.bin", torch.arange(6.0).view(2, 3)
+    torch.save({"0.weight": tensor}, tmp_path / "cpu.bin")
+    with zipfile.ZipFile(tmp_path / "cpu.bin") as archive, zipfile.ZipFile(file, "w") as written:
+        for name in archive.namelist():
+            content = archive.read(name)
+            if name.endswith("data.pkl"):
+                assert content.count(b"X\x03\0\0\0cpu") == 1
+                content = content.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0")
+            written.writestr(name, content)
+    (found,) = read_tensors(file).values()
+    assert found.device.type == "cpu"
+    assert torch.equal(found, tensor)
 
 
 def test_a_folder_of_the_original_project_needs_its_base_models_named(saved, tiny_bases, tmp_path):
@@ -347,6 +466,13 @@ def test_a_broken_file_of_the_original_is_named(saved, tiny_bases, tmp_path, nam
         load(folder, *tiny_bases)
 
 
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"0.weight": [1.0]}, {"0.weight": torch.ones(1), "step": 5}, 5])
+def test_a_pickle_of_something_else_than_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "other_params.bin")
+    with pytest.raises(CheckpointError, match=r"other_params\.bin: names and tensors are expected"):
+        read_tensors(tmp_path / "other_params.bin")
+
+
 def test_a_pickle_whose_names_are_no_text(saved, tiny_bases, tmp_path):
     folder = write_original(tmp_path / "original", saved)
     torch.save({0: torch.ones(1)}, folder / "other_params.bin")
@@ -385,6 +511,8 @@ LORA_A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 )
 def test_weights_that_do_not_fit_are_named(folder, trained, file, change, message):
     rewrite(folder / file, change)
+    part, likely = {ADAPTER: ("adapter", "base language model or rank"), PROJECTOR: ("projector", "vision tower")}[file]
+    message = rf"{part} in {re.escape(str(folder))} does not fit \(was it trained for another {likely}.*{message}"
     with pytest.raises(CheckpointError, match=message):
         load(folder)
     before = {name: p.detach().clone() for name, p in trained.named_parameters()}
@@ -400,6 +528,32 @@ def test_many_faults_make_a_short_message(folder):
         load(folder)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(("number", "shown", "more"), [(1, 1, None), (4, 4, None), (5, 4, 1), (6, 4, 2)])
+def test_the_first_four_differences_are_shown(number, shown, more):
+    expected = {f"{i}.weight": torch.ones(2) for i in range(number)}
+    with pytest.raises(CheckpointError) as error:
+        check_weights(expected, {}, "the file", "another tower")
+    names = "; ".join(f"missing {i}.weight" for i in range(shown)) + (f"; and {more} more" if more else "")
+    assert str(error.value) == f"the file does not fit (was it trained for another tower?): {names}"
+    check_weights(expected, {name: torch.zeros(2) for name in expected}, "the file", "another tower")
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_the_first_three_weights_that_are_not_finite_are_shown(bad, value):
+    model = nn.ParameterDict({f"w{i}": torch.ones(2, 3) for i in range(5)})
+    with torch.no_grad():
+        for i in range(bad):
+            model[f"w{i}"][1, i % 3] = value
+    if not bad:
+        check_finite(model, "the tower")
+        return
+    names = ", ".join(f"w{i}" for i in range(min(bad, 3))) + (", …" if bad > 3 else "")
+    expected = rf"^the weights of the tower .*not finite, in {bad} tensors \({names}\);"
+    with pytest.raises(CheckpointError, match=expected):
+        check_finite(model, "the tower")
 
 
 def test_a_rank_that_the_configuration_does_not_say(folder):
@@ -474,6 +628,27 @@ def test_another_tower_is_refused_where_the_first_patch_was_left_out(saved, tiny
     load(original, tiny_bases[0], tiny_siglip).save_checkpoint(tmp_path / "further")
     with pytest.raises(CheckpointError, match="vision_tower is clip, the checkpoint was trained with siglip"):
         load(tmp_path / "further", *tiny_bases)
+
+
+def test_every_difference_of_the_base_models_is_named(folder, tmp_path):
+    other = make_clip_checkpoint(tmp_path / "other", hidden_size=48, image_size=42)
+    expected = (
+        f"{re.escape(str(folder))} does not fit the base models: num_image_tokens is 9, the checkpoint was trained "
+        "with 4; vision_hidden_size is 48, the checkpoint was trained with 32$"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        load(folder, None, other)
+
+
+def test_another_tower_of_the_same_shape_is_refused_where_it_is_known(folder, tiny_bases, tmp_path):
+    other = Path(shutil.copytree(tiny_bases[1], tmp_path / "other"))
+    patches = "vision_model.embeddings.patch_embedding.weight"
+    rewrite(other / "model.safetensors", lambda weights: weights[patches].add_(1))
+    expected = f"weights or settings of --base_value_model are others than those of {re.escape(tiny_bases[1])}, which"
+    with pytest.raises(CheckpointError, match=expected):
+        load(folder, None, str(other))
+    rewrite(folder / "multimodal_config.json", lambda config: config.update(vision_tower_fingerprint=""))
+    load(folder, None, str(other))
 
 
 def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):
