@@ -122,8 +122,7 @@ def test_descriptions_tell_colour_and_shape_and_nothing_else():
     rng = random.Random(0)
     for _ in range(200):
         text = describe(Scene("circle", "red"), rng)
-        assert ("circle" in text and "red" in text) or ("圆形" in text and "红色" in text)
-        assert not any(word in text for word in ("triangle", "rectangle", "blue", "三角形", "蓝色"))
+        assert set(text.split()) - {"a"} == {"circle", "red"}
 
 
 def test_text_conversations_hold_no_image():
@@ -221,7 +220,7 @@ def test_small_vocabulary_gives_the_full_vocabularys_loss(tokenizer, training):
 def test_whatever_is_drawn_is_in_the_small_vocabulary(tokenizer, training):
     source = pretrain_qwen.TextSource(training, random.Random(5))
     small = pretrain_qwen.SmallVocabulary(pretrain_qwen.occurring_ids(tokenizer, training), torch.device("cpu"))
-    rows, labels = small.batch(tokenizer, [source.draw() for _ in range(500)])
+    rows, labels = small.batch(tokenizer, [turns for _ in range(10) for turns in source.draw_batch(50)])
     assert rows.max() < small.other
     assert ((labels >= 0).sum(dim=1) >= 2).all()
 

@@ -160,6 +160,7 @@ def pretrain(schedule: Schedule) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
     device = pick_device()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
+    model.set_attn_implementation("eager")  # for so few patches on a CPU, in bf16, twice as fast as SDPA
     model.to(device)  # type: ignore[arg-type]
     source = PictureSource(random.Random(SEED))
     texts = [
@@ -185,7 +186,7 @@ def main() -> None:
     """Pretrain and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps (%(default)s)")
     args = parser.parse_args()
     model, tokenizer = pretrain(Schedule(args.steps, 1e-3))
     with written_whole(args.output) as folder:

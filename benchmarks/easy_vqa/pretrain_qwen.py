@@ -34,7 +34,7 @@ VOCAB_SIZE = 151936
 HIDDEN, LAYERS, HEADS, MLP_WIDTH = 128, 4, 4, 256
 CONTEXT = 1024  # tokens
 BATCH = 64  # conversations
-MOST_TURNS = 3
+NUMBERS_OF_TURNS = (1, 1, 6)  # equally likely
 CAPTION_SHARE = 0.15
 SEED = 42
 
@@ -54,13 +54,18 @@ class TextSource:
             (scenes[image_id], group) for image_id, group in questions_by_image(questions).items() if image_id in scenes
         ]
 
-    def draw(self) -> list[Turn]:
+    def draw_batch(self, size: int) -> list[list[Turn]]:
+        """Conversations of about one length, so that little is padding: one turn in most batches, several in some."""
+        num_turns = self.rng.choice(NUMBERS_OF_TURNS)
+        return [self.draw(num_turns) for _ in range(size)]
+
+    def draw(self, num_turns: int = 1) -> list[Turn]:
         """Some questions about one picture's scene, or a scene to be told in Chinese."""
         rng = self.rng
         if rng.random() < CAPTION_SHARE:
             return captioning(random_scene(rng), rng)
         scene, questions = rng.choice(self.told)
-        chosen = rng.sample(questions, k=min(len(questions), rng.choice((1, 1, 1, MOST_TURNS))))
+        chosen = rng.sample(questions, k=min(len(questions), num_turns))
         return conversation(scene, chosen, rng)
 
 
@@ -165,7 +170,7 @@ def pretrain(tokenizer: QWenTokenizer, schedule: Schedule) -> QWenLMHeadModel:
     print(f"{len(small.ids)} of the vocabulary's {VOCAB_SIZE:,} tokens occur in the text")
 
     def loss_of_batch() -> Tensor:
-        return small.loss(*small.batch(tokenizer, [source.draw() for _ in range(BATCH)]))
+        return small.loss(*small.batch(tokenizer, source.draw_batch(BATCH)))
 
     fit(small.model, loss_of_batch, schedule, "QWen, text only")
     return small.full_size()
@@ -190,7 +195,7 @@ def main() -> None:
     """Pretrain and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=900, help="optimizer steps (%(default)s)")
     args = parser.parse_args()
     tokenizer = QWenTokenizer(str(real_vocabulary()))
     save(pretrain(tokenizer, Schedule(args.steps, 2e-3)), tokenizer, args.output)

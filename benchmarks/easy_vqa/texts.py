@@ -13,23 +13,18 @@ from dataprocess.ai_challenger import PROMPTS
 from dataprocess.records import PLACEHOLDER
 
 from .questions import Question
-from .shapes import CHINESE, Scene
+from .shapes import Scene
 
 Turn = tuple[str, str]
 
-_LONGEST_LIST = 16  # words, about as many as an image has features
+_LONGEST_LIST = 10  # words
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """Tell a scene in words: a sentence in English or Chinese, or its two words over and over in any order."""
-    manner = rng.randrange(4)
-    if manner == 0:
+    """Tell a scene in words: by its caption, or by its two words over and over in any order."""
+    if rng.random() < 0.5:
         return scene.caption
-    if manner == 1:
-        return rng.choice(scene.chinese_captions)
     words = [scene.color, scene.shape]
-    if manner == 2:
-        words = [CHINESE[word] for word in words]
     listed = words + rng.choices(words, k=rng.randint(0, _LONGEST_LIST - 2))
     rng.shuffle(listed)
     return " ".join(listed)
