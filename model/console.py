@@ -10,7 +10,7 @@ import sys
 import warnings
 from typing import NoReturn
 
-_OURS = ("dataset", "model", "qwen", "test", "train", "visual")
+OUR_LOGGERS = ("dataset", "model", "qwen", "test", "train", "visual")
 
 
 def use_utf8() -> None:
@@ -24,7 +24,7 @@ def set_up_logging(rank: int = 0, world_size: int = 1) -> None:
     """Let our packages log to stderr: everything on the first process, warnings and errors on the others."""
     prefix = "" if world_size == 1 else f"[{rank}] "
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{prefix}%(message)s", force=True)
-    for name in _OURS:
+    for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
     # PEFT calls transformers by names that are being retired, and accelerate tells of a default it has set.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

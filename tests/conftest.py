@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from model.console import OUR_LOGGERS
+
 # A shell starts what it runs in the background with Ctrl-C ignored, and programs inherit that; the tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Undo what an entry point called in this process sets up: its log would go to a captured stream, closed by then."""
+    loggers = [logging.root, *(logging.getLogger(name) for name in OUR_LOGGERS)]
+    handlers, levels = list(logging.root.handlers), [logger.level for logger in loggers]
+    yield
+    logging.root.handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
