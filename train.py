@@ -14,7 +14,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,13 @@ from dataset.bad_samples import TooManyBadSamplesError
 from dataset.epoch_order import EpochOrder
 from dataset.image_io import ImageError
 from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArguments, read_checkpoint
-from model.agreement import gather_objects
 from model.arguments import DataArguments, ModelArguments, parse_arguments
-from model.checkpoint import CheckpointError, numbered_checkpoints, package_versions
+from model.checkpoint import CheckpointError, package_versions
 from model.console import in_one_line, set_up_logging
 from model.guards import BAD_EVAL_SAMPLES, ClearOnFirstStep, NotFiniteError, WatchBadSamples
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
-from model.run_folder import files_of_a_run, lacks_to_resume, newest_resumable, restore_replaced
+from model.resuming import checkpoint_to_resume, files_in_the_way
 from model.run_state import RunState, check_identity
 from qwen import QWenTokenizer
 
@@ -61,6 +60,8 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
         LoraTargetError: if target modules do not exist.
     """
     previous = model_args.previous_lora_weights
+    targets = model_args.target_modules
+    asked = None if targets is None else LoraSettings.parse_targets(targets)
     if previous is not None:
         config = read_checkpoint(previous).lora_config
         check_previous(previous, lora_rank=(model_args.lora_rank, config.r))
@@ -76,30 +77,25 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
         projector_layers=model_args.projector_layers or 2,
     )
     if previous is not None:
-        there = {
-            name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A." in name
-        }
-        asked = (
-            None if model_args.target_modules is None else set(LoraSettings.parse_targets(model_args.target_modules))
-        )
+        names = (name for name, _ in model.named_parameters() if ".lora_A." in name)
+        there = {name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name in names}
         check_previous(previous, target_modules=(_with_bars(asked), _with_bars(there)))
-        check_previous(previous, projector_layers=(model_args.projector_layers, 1 if len(model.projector) == 1 else 2))
+        check_previous(previous, projector_layers=(model_args.projector_layers, model.projector_layers))
         return model
+    default = LoraSettings()
     model.add_lora(
         LoraSettings(
-            rank=model_args.lora_rank or 128,
-            alpha=model_args.lora_alpha or 32,
+            rank=model_args.lora_rank or default.rank,
+            alpha=model_args.lora_alpha or default.alpha,
             dropout=model_args.lora_dropout,
-            target_modules=LoraSettings.parse_targets(
-                "c_attn|w1|w2" if model_args.target_modules is None else model_args.target_modules
-            ),
+            target_modules=default.target_modules if asked is None else asked,
         )
     )
     return model
 
 
-def _with_bars(names: set[str] | None) -> str | None:
-    return None if names is None else "|".join(sorted(names))
+def _with_bars(names: Collection[str] | None) -> str | None:
+    return None if names is None else "|".join(sorted(set(names)))
 
 
 def check_previous(folder: str, **flags: tuple[Any, Any]) -> None:
@@ -171,68 +167,9 @@ def run_identity(
         "lora_rank": lora.r,
         "lora_alpha": lora.lora_alpha,
         "target_modules": "|".join(sorted(lora.target_modules)),
-        "projector_layers": 1 if len(model.projector) == 1 else 2,
+        "projector_layers": model.projector_layers,
         **{name.replace("_fingerprint", ""): value for name, value in model.fingerprints.items()},
     }
-
-
-def old_run(args: VLMTrainingArguments, resume: str | None) -> list[Path]:
-    """What is in the way of a new run: the files of another one in `--output_dir`, which are to be overwritten.
-
-    Raises:
-        CheckpointError: if there are any that are neither gone on from nor to be overwritten.
-    """
-    folder = Path(str(args.output_dir))
-    if args.resume_from_checkpoint is not None and args.overwrite_output_dir:
-        raise CheckpointError(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint} goes on with a run and --overwrite_output_dir "
-            "deletes it; give one of them"
-        )
-    old = files_of_a_run(folder)
-    if resume is None:
-        goes_on = args.resume_from_checkpoint is not None  # `auto`, and nothing to go on from
-    else:
-        goes_on = Path(resume).resolve().parent == folder.resolve()
-    if not old or goes_on:
-        return []
-    if not args.overwrite_output_dir:
-        raise CheckpointError(
-            f"--output_dir {folder} holds a run ({old[0].name}, …); go on with it by --resume_from_checkpoint auto, "
-            "delete it by --overwrite_output_dir, or give another folder"
-        )
-    return old
-
-
-def resume_folder(args: VLMTrainingArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a checkpoint, or the newest complete one of a run folder.
-
-    `auto` is the newest one of `--output_dir`, or None if there is none yet; `true`, as transformers has it, insists.
-
-    Raises:
-        CheckpointError: if there is none, or training can't go on from it.
-    """
-    wanted = args.resume_from_checkpoint
-    if wanted is None:
-        return None
-    automatic = wanted.lower() in ("auto", "true")
-    folder = Path(str(args.output_dir if automatic else wanted))
-    restore_replaced(folder)
-    found = newest_resumable(folder)
-    if len(set(gather_objects(None if found is None else found.name))) > 1:
-        raise CheckpointError(f"the processes see different checkpoints in {folder}; it must be a folder they share")
-    if found is not None or wanted.lower() == "auto":
-        return None if found is None else str(found)
-    if not folder.is_dir():
-        raise CheckpointError(f"--resume_from_checkpoint {folder}: no such folder; give a checkpoint or a run folder")
-    lacking = lacks_to_resume(folder)
-    if lacking:
-        inside = numbered_checkpoints(folder)
-        what = f"none of its {len(inside)} checkpoints is complete" if inside else f"no {', no '.join(lacking)}"
-        raise CheckpointError(
-            f"--resume_from_checkpoint {folder}: {what}, so training can't go on from it; if it holds weights, start "
-            "anew from them with --previous_lora_weights"
-        )
-    return str(folder)
 
 
 def build_trainer(argv: Sequence[str]) -> VLMTrainer:
@@ -247,8 +184,8 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     """
     model_args, data_args, args = parse_arguments(argv, __doc__)
     set_up_logging(args.process_index, args.world_size)
-    resume = resume_folder(args)
-    in_the_way = old_run(args, resume)
+    resume = checkpoint_to_resume(args)
+    in_the_way = files_in_the_way(args, resume)
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)

@@ -159,6 +159,11 @@ class VisionLanguageModel(nn.Module):
         """Tokens that one image takes in the prompt (P)."""
         return self.vision_tower.num_image_tokens
 
+    @property
+    def projector_layers(self) -> int:
+        """Linear layers of the projector: 1 or 2."""
+        return 1 if len(self.projector) == 1 else 2
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the language model's token embedding, which `--neftune_noise_alpha` adds noise to."""
         return self.qwen.get_input_embeddings()
@@ -289,7 +294,7 @@ class VisionLanguageModel(nn.Module):
             vision_hidden_size=self.vision_tower.hidden_size,
             language_hidden_size=self.qwen.config.hidden_size,
             vocab_size=self.qwen.config.vocab_size,
-            projector_layers=1 if len(self.projector) == 1 else 2,
+            projector_layers=self.projector_layers,
             **self.fingerprints,
             drop_first_patch=self.vision_tower.drop_first_patch,
             dtype=str(self.dtype).removeprefix("torch."),

@@ -19,13 +19,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """Undo what an entry point called in this process sets up: its log would go to a captured stream, closed by then."""
-    loggers = [logging.root, *(logging.getLogger(name) for name in OUR_LOGGERS)]
-    handlers, levels = list(logging.root.handlers), [logger.level for logger in loggers]
+    """Undo what an entry point called in this process sets up, in a fixture too: its log goes to a captured stream."""
+    _forget_entry_points()
     yield
-    logging.root.handlers[:] = handlers
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    _forget_entry_points()
+
+
+def _forget_entry_points() -> None:
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -48,14 +48,6 @@ from model.run_folder import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
-
-
 class Faults:
     """Lets the n-th step of writing fail, of those that touch the disk; `after` it was done, or in place of it.
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 
-import pytest
 from tiny_run import (
     ROOT,
     load_test_py,
@@ -31,14 +29,6 @@ SAMPLES = [
     ),
 ]
 """The first two share their question: only the picture tells them apart."""
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
 
 
 def test_four_samples_are_learnt_to_their_exact_answers(tmp_path, qwen_tiktoken, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shlex
 from pathlib import Path
@@ -23,14 +22,6 @@ QUICK = shlex.split(
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, qwen_tiktoken) -> list[str]:
     return make_bases(tmp_path_factory.mktemp("bases"), qwen_tiktoken)
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import signal
 import subprocess
 import sys
@@ -50,14 +49,6 @@ def weights(tmp_path_factory, bases) -> Path:
     model.add_lora(LoraSettings(rank=2, alpha=4, dropout=0.0))
     model.save_checkpoint(tmp_path_factory.mktemp("weights"))
     return tmp_path_factory.getbasetemp() / "weights0"
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
 
 
 # ---- The window

@@ -6,7 +6,6 @@ What needs whole runs is shown in other files; the last test here says where, an
 from __future__ import annotations
 
 import json
-import logging
 import re
 
 import pytest
@@ -56,14 +55,6 @@ def argv(bases, tmp_path) -> list[str]:
         "true",
     ]
     return [*bases, *data, *flags, "--output_dir", str(tmp_path / "run")]
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
 
 
 @pytest.fixture

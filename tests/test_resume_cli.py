@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -36,15 +35,6 @@ QUICK = [
     *("--save_steps", "1", "--num_train_epochs", "3", "--per_device_train_batch_size", "2"),
     *("--gradient_accumulation_steps", "2"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    """`main` directs the log to the stderr of the moment, which pytest closes after the test."""
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")

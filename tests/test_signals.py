@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 
@@ -37,10 +36,8 @@ class Send(TrainerCallback):
 def _as_it_was():
     """Handlers and log are what they were."""
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    root = logging.getLogger().handlers[:]
     yield
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
-    logging.getLogger().handlers[:] = root
 
 
 @pytest.fixture(scope="module")

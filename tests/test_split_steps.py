@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from itertools import chain
@@ -184,14 +183,6 @@ class Spoil(TrainerCallback):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.register_hook(lambda gradient: torch.full_like(gradient, factor))
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])

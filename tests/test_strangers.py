@@ -57,20 +57,9 @@ def data(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, bases, data) -> Path:
     """A run of four steps, with checkpoints 2 and 4; not to be written to."""
-    root = logging.getLogger()
-    handlers = root.handlers[:]
     folder = tmp_path_factory.mktemp("run")
     assert train.main([*QUICK, *bases, *data, "--output_dir", str(folder)]) == 0
-    root.handlers[:] = handlers
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
 
 
 @pytest.fixture

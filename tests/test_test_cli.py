@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -60,15 +59,6 @@ def weights(tmp_path_factory, bases) -> Path:
     shutil.copytree(run / "checkpoint-10", run / "checkpoint-11")
     (run / "checkpoint-11/projector.safetensors").unlink()  # as if the disk had been full
     return run / "checkpoint-10"
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    """`main` directs the log to the stderr of the moment, which pytest closes after the test."""
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
 
 
 @pytest.fixture

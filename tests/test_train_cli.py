@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shlex
@@ -63,15 +62,6 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, pictures) -> list[str]:
     return write_data(tmp_path_factory.mktemp("data"), MIXED_CAPTIONS, pictures)
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    """`main` directs the log to the stderr of the moment, which pytest closes after the test."""
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")
