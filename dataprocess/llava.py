@@ -3,8 +3,8 @@
 ``[{"id": …, "image": name, "conversations": [{"from": "human"|"gpt", "value": …}, …]}, …]``
 
 ``image`` may be absent or null (a conversation about no image) or a list (several images). Each ``<image>`` in a human
-turn stands for one image; there it becomes the placeholder, and the line break beside it goes. In gpt turns ``<image>``
-is ordinary text. Conversations begin with human, alternate, and end with gpt; anything else, system turns
+turn stands for one image; there it becomes the placeholder, without a line break on either side. In gpt turns
+``<image>`` is ordinary text. Conversations begin with human, alternate, and end with gpt; anything else, system turns
 included (training sets its own system prompt), is rejected.
 """
 
@@ -19,7 +19,7 @@ _IMAGE = re.compile(r"(?:\r\n|\n|\r)?<image>(?:\r\n|\n|\r)?")
 
 
 def place_images(question: str) -> tuple[str, int]:
-    r"""Put the placeholder wherever ``<image>`` stands, without the one line break before or after it.
+    r"""Put the placeholder wherever ``<image>`` stands, without a line break right before or right after it.
 
     ``"<image>\nWhat is this?"`` and ``"What is this?\n<image>"`` lose their line break; all others stay.
 

@@ -50,5 +50,5 @@ class BadSamples:
         if len(self) > self.max_fraction * total:
             raise TooManyBadSamplesError(
                 f"{len(self)} of {total} samples are bad, more than --max_bad_fraction {self.max_fraction:g} allows; "
-                f"{where} lists them; mend the data, or raise the fraction"
+                f"{where} lists them; mend the data (or --max_length, if it is too small), or raise the fraction"
             )

@@ -82,11 +82,6 @@ class Checkpoint:
     lora_config: LoraConfig
     """As PEFT reads it."""
 
-    @property
-    def is_original(self) -> bool:
-        """Whether the original project wrote it."""
-        return self.config is None
-
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that matter for a checkpoint."""

@@ -21,10 +21,7 @@ def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWen
     Raises:
         ValueError: if there is no such folder or name, or what is there is no complete QWen.
     """
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    except (OSError, ValueError) as error:
-        raise _not_found(name_or_path, error) from error
+    config = _config(name_or_path)
     if config.get("model_type") != QWenConfig.model_type:
         raise ValueError(
             f"base language model {name_or_path!r} has model_type {config.get('model_type')!r}, expected "
@@ -46,8 +43,16 @@ def load_tokenizer(name_or_path: str) -> QWenTokenizer:
     Raises:
         ValueError: if there is no such folder or name, or no vocabulary in it.
     """
+    _config(name_or_path)  # a name that leads nowhere is told apart from a folder without a vocabulary
     try:
         return QWenTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise _not_found(name_or_path, error) from error
+
+
+def _config(name_or_path: str) -> dict[str, Any]:
+    try:
+        return PreTrainedConfig.get_config_dict(name_or_path)[0]
     except (OSError, ValueError) as error:
         raise _not_found(name_or_path, error) from error
 
