@@ -30,7 +30,7 @@ from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArgu
 from model.arguments import DataArguments, ModelArguments, parse_arguments
 from model.checkpoint import CheckpointError, package_versions
 from model.console import in_one_line, set_up_logging
-from model.guards import BAD_EVAL_SAMPLES, ClearOnFirstStep, NotFiniteError, WatchBadSamples
+from model.guards import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
 from model.resuming import checkpoint_to_resume, files_in_the_way
@@ -164,6 +164,7 @@ def run_identity(
         "number of samples": len(train_set),
         "max_length": train_set.max_length,
         "seed": args.seed,
+        "data_seed": args.data_seed,
         "lora_rank": lora.r,
         "lora_alpha": lora.lora_alpha,
         "target_modules": "|".join(sorted(lora.target_modules)),
@@ -194,12 +195,13 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     if resume is not None:
         check_identity(RunState.read(Path(resume)), identity, Path(resume))
     ordered: Any = train_set
+    order_seed = args.seed if args.data_seed is None else args.data_seed
     if args.train_sampling_strategy == "random":
         # Trainer's own sampler can't go on in mid-epoch with other batches; this order is a function of seed and epoch.
-        ordered, args.train_sampling_strategy = EpochOrder(train_set, args.seed), "sequential"
+        ordered, args.train_sampling_strategy = EpochOrder(train_set, order_seed), "sequential"
     watches = [WatchBadSamples(train_set)]
     if eval_set is not None:
-        watches.append(WatchBadSamples(eval_set, BAD_EVAL_SAMPLES))
+        watches.append(WatchBadEvalSamples(eval_set))
     trainer = VLMTrainer(
         model=model,
         args=args,

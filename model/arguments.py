@@ -148,6 +148,11 @@ def parse_arguments(
     check_values(model_args, data_args, training_args)
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file go together; one of them is missing")
+    if training_args.eval_strategy != "no" and data_args.eval_image_map is None:
+        raise ValueError(
+            f"--eval_strategy {training_args.eval_strategy.value} needs --eval_image_map and --eval_captions_file; "
+            "give both, or leave it out"
+        )
     if training_args.remove_unused_columns:
         raise ValueError("--remove_unused_columns must be false: the data set gives just what the model takes")
     for name in ("image_map", "captions_file", "eval_image_map", "eval_captions_file"):
@@ -183,6 +188,9 @@ def check_values(*arguments: object) -> None:
         "per_device_train_batch_size": at_least_1,
         "per_device_eval_batch_size": at_least_1,
         "gradient_accumulation_steps": at_least_1,
+        "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1: by epochs"),
+        "max_grad_norm": not_negative,
+        "weight_decay": not_negative,
         "num_train_epochs": (lambda value: 0 < value < math.inf, "above 0"),
     }
     values = {name: value for group in arguments for name, value in vars(group).items()}
