@@ -36,6 +36,7 @@ from model.memory import is_out_of_memory, out_of_memory
 from model.resuming import checkpoint_to_resume, files_in_the_way
 from model.run_state import RunState, check_identity
 from qwen import QWenTokenizer
+from visual.feature_cache import open_feature_cache
 
 logger = logging.getLogger("train")
 
@@ -129,6 +130,7 @@ def build_datasets(
         "allow_links": data_args.allow_links,
         "on_bad_sample": data_args.on_bad_sample,
         "max_bad_fraction": data_args.max_bad_fraction,
+        "feature_cache": model.feature_cache,
     }
     train_set = ImageCaptionDataset(
         data_args.image_map, data_args.captions_file, max_samples=data_args.max_train_samples, **common
@@ -190,6 +192,10 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
+    if data_args.feature_cache is not None:
+        model.feature_cache = open_feature_cache(
+            data_args.feature_cache, model.vision_tower, data_args.feature_cache_dtype
+        )
     train_set, eval_set = build_datasets(model, tokenizer, data_args, args)
     identity = run_identity(model, train_set, args)
     if resume is not None:

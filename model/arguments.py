@@ -18,6 +18,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 
+from visual.feature_cache import DTYPES
+
 from .console import OneLineErrors
 from .device import has_accelerator, pick_device, pick_dtype
 from .trainer import VLMTrainingArguments
@@ -79,6 +81,14 @@ class DataArguments:
         default=0.01, metadata={"help": "With --on_bad_sample skip: more bad samples than this share stop the run."}
     )
     allow_links: bool = field(default=False, metadata={"help": "Follow links in the image folder that lead out of it."})
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder in which the tower's features are kept, so that it sees no image twice."},
+    )
+    feature_cache_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "What they are stored in; float32 changes no result.", "choices": list(DTYPES)},
+    )
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
