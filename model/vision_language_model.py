@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
-from qwen.loss import supervised_loss
+from qwen.loss import head_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
 
@@ -192,8 +193,9 @@ class VisionLanguageModel(nn.Module):
             pixel_values: (N, 3, H, W), the images of the batch in reading order; rows may have none, one or
                 several. None if there is no image at all.
             num_items_in_batch: what the summed loss is divided by; by default this batch's supervised tokens.
-            return_logits: False runs the language head at supervised positions only and gives no logits. The loss
-                is the same; training uses it, for the head's 151,936 rows cost more than many a layer.
+            return_logits: False runs the language head, and the last block behind its attention, at supervised
+                positions only and gives no logits. The loss is the same; training uses it, for the head's 151,936
+                rows cost more than many a layer.
             kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …).
 
         Raises:
@@ -207,12 +209,10 @@ class VisionLanguageModel(nn.Module):
         if labels is None or return_logits:
             out = self.qwen(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
         else:
-            hidden = self.qwen.transformer(**inputs).last_hidden_state
-            targets = labels[:, 1:]
-            supervised = targets != IGNORE_INDEX
-            logits = self.qwen.lm_head(hidden[:, :-1][supervised])
-            loss = supervised_loss(logits, targets[supervised], num_items_in_batch)
-            out = CausalLMOutputWithPast(loss=loss)
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # of every position
+            keep = (targets != IGNORE_INDEX).nonzero()[:, 0]
+            hidden = self.qwen.transformer(**inputs, keep=keep).last_hidden_state
+            out = CausalLMOutputWithPast(loss=head_loss(hidden, self.qwen.lm_head, targets[keep], num_items_in_batch))
         if features is None and out.loss is not None and self.training:
             # DDP waits for a gradient of every trainable parameter, on ranks whose batch has no image too.
             out.loss = out.loss + 0.0 * sum(parameter.sum() for parameter in self.projector.parameters())
