@@ -21,7 +21,7 @@ def counted_work(model: VisionLanguageModel, batches: Iterable[tuple[int, ...]])
     """Count the products of training steps.
 
     A frozen matrix multiplies twice (forward, and the gradient of its input), a trained one three times; the tower runs
-    forward only; the head runs at supervised positions only. Attention's products count by half, being causal.
+    forward only; the head, and the last layer behind its attention, run at supervised positions only. Attention's products count by half, being causal.
 
     Args:
         model: ours, with LoRA.
@@ -52,8 +52,10 @@ def _count_trained(work: Counter[Product], m: int, layer: Any, first: bool = Fal
 
 
 def _count_text(work: Counter[Product], model: VisionLanguageModel, rows: int, tokens: int, supervised: int) -> None:
-    m = rows * tokens
+    last = f"{len(model.qwen.transformer.h) - 1}."
     for name, module in model.qwen.transformer.h.named_modules():
+        everywhere = "c_attn" in name or not name.startswith(last)
+        m = rows * tokens if everywhere else supervised  # the last layer mixes no positions behind its attention
         if isinstance(module, LoraLinear):
             _count_frozen(work, m, module.base_layer)
             _count_trained(work, m, module.lora_A["default"])

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .activation import gated
 from .chat import ChatMixin
 from .configuration_qwen import QWenConfig
 from .loading import CompleteLoadingMixin
@@ -78,6 +79,8 @@ class QWenAttention(nn.Module):
             self.c_attn(x), "b t (three h c) -> three b h t c", three=3, h=self.config.num_attention_heads
         )
         query, key = rotate(query, rotation), rotate(key, rotation)
+        if self.training:
+            value = value.clone()  # kept for the backward pass; as a view it would keep all three
         if rotation.query_scale is not None:
             query = (query * rotation.query_scale).to(value.dtype)
         if past_key_values is not None:
@@ -125,7 +128,7 @@ class QWenMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+        return self.c_proj(gated(self.w1(x), self.w2(x)))
 
 
 class QWenBlock(GradientCheckpointingLayer):

@@ -87,7 +87,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     turned, passed = x[..., :dim].float(), x[..., dim:]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned.to(x.dtype), passed), dim=-1)
+    return torch.cat((turned.to(x.dtype), passed), dim=-1) if passed.shape[-1] else turned.to(x.dtype)
 
 
 def log_n_scale(position_ids: Tensor, seq_length: int) -> Tensor:
