@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.bad_samples import TooManyBadSamplesError
-from dataset.epoch_order import EpochOrder
+from dataset.epoch_order import EpochOrder, epoch_permutation, padding_share
 from dataset.image_io import ImageError
 from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArguments, read_checkpoint
 from model.arguments import DataArguments, ModelArguments, parse_arguments
@@ -169,7 +169,26 @@ def run_identity(
         "target_modules": "|".join(sorted(lora.target_modules)),
         "projector_layers": model.projector_layers,
         **{name.replace("_fingerprint", ""): value for name, value in model.fingerprints.items()},
+        **({"order": args.train_sampling_strategy} if args.train_sampling_strategy == "group_by_length" else {}),
     }
+
+
+def in_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> Any:
+    """The training set in the order that `--train_sampling_strategy` names, to be read one after the other.
+
+    Trainer's own samplers can't go on in mid-epoch with other batches, and its grouping reads every sample first; these
+    orders are functions of seed and epoch.
+    """
+    if args.train_sampling_strategy not in ("random", "group_by_length"):
+        return train_set
+    lengths = train_set.estimated_lengths() if args.train_sampling_strategy == "group_by_length" else None
+    args.train_sampling_strategy = "sequential"
+    ordered = EpochOrder(train_set, args.seed, lengths)
+    if lengths is not None:
+        orders = ordered.permutation(0), epoch_permutation(len(lengths), args.seed, 0)
+        shares = [100 * padding_share(lengths[order], args.train_batch_size) for order in orders]
+        logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
+    return ordered
 
 
 def build_trainer(argv: Sequence[str]) -> VLMTrainer:
@@ -193,10 +212,7 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     identity = run_identity(model, train_set, args)
     if resume is not None:
         check_identity(RunState.read(Path(resume)), identity, Path(resume))
-    ordered: Any = train_set
-    if args.train_sampling_strategy == "random":
-        # Trainer's own sampler can't go on in mid-epoch with other batches; this order is a function of seed and epoch.
-        ordered, args.train_sampling_strategy = EpochOrder(train_set, args.seed), "sequential"
+    ordered = in_order(train_set, args)
     watches = [WatchBadSamples(train_set)]
     if eval_set is not None:
         watches.append(WatchBadSamples(eval_set, BAD_EVAL_SAMPLES))

@@ -2,9 +2,10 @@
 
     python -m benchmarks.step_runs ours --folder FOLDER --dtype float32 --steps 10
 
-*ours* is what `train.py` builds. *peer* is what a user of transformers would write: `LlavaForConditionalGeneration`, LoRA
-by PEFT on the same layers (Qwen2 has c_attn in three pieces, so three of PEFT's layers), the projector trained with it,
-and the stock Trainer. Both read the same samples in the same order, through the same image processor and tokenizer.
+*ours* is what `train.py` builds. *peer* is what a user of transformers would write: `LlavaForConditionalGeneration`,
+LoRA by PEFT on the same layers (Qwen2 has c_attn in three pieces, so three of PEFT's layers), the projector trained
+with it, and the stock Trainer. Both read the same samples in the same order, through the same image processor and
+tokenizer.
 """
 
 from __future__ import annotations

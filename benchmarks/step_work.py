@@ -21,7 +21,8 @@ def counted_work(model: VisionLanguageModel, batches: Iterable[tuple[int, ...]])
     """Count the products of training steps.
 
     A frozen matrix multiplies twice (forward, and the gradient of its input), a trained one three times; the tower runs
-    forward only; the head, and the last layer behind its attention, run at supervised positions only. Attention's products count by half, being causal.
+    forward only; the head, and the last layer behind its attention, run at supervised positions only. Attention's
+    products count by half, being causal.
 
     Args:
         model: ours, with LoRA.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class LeanLoraLinear(LoraLinear):
-    """A LoRA layer of PEFT; whatever is out of the ordinary (merged, switched off, several adapters) is left to PEFT."""
+    """A LoRA layer of PEFT; what is out of the ordinary (merged, switched off, several adapters) is left to PEFT."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map (..., K) to (..., N)."""
@@ -76,7 +76,7 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dropped, inner, weight, first, second = ctx.saved_tensors
         dtype = dropped.dtype
         with torch.autocast(gradient.device.type, enabled=False):

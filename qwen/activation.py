@@ -17,7 +17,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         value, gate = ctx.saved_tensors
         by_value = F.silu(gate).mul_(gradient)
         return by_value, torch.ops.aten.silu_backward(gradient * value, gate)
