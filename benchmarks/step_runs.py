@@ -168,14 +168,17 @@ def measure(trainer: Trainer, steps: int, skipped: int) -> dict[str, Any]:
 
 
 def share_of_products(trainer: Trainer, figures: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """What the step's matrix products alone take on this machine, in the same process and right after it."""
+    """What the step's matrix products alone take here, in the same process right after it, by processor time.
+
+    Other work on the machine, which comes and goes, then does not count.
+    """
     work = counted_work(trainer.model, figures["batches"])
     bare, flops = gemm_seconds(work, dtype)
     number = len(figures["batches"])
     return {
         "counted_gflop": flops / number / 1e9,
         "gemm_gflops": flops / bare / 1e9,
-        "share_of_gemm_rate": bare / number / figures["step_seconds"],
+        "share_of_gemm_rate": bare / number / figures["processor_seconds"],
     }
 
 

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
 from qwen.loss import head_loss
+from qwen.positions import padded_behind
 from visual import build_vision_tower
 from visual.base import VisionTower
 
@@ -201,16 +202,21 @@ class VisionLanguageModel(nn.Module):
         Raises:
             ValueError: if image tokens and features differ in number, in all or by rows.
         """
-        features = None
-        if pixel_values is not None:
-            self._check_image_tokens(input_ids, len(pixel_values))
-            features = self.encode_images(pixel_values)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "image_features": features, **kwargs}
-        if labels is None or return_logits:
-            out = self.qwen(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
-        else:
+        # What the host has to know of the batch it asks before there is work for an accelerator that it would wait for.
+        only_loss = labels is not None and not return_logits
+        if only_loss or pixel_values is not None:
+            self._check_image_tokens(input_ids, 0 if pixel_values is None else len(pixel_values))
+        if only_loss:
+            if attention_mask is not None and attention_mask.dim() == 2 and padded_behind(attention_mask):
+                attention_mask = None  # causal attention is enough, and positions are the same
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # of every position
             keep = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "image_features": features, **kwargs}
+        if not only_loss:
+            out = self.qwen(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
+        else:
+            inputs["counted"] = True
             hidden = self.qwen.transformer(**inputs, keep=keep).last_hidden_state
             out = CausalLMOutputWithPast(loss=head_loss(hidden, self.qwen.lm_head, targets[keep], num_items_in_batch))
         if features is None and out.loss is not None and self.training:

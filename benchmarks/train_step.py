@@ -1,0 +1,136 @@
+"""A whole training step, beside the same model built and trained with transformers, PEFT and the stock Trainer.
+
+    python benchmarks/train_step.py                          # both sizes, fp32 and bf16, five rounds
+    python benchmarks/train_step.py --sizes proportional --dtypes float32 --rounds 3
+
+Loading, tower, model, loss, backward pass and optimizer, in batches of 4; the first steps are left out. `step_inputs.py`
+says what is trained, `step_runs.py` who the peers are. Ours runs once more with batches grouped by length, which is
+compared by the sample. Prints a table, writes `results/train_step.json` and `.png`.
+
+Besides the wall clock, the processor time of all threads is shown: on a machine that others use too it is what the step
+takes. The share of bare products is the time of the step's matrix products alone over that of the step, both by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.measure import draw_bars, machine, medians, run_in_turn, text_table, write_results
+
+ROOT = Path(__file__).parents[1]
+SIZES = ("vocabulary-true", "proportional")
+DTYPES = ("float32", "bfloat16")
+TARGETS = {"vocabulary-true": (2.5, 0.6), "proportional": (1.2, 0.85)}
+"""At least so many times the peer's speed, at most such a share of its memory."""
+LOSSES_AGREE = {"float32": 1e-5, "bfloat16": 2e-3}
+"""By how much the first losses may differ, relatively: by the order of additions."""
+HEADS = (
+    *("size, dtype", "who", "samples/s", "per cpu s", "peak MB", "less start", "padding", "of GEMM"),
+    *("speed", "by cpu", "memory", "less start"),
+)
+
+
+def measure(size: str, dtypes: list[str], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Run the peers of one size in turn; returns the medians by dtype and peer.
+
+    Raises:
+        SystemExit: if the peers do not start from the same loss.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        module = [sys.executable, "-m"]
+        words = ["benchmarks.step_inputs", "--folder", str(folder), "--size", size]
+        subprocess.run([*module, *words], check=True, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment(given))
+        for dtype in dtypes:
+            common = ["--folder", str(folder), "--dtype", dtype, "--steps", str(given.steps)]
+            common += ["--threads", str(given.threads)]
+            commands = {
+                "peer": [*module, "benchmarks.step_runs", "peer", *common],
+                "ours": [*module, "benchmarks.step_runs", "ours", *common],
+                "grouped": [*module, "benchmarks.step_runs", "ours", *common],
+            }
+            commands["grouped"] += ["--train_sampling_strategy", "group_by_length"]
+            runs = run_in_turn(commands, given.rounds, environment(given))
+            figures[dtype] = {name: medians(measured) for name, measured in runs.items()}
+            for name, measured in runs.items():
+                figures[dtype][name]["runs"] = [run.values for run in measured]
+            first, other = (figures[dtype][name]["first_loss"] for name in ("ours", "peer"))
+            if abs(first - other) > LOSSES_AGREE[dtype] * other:
+                raise SystemExit(f"{size}, {dtype}: the first losses are {first} (ours) and {other} (peer)")
+    return figures
+
+
+def environment(given: argparse.Namespace) -> dict[str, str]:
+    """What the measured processes see."""
+    return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(given.threads), "PYTHONPATH": str(ROOT)}
+
+
+def ratios(figures: dict[str, Any], name: str) -> dict[str, float]:
+    """One of our runs over the peer's: speeds, and peak memory."""
+    one, peer = figures[name], figures["peer"]
+    return {
+        "speed": one["samples_per_second"] / peer["samples_per_second"],
+        "by_processor": peer["processor_seconds"] / one["processor_seconds"],
+        "memory": one["peak_bytes_vm"] / peer["peak_bytes_vm"],
+        "less_start": _over_start(one) / _over_start(peer),
+    }
+
+
+def _over_start(figures: dict[str, float]) -> float:
+    return figures["peak_bytes_vm"] - figures["baseline_bytes"]
+
+
+def rows(size: str, dtype: str, figures: dict[str, Any]) -> list[list[str]]:
+    """Lines of the table."""
+    lines = []
+    for name in ("peer", "ours", "grouped"):
+        one = figures[name]
+        line = [f"{size}, {dtype}" if name == "peer" else "", name]
+        line += [f"{one['samples_per_second']:.2f}", f"{4 / one['processor_seconds']:.2f}"]
+        line += [f"{one['peak_bytes_vm'] / 1e6:,.0f}", f"{_over_start(one) / 1e6:,.0f}", f"{100 * one['padding']:.1f}%"]
+        line += [f"{100 * one['share_of_gemm_rate']:.0f}%" if "share_of_gemm_rate" in one else ""]
+        if name != "peer":
+            ratio = ratios(figures, name)
+            line += [f"{ratio[key]:.2f} x" for key in ("speed", "by_processor", "memory", "less_start")]
+        lines.append(line + [""] * (len(HEADS) - len(line)))
+    return lines
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="Of each run; the first 3 are left out.")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    given = parser.parse_args()
+    results: dict[str, Any] = {"machine": machine(), "threads": given.threads, "rounds": given.rounds, "sizes": {}}
+    lines: list[list[str]] = []
+    panels: dict[str, dict[str, dict[str, float]]] = {"samples per second": {}, "peak memory, MB": {}}
+    for size in given.sizes:
+        figures = measure(size, given.dtypes, given)
+        results["sizes"][size] = {"targets": TARGETS[size], **figures}
+        for dtype, found in figures.items():
+            results["sizes"][size][dtype]["ratios"] = {name: ratios(found, name) for name in ("ours", "grouped")}
+            lines += rows(size, dtype, found)
+            names = ("peer", "ours", "grouped")
+            panels["samples per second"][f"{size}\n{dtype}"] = {n: found[n]["samples_per_second"] for n in names}
+            panels["peak memory, MB"][f"{size}\n{dtype}"] = {n: found[n]["peak_bytes_vm"] / 1e6 for n in names}
+        write_results(given.output / "train_step.json", results)
+    print(text_table(HEADS, lines))
+    draw_bars(given.output / "train_step.png", "One training step, batches of 4", panels)
+
+
+if __name__ == "__main__":
+    main()
