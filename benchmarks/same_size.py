@@ -58,6 +58,10 @@ class Size:
         return (self.image_size // self.patch_size) ** 2
 
 
+TINY = Size(1, 16, 32, 2, 152_000, 1, 64, 28, 14)
+"""A model of no size, for trying a benchmark."""
+
+
 def qwen_config(size: Size) -> QWenConfig:
     """The language model's configuration."""
     return QWenConfig(

@@ -1,11 +1,11 @@
 """A whole training step, beside the same model built and trained with transformers, PEFT and the stock Trainer.
 
-    python benchmarks/train_step.py                          # both sizes, fp32 and bf16, five rounds
-    python benchmarks/train_step.py --sizes proportional --dtypes float32 --rounds 3
+    python benchmarks/train_step.py                                     # both sizes, fp32 and bf16
+    python benchmarks/train_step.py --sizes proportional --dtypes float32 --grouped
 
-Loading, tower, model, loss, backward pass and optimizer, in batches of 4; the first steps are left out. `step_inputs.py`
-says what is trained, `step_runs.py` who the peers are. Ours runs once more with batches grouped by length, which is
-compared by the sample. Prints a table, writes `results/train_step.json` and `.png`.
+Loading, tower, model, loss, backward pass and optimizer, in batches of 4; the first steps are left out.
+`step_inputs.py` says what is trained, `step_runs.py` who the peers are. With `--grouped`, ours runs once more with
+batches of similar length, which is compared by the sample. Prints a table, writes `results/train_step.json` and `.png`.
 
 Besides the wall clock, the processor time of all threads is shown: on a machine that others use too it is what the step
 takes. The share of bare products is the time of the step's matrix products alone over that of the step, both by it.
@@ -56,9 +56,9 @@ def measure(size: str, dtypes: list[str], given: argparse.Namespace) -> dict[str
             commands = {
                 "peer": [*module, "benchmarks.step_runs", "peer", *common],
                 "ours": [*module, "benchmarks.step_runs", "ours", *common],
-                "grouped": [*module, "benchmarks.step_runs", "ours", *common],
             }
-            commands["grouped"] += ["--train_sampling_strategy", "group_by_length"]
+            if given.grouped:
+                commands["grouped"] = [*commands["ours"], "--train_sampling_strategy", "group_by_length"]
             runs = run_in_turn(commands, given.rounds, environment(given))
             figures[dtype] = {name: medians(measured) for name, measured in runs.items()}
             for name, measured in runs.items():
@@ -92,8 +92,7 @@ def _over_start(figures: dict[str, float]) -> float:
 def rows(size: str, dtype: str, figures: dict[str, Any]) -> list[list[str]]:
     """Lines of the table."""
     lines = []
-    for name in ("peer", "ours", "grouped"):
-        one = figures[name]
+    for name, one in figures.items():
         line = [f"{size}, {dtype}" if name == "peer" else "", name]
         line += [f"{one['samples_per_second']:.2f}", f"{4 / one['processor_seconds']:.2f}"]
         line += [f"{one['peak_bytes_vm'] / 1e6:,.0f}", f"{_over_start(one) / 1e6:,.0f}", f"{100 * one['padding']:.1f}%"]
@@ -110,7 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--grouped", action="store_true", help="Also with --train_sampling_strategy group_by_length.")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="Of each run; the first 3 are left out.")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
@@ -122,11 +122,11 @@ def main() -> None:
         figures = measure(size, given.dtypes, given)
         results["sizes"][size] = {"targets": TARGETS[size], **figures}
         for dtype, found in figures.items():
-            results["sizes"][size][dtype]["ratios"] = {name: ratios(found, name) for name in ("ours", "grouped")}
+            results["sizes"][size][dtype]["ratios"] = {n: ratios(found, n) for n in found if n != "peer"}
             lines += rows(size, dtype, found)
-            names = ("peer", "ours", "grouped")
-            panels["samples per second"][f"{size}\n{dtype}"] = {n: found[n]["samples_per_second"] for n in names}
-            panels["peak memory, MB"][f"{size}\n{dtype}"] = {n: found[n]["peak_bytes_vm"] / 1e6 for n in names}
+            group = f"{size}\n{dtype}"
+            panels["samples per second"][group] = {n: one["samples_per_second"] for n, one in found.items()}
+            panels["peak memory, MB"][group] = {n: one["peak_bytes_vm"] / 1e6 for n, one in found.items()}
         write_results(given.output / "train_step.json", results)
     print(text_table(HEADS, lines))
     draw_bars(given.output / "train_step.png", "One training step, batches of 4", panels)
