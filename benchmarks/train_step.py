@@ -5,7 +5,8 @@
 
 Loading, tower, model, loss, backward pass and optimizer, in batches of 4; the first steps are left out.
 `step_inputs.py` says what is trained, `step_runs.py` who the peers are. With `--grouped`, ours runs once more with
-batches of similar length, which is compared by the sample. Prints a table, writes `results/train_step.json` and `.png`.
+batches of similar length, which is compared by the sample. Prints a table, writes `results/train_step.json` and `.png`;
+what was measured before and is not now stays in them.
 
 Besides the wall clock, the processor time of all threads is shown: on a machine that others use too it is what the step
 takes. The share of bare products is the time of the step's matrix products alone over that of the step, both by it.
@@ -14,6 +15,7 @@ takes. The share of bare products is the time of the step's matrix products alon
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -28,8 +30,6 @@ from benchmarks.measure import draw_bars, machine, medians, run_in_turn, text_ta
 ROOT = Path(__file__).parents[1]
 SIZES = ("vocabulary-true", "proportional")
 DTYPES = ("float32", "bfloat16")
-TARGETS = {"vocabulary-true": (2.5, 0.6), "proportional": (1.2, 0.85)}
-"""At least so many times the peer's speed, at most such a share of its memory."""
 LOSSES_AGREE = {"float32": 1e-5, "bfloat16": 2e-3}
 """By how much the first losses may differ, relatively: by the order of additions."""
 HEADS = (
@@ -52,7 +52,7 @@ def measure(size: str, dtypes: list[str], given: argparse.Namespace) -> dict[str
         subprocess.run([*module, *words], check=True, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment(given))
         for dtype in dtypes:
             common = ["--folder", str(folder), "--dtype", dtype, "--steps", str(given.steps)]
-            common += ["--threads", str(given.threads)]
+            common += ["--skipped", str(given.skipped), "--threads", str(given.threads)]
             commands = {
                 "peer": [*module, "benchmarks.step_runs", "peer", *common],
                 "ours": [*module, "benchmarks.step_runs", "ours", *common],
@@ -111,25 +111,35 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--grouped", action="store_true", help="Also with --train_sampling_strategy group_by_length.")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="Of each run; the first 3 are left out.")
+    parser.add_argument("--steps", type=int, default=10, help="Of each run.")
+    parser.add_argument("--skipped", type=int, default=3, help="First steps that are left out.")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
-    results: dict[str, Any] = {"machine": machine(), "threads": given.threads, "rounds": given.rounds, "sizes": {}}
+    path = given.output / "train_step.json"
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sizes": {}}
+    results |= {"machine": machine(), "threads": given.threads, "rounds": given.rounds, "steps": given.steps}
+    for size in given.sizes:
+        kept = results["sizes"].setdefault(size, {})
+        for dtype, found in measure(size, given.dtypes, given).items():
+            kept[dtype] = {"peers": found, "ratios": {name: ratios(found, name) for name in found if name != "peer"}}
+        write_results(path, results)
+    show(results, given.output / "train_step.png")
+
+
+def show(results: dict[str, Any], picture: Path) -> None:
+    """Print the table of all that was measured, and draw it."""
     lines: list[list[str]] = []
     panels: dict[str, dict[str, dict[str, float]]] = {"samples per second": {}, "peak memory, MB": {}}
-    for size in given.sizes:
-        figures = measure(size, given.dtypes, given)
-        results["sizes"][size] = {"targets": TARGETS[size], **figures}
-        for dtype, found in figures.items():
-            results["sizes"][size][dtype]["ratios"] = {n: ratios(found, n) for n in found if n != "peer"}
+    for size in (size for size in SIZES if size in results["sizes"]):
+        for dtype in (dtype for dtype in DTYPES if dtype in results["sizes"][size]):
+            found = results["sizes"][size][dtype]["peers"]
             lines += rows(size, dtype, found)
             group = f"{size}\n{dtype}"
             panels["samples per second"][group] = {n: one["samples_per_second"] for n, one in found.items()}
             panels["peak memory, MB"][group] = {n: one["peak_bytes_vm"] / 1e6 for n, one in found.items()}
-        write_results(given.output / "train_step.json", results)
     print(text_table(HEADS, lines))
-    draw_bars(given.output / "train_step.png", "One training step, batches of 4", panels)
+    draw_bars(picture, "One training step, batches of 4", panels)
 
 
 if __name__ == "__main__":
