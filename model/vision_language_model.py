@@ -202,27 +202,40 @@ class VisionLanguageModel(nn.Module):
         Raises:
             ValueError: if image tokens and features differ in number, in all or by rows.
         """
-        # What the host has to know of the batch it asks before there is work for an accelerator that it would wait for.
-        only_loss = labels is not None and not return_logits
-        if only_loss or pixel_values is not None:
-            self._check_image_tokens(input_ids, 0 if pixel_values is None else len(pixel_values))
-        if only_loss:
-            if attention_mask is not None and attention_mask.dim() == 2 and padded_behind(attention_mask):
-                attention_mask = None  # causal attention is enough, and positions are the same
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # of every position
-            keep = (targets != IGNORE_INDEX).nonzero()[:, 0]
-        features = None if pixel_values is None else self.encode_images(pixel_values)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "image_features": features, **kwargs}
-        if not only_loss:
-            out = self.qwen(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        if labels is not None and not return_logits:
+            out = CausalLMOutputWithPast(loss=self._loss(labels, pixel_values, num_items_in_batch, **inputs))
         else:
-            inputs["counted"] = True
-            hidden = self.qwen.transformer(**inputs, keep=keep).last_hidden_state
-            out = CausalLMOutputWithPast(loss=head_loss(hidden, self.qwen.lm_head, targets[keep], num_items_in_batch))
-        if features is None and out.loss is not None and self.training:
+            if pixel_values is not None:
+                self._check_image_tokens(input_ids, len(pixel_values))
+                inputs["image_features"] = self.encode_images(pixel_values)
+            out = self.qwen(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
+        if pixel_values is None and out.loss is not None and self.training:
             # DDP waits for a gradient of every trainable parameter, on ranks whose batch has no image too.
             out.loss = out.loss + 0.0 * sum(parameter.sum() for parameter in self.projector.parameters())
         return out
+
+    def _loss(
+        self,
+        labels: Tensor,
+        pixel_values: Tensor | None,
+        num_items: Tensor | int | None,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss alone. What the host has to know of the batch it asks before an accelerator has work to wait for."""
+        self._check_image_tokens(input_ids, 0 if pixel_values is None else len(pixel_values))
+        if attention_mask is not None and attention_mask.dim() == 2 and padded_behind(attention_mask):
+            attention_mask = None  # causal attention is enough, and positions are the same
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # of every position
+        keep = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        out = self.qwen.transformer(
+            input_ids, attention_mask, image_features=features, counted=True, keep=keep, **kwargs
+        )
+        return head_loss(out.last_hidden_state, self.qwen.lm_head, targets[keep], num_items)
 
     @torch.no_grad()
     def generate(
