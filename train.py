@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.bad_samples import TooManyBadSamplesError
-from dataset.epoch_order import EpochOrder
+from dataset.epoch_order import EpochOrder, epoch_permutation, padding_share
 from dataset.image_io import ImageError
 from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArguments, read_checkpoint
 from model.arguments import DataArguments, ModelArguments, parse_arguments
@@ -142,14 +142,16 @@ def build_datasets(
     )
 
 
-def save_run_config(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> None:
-    """Write the resolved configuration beside the checkpoints."""
+def save_run_config(
+    model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments, order: str
+) -> None:
+    """Write the resolved configuration beside the checkpoints; `order` is the sampling strategy that was asked for."""
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     resolved = {
         "model": asdict(model_args),
         "data": asdict(data_args),
-        "training": args.to_dict(),
+        "training": {**args.to_dict(), "train_sampling_strategy": order},
         "package_versions": package_versions(),
     }
     text = json.dumps(resolved, indent=2, ensure_ascii=False, default=str)
@@ -172,7 +174,26 @@ def run_identity(
         "target_modules": "|".join(sorted(lora.target_modules)),
         "projector_layers": model.projector_layers,
         **{name.replace("_fingerprint", ""): value for name, value in model.fingerprints.items()},
+        "order": args.train_sampling_strategy,
     }
+
+
+def in_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> EpochOrder:
+    """The training set in the order that `--train_sampling_strategy` names, to be read one after the other.
+
+    Trainer's own samplers can't go on in mid-epoch with other batches, and its grouping reads every sample first; these
+    orders are functions of seed and epoch.
+    """
+    strategy, args.train_sampling_strategy = args.train_sampling_strategy, "sequential"
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if strategy != "group_by_length":
+        return EpochOrder(train_set, seed, shuffled=strategy == "random")
+    lengths = train_set.estimated_lengths()
+    ordered = EpochOrder(train_set, seed, lengths)
+    orders = ordered.permutation(0), epoch_permutation(len(lengths), seed, 0)
+    shares = [100 * padding_share(lengths[order], args.train_batch_size) for order in orders]
+    logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
+    return ordered
 
 
 def build_trainer(argv: Sequence[str]) -> VLMTrainer:
@@ -200,11 +221,7 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     identity = run_identity(model, train_set, args)
     if resume is not None:
         check_identity(RunState.read(Path(resume)), identity, Path(resume))
-    ordered: Any = train_set
-    order_seed = args.seed if args.data_seed is None else args.data_seed
-    if args.train_sampling_strategy == "random":
-        # Trainer's own sampler can't go on in mid-epoch with other batches; this order is a function of seed and epoch.
-        ordered, args.train_sampling_strategy = EpochOrder(train_set, order_seed), "sequential"
+    ordered = in_order(train_set, args)
     watches = [WatchBadSamples(train_set)]
     if eval_set is not None:
         watches.append(WatchBadEvalSamples(eval_set))
@@ -220,7 +237,7 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     trainer.create_optimizer()  # flags that it does not like are found before anything is written
     args.resume_from_checkpoint = resume
     if args.process_index == 0:
-        save_run_config(model_args, data_args, args)
+        save_run_config(model_args, data_args, args, identity["order"])
     return trainer
 
 

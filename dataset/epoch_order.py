@@ -1,4 +1,4 @@
-"""The order in which an epoch goes through a data set: a pure function of seed and epoch."""
+"""The order in which an epoch goes through a data set: a pure function of seed, epoch and, if grouped, lengths."""
 
 from __future__ import annotations
 
@@ -9,21 +9,69 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+BLOCK = 128
+"""Samples of similar length that follow each other in a grouped order: a step of all ranks should not take more. A set
+of fewer than 8 such blocks has smaller ones."""
+_MOST_BLOCKS = 64
+"""Blocks of one group. Its samples are drawn at random and sorted together: chance has its say in who meets whom."""
 
-def epoch_permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
+
+def epoch_permutation(num_samples: int, seed: int, epoch: int, what: str = "order") -> Tensor:
     """Shuffle 0 … num_samples - 1, the same way whenever seed and epoch are the same.
 
     Args:
         num_samples: how many there are.
         seed: the run's seed.
         epoch: counted from 0.
+        what: what is shuffled; another word gives another order.
 
     Returns:
         (num_samples,) int64.
     """
-    digest = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{what}/{seed}/{epoch}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.randperm(num_samples, generator=generator)
+
+
+def grouped_permutation(lengths: Tensor, seed: int, epoch: int) -> Tensor:
+    """Shuffle samples so that those of similar length stand together, the same way for the same arguments.
+
+    The shuffled samples are sorted by length in large groups, cut into blocks of `BLOCK`, and the blocks are shuffled.
+    The block with the longest sample comes first: if memory does not suffice, that shows at once. Batch size,
+    accumulation and ranks play no part, so a run may go on with others.
+
+    Args:
+        lengths: (samples,) of each sample, in any unit; estimates will do.
+        seed: the run's seed.
+        epoch: counted from 0.
+
+    Returns:
+        (samples,) int64.
+    """
+    shuffled = epoch_permutation(len(lengths), seed, epoch)
+    block = max(1, min(BLOCK, len(lengths) // 8))
+    whole = len(lengths) - len(lengths) % block
+    body, rest = shuffled[:whole], shuffled[whole:]
+    rest = rest[lengths[rest].argsort(stable=True)]
+    group = block * min(max(whole // block // 4, 1), _MOST_BLOCKS)  # a quarter of a small set
+    by_length = lengths[body].argsort(stable=True)
+    by_group = by_length.div(group, rounding_mode="floor").argsort(stable=True)
+    blocks = body[by_length[by_group]].view(-1, block)
+    blocks = blocks[epoch_permutation(len(blocks), seed, epoch, "blocks")]
+    first = int(lengths[blocks].amax(dim=1).argmax())
+    blocks = torch.cat((blocks[first:], blocks[:first]))
+    return torch.cat((blocks.flatten(), rest))
+
+
+def padding_share(lengths: Tensor, batch_size: int) -> float:
+    """The share of tokens that are padding, 0 to 1, where samples are put into batches in their order.
+
+    Args:
+        lengths: (samples,) in tokens.
+        batch_size: samples of a batch; the last one may have fewer.
+    """
+    longest = torch.stack([batch.max() * len(batch) for batch in lengths.split(batch_size)])
+    return 1 - float(lengths.sum()) / max(float(longest.sum()), 1.0)
 
 
 class EpochOrder(Dataset[dict[str, Any]]):
@@ -35,11 +83,15 @@ class EpochOrder(Dataset[dict[str, Any]]):
     Args:
         dataset: has `set_epoch`, as `ImageCaptionDataset` has.
         seed: the run's seed.
+        lengths: (samples,) by which samples are grouped; None: they are not.
+        shuffled: whether samples come in another order than they stand in.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, lengths: Tensor | None = None, *, shuffled: bool = True) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.lengths = lengths
+        self.shuffled = shuffled
         # Epoch and first position, in shared memory: workers that outlive an epoch see the new ones.
         self._state = torch.zeros(2, dtype=torch.long).share_memory_()
         self._cached: tuple[int, Tensor] | None = None
@@ -50,8 +102,16 @@ class EpochOrder(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         epoch, start = self._state.tolist()
         if self._cached is None or self._cached[0] != epoch:
-            self._cached = (epoch, epoch_permutation(len(self.dataset), self.seed, epoch))
+            self._cached = (epoch, self.permutation(epoch))
         return self.dataset[int(self._cached[1][start + position])]
+
+    def permutation(self, epoch: int) -> Tensor:
+        """The whole order of an epoch, (samples,) int64."""
+        if not self.shuffled:
+            return torch.arange(len(self.dataset))
+        if self.lengths is None:
+            return epoch_permutation(len(self.dataset), self.seed, epoch)
+        return grouped_permutation(self.lengths, self.seed, epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, before iterating over it.

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from .adapter_config import ADAPTER_CONFIG, read_lora_config
 from .folders import check_inside, read_json
+from .lora_linear import make_lean
 from .weights import CheckpointError, check_weights, read_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -253,6 +254,7 @@ def load_lora(
         )
     try:
         wrapped = get_peft_model(language_model, config)
+        make_lean(wrapped)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder / ADAPTER_CONFIG}: {error}") from error
     expected = _lora_weights(wrapped)

@@ -88,13 +88,13 @@ class StopOnNonFinite(TrainerCallback):
         self.gradient_norm: Any = 0.0
         """Norm of the step's gradient before it was clipped; one that is too large for fp32 is not finite either."""
         self._losses: list[Tensor] = []
-        self._ids: list[int] = []
+        self._ids: list[Tensor] = []
 
     def remember(self, loss: Tensor, ids: Tensor | None) -> None:
         """Take note of a batch that the step consists of."""
         self._losses.append(loss.detach())
         if ids is not None:
-            self._ids += ids.tolist()
+            self._ids.append(ids)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,7 +113,8 @@ class StopOnNonFinite(TrainerCallback):
         if rows.all():
             return
         what = "loss" if not rows[:, 0].all() else "gradient"
-        all_ids = sorted({number for numbers in gather_objects(ids) for number in numbers})
+        own = [number for batch in ids for number in batch.tolist()]
+        all_ids = sorted({number for numbers in gather_objects(own) for number in numbers})
         raise NotFiniteError(
             f"the {what} of step {state.global_step + 1} is not finite; the step was not taken. Its samples have the "
             f"IDs {', '.join(map(str, all_ids))}. Look at them, or lower --learning_rate and --feature_proj_lr; "

@@ -10,6 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from .lora_linear import make_lean
+
 
 class LoraTargetError(ValueError):
     """Names of target modules that the language model does not have."""
@@ -55,7 +57,9 @@ def add_lora(language_model: PreTrainedModel, settings: LoraSettings) -> PeftMod
         task_type="CAUSAL_LM",
         bias="none",
     )
-    return get_peft_model(language_model, config)
+    wrapped = get_peft_model(language_model, config)
+    make_lean(wrapped)
+    return wrapped
 
 
 def check_targets(language_model: nn.Module, targets: tuple[str, ...]) -> None:

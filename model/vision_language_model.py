@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
-from qwen.loss import supervised_loss
+from qwen.loss import head_loss
+from qwen.positions import padded_behind
 from visual import build_vision_tower
 from visual.base import VisionTower
 from visual.feature_cache import FeatureCache
@@ -204,38 +206,57 @@ class VisionLanguageModel(nn.Module):
             pixel_values: (N, 3, H, W), the images of the batch in reading order; rows may have none, one or
                 several. None if there is no image at all.
             num_items_in_batch: what the summed loss is divided by; by default this batch's supervised tokens.
+            return_logits: False runs the language head, and the last block behind its attention, at supervised
+                positions only and gives no logits. The loss is the same; training uses it, for the head's 151,936
+                rows cost more than many a layer.
             vision_features: (K, P, width of the tower), of K further images, whose features were stored; they take
                 the place of pixels. None if there are none.
             has_features: (N + K,) bool, which of all images these are; needed where there are some of each kind.
             image_keys: (N, 32) uint8, what the features of `pixel_values` are stored under in `feature_cache`.
-            return_logits: False runs the language head at supervised positions only and gives no logits. The loss
-                is the same; training uses it, for the head's 151,936 rows cost more than many a layer.
             kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …).
 
         Raises:
             ValueError: if image tokens and features differ in number, in all or by rows.
         """
-        features = None
-        num_images = sum(len(images) for images in (pixel_values, vision_features) if images is not None)
-        if num_images:
-            self._check_image_tokens(input_ids, num_images)
-            features = self.encode_images(
-                pixel_values, vision_features=vision_features, has_features=has_features, image_keys=image_keys
-            )
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "image_features": features, **kwargs}
-        if labels is None or return_logits:
-            out = self.qwen(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
+        stored = {"vision_features": vision_features, "has_features": has_features, "image_keys": image_keys}
+        images = {"pixel_values": pixel_values, **stored}
+        num_images = sum(len(some) for some in (pixel_values, vision_features) if some is not None)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        if labels is not None and not return_logits:
+            out = CausalLMOutputWithPast(loss=self._loss(labels, num_images, images, num_items_in_batch, **inputs))
         else:
-            hidden = self.qwen.transformer(**inputs).last_hidden_state
-            targets = labels[:, 1:]
-            supervised = targets != IGNORE_INDEX
-            logits = self.qwen.lm_head(hidden[:, :-1][supervised])
-            loss = supervised_loss(logits, targets[supervised], num_items_in_batch)
-            out = CausalLMOutputWithPast(loss=loss)
-        if features is None and out.loss is not None and self.training:
+            if num_images:
+                self._check_image_tokens(input_ids, num_images)
+                inputs["image_features"] = self.encode_images(**images)
+            out = self.qwen(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
+        if not num_images and out.loss is not None and self.training:
             # DDP waits for a gradient of every trainable parameter, on ranks whose batch has no image too.
             out.loss = out.loss + 0.0 * sum(parameter.sum() for parameter in self.projector.parameters())
         return out
+
+    def _loss(
+        self,
+        labels: Tensor,
+        num_images: int,
+        images: dict[str, Tensor | None],
+        num_items: Tensor | int | None,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss alone. What the host has to know of the batch it asks before an accelerator has work to wait for."""
+        self._check_image_tokens(input_ids, num_images)
+        is_long = not self.training and input_ids.shape[1] > self.qwen.config.seq_length  # dynamic NTK asks the mask
+        if attention_mask is not None and attention_mask.dim() == 2 and not is_long and padded_behind(attention_mask):
+            attention_mask = None  # causal attention is enough, and positions are the same
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # of every position
+        keep = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        features = self.encode_images(**images) if num_images else None
+        out = self.qwen.transformer(
+            input_ids, attention_mask, image_features=features, counted=True, keep=keep, **kwargs
+        )
+        return head_loss(out.last_hidden_state, self.qwen.lm_head, targets[keep], num_items)
 
     @torch.no_grad()
     def generate(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_qwen import IGNORE_INDEX
+
+CHUNK_LOGITS = 2**24
+"""Logits that the training loss has at a time: 64 MiB in fp32, 110 positions of Qwen's vocabulary."""
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -26,8 +32,65 @@ def next_token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | No
 def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
     """Cross entropy in fp32 of `targets` (N,) under `logits` (N, V), summed and divided as `next_token_loss` says."""
     total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    if num_items is None:
-        num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return _divided(total, (targets != IGNORE_INDEX).sum() if num_items is None else num_items)
+
+
+def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """What `supervised_loss` gives for `head(hidden)`, without ever having all logits in memory.
+
+    A frozen head goes through its rows in chunks, and each chunk's gradient is taken at once, as long as its logits are
+    there: no more than two chunks of logits exist at a time, and nothing is computed twice.
+
+    Args:
+        hidden: (N, D), supervised positions only.
+        head: the language head (V, D); one that is trained is computed whole.
+        targets: (N,), token ids.
+        num_items: as `next_token_loss` takes it.
+
+    Returns:
+        A scalar in fp32; 0 where N is 0.
+    """
+    if head.weight.requires_grad or head.bias is not None:
+        return supervised_loss(head(hidden), targets, num_items)
+    total: Tensor = _ChunkedHeadLoss.apply(hidden, head.weight, targets)
+    return _divided(total, len(targets) if num_items is None else num_items)
+
+
+class _ChunkedHeadLoss(torch.autograd.Function):
+    """Summed cross entropy of (N,) targets under `hidden @ weight.T`, whose weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        num_rows = max(1, CHUNK_LOGITS // len(weight))
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), num_rows):
+            rows = slice(start, start + num_rows)
+            logits = F.linear(hidden[rows], weight)  # under autocast in its dtype
+            dtype, log_probabilities = logits.dtype, logits.float().log_softmax(dim=-1)
+            del logits
+            places = targets[rows, None]
+            total -= log_probabilities.gather(1, places).sum()
+            if gradient is not None:
+                by_logits = log_probabilities.exp_()  # probabilities, 1 less at the target
+                by_logits.scatter_add_(1, places, -torch.ones_like(places, dtype=torch.float32))
+                # Most entries are near 1 / V, which is too little for fp16.
+                scale = 1024.0 if dtype == torch.float16 else 1.0
+                by_logits = (by_logits * scale if scale != 1 else by_logits).to(dtype)
+                gradient[rows] = (by_logits @ weight.to(dtype)) / scale
+        ctx.dtype = hidden.dtype
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output).to(ctx.dtype), None, None
+
+
+def _divided(total: Tensor, num_items: Tensor | int) -> Tensor:
     if isinstance(num_items, Tensor):
         return total / num_items.to(total.device).clamp(min=1)
     return total / max(num_items, 1)

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .activation import gated
 from .chat import ChatMixin
 from .configuration_qwen import QWenConfig
 from .loading import CompleteLoadingMixin
@@ -55,7 +56,12 @@ class QWenAttention(nn.Module):
         self.scale = config.kv_channels**-0.5 if config.scale_attn_weights else 1.0
 
     def forward(
-        self, x: Tensor, rotation: Rotation, visible: Tensor | None, past_key_values: Cache | None
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        visible: Tensor | None,
+        past_key_values: Cache | None,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over what is cached and over `x`.
 
@@ -64,14 +70,17 @@ class QWenAttention(nn.Module):
             rotation: rotary tables and log-n factors of these positions.
             visible: (B or 1, 1, T, K), True where a key may be seen; None where plain causal attention is meant.
             past_key_values: cache that the new keys and values are added to, or None.
+            keep: (S,) positions b · T + t whose output is wanted; None: all.
 
         Returns:
-            (B, T, D), and the attention weights (B, H, T, K) in eager mode, else None.
+            (B, T, D), or (S, D) with `keep`, and the attention weights (B, H, T, K) in eager mode, else None.
         """
         query, key, value = rearrange(
             self.c_attn(x), "b t (three h c) -> three b h t c", three=3, h=self.config.num_attention_heads
         )
         query, key = rotate(query, rotation), rotate(key, rotation)
+        if self.training:
+            value = value.clone()  # kept for the backward pass; as a view it would keep all three
         if rotation.query_scale is not None:
             query = (query * rotation.query_scale).to(value.dtype)
         if past_key_values is not None:
@@ -79,7 +88,8 @@ class QWenAttention(nn.Module):
         dropout = self.config.attn_dropout_prob if self.training else 0.0
         attend = _eager_attention if self.config._attn_implementation == "eager" else _sdpa_attention
         out, weights = attend(query, key, value, visible, self.scale, dropout)
-        return self.c_proj(rearrange(out, "b h t c -> b t (h c)")), weights
+        out = rearrange(out, "b h t c -> b t (h c)")
+        return self.c_proj(out if keep is None else out.flatten(0, 1)[keep]), weights
 
 
 def _sdpa_attention(
@@ -118,7 +128,7 @@ class QWenMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+        return self.c_proj(gated(self.w1(x), self.w2(x)))
 
 
 class QWenBlock(GradientCheckpointingLayer):
@@ -132,11 +142,16 @@ class QWenBlock(GradientCheckpointingLayer):
         self.mlp = QWenMLP(config)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, visible: Tensor | None, past_key_values: Cache | None = None
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        visible: Tensor | None,
+        past_key_values: Cache | None = None,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Take and give (B, T, D); see `QWenAttention.forward` for the rest."""
-        attended, weights = self.attn(self.ln_1(x), rotation, visible, past_key_values)
-        x = x + attended
+        """Take and give (B, T, D), or give (S, D) with `keep`; see `QWenAttention.forward` for the rest."""
+        attended, weights = self.attn(self.ln_1(x), rotation, visible, past_key_values, keep)
+        x = (x if keep is None else x.flatten(0, 1)[keep]) + attended
         return x + self.mlp(self.ln_2(x)), weights
 
 
@@ -193,6 +208,7 @@ class QWenModel(QWenPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        keep: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -206,6 +222,8 @@ class QWenModel(QWenPreTrainedModel):
             use_cache: whether to give back a cache; by default as configured, and never while training.
             output_attentions: whether to give back attention weights (needs `attn_implementation="eager"`).
             output_hidden_states: whether to give back every layer's input, and the final output.
+            keep: (S,) positions b · T + t. `last_hidden_state` is (S, D) then: behind the attention of the last block,
+                nothing mixes positions, so the others are left out. None: (B, T, D).
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if attention weights
@@ -228,9 +246,11 @@ class QWenModel(QWenPreTrainedModel):
         x = self.drop(x)
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] = []
-        for block in self.h:
-            hidden_states.append(x)
-            x, weights = block(x, rotation, visible, past_key_values=past_key_values)
+        for number, block in enumerate(self.h, start=1):
+            if output_hidden_states:  # else it would outlive its last use
+                hidden_states.append(x)
+            last = number == len(self.h)
+            x, weights = block(x, rotation, visible, past_key_values=past_key_values, keep=keep if last else None)
             if output_attentions and weights is not None:
                 attentions.append(weights)
         x = self.ln_f(x)

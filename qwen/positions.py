@@ -87,7 +87,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     turned, passed = x[..., :dim].float(), x[..., dim:]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned.to(x.dtype), passed), dim=-1)
+    return torch.cat((turned.to(x.dtype), passed), dim=-1) if passed.shape[-1] else turned.to(x.dtype)
 
 
 def log_n_scale(position_ids: Tensor, seq_length: int) -> Tensor:
@@ -150,7 +150,12 @@ def attention_mask_4d(
     return (visible & attention_mask[:, None, None, :]) | itself
 
 
+def padded_behind(mask: Tensor) -> bool:
+    """Whether every row of a mask (B, T) has its padding behind its real tokens, or none."""
+    return bool((mask[:, 1:] <= mask[:, :-1]).all())
+
+
 def _causal_is_enough(mask: Tensor, num_tokens: int, num_keys: int) -> bool:
     if num_tokens == num_keys and num_keys > 1:
-        return bool((mask[:, 1:] <= mask[:, :-1]).all())  # real tokens, then padding
+        return padded_behind(mask)
     return bool(mask.all())

@@ -79,7 +79,9 @@ def collate_list(samples):
     return collate(*samples)
 
 
-def new_trainer(bases, folder, *, size=11, dropout=0.3, model=None, callbacks=(), identity=None, **changes) -> Recorder:
+def new_trainer(
+    bases, folder, *, size=11, dropout=0.3, model=None, callbacks=(), identity=None, lengths=None, **changes
+) -> Recorder:
     """A trainer over a fresh model; 3 epochs of steps of 4 samples, logged off the grid of epochs and checkpoints."""
     settings = {
         "output_dir": str(folder),
@@ -100,7 +102,7 @@ def new_trainer(bases, folder, *, size=11, dropout=0.3, model=None, callbacks=()
     trainer = Recorder(
         model=model or enliven_trained(new_model(bases, dropout=dropout), std=0.1),
         args=VLMTrainingArguments(**{**settings, **changes}),
-        train_dataset=EpochOrder(Answers(size), settings["seed"]),
+        train_dataset=EpochOrder(Answers(size), settings["seed"], lengths),
         eval_dataset=Answers(5),
         data_collator=collate_list,
         callbacks=list(callbacks),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from tiny_qwen import tiny_config, tiny_model
 from tiny_vlm import ALPHA, RANK, collate, enliven_trained, logits_of, new_model, sample, trainable_parameters
+from torch import nn
 from torch.testing import assert_close
 
 from model import LoraSettings, LoraTargetError, VisionLanguageModel
 from model.lora import add_lora
+from model.lora_linear import LeanLoraLinear, make_lean
 from qwen import MultimodalQWenLMHeadModel
 
 LAYERS, WIDTH, INNER = 2, 16, 24
@@ -130,3 +134,61 @@ def test_lora_cannot_be_put_on_twice(tiny_bases):
     model = new_model(tiny_bases)
     with pytest.raises(ValueError, match="LoRA layers already"):
         model.add_lora(LoraSettings())
+
+
+# The layer's arithmetic: PEFT's own forward is what it is held against.
+
+
+def lora_layer(dtype: torch.dtype, dropout: float = 0.0) -> LeanLoraLinear:
+    torch.manual_seed(0)
+    wrapped = nn.Sequential(nn.Linear(12, 20)).to(dtype).requires_grad_(False)
+    peft = get_peft_model(wrapped, LoraConfig(r=5, lora_alpha=7, lora_dropout=dropout, target_modules=["0"]))
+    make_lean(peft)
+    layer = peft.base_model.model[0]
+    assert type(layer) is LeanLoraLinear
+    nn.init.normal_(layer.lora_B["default"].weight)
+    return layer
+
+
+def results(layer: nn.Module, forward, x: torch.Tensor, autocast: bool) -> dict[str, torch.Tensor]:
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = forward(layer, x)
+    out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return {"out": out.detach(), "x": x.grad, "A": a.grad, "B": b.grad}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)]
+)
+def test_the_lean_layer_gives_what_pefts_own_gives(dtype, autocast, dropout):
+    layer = lora_layer(dtype, dropout)
+    x = torch.randn(2, 3, 12, dtype=dtype)
+    ours = results(layer, LeanLoraLinear.forward, x, autocast)
+    theirs = results(layer, LoraLinear.forward, x, autocast)
+    exact = dtype == torch.float32
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype
+        difference = (ours[name] - value).float().norm() / value.float().norm()
+        assert difference < (1e-5 if exact else 1e-2), (name, difference)
+
+
+def test_an_input_without_gradient_gets_none_and_the_update_still_does():
+    layer = lora_layer(torch.float32)
+    layer(torch.randn(2, 12)).sum().backward()
+    assert layer.lora_A["default"].weight.grad.any()
+    assert layer.lora_B["default"].weight.grad.any()
+
+
+def test_what_is_merged_or_switched_off_is_left_to_peft():
+    layer, x = lora_layer(torch.float32), torch.randn(2, 12)
+    plain = layer(x)
+    layer.merge()
+    assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
+    layer.unmerge()
+    layer.enable_adapters(False)
+    assert_close(layer(x), layer.base_layer(x))

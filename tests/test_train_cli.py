@@ -116,6 +116,7 @@ def test_the_run_folder_holds_checkpoints_a_last_save_and_the_settings(run, base
     assert settings["model"]["lora_rank"] == 4
     assert settings["data"]["captions_file"] == data[3]
     assert settings["training"]["feature_proj_lr"] == 3e-2
+    assert settings["training"]["train_sampling_strategy"] == "random"
     assert {"torch", "transformers", "peft"} <= settings["package_versions"].keys()
 
 

@@ -17,11 +17,13 @@ from tiny_vlm import (
     sample,
     trainable_parameters,
 )
+from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from model import VisionLanguageModel
-from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID
+from model import VisionLanguageModel, vision_language_model
+from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, loss, modeling_qwen, positions
+from qwen.positions import padded_behind
 
 MIXED = (sample(1), sample(0, num_words=9, seed=1), sample(2, num_words=2, num_answer=6, seed=2))
 
@@ -90,6 +92,79 @@ def test_the_loss_is_the_same_with_the_head_at_supervised_positions_only(model, 
     assert_close(loss_only, loss, rtol=1e-6, atol=0)
     for name, gradient in whole.items():
         assert_close(sparse[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("chunk", [1, VOCAB_SIZE * 5, 2**30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_in_chunks_is_that_of_the_whole_head(monkeypatch, chunk, dtype):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk)
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(16, VOCAB_SIZE, bias=False).to(dtype).requires_grad_(False)
+    targets = torch.randint(0, VOCAB_SIZE, (12,), generator=generator)
+    found = []
+    for whole in (True, False):
+        hidden = torch.randn(12, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        one = loss.supervised_loss(head(hidden), targets, 7) if whole else loss.head_loss(hidden, head, targets, 7)
+        (3 * one).backward()
+        found.append((one.detach(), hidden.grad))
+    exact = dtype == torch.float32
+    assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)
+    assert_close(found[1][1], found[0][1], rtol=1e-4 if exact else 3e-2, atol=1e-6 if exact else 1e-3)
+
+
+def test_a_head_that_is_trained_gets_its_gradient():
+    head = nn.Linear(16, 30, bias=False)
+    loss.head_loss(torch.randn(4, 16), head, torch.arange(4)).backward()
+    assert head.weight.grad.any()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_behind_needs_no_mask(model, monkeypatch, side):
+    """The same loss and gradients with the mask as without; a mask is used where padding stands in front."""
+    batch = collate(*MIXED)
+    if side == "left":
+        lengths = batch["attention_mask"].sum(dim=1)
+        for name in ("input_ids", "attention_mask", "labels"):
+            batch[name] = torch.stack(
+                [row.roll(len(row) - int(n)) for row, n in zip(batch[name], lengths, strict=True)]
+            )
+    masks = []
+    attend = modeling_qwen._sdpa_attention
+    monkeypatch.setattr(
+        modeling_qwen,
+        "_sdpa_attention",
+        lambda q, k, v, mask, *rest: masks.append(mask) or attend(q, k, v, mask, *rest),
+    )
+    found = []
+    for need in (False, True):
+        monkeypatch.setattr(vision_language_model, "padded_behind", lambda mask, n=need: not n and padded_behind(mask))
+        monkeypatch.setattr(positions, "padded_behind", lambda mask, n=need: not n and padded_behind(mask))
+        model.zero_grad()
+        out = model.train()(**batch, return_logits=False)
+        out.loss.backward()
+        found.append((out.loss.detach(), gradients(model)))
+    assert [mask is None for mask in masks] == [side == "right"] * 2 + [False] * 2
+    assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    for name, gradient in found[0][1].items():
+        assert_close(gradient, found[1][1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_host_waits_for_nothing_once_the_tower_runs(model, monkeypatch):
+    """What makes a host wait for an accelerator (values it reads) comes before there is work to wait for."""
+    events = []
+    for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        whole = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, f=whole, n=name, **k: events.append(n) or f(self, *a, **k)
+        )
+    encode = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda pixels: events.append("tower") or encode(pixels))
+    batch = collate(*MIXED)
+    events.clear()
+    model.train()(**batch, return_logits=False, num_items_in_batch=torch.tensor(7)).loss.backward()
+    assert "tower" in events
+    assert events[events.index("tower") + 1 :] == []
+    assert len(events) <= 4
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens_or_the_sum_by_the_number_given(model):

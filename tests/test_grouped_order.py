@@ -1,0 +1,173 @@
+"""Samples of similar length side by side: reproducible, resumable, complete, and with less padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stopped_runs import Answers, KillAt, Killed, assert_same_end, go_on, new_trainer
+from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, write_data
+
+import train
+from dataset import ImageCaptionDataset
+from dataset.epoch_order import EpochOrder, epoch_permutation, grouped_permutation, padding_share
+
+
+def random_lengths(number: int, seed: int = 0) -> torch.Tensor:
+    """Of captions behind an image: 270 to 350 tokens, a tenth of them far longer."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(270, 351, (number,), generator=generator)
+    return torch.where(torch.rand(number, generator=generator) < 0.1, lengths + 500, lengths)
+
+
+@pytest.mark.parametrize("number", [1, 5, 127, 128, 129, 1000, 20_000])
+def test_it_is_a_permutation_that_is_always_the_same(number):
+    lengths = random_lengths(number)
+    torch.manual_seed(1)
+    first = grouped_permutation(lengths, 42, 3)
+    torch.manual_seed(2)
+    assert torch.equal(first, grouped_permutation(lengths, 42, 3))
+    assert sorted(first.tolist()) == list(range(number))
+    if number >= 127:
+        assert not torch.equal(first, grouped_permutation(lengths, 43, 3))
+        assert not torch.equal(first, grouped_permutation(lengths, 42, 4))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    grouped_permutation(lengths, 42, 3)
+    assert torch.equal(torch.get_rng_state(), state), "no generator is touched"
+
+
+def test_it_is_the_same_on_every_machine():
+    lengths = torch.tensor([5, 3, 9, 3, 1, 7, 3] * 3)
+    expected = [0, 16, 10, 13, 15, 8, 7, 2, 5, 9, 4, 20, 11, 3, 14, 19, 1, 6, 17, 12, 18]
+    assert grouped_permutation(lengths, 42, 0).tolist() == expected
+
+
+@pytest.mark.parametrize("ranks_times_batch", [4, 16, 64, 128])
+def test_what_is_taken_together_is_of_similar_length(ranks_times_batch):
+    """A step's batches too, over accumulation and ranks: nobody waits for the one with the long samples."""
+    lengths = random_lengths(20_000)
+    grouped = lengths[grouped_permutation(lengths, 42, 0)]
+    steps = grouped[: -(len(grouped) % 128)].view(-1, ranks_times_batch).float()
+    spread = steps.amax(dim=1) - steps.amin(dim=1)
+    assert spread.median() <= 5
+    assert padding_share(grouped, ranks_times_batch) < 0.03
+    assert padding_share(lengths[epoch_permutation(len(lengths), 42, 0)], ranks_times_batch) > 0.2
+
+
+def test_the_longest_come_first_and_the_others_by_chance():
+    lengths = random_lengths(20_000)
+    grouped = lengths[grouped_permutation(lengths, 42, 0)].float()
+    assert grouped[:128].max() == lengths.max()
+    means = grouped[: 128 * 156].view(-1, 128).mean(dim=1)
+    rank = means.argsort().argsort().float()
+    assert torch.corrcoef(torch.stack((rank, torch.arange(156.0))))[0, 1].abs() < 0.25
+
+
+def test_who_meets_whom_is_drawn_anew_in_each_epoch():
+    lengths = random_lengths(20_000)
+    batches = [{frozenset(b.tolist()) for b in grouped_permutation(lengths, 42, e).split(4)} for e in (0, 1)]
+    assert len(batches[0] & batches[1]) < 5
+
+
+def test_the_share_of_padding():
+    assert padding_share(torch.tensor([4, 4, 2, 2]), 2) == 0
+    assert padding_share(torch.tensor([4, 2, 4, 2, 3]), 2) == pytest.approx(1 - 15 / 19)
+
+
+def test_the_full_size_takes_seconds():
+    lengths = random_lengths(310_000)
+    order = grouped_permutation(lengths, 42, 0)
+    assert padding_share(lengths[order], 4) < 0.01
+
+
+# ---- Runs. An epoch of 22 samples is 6 steps of 4 and 2, in blocks of 2; dropout is 0.3.
+
+SIZE = 22
+
+
+def answer_lengths() -> torch.Tensor:
+    answers = Answers(SIZE)
+    return torch.tensor([len(answers[i]["input_ids"]) for i in range(SIZE)])
+
+
+def ids(epoch: int) -> list[int]:
+    order = EpochOrder(Answers(SIZE), 3, answer_lengths())
+    order.set_epoch(epoch)
+    return [order[i]["id"] for i in range(SIZE)]
+
+
+def common(**changes) -> dict:
+    return {"size": SIZE, "num_train_epochs": 2, "lengths": answer_lengths(), **changes}
+
+
+@pytest.mark.parametrize("call", [2, 6, 8])
+def test_a_killed_run_ends_as_one_that_was_not(tiny_bases, tmp_path, call):
+    whole = new_trainer(tiny_bases, tmp_path / "whole", save_strategy="no", **common())
+    whole.train()
+    with pytest.raises(Killed):
+        new_trainer(tiny_bases, tmp_path / "run", callbacks=[KillAt("on_step_end", call)], **common()).train()
+    resumed = go_on(tiny_bases, tmp_path / "run", **common())
+    assert_same_end(resumed, whole)
+    assert [number for step in whole.seen for number in step] == ids(0) + ids(1)
+    assert resumed.seen == whole.seen[call - 1 :]
+    assert ids(0) != ids(1)
+    assert epoch_permutation(SIZE, 3, 0).tolist() != ids(0)
+
+
+def test_other_batches_go_on_behind_the_last_sample(tiny_bases, tmp_path):
+    first = new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 4)], **common())
+    with pytest.raises(Killed):
+        first.train()
+    other = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}
+    rest = go_on(tiny_bases, tmp_path, **common(**other))
+    seen = [number for step in first.seen[:3] + rest.seen for number in step]
+    assert seen == ids(0) + ids(1)
+
+
+# ---- Lengths, and the command line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A man in a red coat walks his dog along the river while two children watch from the bridge.",
+        "球场上有一个穿着红色球衣的男人在踢足球，旁边站着两个孩子。",
+    ],
+)
+def test_bytes_tell_the_number_of_tokens_roughly(tokenizer, text):
+    tokens = len(tokenizer.encode_text(text))
+    assert 0.7 < len(text.encode()) / 4 / tokens < 1.6
+
+
+def test_estimates_count_images_and_the_mean_of_alternatives(tokenizer, tmp_path):
+    write_data(tmp_path, MIXED_CAPTIONS, make_pictures(tmp_path / "pictures").popitem()[1].parent)
+    files = tmp_path / "image_map.json", tmp_path / "captions.json"
+    cut = ImageCaptionDataset(*files, tokenizer, lambda image: torch.zeros(3, 2, 2), 50, max_length=90)
+    assert cut.estimated_lengths()[2] == 90, "two images, cut at the limit"
+    data = ImageCaptionDataset(*files, tokenizer, lambda image: torch.zeros(3, 2, 2), 50)
+    lengths = data.estimated_lengths().tolist()
+    assert lengths[0] in range(70, 85)
+    assert lengths[10] in range(20, 30)
+    true = [len(data[index]["input_ids"]) for index in range(len(data))]
+    assert torch.corrcoef(torch.tensor([true, lengths]).float())[0, 1] > 0.95
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, qwen_tiktoken) -> list[str]:
+    folder = tmp_path_factory.mktemp("command")
+    pictures = make_pictures(folder / "pictures")["red"].parent
+    data = write_data(folder, MIXED_CAPTIONS, pictures)
+    settings = "--lora_rank 4 --lora_dropout 0 --per_device_train_batch_size 2 --logging_steps 1 --report_to none"
+    return [*make_bases(folder / "bases", qwen_tiktoken), *data, *settings.split(), "--use_cpu", "true"]
+
+
+def test_train_py_groups_says_so_and_goes_on(command, tmp_path, capsys):
+    flags = [*command, "--output_dir", str(tmp_path), "--num_train_epochs", "1", "--save_steps", "2"]
+    grouped = [*flags, "--train_sampling_strategy", "group_by_length"]
+    assert train.build_trainer([*grouped, "--max_steps", "4"]).train_dataset.lengths is not None
+    assert "batches grouped by length: about " in capsys.readouterr().err
+    assert train.main([*grouped, "--max_steps", "4"]) == 0
+    assert train.main([*grouped, "--resume_from_checkpoint", "auto"]) == 0
+    capsys.readouterr()
+    assert train.main([*flags, "--num_train_epochs", "2", "--resume_from_checkpoint", "auto"]) == 2
+    assert "order was 'group_by_length' and is now None" in capsys.readouterr().err
