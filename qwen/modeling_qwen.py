@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 
 from .chat import ChatMixin
 from .configuration_qwen import QWenConfig
+from .growing_cache import GrowingCache
 from .loading import CompleteLoadingMixin
 from .loss import next_token_loss
 from .positions import Rotation, attention_mask_4d, log_n_scale, ntk_alpha, position_ids_of, rotary_tables, rotate
@@ -222,7 +223,7 @@ class QWenModel(QWenPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = GrowingCache(self.config)
         rotation, visible = self._geometry(x, attention_mask, position_ids, past_key_values)
 
         x = self.drop(x)
@@ -286,6 +287,16 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the language head."""
         self.lm_head = value
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Have `generate` use our cache in place of its own, where the caller has chosen none."""
+        is_free = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+        prepare(generation_config, model_kwargs, *args, **kwargs)
+        if is_free and type(model_kwargs.get("past_key_values")) is DynamicCache:
+            model_kwargs["past_key_values"] = GrowingCache(self.config)
 
     @can_return_tuple
     def forward(

@@ -98,16 +98,23 @@ def _merge(
     return config, config.update(**overrides)
 
 
-def _prepare(
-    model: Any,
-    tokenizer: QWenTokenizer,
-    input_ids: Tensor,
-    generation_config: GenerationConfig | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
-    """Check the prompt and settle everything that `generate` would otherwise guess."""
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected one prompt: (1, T) with T at least 1")
+def settle(
+    model: Any, tokenizer: QWenTokenizer, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Settle everything that `generate` would otherwise guess.
+
+    Args:
+        model: a model with `generate`.
+        tokenizer: QWen's tokenizer.
+        generation_config: what it leaves open is taken from the model's own.
+        kwargs: generation settings, which come first, and model inputs.
+
+    Returns:
+        Complete settings, where an answer ends among them, and the model inputs.
+
+    Raises:
+        ValueError: if several answers to a prompt are asked for.
+    """
     config, model_kwargs = _merge(model, generation_config, kwargs)
     if (config.num_return_sequences or 1) > 1:
         raise ValueError(f"num_return_sequences is {config.num_return_sequences}: one answer is given; call generate")
@@ -120,6 +127,20 @@ def _prepare(
         config.pad_token_id = tokenizer.eod_id
     if config.max_new_tokens is None and config.max_length is None:
         config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+    return config, model_kwargs
+
+
+def _prepare(
+    model: Any,
+    tokenizer: QWenTokenizer,
+    input_ids: Tensor,
+    generation_config: GenerationConfig | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
+    """Check the prompt, and settle the rest."""
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected one prompt: (1, T) with T at least 1")
+    config, model_kwargs = settle(model, tokenizer, generation_config, kwargs)
     input_ids = input_ids.to(model.device)
     if model_kwargs.get("attention_mask") is None:
         # Without a mask, `generate` would take a prompt's own <|endoftext|> for padding.

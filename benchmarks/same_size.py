@@ -1,0 +1,156 @@
+"""Our model and transformers' LLaVA, of one size and over the same random weights.
+
+*Vocabulary-true*: a QWen of 8 layers × 512 with the published vocabulary, a CLIP tower of 6 layers × 384 at 224/14, and
+a projector of two layers. LLaVA gets them as a user of transformers would build it: Qwen2, whose layers are QWen's with
+the projection of queries, keys and values in three pieces.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+)
+
+from model import VisionLanguageModel, build_projector
+from qwen import IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenConfig
+from visual import build_vision_tower
+
+SEED = 42
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of tower and language model; the defaults are vocabulary-true."""
+
+    layers: int = 8
+    """Blocks of the language model."""
+    width: int = 512
+    """Channels of the language model."""
+    inner: int = 1376
+    """Channels inside its MLP, in Qwen-7B's proportion to its width."""
+    heads: int = 8
+    """Heads of the language model."""
+    vocabulary: int = 151_936
+    """Rows of embedding and language head."""
+    tower_layers: int = 6
+    """Blocks of the tower."""
+    tower_width: int = 384
+    """Channels of the tower."""
+    image_size: int = 224
+    """Pixels."""
+    patch_size: int = 14
+    """Pixels."""
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Features of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def qwen_config(size: Size) -> QWenConfig:
+    """The language model's configuration."""
+    return QWenConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        kv_channels=size.width // size.heads,
+        intermediate_size=2 * size.inner,
+    )
+
+
+def clip_config(size: Size) -> CLIPVisionConfig:
+    """The tower's configuration."""
+    return CLIPVisionConfig(
+        hidden_size=size.tower_width,
+        intermediate_size=4 * size.tower_width,
+        num_hidden_layers=size.tower_layers,
+        num_attention_heads=size.tower_width // 64,
+        image_size=size.image_size,
+        patch_size=size.patch_size,
+    )
+
+
+def save_tower(size: Size, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a tower with random weights, as published."""
+    torch.manual_seed(SEED)
+    CLIPVisionModel(clip_config(size)).to(dtype).save_pretrained(str(folder))
+    edge = size.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
+    processor.save_pretrained(str(folder))
+
+
+def build_ours(size: Size, dtype: torch.dtype) -> VisionLanguageModel:
+    """Our model with random weights, as it is once its LoRA is merged."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tower(size, Path(folder))
+        tower = build_vision_tower(folder, dtype)
+    torch.manual_seed(SEED)
+    qwen = MultimodalQWenLMHeadModel(qwen_config(size)).to(dtype)
+    projector = build_projector(tower.hidden_size, size.width)
+    model = VisionLanguageModel(tower, projector, qwen, "", {}).requires_grad_(False)
+    return model.eval()
+
+
+def build_peer(size: Size, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    """LLaVA of the same size with random weights of its own."""
+    torch.manual_seed(SEED)
+    return LlavaForConditionalGeneration(llava_config(size)).to(dtype).requires_grad_(False).eval()
+
+
+def llava_config(size: Size) -> LlavaConfig:
+    """LLaVA's configuration."""
+    text = Qwen2Config(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        tie_word_embeddings=False,
+    )
+    return LlavaConfig(
+        vision_config=clip_config(size),
+        text_config=text,
+        image_token_index=IMAGE_TOKEN_ID,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=size.num_image_tokens,
+        tie_word_embeddings=False,
+    )
+
+
+@torch.no_grad()
+def copy_weights(ours: VisionLanguageModel, peer: LlavaForConditionalGeneration) -> None:
+    """Give the peer our model's weights, so that both have to give the same answers."""
+    peer.model.vision_tower.load_state_dict(ours.vision_tower.model.state_dict())
+    for theirs, mine in ((peer.model.multi_modal_projector.linear_1, 0), (peer.model.multi_modal_projector.linear_2, 2)):
+        theirs.load_state_dict(ours.projector[mine].state_dict())
+    text, qwen = peer.model.language_model, ours.qwen.transformer
+    text.embed_tokens.weight.copy_(qwen.wte.weight)
+    text.norm.weight.copy_(qwen.ln_f.weight)
+    peer.lm_head.weight.copy_(ours.qwen.lm_head.weight)
+    for theirs, block in zip(text.layers, qwen.h, strict=True):
+        parts: tuple[nn.Linear, ...] = (theirs.self_attn.q_proj, theirs.self_attn.k_proj, theirs.self_attn.v_proj)
+        for part, weight, bias in zip(
+            parts, block.attn.c_attn.weight.chunk(3), block.attn.c_attn.bias.chunk(3), strict=True
+        ):
+            part.weight.copy_(weight)
+            part.bias.copy_(bias)
+        theirs.self_attn.o_proj.weight.copy_(block.attn.c_proj.weight)
+        theirs.mlp.up_proj.weight.copy_(block.mlp.w1.weight)
+        theirs.mlp.gate_proj.weight.copy_(block.mlp.w2.weight)
+        theirs.mlp.down_proj.weight.copy_(block.mlp.c_proj.weight)
+        theirs.input_layernorm.weight.copy_(block.ln_1.weight)
+        theirs.post_attention_layernorm.weight.copy_(block.ln_2.weight)
