@@ -113,7 +113,7 @@ def _answer_alone(
     kwargs: dict[str, Any],
 ) -> str:
     torch.manual_seed(seed)
-    images = {} if features is None else {"image_features": (features.flatten(0, -2),)}
+    images: dict[str, Any] = {} if features is None else {"image_features": (features.flatten(0, -2),)}
     return answer_ids(model, tokenizer, torch.tensor([list(prompt)]), generation_config, **images, **kwargs)
 
 
