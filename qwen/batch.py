@@ -132,7 +132,8 @@ def _decode_rows(
     generators = [torch.Generator(input_ids.device).manual_seed(seed) for _ in input_ids]
     live = list(range(len(input_ids)))  # the rows that the tensors still hold
     cache = GrowingCache(model.config)
-    ids, mask, new = input_ids, model_kwargs["attention_mask"], input_ids
+    # Without any padding, `generate` may have left the mask out.
+    ids, mask, new = input_ids, model_kwargs.get("attention_mask"), input_ids
     features = model_kwargs.get("image_features")
     images = {} if features is None else {"image_features": torch.cat(features)}
     while True:
@@ -143,7 +144,7 @@ def _decode_rows(
         scores = logits_processor(ids, out.logits[:, -1].float())
         tokens = _draw(scores, [generators[row] for row in live] if generation_config.do_sample else None)
         ids = torch.cat((ids, tokens[:, None]), dim=1)
-        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+        mask = None if mask is None else torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
         for row, token in zip(live, tokens.tolist(), strict=True):
             answers[row].append(token)
         ended = torch.as_tensor(stopping_criteria(ids, scores)).tolist()
@@ -153,7 +154,7 @@ def _decode_rows(
         if len(stay) < len(live):
             live = [live[at] for at in stay]
             rows = torch.tensor(stay, device=ids.device)
-            ids, mask, tokens = ids[rows], mask[rows], tokens[rows]
+            ids, mask, tokens = ids[rows], None if mask is None else mask[rows], tokens[rows]
             cache.keep_rows(rows)
         new = tokens[:, None]
 
