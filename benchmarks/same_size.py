@@ -58,6 +58,10 @@ class Size:
         return (self.image_size // self.patch_size) ** 2
 
 
+TINY = Size(1, 16, 32, 2, 152_000, 1, 64, 28, 14)
+"""A model of no size, for trying a benchmark."""
+
+
 def qwen_config(size: Size) -> QWenConfig:
     """The language model's configuration."""
     return QWenConfig(
@@ -135,7 +139,10 @@ def llava_config(size: Size) -> LlavaConfig:
 def copy_weights(ours: VisionLanguageModel, peer: LlavaForConditionalGeneration) -> None:
     """Give the peer our model's weights, so that both have to give the same answers."""
     peer.model.vision_tower.load_state_dict(ours.vision_tower.model.state_dict())
-    for theirs, mine in ((peer.model.multi_modal_projector.linear_1, 0), (peer.model.multi_modal_projector.linear_2, 2)):
+    for theirs, mine in (
+        (peer.model.multi_modal_projector.linear_1, 0),
+        (peer.model.multi_modal_projector.linear_2, 2),
+    ):
         theirs.load_state_dict(ours.projector[mine].state_dict())
     text, qwen = peer.model.language_model, ours.qwen.transformer
     text.embed_tokens.weight.copy_(qwen.wte.weight)

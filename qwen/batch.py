@@ -8,6 +8,7 @@ Shape legend: B rows that are still being answered, T tokens of the longest prom
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,8 +52,6 @@ def answer_batch(
     """
     if not prompts:
         return []
-    if not all(len(prompt) for prompt in prompts):
-        raise ValueError("a prompt is empty: expected at least one token")
     config, model_kwargs = settle(model, tokenizer, generation_config, kwargs)
     features = list(image_features or [None] * len(prompts))
     if (config.num_beams or 1) > 1:  # beams already are a batch
@@ -60,22 +59,43 @@ def answer_batch(
             _answer_alone(model, tokenizer, prompt, row, generation_config, seed, kwargs)
             for prompt, row in zip(prompts, features, strict=True)
         ]
+    answers = generate_batch(model, prompts, features, config, seed=seed, **model_kwargs)
+    return [str(tokenizer.decode(trim_answer(answer, config.eos_token_id))) for answer in answers]
+
+
+def generate_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    image_features: Sequence[Tensor | None],
+    generation_config: GenerationConfig | None = None,
+    *,
+    seed: int = 0,
+    **kwargs: Any,
+) -> list[list[int]]:
+    """The new token ids of each answer, its stop token included; see `answer_batch` for the arguments.
+
+    Raises:
+        ValueError: as `answer_batch` does.
+    """
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt is empty: expected at least one token")
+    config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
+    inputs = config.update(**kwargs)
     limits = _limits(prompts, config)
     config.max_new_tokens, config.max_length = max(limits), None
     ids, mask = pad_left(prompts, model.device)
-    if any(row is not None for row in features):
+    if any(row is not None for row in image_features):
         empty = torch.empty(0, model.config.hidden_size, device=model.device)
-        model_kwargs["image_features"] = tuple(empty if row is None else row.flatten(0, -2) for row in features)
-    answers = model.generate(
+        inputs["image_features"] = tuple(empty if row is None else row.flatten(0, -2) for row in image_features)
+    return model.generate(
         input_ids=ids,
         attention_mask=mask,
         generation_config=config,
         custom_generate=_decode_rows,
         limits=limits,
         seed=seed,
-        **model_kwargs,
+        **inputs,
     )
-    return [str(tokenizer.decode(trim_answer(answer, config.eos_token_id))) for answer in answers]
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
