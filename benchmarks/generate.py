@@ -71,7 +71,7 @@ def prepare(peer: str, size: Any, prompts: Sequence[Sequence[int]], pixels: Any)
     return answer_llava
 
 
-def run_one(peer: str, dtype: str, batch: int, tokens: int, size: Any, repeats: int = 2) -> dict[str, Any]:
+def run_one(peer: str, args: argparse.Namespace, size: Any) -> dict[str, Any]:
     """Measure one peer in this process.
 
     Returns:
@@ -80,16 +80,18 @@ def run_one(peer: str, dtype: str, batch: int, tokens: int, size: Any, repeats: 
     """
     import torch
 
+    batch, tokens = args.batches[0], args.tokens
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
     with torch.inference_mode():
-        prompts, pixels = make_inputs(size, batch, dtype)
+        prompts, pixels = make_inputs(size, batch, args.dtypes[0])
         answer = prepare(peer, size, prompts, pixels)
         answer(2)  # what is set up once is not measured
         firsts, wholes = [], []
-        for _ in range(repeats):
+        for _ in range(args.repeats):
             for seconds, number in ((firsts, 1), (wholes, tokens)):
-                start = time.perf_counter()
+                start = clock()
                 ids = answer(number)
-                seconds.append(time.perf_counter() - start)
+                seconds.append(clock() - start)
     first, whole = min(firsts), min(wholes)
     return {"first": first, "whole": whole, "rate": (tokens - 1) * batch / (whole - first), "ids": ids[0]}
 
@@ -100,6 +102,7 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     for dtype in args.dtypes:
         for batch in args.batches:
             flags = ["--dtypes", dtype, "--batches", str(batch), "--tokens", str(args.tokens)]
+            flags += ["--clock", args.clock, "--repeats", str(args.repeats)]
             tiny = ["--tiny"] if args.tiny else []
             commands = {peer: [sys.executable, __file__, "--one", peer, *flags, *tiny] for peer in PEERS}
             runs = measure.run_in_turn(commands, args.rounds)
@@ -132,6 +135,13 @@ def main() -> None:
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="precisions (%(default)s)")
     add("--batches", nargs="+", type=int, default=[1, 8], help="questions at once (%(default)s)")
     add("--tokens", type=int, default=64, help="tokens of an answer (%(default)s)")
+    add("--repeats", type=int, default=2, help="measurements in a process; the fastest counts (%(default)s)")
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time, on a shared machine (%(default)s)",
+    )
     add("--rounds", type=int, default=5, help="processes of each peer (%(default)s)")
     add("--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON and PNG (%(default)s)")
     add("--tiny", action="store_true", help="a model of no size, to try the script")
@@ -141,7 +151,7 @@ def main() -> None:
         from benchmarks.same_size import TINY, Size
 
         size = TINY if args.tiny else Size()
-        print(json.dumps(run_one(args.one, args.dtypes[0], args.batches[0], args.tokens, size)))
+        print(json.dumps(run_one(args.one, args, size)))
         return
     figures = compare(args)
     print(show(figures))

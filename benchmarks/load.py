@@ -131,7 +131,11 @@ def weight_bytes(folder: Path, names: tuple[str, ...]) -> int:
 def show(figures: dict[str, dict[str, float]]) -> str:
     """The table; a ratio above 1 means that ours is faster, or smaller."""
     rows = []
-    for label, name, unit in (("seconds", "seconds", 1.0), ("peak, GB", "peak_bytes", GB)):
+    for label, name, unit in (
+        ("seconds", "seconds", 1.0),
+        ("processor seconds", "cpu_seconds", 1.0),
+        ("peak, GB", "peak_bytes", GB),
+    ):
         for net in (False, True):
             ours, llava = (
                 (figures[peer][name] - (figures[f"{peer}, imports"][name] if net else 0)) / unit

@@ -52,9 +52,10 @@ def test_a_process_that_fails_says_why():
 
 def test_medians_are_of_numbers_only():
     runs = [
-        measure.Run(seconds, 10, {"n": n, "name": "x", "ok": True}) for seconds, n in ((3.0, 1), (1.0, 5), (2.0, 4))
+        measure.Run(seconds, 0.5, 10, {"n": n, "name": "x", "ok": True})
+        for seconds, n in ((3.0, 1), (1.0, 5), (2.0, 4))
     ]
-    assert measure.medians(runs) == {"seconds": 2.0, "peak_bytes": 10, "n": 4}
+    assert measure.medians(runs) == {"seconds": 2.0, "cpu_seconds": 0.5, "peak_bytes": 10, "n": 4}
 
 
 def test_table_json_and_picture(tmp_path):
