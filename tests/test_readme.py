@@ -136,7 +136,7 @@ def test_flags_exist(readme: str) -> None:
     for parse in (ask.parse_arguments, process_image.main):
         known |= {option for action in parser_actions(parse) for option in action.option_strings}
     for script in (ROOT / "benchmarks").glob("*.py"):
-        known |= set(re.findall(r"""\badd\(["'](--\w+)""", script.read_text(encoding="utf-8")))
+        known |= set(re.findall(r"""\badd\(\s*["'](--\w+)""", script.read_text(encoding="utf-8")))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z]\w+", text_of(readme)))
     assert mentioned - known == {"--help"}
 
