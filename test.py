@@ -6,107 +6,45 @@ r"""Ask a trained vision-language model about an image.
 The answer alone goes to stdout, everything else to stderr. `<|extra_0|>` in the prompt says where the image belongs;
 a prompt without it gets it in front. With a folder as image path, every picture in it is asked about, one line each:
 `name<TAB>answer`, line breaks written as \n. Without `--prompt`, a chat about the image, turn by turn.
+
+    python test.py --model_weights weights/train_V1_5 --batch questions.jsonl --output answers.jsonl
+
+answers many questions at once and goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers import set_seed
 
 from dataset import SYSTEM_PROMPT, load_image
 from dataset.image_io import ImageError, pictures_in
-from dataset.prompt import count_placeholders
+from dataset.prompt import with_placeholders
+from dataset.question_file import Question, read_questions
 from dataset.window import fit_prompt
 from model import VisionLanguageModel
-from model.console import OneLineErrors, in_one_line, one_line, set_up_logging, use_utf8
+from model.answer_file import AnswerFile, digest, trained_digest
+from model.assistant import Assistant, Turns
+from model.batch_answers import Asked, answer_all
+from model.console import OneLineErrors, in_one_line, one_line, set_up_logging, show, use_utf8
 from model.device import parse_dtype, pick_device
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
-from qwen import IMAGE_TOKEN, QWenTokenizer
-from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
-from qwen.stream import answer_ids, complete_config, stream_ids
+from qwen import IMAGE_TOKEN
+from qwen.stream import complete_config
 
 logger = logging.getLogger("test")
 
-Turns = list[tuple[str, str]]
-
-
-class Assistant:
-    """A model, its tokenizer, and how it is to answer.
-
-    Args:
-        model: LoRA is merged into its base weights.
-        tokenizer: QWen's tokenizer.
-        system: the system prompt.
-        options: generation settings that come before the model's own `generation_config.json`.
-    """
-
-    def __init__(
-        self, model: VisionLanguageModel, tokenizer: QWenTokenizer, system: str, options: dict[str, Any]
-    ) -> None:
-        model.merge_lora()
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.system = system
-        self.options = options
-        self.max_window_size = int(
-            getattr(complete_config(model.qwen, None), "max_window_size", DEFAULT_MAX_WINDOW_SIZE)
-        )
-
-    @torch.inference_mode()
-    def features(self, images: Sequence[Image.Image]) -> torch.Tensor | None:
-        """Run the vision tower over images; (images, tokens, width), or None if there are none."""
-        if not images:
-            return None
-        transform = self.model.vision_tower.image_transform
-        return self.model.encode_images(torch.stack([transform(image) for image in images]))
-
-    def stream(self, prompt: str, features: torch.Tensor | None, history: Turns | None = None) -> Iterator[str]:
-        """Answer; gives the growing text. Nothing is done before the first is asked for."""
-        ids, kwargs = self._inputs(prompt, features, history)
-        yield from stream_ids(self.model.qwen, self.tokenizer, ids, **kwargs)
-
-    def answer(self, prompt: str, features: torch.Tensor | None, history: Turns | None = None) -> str:
-        """Answer; gives the whole text."""
-        ids, kwargs = self._inputs(prompt, features, history)
-        return answer_ids(self.model.qwen, self.tokenizer, ids, **kwargs)
-
-    def _inputs(
-        self, prompt: str, features: torch.Tensor | None, history: Turns | None
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        ids = fit_prompt(
-            self.tokenizer, prompt, self.model.num_image_tokens, history or [], self.system, self.max_window_size
-        )
-        kwargs = dict(self.options)
-        if features is not None:
-            kwargs["image_features"] = (features.flatten(0, 1),)
-        return torch.tensor([ids]), kwargs
-
-
-def with_placeholders(prompt: str, num_images: int) -> str:
-    """The prompt, with a placeholder for every image in front if it has none at all.
-
-    Raises:
-        ValueError: if it has some, but not as many as there are images.
-    """
-    found = count_placeholders(prompt)
-    if found == 0:
-        return IMAGE_TOKEN * num_images + prompt
-    if found != num_images:
-        raise ValueError(
-            f"the prompt has {found} placeholders {IMAGE_TOKEN}, --image_path gives {num_images} images; "
-            "write one placeholder for each image, or none at all"
-        )
-    return prompt
+_SHOWN = 20
+"""Questions without an answer that are listed at the end; the output names them all."""
 
 
 def ask_once(assistant: Assistant, prompt: str, images: Sequence[Image.Image], stream: bool) -> None:
@@ -116,28 +54,6 @@ def ask_once(assistant: Assistant, prompt: str, images: Sequence[Image.Image], s
         show(assistant.stream(prompt, features))
     else:
         print(assistant.answer(prompt, features))
-
-
-def show(texts: Iterator[str], *, may_be_stopped: bool = False) -> str:
-    """Print a growing text as it grows, and a line break at its end; returns what was printed.
-
-    With `may_be_stopped`, Ctrl-C ends the text there, and nothing else.
-    """
-    shown = ""
-    try:
-        with contextlib.closing(texts):  # type: ignore[type-var]
-            for text in texts:
-                new, shown = text[len(shown) :], text
-                print(new, end="", flush=True)
-    except BaseException as error:
-        if not (may_be_stopped and isinstance(error, KeyboardInterrupt)):
-            if shown:
-                print(flush=True)  # whatever comes next begins a line
-            raise
-        sys.stderr.write(" [stopped]")
-        sys.stderr.flush()
-    print(flush=True)
-    return shown
 
 
 def ask_about_each(assistant: Assistant, prompt: str, paths: Sequence[Path]) -> int:
@@ -153,6 +69,42 @@ def ask_about_each(assistant: Assistant, prompt: str, paths: Sequence[Path]) -> 
         answer = assistant.answer(prompt, features)
         print(f"{one_line(path.name)}\t{one_line(answer)}", flush=True)
     return failed
+
+
+def answer_file(args: argparse.Namespace) -> int:
+    """Answer a file of questions, or what is left of them; returns the exit status.
+
+    Raises:
+        ValueError: for a line that is no question, or an output that is something else than these answers' beginning.
+    """
+    questions = read_questions(Path(args.batch))
+    assistant = load_assistant(args)
+    settings = complete_config(assistant.model.qwen, None, **assistant.options).to_dict()
+    made_with = {
+        "questions": digest([(question.id, question.images, question.prompt) for question in questions]),
+        "weights": {"checkpoint": trained_digest(args.model_weights), **assistant.model.fingerprints},
+        "settings": {"system": args.system, "seed": args.seed, "dtype": str(assistant.model.dtype), **settings},
+    }
+    with AnswerFile(Path(args.output), [question.id for question in questions], made_with) as answers:
+        if answers.num_done:
+            logger.info("%s: %d of %d questions are answered already", args.output, answers.num_done, len(questions))
+        asked = [_asked(question) for question in questions[answers.num_done :]]
+        with tqdm(total=len(questions), initial=answers.num_done, unit="question", file=sys.stderr) as bar:
+            for outcome in answer_all(assistant, asked, load_image, args.batch_size, args.seed):
+                answers.add(outcome)
+                bar.update()
+    for line in answers.failed[:_SHOWN]:
+        logger.error("test.py: %s", one_line(line))
+    if answers.failed:
+        logger.error("test.py: %d of %d questions have no answer", len(answers.failed), len(questions))
+    return 2 if answers.failed else 0
+
+
+def _asked(question: Question) -> Asked | ValueError:
+    try:
+        return Asked(with_placeholders(question.prompt, len(question.images)), question.images)
+    except ValueError as error:
+        return error
 
 
 def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
@@ -197,7 +149,7 @@ def explain(error: Exception) -> str:
     if is_out_of_memory(error):
         return out_of_memory(
             error,
-            "give fewer images and shorter questions, lower --max_new_tokens, load half the bytes with "
+            "give fewer images and shorter questions, lower --max_new_tokens or --batch_size, load half the bytes with "
             "--dtype bfloat16, or use --device cpu",
         )
     if isinstance(error, (ValueError, OSError)):
@@ -220,6 +172,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--base_value_model", help="hub name or folder of the vision tower; default: likewise")
     add("--image_path", nargs="+", default=[], metavar="PATH", help="a picture, several, or a folder of pictures")
     add("--prompt", help=f"the question; {IMAGE_TOKEN} stands for an image. Without it: a chat")
+    add("--batch", metavar="FILE", help='answer a file of questions, a line each: {"id": …, "image": …, "prompt": …}')
+    add("--output", metavar="FILE", help="where the answers to --batch go; gone on with where it holds some")
+    add("--batch_size", type=int, default=8, help="questions of --batch that are answered together (%(default)s)")
     add("--system", default=SYSTEM_PROMPT, help="system prompt (%(default)s)")
     add("--stream", action="store_true", help="print the answer while it is generated")
     add("--seed", type=int, default=42, help="of sampling (%(default)s)")
@@ -248,6 +203,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     for name, valid, wanted in (
         ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+        ("batch_size", lambda value: value >= 1, "at least 1"),
         ("max_new_tokens", lambda value: value >= 1, "at least 1"),
         ("temperature", lambda value: value > 0, "above 0; for no randomness use --greedy"),
         ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
@@ -276,11 +232,19 @@ def load_assistant(args: argparse.Namespace) -> Assistant:
     model = VisionLanguageModel.from_pretrained(
         args.base_language_model, args.base_value_model, args.model_weights, dtype, device
     )
-    return Assistant(model, load_tokenizer(model.base_language_model), args.system, options)
+    return Assistant(model, load_tokenizer(model.base_language_model), args.system, options, fit_prompt)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, then answer; returns the exit status."""
+    if (args.batch is None) != (args.output is None):
+        raise ValueError("--batch FILE and --output FILE go together: give both, or neither")
+    if args.batch is not None:
+        if args.prompt is not None or args.image_path or args.stream:
+            raise ValueError(
+                "--batch brings its own questions and images; leave out --prompt, --image_path and --stream"
+            )
+        return answer_file(args)
     paths = [Path(path) for path in args.image_path]
     is_folder = len(paths) == 1 and paths[0].is_dir()
     if is_folder and args.prompt is None:

@@ -37,6 +37,23 @@ def count_placeholders(text: str) -> int:
     return text.count(IMAGE_TOKEN)
 
 
+def with_placeholders(prompt: str, num_images: int) -> str:
+    """The prompt, with a placeholder for every image in front if it has none at all.
+
+    Raises:
+        ValueError: if it has some, but not as many as there are images.
+    """
+    found = count_placeholders(prompt)
+    if found == 0:
+        return IMAGE_TOKEN * num_images + prompt
+    if found != num_images:
+        raise ValueError(
+            f"the prompt has {found} placeholders {IMAGE_TOKEN}, but {num_images} images are given; "
+            "write one placeholder for each image, or none at all"
+        )
+    return prompt
+
+
 def encode_question(tokenizer: QWenTokenizer, question: str, num_image_tokens: int) -> list[int]:
     """Token ids of a question's content.
 

@@ -1,13 +1,15 @@
-"""What the entry points say and how: to stderr, one line each, without other packages' chatter."""
+"""What the entry points say and how: to stderr, one line each, without other packages' chatter; answers to stdout."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import NoReturn
 
 OUR_LOGGERS = ("dataset", "model", "qwen", "test", "train", "visual")
@@ -55,3 +57,25 @@ def in_one_line(error: BaseException) -> str:
 def one_line(text: str) -> str:
     """Write line breaks, tabs and backslashes as escapes, so that a name or an answer takes one column of one line."""
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+
+
+def show(texts: Iterator[str], *, may_be_stopped: bool = False) -> str:
+    """Print a growing text as it grows, and a line break at its end; returns what was printed.
+
+    With `may_be_stopped`, Ctrl-C ends the text there, and nothing else.
+    """
+    shown = ""
+    try:
+        with contextlib.closing(texts):  # type: ignore[type-var]
+            for text in texts:
+                new, shown = text[len(shown) :], text
+                print(new, end="", flush=True)  # noqa: T201
+    except BaseException as error:
+        if not (may_be_stopped and isinstance(error, KeyboardInterrupt)):
+            if shown:
+                print(flush=True)  # noqa: T201, whatever comes next begins a line
+            raise
+        sys.stderr.write(" [stopped]")
+        sys.stderr.flush()
+    print(flush=True)  # noqa: T201
+    return shown

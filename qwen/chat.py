@@ -40,6 +40,7 @@ class ChatMixin:
             generation_config: what it leaves open is taken from the model's own; by default that one alone.
             kwargs: generation settings, which come first, as `generate` takes them. The answer ends at
                 `<|im_end|>`, `<|im_start|>` or `<|endoftext|>` unless `eos_token_id` says otherwise.
+                `prompt_cache=PromptCache()`, one for a conversation, keeps what was read from turn to turn.
 
         Returns:
             The answer without its stop token, and a new history that ends with this turn.

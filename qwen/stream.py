@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from .chatml import stop_token_ids, trim_answer
+from .prompt_cache import PromptCache
 from .sampling_loop import sampled_tokens
 from .tokenization_qwen import QWenTokenizer
 
@@ -30,6 +31,8 @@ def answer_ids(
     tokenizer: QWenTokenizer,
     input_ids: Tensor,
     generation_config: GenerationConfig | None = None,
+    *,
+    prompt_cache: PromptCache | None = None,
     **kwargs: Any,
 ) -> str:
     """Answer a prompt.
@@ -39,6 +42,7 @@ def answer_ids(
         tokenizer: QWen's tokenizer.
         input_ids: (1, T), a prompt that ends where the answer begins.
         generation_config: what it leaves open is taken from the model's own; by default that one alone.
+        prompt_cache: what a chat has read before; the answer is the same with and without.
         kwargs: generation settings, which come first (`max_new_tokens=…`), and model inputs (`image_features=…`).
 
     Returns:
@@ -49,8 +53,14 @@ def answer_ids(
         ValueError: if `input_ids` is not one row, or several answers are asked for.
     """
     input_ids, config, model_kwargs = _prepare(model, tokenizer, input_ids, generation_config, kwargs)
+    prompt = input_ids[0].tolist()
+    keeps = prompt_cache is not None and prompt_cache.serves(config)
+    if prompt_cache is not None and keeps:
+        prompt_cache.begin(model, prompt, model_kwargs)
     output = model.generate(input_ids=input_ids, generation_config=config, **model_kwargs)
     new_ids = output[0, input_ids.shape[1] :].tolist()
+    if prompt_cache is not None and keeps:
+        prompt_cache.read(prompt, new_ids)
     return str(tokenizer.decode(trim_answer(new_ids, config.eos_token_id)))
 
 
@@ -59,6 +69,8 @@ def stream_ids(
     tokenizer: QWenTokenizer,
     input_ids: Tensor,
     generation_config: GenerationConfig | None = None,
+    *,
+    prompt_cache: PromptCache | None = None,
     **kwargs: Any,
 ) -> Iterator[str]:
     """Answer a prompt as `answer_ids` does, which see for the arguments, and show the answer while it grows.
@@ -75,8 +87,24 @@ def stream_ids(
     input_ids, config, model_kwargs = _prepare(model, tokenizer, input_ids, generation_config, kwargs)
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams is {config.num_beams}: beams can't be streamed; use 1, or ask without streaming")
-    tokens = (sampled_tokens if config.do_sample else _greedy_tokens)(model, input_ids, config, model_kwargs)
+    tokens = _new_tokens(model, input_ids, config, model_kwargs, prompt_cache)
     return _growing_text(tokenizer, tokens, frozenset(config.eos_token_id))
+
+
+def _new_tokens(
+    model: Any,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    prompt_cache: PromptCache | None,
+) -> Iterator[int]:
+    draw = sampled_tokens if config.do_sample else _greedy_tokens
+    if prompt_cache is None or not prompt_cache.serves(config):
+        yield from draw(model, input_ids, config, model_kwargs)
+        return
+    prompt = input_ids[0].tolist()
+    prompt_cache.begin(model, prompt, model_kwargs)  # not before the first token is asked for
+    yield from prompt_cache.watch(prompt, draw(model, input_ids, config, model_kwargs))
 
 
 def complete_config(model: Any, generation_config: GenerationConfig | None, **overrides: Any) -> GenerationConfig:
@@ -98,16 +126,23 @@ def _merge(
     return config, config.update(**overrides)
 
 
-def _prepare(
-    model: Any,
-    tokenizer: QWenTokenizer,
-    input_ids: Tensor,
-    generation_config: GenerationConfig | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
-    """Check the prompt and settle everything that `generate` would otherwise guess."""
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected one prompt: (1, T) with T at least 1")
+def settle(
+    model: Any, tokenizer: QWenTokenizer, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Settle everything that `generate` would otherwise guess.
+
+    Args:
+        model: a model with `generate`.
+        tokenizer: QWen's tokenizer.
+        generation_config: what it leaves open is taken from the model's own.
+        kwargs: generation settings, which come first, and model inputs.
+
+    Returns:
+        Complete settings, where an answer ends among them, and the model inputs.
+
+    Raises:
+        ValueError: if several answers to a prompt are asked for.
+    """
     config, model_kwargs = _merge(model, generation_config, kwargs)
     if (config.num_return_sequences or 1) > 1:
         raise ValueError(f"num_return_sequences is {config.num_return_sequences}: one answer is given; call generate")
@@ -120,6 +155,20 @@ def _prepare(
         config.pad_token_id = tokenizer.eod_id
     if config.max_new_tokens is None and config.max_length is None:
         config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+    return config, model_kwargs
+
+
+def _prepare(
+    model: Any,
+    tokenizer: QWenTokenizer,
+    input_ids: Tensor,
+    generation_config: GenerationConfig | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
+    """Check the prompt, and settle the rest."""
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected one prompt: (1, T) with T at least 1")
+    config, model_kwargs = settle(model, tokenizer, generation_config, kwargs)
     input_ids = input_ids.to(model.device)
     if model_kwargs.get("attention_mask") is None:
         # Without a mask, `generate` would take a prompt's own <|endoftext|> for padding.

@@ -170,4 +170,4 @@ def test_train_py_groups_says_so_and_goes_on(command, tmp_path, capsys):
     assert train.main([*grouped, "--resume_from_checkpoint", "auto"]) == 0
     capsys.readouterr()
     assert train.main([*flags, "--num_train_epochs", "2", "--resume_from_checkpoint", "auto"]) == 2
-    assert "order was 'group_by_length' and is now None" in capsys.readouterr().err
+    assert "order was 'group_by_length' and is now 'random'" in capsys.readouterr().err

@@ -144,6 +144,8 @@ def test_flags_exist(readme: str) -> None:
     known |= {f"--{name}" for name in train_fields()}
     for parse in OTHERS.values():
         known |= {option for action in parser_actions(parse) for option in action.option_strings}
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r"""\badd\(\s*["'](--\w+)""", script.read_text(encoding="utf-8")))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z]\w+", text_of(readme)))
     assert mentioned - known == {"--help"}
 

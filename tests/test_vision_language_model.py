@@ -158,7 +158,7 @@ def test_the_host_waits_for_nothing_once_the_tower_runs(model, monkeypatch):
             torch.Tensor, name, lambda self, *a, f=whole, n=name, **k: events.append(n) or f(self, *a, **k)
         )
     encode = model.encode_images
-    monkeypatch.setattr(model, "encode_images", lambda pixels: events.append("tower") or encode(pixels))
+    monkeypatch.setattr(model, "encode_images", lambda **images: events.append("tower") or encode(**images))
     batch = collate(*MIXED)
     events.clear()
     model.train()(**batch, return_logits=False, num_items_in_batch=torch.tensor(7)).loss.backward()
