@@ -145,6 +145,23 @@ def test_the_folders_above_a_checkpoint_are_made(trained, tmp_path):
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == FILES
 
 
+def test_the_configuration_stays_readable_with_names_in_any_script(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained, "base_language_model", "通义/千问")
+    trained.save_checkpoint(tmp_path)
+    text = (tmp_path / "multimodal_config.json").read_text(encoding="utf-8")
+    assert '  "base_language_model": "通义/千问",' in text.splitlines()
+    assert text.endswith("}\n")
+    assert read_checkpoint(tmp_path).config.base_language_model == "通义/千问"
+
+
+def test_what_stands_in_the_way_of_a_save_is_named(trained, saved, folder):
+    (folder / "tmp-weights").write_text("a file")
+    with pytest.raises(FileExistsError, match="tmp-weights"):
+        trained.save_checkpoint(folder)
+    for path in saved.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
 def test_what_a_killed_save_left_behind_is_cleared(trained, saved, folder):
     (folder / "tmp-weights").mkdir()
     (folder / "tmp-weights" / "adapter_model.safetensors").write_bytes(b"half")
@@ -445,6 +462,28 @@ def test_a_poisoned_pickle_is_refused_and_does_not_run(saved, tiny_bases, tmp_pa
     assert proof.exists()
 
 
+def test_no_environment_variable_lets_a_pickle_run(tmp_path, monkeypatch):
+    torch.save({"0.weight": torch.ones(1), "extra": Poison(tmp_path / "it ran")}, tmp_path / "other_params.bin")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(CheckpointError, match=r"other_params\.bin: .* could run code"):
+        read_tensors(tmp_path / "other_params.bin")
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError("Input/output error\nfurther lines"), "Input/output error"), (EOFError(), "EOFError")],
+)
+def test_the_reason_why_a_file_cannot_be_read_is_one_line(tmp_path, monkeypatch, error, reason):
+    def fail(*args, **kwargs):
+        raise error
+
+    (tmp_path / "other_params.bin").write_bytes(b"anything")
+    monkeypatch.setattr("torch.load", fail)
+    with pytest.raises(CheckpointError, match=rf"other_params\.bin: can't be read as a file of tensors: {reason}$"):
+        read_tensors(tmp_path / "other_params.bin")
+
+
 @pytest.mark.parametrize("name", ["adapter_model.bin", "other_params.bin"])
 @pytest.mark.parametrize(
     "content",
@@ -560,6 +599,20 @@ def test_a_rank_that_the_configuration_does_not_say(folder):
     rewrite(folder / "adapter_config.json", lambda config: config.update(r=8))
     with pytest.raises(CheckpointError, match=r"is \(48, 4\), expected \(48, 8\)|is \(4, 16\), expected \(8, 16\)"):
         load(folder)
+
+
+def test_a_rank_beyond_all_that_the_weights_hold_is_refused_before_room_is_made(folder):
+    for rank in (4097, 10**12):
+        rewrite(folder / "adapter_config.json", lambda config, rank=rank: config.update(r=rank))
+        with pytest.raises(CheckpointError, match=rf"adapter_config\.json: r is {rank}, but its weights have no"):
+            load(folder)
+
+
+def test_a_large_rank_that_the_weights_have_is_read(tiny_bases, tmp_path):
+    model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
+    model.add_lora(LoraSettings(rank=4200, target_modules=("c_attn",)))
+    model.save_checkpoint(tmp_path)
+    assert load(tmp_path).language_model.peft_config["default"].r == 4200
 
 
 def test_targets_that_the_base_model_does_not_have(folder):

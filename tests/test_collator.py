@@ -32,6 +32,15 @@ def test_a_padding_id_in_the_text_stays_visible():
     assert batch["labels"][0].tolist() == [-100, 9, -100]
 
 
+def test_samples_are_named_where_all_names_are_known():
+    known, other, unknown = {**sample([1]), "id": 7}, sample([2, 3]), sample([4])
+    del unknown["id"]
+    ids = VLMCollator(9)([known, other])["ids"]
+    assert (ids.tolist(), ids.dtype) == ([7, 5], torch.int64)
+    assert "ids" not in VLMCollator(9)([known, unknown])
+    assert "ids" not in VLMCollator(9)([unknown])
+
+
 def test_images_follow_the_reading_order():
     batch = VLMCollator(pad_token_id=9)([sample([1], images=2), sample([2]), sample([3], images=1)])
     assert batch["pixel_values"].shape == (3, 3, 2, 2)

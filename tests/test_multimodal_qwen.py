@@ -139,6 +139,16 @@ def test_image_tokens_behind_those_of_the_prompt_are_ordinary_ids(model):
 
 
 @torch.no_grad()
+def test_features_are_placed_where_the_ids_are_whatever_the_default_device_is(model):
+    ids = torch.tensor([[IMG, 21, IMG]])
+    embeds, three = model.get_input_embeddings()(ids), features(1)
+    with torch.device("meta"):
+        placed = place_image_features(ids, embeds, three[:, :1], [1])
+    assert torch.equal(placed[0, 0], three[0, 0])
+    assert torch.equal(placed[0, 1:], embeds[0, 1:])
+
+
+@torch.no_grad()
 def test_an_image_behind_a_cached_beginning(model):
     ids = torch.tensor([[*ONE_IMAGE, *TWO_IMAGES]])
     images = features(3)
@@ -171,6 +181,11 @@ def test_other_widths_and_embeddings_are_refused(model):
         model(inputs_embeds=torch.zeros(1, 3, WIDTH), image_features=features(1))
     with pytest.raises(ValueError, match="input_ids"):
         model.generate(inputs_embeds=torch.zeros(1, 3, WIDTH), image_features=features(1), **GREEDY)
+
+
+def test_ids_or_embeddings_are_needed_as_by_the_language_model(model):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(attention_mask=torch.ones(1, 4))
 
 
 def test_gradient_reaches_the_features_and_not_the_frozen_embedding():
@@ -253,6 +268,16 @@ def test_generate_takes_ids_by_name_and_settings_by_place(model):
     want = model.generate(ids, image_features=images, **GREEDY)
     assert torch.equal(model.generate(input_ids=ids, image_features=images, **GREEDY), want)
     assert torch.equal(model.generate(ids, GenerationConfig(**GREEDY), image_features=images), want)
+
+
+def test_inputs_are_prepared_for_a_later_call_with_a_cache_unless_told_otherwise(model):
+    ids, images = torch.tensor([ONE_IMAGE]), (features(1)[0],)
+    inputs = model.prepare_inputs_for_generation(ids, 1, image_features=images)
+    assert inputs.pop("input_ids").tolist() == [[22]]
+    assert not {"image_features", "inputs_embeds"} & set(inputs)
+    inputs = model.prepare_inputs_for_generation(ids, image_features=images, is_first_iteration=True)
+    assert torch.equal(inputs["input_ids"], ids)
+    assert torch.equal(inputs["image_features"], images[0])
 
 
 def test_features_are_used_at_prefill_only(model, monkeypatch):
