@@ -50,6 +50,7 @@ class Annotations:
         captions_file: path of `captions.json`.
         max_samples: read only the first so many.
         skip_bad: leave bad samples out, and keep what is wrong with them in `errors`.
+        need_folders: an image folder that does not exist makes its samples bad.
 
     Raises:
         ValueError: a file cannot be read or has not the expected form.
@@ -69,6 +70,7 @@ class Annotations:
         max_samples: int | None = None,
         *,
         skip_bad: bool = False,
+        need_folders: bool = True,
     ) -> None:
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
@@ -76,7 +78,7 @@ class Annotations:
         captions = _read_object(captions_file)
         if not entries:
             raise ValueError(f"{image_map} holds no samples; prepare the data with dataprocess/process_image.py")
-        folders = _Folders(Path(image_map))
+        folders = _Folders(Path(image_map), need_folders)
         packed = bytearray()
         digest = hashlib.sha256()
         ends: list[int] = []
@@ -121,15 +123,17 @@ class Annotations:
 class _Folders:
     """Image folders as written in the file -> absolute ones, each looked up once."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, must_exist: bool) -> None:
         self._file = file
+        self._must_exist = must_exist
         self._known: dict[str, str | None] = {}
 
     def resolve(self, written: str) -> str:
         if written not in self._known:
             # A relative path counts from the current folder, as in the original, and else from the file's own.
             candidates = [Path(written).absolute(), (self._file.parent / written).absolute()]
-            self._known[written] = next((str(folder) for folder in candidates if folder.is_dir()), None)
+            default = None if self._must_exist else written
+            self._known[written] = next((str(folder) for folder in candidates if folder.is_dir()), default)
         folder = self._known[written]
         if folder is None:
             raise SampleError(f"image folder {written!r} does not exist; correct `path` in {self._file}")

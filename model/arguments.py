@@ -79,6 +79,10 @@ class DataArguments:
         default=0.01, metadata={"help": "With --on_bad_sample skip: more bad samples than this share stop the run."}
     )
     allow_links: bool = field(default=False, metadata={"help": "Follow links in the image folder that lead out of it."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print parameters, tokens, steps and the memory to expect, and stop. No weights are needed."},
+    )
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -119,6 +123,13 @@ def with_machine_defaults(argv: Sequence[str]) -> list[str]:
         defaults["eval_strategy"] = "epoch"
     added = [word for name, value in defaults.items() if name not in given for word in (f"--{name}", value)]
     return [*added, *argv]
+
+
+def is_dry_run(argv: Sequence[str]) -> bool:
+    """Whether the command line asks for `--dry_run`."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--dry_run", "--dry-run", type=string_to_bool, nargs="?", const=True, default=False)
+    return bool(asked.parse_known_args(argv)[0].dry_run)
 
 
 def parse_arguments(
