@@ -108,6 +108,8 @@ class Setting:
     """Whether gradients of an earlier batch are kept while the next one runs."""
     processes: int = 1
     """GPUs, or processes on the CPU, that train together."""
+    chunk_logits: int | None = None
+    """Logits that the language head makes at a time; None: all of a batch."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
     gradients = FP32 * shape.trained
     optimizer = 2 * FP32 * shape.trained
     kept, backward = activations_of(shape, setting, batch)
-    head = 3 * FP32 * batch.supervised * shape.vocabulary
+    logits = batch.supervised * shape.vocabulary
+    head = 3 * FP32 * min(logits, setting.chunk_logits or logits)
     tower = s * batch.images * shape.image_tokens * (2 * shape.tower_inner + 4 * shape.tower_width)
     other = CUDA_CONTEXT if setting.device == "cuda" else HOST_WORKSPACE
     lasting = frozen + trained + optimizer + buckets + other
