@@ -2,11 +2,11 @@
 
     python -m benchmarks.full_size --folder FOLDER [--scale 1.0] [--output benchmarks/results]
 
-Random bf16 weights of the published shapes are written shard by shard, 16 GB in all; then `train.py` trains LoRA of rank
-128 on them on the CPU, in bf16, batch 1, with gradient checkpointing, and `test.py` answers from what it saved. Each is a
-process of its own that is watched four times a second: resident memory, and of it what is anonymous. The difference is
-pages of the weights' files, which the system may drop and read again, and need not fit into memory. A process is ended
-if less than `--least_free` GB are left on the machine. Finished files are kept until the folder is deleted.
+Random bf16 weights of the published shapes are written shard by shard, 16 GB in all; then `train.py` trains LoRA of
+rank 128 on them on the CPU, in bf16, batch 1, with gradient checkpointing, and `test.py` answers from what it saved.
+Each is a process of its own that is watched four times a second: resident memory, and of it what is anonymous. The
+difference is pages of the weights' files, which the system may drop and read again. A process is ended if less than
+`--least_free` GB are left on the machine. What was written is kept until the folder is deleted.
 """
 
 from __future__ import annotations
