@@ -58,7 +58,7 @@ def sentences(rng: random.Random, number: int) -> tuple[list[str], list[str]]:
     return chinese, english
 
 
-def write_annotations(folder: Path, scale: float) -> None:
+def write_annotations(folder: Path, scale: float, pictures: int = PICTURES) -> None:
     """Write three annotation files, the pictures that exist, and the configuration that names them."""
     rng = random.Random(SEED)
     chinese, english = sentences(rng, 20_000)
@@ -82,7 +82,7 @@ def write_annotations(folder: Path, scale: float) -> None:
     for name, records in files.items():
         (folder / f"{name}.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     (folder / "photos").mkdir()
-    present = rng.sample(range(len(photos)), min(PICTURES, len(photos)))
+    present = rng.sample(range(len(photos)), min(pictures, len(photos)))
     for i in present:
         small = Image.frombytes("RGB", (16, 12), rng.randbytes(16 * 12 * 3))
         small.resize((640, 480), Image.Resampling.BICUBIC).save(folder / "photos" / photos[i]["image_id"], quality=90)
@@ -120,7 +120,7 @@ def _processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def goals(tenth: dict[str, float], whole: dict[str, float], scale: float) -> list[Goal]:
+def goals(tenth: dict[str, float], whole: dict[str, float]) -> list[Goal]:
     """What was asked, beside what was found."""
     ratio = whole["process_processor_seconds"] / tenth["process_processor_seconds"]
     opened = whole["ready_processor_seconds"] / tenth["ready_processor_seconds"]
@@ -150,14 +150,15 @@ def main() -> None:
     """Measure, print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the real size")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="photos that exist")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of JSON and PNG")
     given = parser.parse_args()
     found = {}
     for name, scale in (("a tenth", given.scale / 10), ("whole", given.scale)):
         with tempfile.TemporaryDirectory() as temporary:
-            write_annotations(Path(temporary), scale)
+            write_annotations(Path(temporary), scale, given.pictures)
             found[name] = measure(Path(temporary), whole=name == "whole")
-    rows = goals(found["a tenth"], found["whole"], given.scale)
+    rows = goals(found["a tenth"], found["whole"])
     print(f"{found['whole']['samples']:,.0f} samples; seconds in brackets are the processor's")
     cells = [[g.name, f"{g.value:,.2f}", f"{g.limit:,.1f}", g.note or ""] for g in rows]
     print(text_table(["", "found", "at most", ""], cells))

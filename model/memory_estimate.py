@@ -42,8 +42,12 @@ from dataclasses import dataclass
 FP32 = 4
 CUDA_CONTEXT = 600_000_000
 """Bytes that CUDA, cuBLAS and their kernels take before the first tensor. An assumption."""
-HOST_WORKSPACE = 0
-"""Bytes that a process on the CPU takes beside its tensors: modules loaded on use, tokenizer, threads. Measured."""
+HOST_PROCESS = 135_000_000
+"""Bytes that a process on the CPU takes beside its tensors: tokenizer, and modules that are loaded on use. Measured."""
+HOST_FRAGMENTATION = 0.37
+"""Share of what a step makes and frees again that glibc's heap takes more than was asked for: pieces below 32 MiB that
+are freed in another order than they were made leave holes. Measured, with and without the heap, which
+MALLOC_MMAP_THRESHOLD_=262144 avoids."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class MemoryEstimate:
     language_head: int
     """Log-probabilities and gradients at supervised positions."""
     other: int
-    """CUDA's context, or what a process on the CPU takes beside its tensors."""
+    """CUDA's context; on the CPU what the process takes beside its tensors, and holes in its heap."""
     peak: int
     """The largest of all moments: gradients and the language head's tensors need not be there at the same time."""
 
@@ -184,9 +188,11 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
     logits = batch.supervised * shape.vocabulary
     head = 3 * FP32 * min(logits, setting.chunk_logits or logits)
     tower = s * batch.images * shape.image_tokens * (2 * shape.tower_inner + 4 * shape.tower_width)
-    other = CUDA_CONTEXT if setting.device == "cuda" else HOST_WORKSPACE
+    step = max(tower, kept + max(head, backward))
+    holes = round(HOST_FRAGMENTATION * step)
+    other = CUDA_CONTEXT if setting.device == "cuda" else HOST_PROCESS + holes
     lasting = frozen + trained + optimizer + buckets + other
     earlier = gradients if setting.accumulates else 0
-    moments = (lasting + gradients, lasting + earlier + max(tower, kept + max(head, backward)))
+    moments = (lasting + gradients, lasting + earlier + step)
     activations = kept + (backward if setting.checkpointing else 0)
     return MemoryEstimate(frozen, trained, gradients + buckets, optimizer, activations, head, other, peak=max(moments))

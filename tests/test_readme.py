@@ -1,4 +1,4 @@
-"""Both READMEs say the same, and what they say is so: flags, defaults, keys, files, and the numbers of the snippet."""
+"""Both READMEs say the same, and what they say is so: flags, defaults, keys, and files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import argparse
 import ast
 import dataclasses
 import re
-import subprocess
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -184,12 +182,3 @@ def test_scripts_of_commands_exist(readme: str) -> None:
     scripts = set(re.findall(r"\b(?:sh|python) ((?:[\w.]+/)*[\w]+\.(?:sh|py))", commands))
     assert {"demo.sh", "train.sh", "test.py", "tests/run.sh"} <= scripts
     assert [script for script in sorted(scripts) if not (ROOT / script).is_file()] == []
-
-
-def test_memory_snippet_prints_what_is_shown() -> None:
-    fences = FENCE.findall(text_of("README.md"))
-    at = next(i for i, (kind, _) in enumerate(fences) if kind == "python")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", fences[at][1]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.stdout == fences[at + 1][1], run.stderr
