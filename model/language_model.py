@@ -65,6 +65,10 @@ def read_language_config(name_or_path: str) -> QWenConfig:
 
 def _qwen_config(name_or_path: str) -> dict[str, Any]:
     config = _config(name_or_path)
+    if not config:
+        raise ValueError(
+            f"base language model {name_or_path!r}: no config.json in this folder; give a QWen's, or a hub name"
+        )
     if config.get("model_type") != QWenConfig.model_type:
         raise ValueError(
             f"base language model {name_or_path!r} has model_type {config.get('model_type')!r}, expected "

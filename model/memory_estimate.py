@@ -44,12 +44,10 @@ CUDA_CONTEXT = 600_000_000
 """Bytes that CUDA, cuBLAS and their kernels take before the first tensor. An assumption."""
 HOST_PROCESS = 135_000_000
 """Bytes that a process on the CPU takes beside its tensors: tokenizer, and modules that are loaded on use. Measured."""
-HOST_FRAGMENTATION = 0.37
-"""Share of what a step makes and frees again that glibc's heap takes more than was asked for: pieces that are freed in
-another order than they were made leave holes. Measured, with and without the heap, which
-MALLOC_MMAP_THRESHOLD_=262144 avoids."""
-HEAP_LIMIT = 32 * 2**20
-"""Bytes from which on glibc takes a piece from the system, and gives it back, without the heap."""
+HOST_HOLES = 4
+"""How many layers' tensors glibc's heap takes more than was asked for: pieces that are freed in another order than they
+were made leave holes. Fitted to runs with and without gradient checkpointing; a run that avoids the heap
+(MALLOC_MMAP_THRESHOLD_=262144) has none, but spends more time."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +189,7 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
     head = 3 * FP32 * min(logits, setting.chunk_logits or logits)
     tower = s * batch.images * shape.image_tokens * (2 * shape.tower_inner + 4 * shape.tower_width)
     step = max(tower, kept + max(head, backward))
-    in_heap = FP32 * batch.rows * batch.tokens * shape.width < HEAP_LIMIT
-    holes = round(HOST_FRAGMENTATION * step) if in_heap else 0
+    holes = HOST_HOLES * kept_by_layer(shape, setting, batch)
     other = CUDA_CONTEXT if setting.device == "cuda" else HOST_PROCESS + holes
     lasting = frozen + trained + optimizer + buckets + other
     earlier = gradients if setting.accumulates else 0

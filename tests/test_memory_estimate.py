@@ -64,7 +64,7 @@ def kept_bytes(model: VisionLanguageModel, dtype: torch.dtype) -> tuple[int, int
         pixels = torch.randn(ROWS, 3, 28, 28)
         loss = model(ids, torch.ones_like(ids), labels=labels, pixel_values=pixels, return_logits=False).loss
     assert loss.isfinite()
-    head = [t for t in kept.values() if t.shape[-1] == SIZES["vocab_size"]]
+    head = [t for t in kept.values() if t.shape[-1:] == (SIZES["vocab_size"],)]
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     return sum(t.nbytes for t in head), total - sum(t.nbytes for t in head)
 
