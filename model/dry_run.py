@@ -248,7 +248,8 @@ def report(
         parameter_table(shape),
         length_table(plan, samples, shape.image_tokens),
         memory_table(shape, settings, drawn, plan),
-        "Estimated from shapes (model/memory_estimate.py says how), for the batch that takes most of those drawn.",
+        "Estimated from shapes (see model/memory_estimate.py) for the batch that takes most of those drawn. Gradients\n"
+        "come as activations go, so that not all parts are there at one moment.",
     )
     return "\n\n".join(parts) + "\n"
 

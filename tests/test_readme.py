@@ -128,11 +128,13 @@ def test_other_flags_and_defaults(readme: str, parse) -> None:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_flags_exist(readme: str) -> None:
-    """Every flag in tables, text and commands is one that the entry points take."""
+    """Every flag in tables, text and commands is one that the entry points, or the benchmarks, take."""
     known = {f"--{field.name}" for field in dataclasses.fields(VLMTrainingArguments)}
     known |= {f"--{name}" for name in train_fields()}
     for parse in (ask.parse_arguments, process_image.main):
         known |= {option for action in parser_actions(parse) for option in action.option_strings}
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'add_argument\("(--\w+)"', script.read_text(encoding="utf-8")))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z]\w+", text_of(readme)))
     assert mentioned - known == {"--help"}
 
