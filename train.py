@@ -33,12 +33,13 @@ from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arg
 from model.checkpoint import CheckpointError, package_versions
 from model.console import in_one_line, set_up_logging
 from model.dry_run import Plan, planned_model, report, settings_to_show
-from model.guards import BAD_EVAL_SAMPLES, ClearOnFirstStep, NotFiniteError, WatchBadSamples
+from model.guards import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
 from model.resuming import checkpoint_to_resume, files_in_the_way
 from model.run_state import RunState, check_identity
 from qwen import QWenTokenizer
+from visual.feature_cache import open_feature_cache
 
 logger = logging.getLogger("train")
 
@@ -133,6 +134,7 @@ def build_datasets(
         "allow_links": data_args.allow_links,
         "on_bad_sample": data_args.on_bad_sample,
         "max_bad_fraction": data_args.max_bad_fraction,
+        "feature_cache": model.feature_cache,
     }
     train_set = ImageCaptionDataset(
         data_args.image_map, data_args.captions_file, max_samples=data_args.max_train_samples, **common
@@ -168,6 +170,7 @@ def run_identity(
         "number of samples": len(train_set),
         "max_length": train_set.max_length,
         "seed": args.seed,
+        "data_seed": args.data_seed,
         "lora_rank": lora.r,
         "lora_alpha": lora.lora_alpha,
         "target_modules": "|".join(sorted(lora.target_modules)),
@@ -193,17 +196,22 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
+    if data_args.feature_cache is not None:
+        model.feature_cache = open_feature_cache(
+            data_args.feature_cache, model.vision_tower, data_args.feature_cache_dtype
+        )
     train_set, eval_set = build_datasets(model, tokenizer, data_args, args)
     identity = run_identity(model, train_set, args)
     if resume is not None:
         check_identity(RunState.read(Path(resume)), identity, Path(resume))
     ordered: Any = train_set
+    order_seed = args.seed if args.data_seed is None else args.data_seed
     if args.train_sampling_strategy == "random":
         # Trainer's own sampler can't go on in mid-epoch with other batches; this order is a function of seed and epoch.
-        ordered, args.train_sampling_strategy = EpochOrder(train_set, args.seed), "sequential"
+        ordered, args.train_sampling_strategy = EpochOrder(train_set, order_seed), "sequential"
     watches = [WatchBadSamples(train_set)]
     if eval_set is not None:
-        watches.append(WatchBadSamples(eval_set, BAD_EVAL_SAMPLES))
+        watches.append(WatchBadEvalSamples(eval_set))
     trainer = VLMTrainer(
         model=model,
         args=args,

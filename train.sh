@@ -2,8 +2,10 @@
 # The published training command. What is given is passed on, and the last word wins:
 #     sh train.sh --num_train_epochs 1 --base_language_model Qwen/Qwen-1_8B-Chat
 # CUDA_VISIBLE_DEVICES (0), NPROC_PER_NODE (1) and MASTER_PORT (25642) are honoured where they are set.
+# torchrun passes SIGTERM and Ctrl-C on and waits for the checkpoint, up to TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (600).
 # Without an environment that is activated, the one that sh demo.sh and sh tests/run.sh set up is used.
 command -v torchrun > /dev/null || PATH="$(cd "$(dirname "$0")" && pwd)/.venv/bin:$PATH"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}" exec torchrun \
     --nproc_per_node="${NPROC_PER_NODE:-1}" --master_port="${MASTER_PORT:-25642}" "$(dirname "$0")/train.py" \
     --lora_rank 128 --lora_dropout 0.10 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 \

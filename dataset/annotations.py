@@ -263,3 +263,31 @@ def _turn(turn: Any, where: str) -> tuple[str, list[str]]:
     if not all(answer.strip() for answer in answers):
         raise SampleError(f"{where}an answer is empty")
     return turn["q"], answers
+
+
+def images_of(image_map: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Every image that an image map names, once.
+
+    Args:
+        image_map: path of `image_map.json`.
+
+    Returns:
+        (absolute folder, name inside it) in the order of the file, and what is wrong with entries that can't be used.
+
+    Raises:
+        ValueError: the file can't be read or has not the expected form.
+    """
+    folders = _Folders(Path(image_map))
+    images: dict[tuple[str, str], None] = {}
+    errors = []
+    for key, entry in _read_object(image_map).items():
+        try:
+            if not isinstance(entry, dict):
+                raise SampleError(f"must be an object, got {type(entry).__name__}")
+            files = _image_files(entry)
+            if files and not isinstance(entry.get("path"), str):
+                raise SampleError(f"`path` must be the image folder, got {entry.get('path')!r}")
+            images.update(((folders.resolve(entry["path"]), name), None) for name in files)
+        except SampleError as error:
+            errors.append(f"{image_map}: entry {key!r}: {error}")
+    return list(images), errors

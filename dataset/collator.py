@@ -19,6 +19,10 @@ class VLMCollator:
     can name samples, and `pixel_values` float32 (images in the batch, 3, H, W): the images of row 0 in reading order,
     then those of row 1, and so on. A batch without any image has no `pixel_values`. Shape legend: B samples, T tokens
     of the longest one.
+
+    Images whose features were stored come as `vision_features` (images, P, D) in place of pixels, and then
+    `has_features` bool (all images) says which they are. `image_keys` uint8 (images that come as pixels, 32) is what
+    the features of the others are to be stored under.
     """
 
     pad_token_id: int
@@ -31,7 +35,8 @@ class VLMCollator:
 
         Args:
             samples: what `ImageCaptionDataset` gives: `input_ids` (T,), `labels` (T,), and `pixel_values` (n, 3, H, W)
-                where there are images, `id` where it is known. Other keys are left out of the batch.
+                or `vision_features` (n, P, D) where there are images, `id` and `image_keys` where they are known.
+                Other keys are left out of the batch.
 
         Returns:
             The batch.
@@ -62,4 +67,17 @@ class VLMCollator:
             if len(sizes) > 1:
                 raise ValueError(f"all images of a batch must have one size, got {sorted(sizes)}; use one transform")
             batch["pixel_values"] = torch.cat(images)
+            keys = [sample["image_keys"] for sample in samples if "image_keys" in sample]
+            if len(keys) == len(images):
+                batch["image_keys"] = torch.cat(keys)
+        features = [sample["vision_features"] for sample in samples if "vision_features" in sample]
+        if features:
+            batch["vision_features"] = torch.cat(features)
+            of_each = [
+                torch.full((len(sample[kind]),), kind == "vision_features")
+                for sample in samples
+                for kind in ("pixel_values", "vision_features")
+                if kind in sample
+            ]
+            batch["has_features"] = torch.cat(of_each)
         return batch

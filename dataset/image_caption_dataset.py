@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
 
 logger = logging.getLogger(__name__)
 
+_NO_KEY = bytes(32)
 # One row of counters per data worker and one for the main process: nobody waits, and no count is lost.
 _MAX_WORKERS = 1024
 
@@ -45,11 +46,23 @@ def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alter
     return int.from_bytes(digest, "big") % num_alternatives
 
 
+class FeatureSource(Protocol):
+    """Where features of images may be stored, as `visual.feature_cache.FeatureCache` does it."""
+
+    def key_of(self, path: Path) -> bytes | None:
+        """Hash of a file's content, 32 bytes; None if it can't be read."""
+
+    def read(self, key: bytes) -> torch.Tensor | None:
+        """(P, D): the features of the image with that hash; None if they are not there."""
+
+
 class ImageCaptionDataset(Dataset[dict[str, Any]]):
     """Samples of an image map and a captions file.
 
     Both files are read once and checked; images are opened when their sample is asked for. A sample is a dict:
     `input_ids` and `labels` int64 (T,), `id` int, and, where it has images, `pixel_values` float32 (images, 3, H, W).
+    With a `feature_cache`, `vision_features` (images, P, D) stand in their place if those of all its images are stored,
+    and no image is opened; else `image_keys` uint8 (images, 32) say what to store them under, zeros: not to.
 
     Args:
         image_map: path of `image_map.json`.
@@ -66,6 +79,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         on_bad_sample: "error", or "skip": a bad sample is left out where the two files show it, and where it shows
             only when it is asked for, it becomes a sample of one token without a label. `bad` counts both.
         max_bad_fraction: with "skip", the share of the samples that may be bad, 0 to 1.
+        feature_cache: where the tower's features of images may be stored.
 
     Raises:
         ValueError: a file cannot be read or has not the expected form, or a number is out of range.
@@ -89,6 +103,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         allow_links: bool = False,
         on_bad_sample: str = "error",
         max_bad_fraction: float = 0.01,
+        feature_cache: FeatureSource | None = None,
     ) -> None:
         if on_bad_sample not in ("error", "skip"):
             raise ValueError(f"on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
@@ -103,6 +118,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self.system = system
         self.training = training
         self.allow_links = allow_links
+        self.feature_cache = feature_cache
         self.captions_file = str(captions_file)
         self.skips_bad = on_bad_sample == "skip"
         self._annotations = Annotations(image_map, captions_file, max_samples, skip_bad=self.skips_bad)
@@ -202,7 +218,12 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             "id": sample.id,
         }
         if sample.image_files:
-            item["pixel_values"] = torch.stack([self._load(sample, name) for name in sample.image_files])
+            try:
+                item.update(self._images(sample))
+            except ImageError as error:
+                named = ImageError(f"sample {sample.id}: {error}")
+                named.reason = error.reason
+                raise named from None
         return item
 
     def _choose(self, sample: Sample) -> list[tuple[str, str]]:
@@ -212,14 +233,30 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             chosen.append((question, answers[index]))
         return chosen
 
-    def _load(self, sample: Sample, name: str) -> torch.Tensor:
-        try:
-            image = load_image(resolve_image_path(sample.image_folder, name, allow_links=self.allow_links))
-        except ImageError as error:
-            named = ImageError(f"sample {sample.id}: {error}")
-            named.reason = error.reason
-            raise named from None
-        return self.image_transform(image)
+    def _images(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """Features of a sample's images if all are stored, else their pixels."""
+        paths = [resolve_image_path(sample.image_folder, name, self.allow_links) for name in sample.image_files]
+        cache = self.feature_cache
+        if cache is None:
+            return {"pixel_values": self._pixels(paths)}
+        keys = [cache.key_of(path) for path in paths]
+        features = []
+        for key in keys:
+            stored = None if key is None else cache.read(key)
+            if stored is None:
+                break
+            features.append(stored)
+        else:
+            return {"vision_features": torch.stack(features)}
+        pixels = self._pixels(paths)
+        # Of a file that changed in between, nobody can say which content the pixels are of.
+        still = [cache.key_of(path) for path in paths]
+        sure = [key if key is not None and key == now else _NO_KEY for key, now in zip(keys, still, strict=True)]
+        image_keys = torch.frombuffer(bytearray(b"".join(sure)), dtype=torch.uint8).view(len(sure), -1)
+        return {"pixel_values": pixels, "image_keys": image_keys}
+
+    def _pixels(self, paths: list[Path]) -> torch.Tensor:
+        return torch.stack([self.image_transform(load_image(path)) for path in paths])
 
     def _count_cut(self, num_tokens: int) -> None:
         if num_tokens:

@@ -18,6 +18,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 
+from visual.feature_cache import DTYPES
+
 from .console import OneLineErrors
 from .device import has_accelerator, pick_device, pick_dtype
 from .trainer import VLMTrainingArguments
@@ -82,6 +84,14 @@ class DataArguments:
     dry_run: bool = field(
         default=False,
         metadata={"help": "Print parameters, tokens, steps and the memory to expect, and stop. No weights are needed."},
+    )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder in which the tower's features are kept, so that it sees no image twice."},
+    )
+    feature_cache_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "What they are stored in; float32 changes no result.", "choices": list(DTYPES)},
     )
 
 
@@ -159,6 +169,11 @@ def parse_arguments(
     check_values(model_args, data_args, training_args)
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file go together; one of them is missing")
+    if training_args.eval_strategy != "no" and data_args.eval_image_map is None:
+        raise ValueError(
+            f"--eval_strategy {training_args.eval_strategy.value} needs --eval_image_map and --eval_captions_file; "
+            "give both, or leave it out"
+        )
     if training_args.remove_unused_columns:
         raise ValueError("--remove_unused_columns must be false: the data set gives just what the model takes")
     for name in ("image_map", "captions_file", "eval_image_map", "eval_captions_file"):
@@ -194,6 +209,9 @@ def check_values(*arguments: object) -> None:
         "per_device_train_batch_size": at_least_1,
         "per_device_eval_batch_size": at_least_1,
         "gradient_accumulation_steps": at_least_1,
+        "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1: by epochs"),
+        "max_grad_norm": not_negative,
+        "weight_decay": not_negative,
         "num_train_epochs": (lambda value: 0 < value < math.inf, "above 0"),
     }
     values = {name: value for group in arguments for name, value in vars(group).items()}

@@ -23,8 +23,9 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
     if config is not None:
         language, vision = language or config.base_language_model, vision or config.base_value_model
     if language is None or vision is None:
-        absent = "--base_language_model" if language is None else "--base_value_model"
-        raise CheckpointError(f"{absent} is missing, and there is no checkpoint whose multimodal_config.json names it")
+        flags = {"--base_language_model": language, "--base_value_model": vision}
+        absent = " and ".join(flag for flag, name in flags.items() if name is None)
+        raise CheckpointError(f"give {absent}: there is no checkpoint whose multimodal_config.json says what it is")
     logger.info("base language model: %s; base vision model: %s", language, vision)
     return language, vision
 

@@ -196,3 +196,10 @@ class WatchBadSamples(TrainerCallback):
                 logger.error("%s could not be written: %s", path, error)
             logger.warning("%d bad samples were left out so far; see %s", self._known, path)
         self.dataset.bad.check(str(path))
+
+
+class WatchBadEvalSamples(WatchBadSamples):
+    """Does so for the evaluation set; a class of its own, for Trainer warns of two callbacks of one class."""
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__(dataset, BAD_EVAL_SAMPLES)

@@ -72,6 +72,8 @@ class VLMTrainingArguments(TrainingArguments):
             "dataloader_drop_last": "no sample of an epoch is left out; leave the flag out",
             "ignore_data_skip": "a run goes on behind the last sample it was given, at no cost; leave the flag out",
             "auto_find_batch_size": "give a smaller --per_device_train_batch_size, with --gradient_accumulation_steps",
+            "fsdp": "every GPU holds the whole model; leave it out",
+            "deepspeed": "every GPU holds the whole model; leave it out",
         }
         given = [
             f"--{name} {getattr(self, name)} is not supported: {why}"

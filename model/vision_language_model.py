@@ -18,6 +18,7 @@ from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
 from qwen.loss import supervised_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
+from visual.feature_cache import FeatureCache
 
 from .bases import base_models, check_bases, drops_first_patch, num_projector_layers
 from .checkpoint import (
@@ -35,6 +36,7 @@ from .fingerprint import base_fingerprints
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora
 from .projector import build_projector
+from .tower_features import tower_features
 from .weights import check_finite
 
 
@@ -47,6 +49,7 @@ class VisionLanguageModel(nn.Module):
         language_model: frozen `MultimodalQWenLMHeadModel`, or a `PeftModel` around it whose LoRA layers are fp32.
         base_language_model: hub name or folder that the language model came from.
         fingerprints: of both base models, by the names that `multimodal_config.json` has.
+        feature_cache: where the tower's features are stored, of batches that have `image_keys`; None: nowhere.
     """
 
     accepts_loss_kwargs = True  # tells Trainer to hand over the supervised tokens of the whole optimizer step
@@ -65,6 +68,7 @@ class VisionLanguageModel(nn.Module):
         self.language_model: Any = language_model  # a PeftModel hands its base model's attributes on
         self.base_language_model = base_language_model
         self.fingerprints = fingerprints
+        self.feature_cache: FeatureCache | None = None
 
     @classmethod
     def from_pretrained(
@@ -168,9 +172,14 @@ class VisionLanguageModel(nn.Module):
         """Return the language model's token embedding, which `--neftune_noise_alpha` adds noise to."""
         return self.qwen.get_input_embeddings()
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Turn images (N, 3, H, W) into features (N, P, D) in the language model's space."""
-        features = self.vision_tower(pixel_values)
+    def encode_images(self, pixel_values: Tensor | None, **stored: Tensor | None) -> Tensor:
+        """Turn images (N, 3, H, W) into features (N, P, D) in the language model's space.
+
+        Args:
+            pixel_values: the images, less those whose features were stored.
+            stored: see `tower_features`.
+        """
+        features: Any = tower_features(self.vision_tower, self.feature_cache, pixel_values, **stored)
         return self.projector(features.to(self.projector[0].weight.dtype))
 
     def forward(
@@ -181,6 +190,9 @@ class VisionLanguageModel(nn.Module):
         pixel_values: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = True,
+        vision_features: Tensor | None = None,
+        has_features: Tensor | None = None,
+        image_keys: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict the next token everywhere, and take the loss where labels are.
@@ -192,6 +204,10 @@ class VisionLanguageModel(nn.Module):
             pixel_values: (N, 3, H, W), the images of the batch in reading order; rows may have none, one or
                 several. None if there is no image at all.
             num_items_in_batch: what the summed loss is divided by; by default this batch's supervised tokens.
+            vision_features: (K, P, width of the tower), of K further images, whose features were stored; they take
+                the place of pixels. None if there are none.
+            has_features: (N + K,) bool, which of all images these are; needed where there are some of each kind.
+            image_keys: (N, 32) uint8, what the features of `pixel_values` are stored under in `feature_cache`.
             return_logits: False runs the language head at supervised positions only and gives no logits. The loss
                 is the same; training uses it, for the head's 151,936 rows cost more than many a layer.
             kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …).
@@ -200,9 +216,12 @@ class VisionLanguageModel(nn.Module):
             ValueError: if image tokens and features differ in number, in all or by rows.
         """
         features = None
-        if pixel_values is not None:
-            self._check_image_tokens(input_ids, len(pixel_values))
-            features = self.encode_images(pixel_values)
+        num_images = sum(len(images) for images in (pixel_values, vision_features) if images is not None)
+        if num_images:
+            self._check_image_tokens(input_ids, num_images)
+            features = self.encode_images(
+                pixel_values, vision_features=vision_features, has_features=has_features, image_keys=image_keys
+            )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "image_features": features, **kwargs}
         if labels is None or return_logits:
             out = self.qwen(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)

@@ -385,9 +385,9 @@ def test_what_the_original_project_wrote_on_a_gpu_is_read_to_the_cpu(tmp_path):
 
 def test_a_folder_of_the_original_project_needs_its_base_models_named(saved, tiny_bases, tmp_path):
     folder = write_original(tmp_path / "original", saved)
-    with pytest.raises(CheckpointError, match="--base_language_model is missing"):
+    with pytest.raises(CheckpointError, match="give --base_language_model and --base_value_model: "):
         load(folder)
-    with pytest.raises(CheckpointError, match="--base_value_model is missing"):
+    with pytest.raises(CheckpointError, match="give --base_value_model: "):
         load(folder, tiny_bases[0])
 
 

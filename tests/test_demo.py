@@ -220,9 +220,21 @@ def test_small_vocabulary_gives_the_full_vocabularys_loss(tokenizer, training):
 def test_whatever_is_drawn_is_in_the_small_vocabulary(tokenizer, training):
     source = pretrain_qwen.TextSource(training, random.Random(5))
     small = pretrain_qwen.SmallVocabulary(pretrain_qwen.occurring_ids(tokenizer, training), torch.device("cpu"))
-    rows, labels = small.batch(tokenizer, [turns for _ in range(10) for turns in source.draw_batch(50)])
+    rows, labels = small.batch(tokenizer, [turns for _ in range(20) for turns in source.draw_batch()])
     assert rows.max() < small.other
     assert ((labels >= 0).sum(dim=1) >= 2).all()
+
+
+def test_text_asks_every_kind_of_question_alike_and_for_both_answers(training):
+    source = pretrain_qwen.TextSource(training, random.Random(6))
+    turns = [turn for _ in range(3000) for turn in source.draw() if turn[1].isascii()]
+    asked = [Question(text.splitlines()[-1], answer, 0) for text, answer in turns]
+    for kind in KINDS:
+        answers = [question.answer for question in asked if question.kind == kind]
+        assert 0.12 < len(answers) / len(asked) < 0.21
+        if not kind.startswith("what"):
+            rarer = "no" if kind.startswith("no") else "yes"
+            assert 0.25 < answers.count(rarer) / len(answers) < 0.42
 
 
 def test_the_language_model_is_a_published_one(tmp_path, tokenizer):

@@ -21,6 +21,15 @@ ROOT = Path(__file__).parents[1]
 SPEC = spec_from_file_location("test_py", ROOT / "test.py")
 ask = module_from_spec(SPEC)
 SPEC.loader.exec_module(ask)
+CACHE_SPEC = spec_from_file_location("cache_features", ROOT / "visual" / "cache_features.py")
+cache_features = module_from_spec(CACHE_SPEC)
+sys.modules["cache_features"] = cache_features  # its dataclasses look there
+CACHE_SPEC.loader.exec_module(cache_features)
+OTHERS = {
+    "test.py": ask.parse_arguments,
+    "process_image.py": process_image.main,
+    "cache_features.py": cache_features.parse_arguments,
+}
 READMES = ("README.md", "README_zh.md")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.S | re.M)
 # Made by training, by the demo or by the user, or belonging to a checkpoint.
@@ -113,7 +122,7 @@ def test_training_flags_and_defaults(readme: str) -> None:
 
 
 @pytest.mark.parametrize("readme", READMES)
-@pytest.mark.parametrize("parse", [ask.parse_arguments, process_image.main], ids=["test.py", "process_image.py"])
+@pytest.mark.parametrize("parse", OTHERS.values(), ids=OTHERS.keys())
 def test_other_flags_and_defaults(readme: str, parse) -> None:
     table = [row for row in rows(readme) if len(row) == 3]
     actions = parser_actions(parse)
@@ -131,7 +140,7 @@ def test_flags_exist(readme: str) -> None:
     """Every flag in tables, text and commands is one that the entry points, or the benchmarks, take."""
     known = {f"--{field.name}" for field in dataclasses.fields(VLMTrainingArguments)}
     known |= {f"--{name}" for name in train_fields()}
-    for parse in (ask.parse_arguments, process_image.main):
+    for parse in OTHERS.values():
         known |= {option for action in parser_actions(parse) for option in action.option_strings}
     for script in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--\w+)"', script.read_text(encoding="utf-8")))

@@ -146,6 +146,7 @@ def test_going_on_with_something_else_is_refused(command, whole, inputs, qwen_ti
         "training data": other_data,
         "number of samples was 12 and is now 11": fewer,
         "seed was 42 and is now 7": ["--seed", "7"],
+        "data_seed was None and is now 7": ["--data_seed", "7"],
         "lora_rank was 4 and is now 8": ["--lora_rank", "8"],
         "lora_alpha was 8 and is now 16": ["--lora_alpha", "16"],
         "target_modules was 'c_attn|w1|w2' and is now 'c_attn|w1'": ["--target_modules", "c_attn|w1"],

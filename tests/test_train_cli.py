@@ -100,6 +100,7 @@ def test_each_step_shows_loss_both_learning_rates_and_speed(run):
         assert step["samples_per_second"] > 0
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
     assert "6/6" in stderr  # the progress bar
+    assert "there is already one" not in stderr  # Trainer's word on two callbacks of one class
     for part in ("vision_tower", "projector", "language_model", "lora"):
         assert stderr.count(f"\n{part} ") == 1, "parameters of each part, once"
 
@@ -301,6 +302,15 @@ def test_the_first_samples_only(bases, data, tmp_path):
     assert sorted(trainer.train_dataset[i]["id"] for i in range(len(trainer.train_dataset))) == [0, 1, 2]
 
 
+def test_the_order_has_a_seed_of_its_own(bases, data, tmp_path):
+    def order(*flags: str) -> list[int]:
+        argv = [*bases, *data, *QUICK, "--report_to", "none", "--output_dir", str(tmp_path), *flags]
+        train_set = train.build_trainer(argv).train_dataset
+        return [train_set[i]["id"] for i in range(len(train_set))]
+
+    assert order("--seed", "1") == order("--seed", "2", "--data_seed", "1") != order("--seed", "1", "--data_seed", "2")
+
+
 # ---- What users get wrong
 
 
@@ -340,7 +350,11 @@ def mistakes(folder: Path, pictures: Path, bases: list[str], run: Path) -> dict[
         "epochs": (["--num_train_epochs", "0"], "--num_train_epochs 0.0"),
         "layers": (["--projector_layers", "3"], "--projector_layers 3"),
         "half an evaluation": (["--eval_image_map", "x.json"], "--eval_captions_file"),
-        "no evaluation set": (["--eval_strategy", "steps"], "eval_dataset"),
+        "no evaluation set": (["--eval_strategy", "steps"], "needs --eval_image_map and --eval_captions_file"),
+        "steps": (["--max_steps", "0"], "--max_steps 0: must be at least 1"),
+        "clipping": (["--max_grad_norm", "-1"], "--max_grad_norm -1"),
+        "sharding": (["--fsdp", "full_shard"], "every GPU holds the whole model"),
+        "deepspeed": (["--deepspeed", "x.json"], "every GPU holds the whole model"),
         "columns": (["--remove_unused_columns", "true"], "--remove_unused_columns"),
         "log": (["--report_to", "wandb"], "--report_to wandb"),
         "optimizer": (["--optim", "adamw_bnb_8bit"], "bitsandbytes"),

@@ -26,47 +26,63 @@ from model.device import pick_device
 from qwen import IGNORE_INDEX, QWenConfig, QWenLMHeadModel, QWenTokenizer
 
 from .fitting import Schedule, fit, written_whole
-from .questions import Question, load_questions, questions_by_image, scenes_told
+from .questions import KINDS, Question, load_questions, scenes_told
 from .shapes import COLORS, SHAPES, Scene, random_scene
 from .texts import Turn, captioning, conversation
 
 VOCAB_SIZE = 151936
 HIDDEN, LAYERS, HEADS, MLP_WIDTH = 128, 4, 4, 256
 CONTEXT = 1024  # tokens
-BATCH = 64  # conversations
-NUMBERS_OF_TURNS = (1, 1, 6)  # equally likely
-CAPTION_SHARE = 0.15
+BATCHES = ((64, 1), (64, 1), (64, 1), (32, 4))  # conversations and turns of each, equally likely
+CAPTION_SHARE = 0.1
+SHARE_PRESENT = 1 / 3  # of the yes/no questions, those that ask for what is there
 SEED = 42
 
 
 class TextSource:
     """Draws conversations about scenes told in words.
 
+    Every kind of question is drawn equally often, and of yes and no the rarer answer once in three times. In the data
+    "is there a red shape?" is answered with yes once in eight times, and a model that always says no is content there.
+
     Args:
-        questions: the training split's.
+        questions: the training split's; those about pictures that show the same scene are put together.
         rng: decides everything that is drawn.
     """
 
     def __init__(self, questions: list[Question], rng: random.Random) -> None:
         self.rng = rng
         scenes = scenes_told(questions)
-        self.told: list[tuple[Scene, list[Question]]] = [
-            (scenes[image_id], group) for image_id, group in questions_by_image(questions).items() if image_id in scenes
-        ]
+        self.by_kind: dict[Scene, dict[str, list[Question]]] = {}
+        for question in questions:
+            if question.image_id in scenes:
+                kinds = self.by_kind.setdefault(scenes[question.image_id], {})
+                kinds.setdefault(_kind_and_answer(question), []).append(question)
+        self.scenes = list(self.by_kind)
 
-    def draw_batch(self, size: int) -> list[list[Turn]]:
-        """Conversations of about one length, so that little is padding: one turn in most batches, several in some."""
-        num_turns = self.rng.choice(NUMBERS_OF_TURNS)
+    def draw_batch(self) -> list[list[Turn]]:
+        """Conversations of one length, so that little is padding: many short ones, or some long ones."""
+        size, num_turns = self.rng.choice(BATCHES)
         return [self.draw(num_turns) for _ in range(size)]
 
     def draw(self, num_turns: int = 1) -> list[Turn]:
-        """Some questions about one picture's scene, or a scene to be told in Chinese."""
+        """Questions about one scene, or a scene to be told in Chinese."""
         rng = self.rng
         if rng.random() < CAPTION_SHARE:
             return captioning(random_scene(rng), rng)
-        scene, questions = rng.choice(self.told)
-        chosen = rng.sample(questions, k=min(len(questions), num_turns))
-        return conversation(scene, chosen, rng)
+        scene = rng.choice(self.scenes)
+        return conversation(scene, [self._question(scene) for _ in range(num_turns)], rng)
+
+    def _question(self, scene: Scene) -> Question:
+        kind = self.rng.choice(KINDS)
+        if not kind.startswith("what"):
+            is_present = self.rng.random() < SHARE_PRESENT
+            kind += " yes" if is_present != kind.startswith("no") else " no"
+        return self.rng.choice(self.by_kind[scene][kind])
+
+
+def _kind_and_answer(question: Question) -> str:
+    return question.kind if question.kind.startswith("what") else f"{question.kind} {question.answer}"
 
 
 def occurring_ids(tokenizer: QWenTokenizer, questions: list[Question]) -> list[int]:
@@ -96,6 +112,7 @@ def config_of(vocab_size: int) -> QWenConfig:
         intermediate_size=2 * MLP_WIDTH,
         seq_length=CONTEXT,
         max_position_embeddings=CONTEXT,
+        initializer_range=0.08,  # about 1 / √HIDDEN: narrow as it is, attention would else begin all but uniform
     )
 
 
@@ -111,6 +128,7 @@ class SmallVocabulary:
         self.row_of = {token: row for row, token in enumerate(ids)}
         self.other = len(ids)
         self.model = QWenLMHeadModel(config_of(len(ids) + 1))
+        self.model.set_attn_implementation("eager")  # on a CPU, and for sequences this short, twice as fast
         self.model.to(device)  # type: ignore[arg-type]
         # A sum over n equal rows in the softmax is one row's share times n: log n is added to its logit.
         self.bias = torch.zeros(len(ids) + 1, device=device)
@@ -170,7 +188,7 @@ def pretrain(tokenizer: QWenTokenizer, schedule: Schedule) -> QWenLMHeadModel:
     print(f"{len(small.ids)} of the vocabulary's {VOCAB_SIZE:,} tokens occur in the text")
 
     def loss_of_batch() -> Tensor:
-        return small.loss(*small.batch(tokenizer, source.draw_batch(BATCH)))
+        return small.loss(*small.batch(tokenizer, source.draw_batch()))
 
     fit(small.model, loss_of_batch, schedule, "QWen, text only")
     return small.full_size()
@@ -195,7 +213,7 @@ def main() -> None:
     """Pretrain and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--steps", type=int, default=900, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps (%(default)s)")
     args = parser.parse_args()
     tokenizer = QWenTokenizer(str(real_vocabulary()))
     save(pretrain(tokenizer, Schedule(args.steps, 2e-3)), tokenizer, args.output)

@@ -17,17 +17,12 @@ from .shapes import Scene
 
 Turn = tuple[str, str]
 
-_LONGEST_LIST = 10  # words
-
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """Tell a scene in words: by its caption, or by its two words over and over in any order."""
-    if rng.random() < 0.5:
-        return scene.caption
+    """Tell a scene in words: by its caption, or by its two words in any order."""
     words = [scene.color, scene.shape]
-    listed = words + rng.choices(words, k=rng.randint(0, _LONGEST_LIST - 2))
-    rng.shuffle(listed)
-    return " ".join(listed)
+    rng.shuffle(words)
+    return rng.choice((scene.caption, " ".join(words)))
 
 
 def conversation(scene: Scene, questions: Sequence[Question], rng: random.Random) -> list[Turn]:

@@ -1,0 +1,59 @@
+"""The tower's features of a batch: read from a cache, or computed, or some of each.
+
+Shape legend: N images of the batch in reading order, M of them as pixels, P tokens per image, D the tower's width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from visual.base import VisionTower
+from visual.feature_cache import FeatureCache
+
+
+def tower_features(
+    tower: VisionTower,
+    cache: FeatureCache | None,
+    pixel_values: Tensor | None,
+    vision_features: Tensor | None = None,
+    has_features: Tensor | None = None,
+    image_keys: Tensor | None = None,
+) -> Tensor:
+    """Run the tower over those images that come as pixels, and put all features in order.
+
+    Args:
+        tower: the tower.
+        cache: where what it computes is stored; None: nowhere.
+        pixel_values: (M, 3, H, W), or None if there are none.
+        vision_features: (N - M, P, D), read from a cache, or None if there are none.
+        has_features: (N,) bool, which images these are; all of them if there are no pixels.
+        image_keys: (M, 32) uint8, what the computed features are stored under; None: they are not.
+
+    Returns:
+        (N, P, D).
+
+    Raises:
+        ValueError: for features that are not of this tower's shape, or do not add up to N.
+    """
+    shape = (tower.num_image_tokens, tower.hidden_size)
+    if vision_features is not None and tuple(vision_features.shape[1:]) != shape:
+        raise ValueError(f"vision_features must have shape (N, {shape[0]}, {shape[1]}), got {vision_features.shape}")
+    if pixel_values is None:
+        if vision_features is None:
+            raise ValueError("there are neither pixel_values nor vision_features")
+        return vision_features
+    computed = tower(pixel_values)
+    if cache is not None and image_keys is not None:
+        computed = cache.remember(computed, image_keys)
+    if vision_features is None:
+        return computed
+    number = len(pixel_values) + len(vision_features)
+    if has_features is None or len(has_features) != number or int(has_features.sum()) != len(vision_features):
+        raise ValueError(
+            f"has_features must mark {len(vision_features)} of {number} images, those that vision_features are of"
+        )
+    # float32 holds whatever either of them is in.
+    features = computed.new_empty((number, *shape)).float()
+    features[has_features] = vision_features.float()
+    features[~has_features] = computed.float()
+    return features

@@ -1,0 +1,292 @@
+"""Let a frozen tower see every image of a data set once, before training, and keep what it makes of them.
+
+    python visual/cache_features.py --image_map data/image_map_b.json --feature_cache data/features
+
+`train.py --feature_cache` reads them back. What is there already is left alone, so the command may be stopped and run
+again at any time. With `--num_shards N`, N processes (a GPU each, say) take a part each, `--shard 0` to `N - 1`.
+
+Everything is said on stderr. Exit code 0: every image is stored, but for those that are listed as bad; 1: the disk was
+full, or no image could be used; 2: something in the command or the files is wrong, and nothing was done; 130 and 143:
+stopped by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset.annotations import images_of
+from dataset.image_io import ImageError, load_image, resolve_image_path
+from model.console import OneLineErrors, in_one_line, set_up_logging
+from model.data_workers import with_calm_workers
+from model.device import parse_dtype, pick_device, pick_dtype
+from model.memory import is_out_of_memory, out_of_memory
+from visual import VisionTower, build_vision_tower
+from visual.feature_cache import DTYPES, FeatureCache, open_feature_cache
+
+logger = logging.getLogger("visual.cache_features")
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a data worker made of one image."""
+
+    key: bytes = b""
+    """Hash of its content."""
+    pixels: Tensor | None = None
+    """(3, H, W) float32; None if its features are there already."""
+    problem: str = ""
+    """Why it can't be used, or an empty string."""
+
+
+class Images(Dataset[Looked]):
+    """Pictures of which the features are missing, ready for the tower.
+
+    Args:
+        names: (folder, name) of each.
+        cache: what is there.
+        transform: the tower's own; None: only look what is there, and open no picture.
+        allow_links: follow links that lead out of an image folder.
+    """
+
+    def __init__(self, names: list[tuple[str, str]], cache: FeatureCache, transform: Any, allow_links: bool) -> None:
+        self.names = names
+        self.cache = cache
+        self.transform = transform
+        self.allow_links = allow_links
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Looked:
+        try:
+            path = resolve_image_path(*self.names[index], self.allow_links)
+            key = self.cache.key_of(path)
+            if key is not None and self.cache.has(key):
+                return Looked(key)
+            if self.transform is None:
+                return Looked(problem="missing")
+            pixels = self.transform(load_image(path))
+            if key is None or key != self.cache.key_of(path):
+                return Looked(problem=f"'{path}': it changed while it was read, or is too large to be looked up")
+            return Looked(key, pixels)
+        except ImageError as error:
+            return Looked(problem=str(error))
+
+
+def as_it_is(items: list[Looked]) -> list[Looked]:
+    """Collate nothing."""
+    return items
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        ValueError: for flags that do not exist, and for values that are impossible.
+    """
+    parser = OneLineErrors(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    text = {"image_map": "image_map.json, one or several", "feature_cache": "folder in which features are kept"}
+    parser.add_argument("--image_map", nargs="+", required=True, metavar="FILE", help=text["image_map"])
+    parser.add_argument("--feature_cache", required=True, metavar="DIR", help=text["feature_cache"])
+    parser.add_argument(
+        "--base_value_model", default="openai/clip-vit-large-patch14", help="hub name or folder of the vision tower"
+    )
+    parser.add_argument(
+        "--feature_cache_dtype", default="bfloat16", choices=list(DTYPES), help="stored in; as training"
+    )
+    parser.add_argument("--dtype", help="of the tower, as training has it: float32, bfloat16, float16")
+    parser.add_argument("--device", help="cpu, cuda, cuda:0, …")
+    parser.add_argument("--batch_size", type=int, default=32, help="images that go through the tower together")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that open images; 0: this one")
+    parser.add_argument("--num_shards", type=int, default=1, help="how many processes share the work")
+    parser.add_argument("--shard", type=int, default=0, help="which part this one takes, from 0")
+    parser.add_argument("--allow_links", action="store_true", help="follow links that lead out of the image folder")
+    parser.add_argument("--skip_space_check", action="store_true", help="begin even if the disk looks too small")
+    args = parser.parse_args(argv)
+    least = {"batch_size": 1, "num_workers": 0, "num_shards": 1, "shard": 0}
+    wrong = [f"--{name} {getattr(args, name)}: at least {n}" for name, n in least.items() if getattr(args, name) < n]
+    if args.shard >= args.num_shards >= 1:
+        wrong.append(
+            f"--shard {args.shard}: with --num_shards {args.num_shards} it goes from 0 to {args.num_shards - 1}"
+        )
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return args
+
+
+def list_images(image_maps: Sequence[str]) -> tuple[list[tuple[str, str]], int]:
+    """(folder, name) of every image, once, and how many entries can't be used; those are logged.
+
+    Raises:
+        ValueError: a file can't be read, or there is no image in all of them.
+    """
+    images: dict[tuple[str, str], None] = {}
+    num_bad = 0
+    for image_map in image_maps:
+        found, errors = images_of(image_map)
+        images.update(dict.fromkeys(found))
+        num_bad += len(errors)
+        for error in errors:
+            logger.warning("bad: %s", error)
+    if not images:
+        raise ValueError(f"{' '.join(image_maps)}: there are no images; dataprocess/process_image.py writes image maps")
+    return list(images), num_bad
+
+
+def check_space(cache: FeatureCache, names: list[tuple[str, str]], args: argparse.Namespace) -> None:
+    """Say how much there is to store at most, and on how much room.
+
+    Where that is too little, and some of it is there already, the images are hashed to know what is missing.
+
+    Raises:
+        ValueError: if it will not fit.
+    """
+    place = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.is_dir())
+    block = os.statvfs(place).f_frsize
+    each = -(-cache.file_bytes // block) * block
+    free, there = shutil.disk_usage(place).free, len(cache)
+    tokens, width = cache.shape
+    logger.info(
+        "%s images, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
+        *(f"{len(names):,}", tokens, width, args.feature_cache_dtype, in_gb(len(names) * each)),
+        *(f"{there:,}", in_gb(free), place),
+    )
+    missing = len(names)
+    if missing * each <= free or args.skip_space_check:
+        return
+    if there:
+        looked = loader(Images(names, cache, None, args.allow_links), args)
+        with tqdm(total=len(names), desc="looking for what is there", mininterval=0.5) as bar:
+            missing = sum(count_missing(items, bar) for items in looked)
+    if missing * each > free:
+        raise ValueError(
+            f"--feature_cache {args.feature_cache}: {missing:,} images are missing, which take "
+            f"{in_gb(missing * each)}, and {in_gb(free)} are free; make room, give another "
+            "folder, or say --skip_space_check"
+        )
+
+
+def count_missing(items: list[Looked], bar: Any) -> int:
+    """How many of a batch's images are not stored."""
+    bar.update(len(items))
+    return sum(bool(item.problem) for item in items)
+
+
+def in_gb(number: int) -> str:
+    """Bytes for people, in powers of ten, as disks are sold."""
+    return f"{number / 1e9:,.2f} GB" if number >= 1e7 else f"{number:,} bytes"
+
+
+def loader(images: Images, args: argparse.Namespace) -> Any:
+    """Batches of what workers make of images, in order."""
+    return with_calm_workers(
+        DataLoader(images, batch_size=args.batch_size, num_workers=args.num_workers, collate_fn=as_it_is)
+    )
+
+
+@torch.no_grad()
+def fill(tower: VisionTower, cache: FeatureCache, names: list[tuple[str, str]], args: argparse.Namespace) -> int:
+    """Store the features of all images that are missing.
+
+    Returns:
+        How many images can't be used; each is logged. `cache.failure` says if the disk was full.
+    """
+    images = Images(names, cache, tower.image_transform, args.allow_links)
+    device, dtype = tower.model.device, tower.model.dtype
+    num_bad = 0
+    with logging_redirect_tqdm(), tqdm(total=len(names), desc="images", unit="", mininterval=0.5) as bar:
+        for items in loader(images, args):
+            for item in items:
+                if item.problem:
+                    num_bad += 1
+                    logger.warning("bad: %s", item.problem)
+            fresh = [item for item in items if item.pixels is not None]
+            if fresh:
+                keys = torch.tensor([list(item.key) for item in fresh], dtype=torch.uint8)
+                pixels = torch.stack([item.pixels for item in fresh if item.pixels is not None])
+                # As train.py runs it: under autocast where the weights are of half precision.
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    cache.remember(tower(pixels), keys)
+            bar.update(len(items))
+            if cache.failure:
+                break
+    return num_bad
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code.
+
+    Raises:
+        ValueError: for whatever the user can mend; the message says how.
+        OSError: for files that are missing or can't be read.
+    """
+    device = pick_device(args.device)
+    dtype = parse_dtype(args.dtype) if args.dtype else pick_dtype(device)
+    names, num_bad = list_images(args.image_map)
+    tower = build_vision_tower(args.base_value_model, dtype).to(device)
+    cache = open_feature_cache(args.feature_cache, tower, args.feature_cache_dtype)
+    check_space(cache, names, args)
+    part = names[args.shard :: args.num_shards]
+    num_unusable = fill(tower, cache, part, args)
+    if cache.failure:
+        logger.error(
+            "cache_features.py: %s of %s images were stored, then the disk failed (%s); what is stored can be used, "
+            "and the same command goes on from there",
+            *(f"{cache.num_stored:,}", f"{len(part):,}", cache.failure),
+        )
+        return 1
+    logger.info(
+        "%s images: %s stored now, %s were there, %s bad; %s stored in all",
+        *(f"{number:,}" for number in (len(part), cache.num_stored, len(part) - cache.num_stored - num_unusable)),
+        *(f"{number:,}" for number in (num_unusable + num_bad, len(cache))),
+    )
+    return int(num_unusable == len(part) > 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see the module's docstring.
+
+    Returns:
+        The exit code.
+    """
+    set_up_logging()
+    try:
+        return run(parse_arguments(argv))
+    except KeyboardInterrupt:
+        logger.error("cache_features.py: stopped by SIGINT; what is stored can be used, the same command goes on")
+        return 128 + signal.SIGINT
+    except (ValueError, OSError, ImportError) as error:
+        logger.error("cache_features.py: %s", in_one_line(error))
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.error("cache_features.py: %s", out_of_memory(error, "lower --batch_size, which changes no feature"))
+        return 1
+
+
+def _terminate(*_: object) -> None:
+    logger.error("cache_features.py: stopped by SIGTERM; what is stored can be used, the same command goes on")
+    sys.exit(128 + signal.SIGTERM)  # unwinds, so that the file being written goes
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(main())
