@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import re
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
