@@ -23,13 +23,16 @@ import torch
 from transformers import set_seed
 
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
+from dataset.annotations import Annotations
 from dataset.bad_samples import TooManyBadSamplesError
 from dataset.epoch_order import EpochOrder, epoch_permutation, padding_share
 from dataset.image_io import ImageError
+from dataset.sample_sizes import drawn_batches, sample_sizes
 from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArguments, read_checkpoint
-from model.arguments import DataArguments, ModelArguments, parse_arguments
+from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arguments
 from model.checkpoint import CheckpointError, package_versions
 from model.console import in_one_line, set_up_logging
+from model.dry_run import Plan, planned_model, report, settings_to_show
 from model.guards import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
@@ -46,6 +49,7 @@ _LESS_MEMORY = (
     "--resume_from_checkpoint auto goes on from the last checkpoint"
 )
 RUN_CONFIG = "train_config.json"
+_LOOKED_AT = 2000  # samples whose tokens a dry run counts: a second or two
 
 
 def frozen_dtype(args: VLMTrainingArguments) -> torch.dtype:
@@ -241,6 +245,29 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     return trainer
 
 
+def dry_run(argv: Sequence[str]) -> int:
+    """Print to stdout what a run would be and take, from configurations and texts; nothing is loaded or written.
+
+    Raises:
+        ValueError: for whatever the user can mend.
+        OSError: for files that are missing or can't be read.
+    """
+    model_args, data_args, args = parse_arguments(argv, __doc__)
+    set_up_logging(args.process_index, args.world_size)
+    shape, lora = planned_model(model_args)
+    tokenizer = load_tokenizer(model_args.base_language_model)
+    files = data_args.image_map, data_args.captions_file
+    samples = Annotations(*files, data_args.max_train_samples, skip_bad=True, need_folders=False)
+    sizes = sample_sizes(samples, tokenizer, shape.image_tokens, data_args.max_length, _LOOKED_AT, args.seed)
+    if not sizes:
+        raise SampleError(f"none of {len(samples)} samples fits into --max_length {data_args.max_length}; raise it")
+    batches = drawn_batches(sizes, args.per_device_train_batch_size, args.seed)
+    plan = Plan.of(args, len(samples), data_args.max_length)
+    if args.process_index == 0:
+        sys.stdout.write(report(shape, settings_to_show(lora, args, frozen_dtype(args)), plan, sizes, batches))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status."""
     set_up_logging()
@@ -259,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str]) -> int:
     """Train; returns the exit status."""
     try:
+        if is_dry_run(argv):
+            return dry_run(argv)
         trainer = build_trainer(argv)
     except (ValueError, OSError, ImportError) as error:
         logger.error("train.py: %s", in_one_line(error))

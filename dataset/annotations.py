@@ -8,10 +8,12 @@ Files of the original project are read too: they call the first key `iamge_file`
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ class Annotations:
         captions_file: path of `captions.json`.
         max_samples: read only the first so many.
         skip_bad: leave bad samples out, and keep what is wrong with them in `errors`.
+        need_folders: an image folder that does not exist makes its samples bad.
 
     Raises:
         ValueError: a file cannot be read or has not the expected form.
@@ -69,14 +72,27 @@ class Annotations:
         max_samples: int | None = None,
         *,
         skip_bad: bool = False,
+        need_folders: bool = True,
     ) -> None:
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+        with _without_collecting_garbage():
+            self._read(image_map, captions_file, max_samples, skip_bad, need_folders)
+
+    def _read(
+        self,
+        image_map: str | Path,
+        captions_file: str | Path,
+        max_samples: int | None,
+        skip_bad: bool,
+        need_folders: bool,
+    ) -> None:
         entries = _read_object(image_map)
         captions = _read_object(captions_file)
         if not entries:
             raise ValueError(f"{image_map} holds no samples; prepare the data with dataprocess/process_image.py")
-        folders = _Folders(Path(image_map))
+        encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for each sample
+        folders = _Folders(Path(image_map), need_folders)
         packed = bytearray()
         digest = hashlib.sha256()
         ends: list[int] = []
@@ -95,7 +111,7 @@ class Annotations:
             seen[sample.id] = key
             record = [sample.id, sample.image_folder, sample.image_files, sample.turns]
             digest.update(repr((sample.id, sample.image_files, sample.turns)).encode("utf-8", "surrogatepass"))
-            packed += json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            packed += encode(record).encode("utf-8", "surrogatepass")
             ends.append(len(packed))
         if not (skip_bad and ends):
             _raise_errors(errors, image_map, captions_file)
@@ -118,18 +134,32 @@ class Annotations:
         return Sample(sample_id, folder, files, [(question, answers) for question, answers in turns])
 
 
+@contextmanager
+def _without_collecting_garbage() -> Iterator[None]:
+    """Let Python look for no cycles: among millions of objects without any, looking again and again takes seconds."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class _Folders:
     """Image folders as written in the file -> absolute ones, each looked up once."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, must_exist: bool) -> None:
         self._file = file
+        self._must_exist = must_exist
         self._known: dict[str, str | None] = {}
 
     def resolve(self, written: str) -> str:
         if written not in self._known:
             # A relative path counts from the current folder, as in the original, and else from the file's own.
             candidates = [Path(written).absolute(), (self._file.parent / written).absolute()]
-            self._known[written] = next((str(folder) for folder in candidates if folder.is_dir()), None)
+            default = None if self._must_exist else written
+            self._known[written] = next((str(folder) for folder in candidates if folder.is_dir()), default)
         folder = self._known[written]
         if folder is None:
             raise SampleError(f"image folder {written!r} does not exist; correct `path` in {self._file}")

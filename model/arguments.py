@@ -81,6 +81,10 @@ class DataArguments:
         default=0.01, metadata={"help": "With --on_bad_sample skip: more bad samples than this share stop the run."}
     )
     allow_links: bool = field(default=False, metadata={"help": "Follow links in the image folder that lead out of it."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print parameters, tokens, steps and the memory to expect, and stop. No weights are needed."},
+    )
     feature_cache: str | None = field(
         default=None,
         metadata={"help": "Folder in which the tower's features are kept, so that it sees no image twice."},
@@ -129,6 +133,13 @@ def with_machine_defaults(argv: Sequence[str]) -> list[str]:
         defaults["eval_strategy"] = "epoch"
     added = [word for name, value in defaults.items() if name not in given for word in (f"--{name}", value)]
     return [*added, *argv]
+
+
+def is_dry_run(argv: Sequence[str]) -> bool:
+    """Whether the command line asks for `--dry_run`."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--dry_run", "--dry-run", type=string_to_bool, nargs="?", const=True, default=False)
+    return bool(asked.parse_known_args(argv)[0].dry_run)
 
 
 def parse_arguments(

@@ -21,12 +21,7 @@ def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWen
     Raises:
         ValueError: if there is no such folder or name, or what is there is no complete QWen.
     """
-    config = _config(name_or_path)
-    if config.get("model_type") != QWenConfig.model_type:
-        raise ValueError(
-            f"base language model {name_or_path!r} has model_type {config.get('model_type')!r}, expected "
-            f"{QWenConfig.model_type!r}: give a QWen of the first generation, as Qwen/Qwen-7B-Chat"
-        )
+    _qwen_config(name_or_path)
     try:
         model: Any = MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
     except OSError as error:
@@ -48,6 +43,38 @@ def load_tokenizer(name_or_path: str) -> QWenTokenizer:
         return QWenTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise _not_found(name_or_path, error) from error
+
+
+def read_language_config(name_or_path: str) -> QWenConfig:
+    """Read QWen's configuration; of its files only config.json is needed.
+
+    Args:
+        name_or_path: hub name or folder.
+
+    Raises:
+        ValueError: if there is no such folder or name, or it is no QWen's.
+    """
+    values = _qwen_config(name_or_path)
+    try:
+        config: QWenConfig = QWenConfig.from_dict(values)
+    except Exception as error:  # a file's values may be of any type
+        reason = " ".join(str(error).split())
+        raise ValueError(f"base language model {name_or_path!r}: its config.json can't be used: {reason}") from error
+    return config
+
+
+def _qwen_config(name_or_path: str) -> dict[str, Any]:
+    config = _config(name_or_path)
+    if not config:
+        raise ValueError(
+            f"base language model {name_or_path!r}: no config.json in this folder; give a QWen's, or a hub name"
+        )
+    if config.get("model_type") != QWenConfig.model_type:
+        raise ValueError(
+            f"base language model {name_or_path!r} has model_type {config.get('model_type')!r}, expected "
+            f"{QWenConfig.model_type!r}: give a QWen of the first generation, as Qwen/Qwen-7B-Chat"
+        )
+    return config
 
 
 def _config(name_or_path: str) -> dict[str, Any]:

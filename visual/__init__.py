@@ -14,10 +14,19 @@ from visual.base import ImageTransform, VisionTower
 from visual.clip_vit import CLIPTower
 from visual.dinov2 import Dinov2Tower, Dinov2WithRegistersTower
 from visual.loading import read_config
+from visual.shape import TowerShape, input_size, shape_of_tower
 from visual.siglip_vit import SiglipTower
 from visual.vit import ViTTower
 
-__all__ = ["TOWERS", "ImageTransform", "VisionTower", "build_vision_tower"]
+__all__ = [
+    "TOWERS",
+    "ImageTransform",
+    "TowerShape",
+    "VisionTower",
+    "build_vision_tower",
+    "read_tower_shape",
+    "tower_class_of",
+]
 
 TOWERS: dict[str, type[VisionTower]] = {
     "clip": CLIPTower,
@@ -50,6 +59,30 @@ def build_vision_tower(
         ValueError: A `model_type` that is not in `TOWERS`, or files that do not fit each other.
     """
     name = os.fspath(name_or_path)
+    return tower_class_of(name)(name, dtype, drop_first_patch=drop_first_patch)
+
+
+def read_tower_shape(name_or_path: str | os.PathLike[str], *, drop_first_patch: bool = False) -> TowerShape:
+    """The sizes of the tower that a checkpoint holds. Of its files only config.json is needed.
+
+    Raises:
+        FileNotFoundError: No such checkpoint, or no config.json.
+        ValueError: A `model_type` that is not in `TOWERS`, or values that can't be those of a tower.
+    """
+    name = os.fspath(name_or_path)
+    tower_class = tower_class_of(name)
+    config = tower_class.read_vision_config(name)
+    size = input_size(tower_class, name, config)
+    return shape_of_tower(tower_class, config, size, drop_first_patch=drop_first_patch)
+
+
+def tower_class_of(name: str) -> type[VisionTower]:
+    """The class for the `model_type` in a checkpoint's config.json.
+
+    Raises:
+        FileNotFoundError: No such checkpoint, or no config.json.
+        ValueError: A `model_type` that is not in `TOWERS`.
+    """
     model_type = read_config(name).get("model_type")
     tower_class = TOWERS.get(model_type) if isinstance(model_type, str) else None
     if tower_class is None:
@@ -59,4 +92,4 @@ def build_vision_tower(
         raise ValueError(
             f"{name} has model_type {model_type!r}, which is no known vision tower; known are {', '.join(TOWERS)}{hint}"
         )
-    return tower_class(name, dtype, drop_first_patch=drop_first_patch)
+    return tower_class

@@ -113,7 +113,7 @@ class VisionTower(nn.Module):
         if drop_first_patch and not self.may_drop_first_patch:
             raise ValueError(f"drop_first_patch is for SigLIP towers only; {name_or_path} is {self.kind}")
         self.name_or_path = name_or_path
-        config = self._read_vision_config(name_or_path)
+        config = self.read_vision_config(name_or_path)
         self.image_transform = ImageTransform(load_image_processor(name_or_path))
         self.image_size = self._check_image_size(config)
         self.hidden_size = config.hidden_size
@@ -169,9 +169,16 @@ class VisionTower(nn.Module):
             return pixel_values.new_empty(0, self.num_image_tokens, self.hidden_size)
         return self.model(pixel_values=pixel_values).last_hidden_state[:, self.num_skipped :]
 
-    def _read_vision_config(self, name_or_path: str) -> PreTrainedConfig:
-        config = load_config(self.model_class, name_or_path)
-        for name, value in self.config_overrides.items():
+    @classmethod
+    def read_vision_config(cls, name_or_path: str) -> PreTrainedConfig:
+        """The vision half's configuration, with this class's overrides.
+
+        Raises:
+            FileNotFoundError: there is no config.json.
+            ValueError: its values can't be those of such a tower.
+        """
+        config = load_config(cls.model_class, name_or_path)
+        for name, value in cls.config_overrides.items():
             setattr(config, name, value)
         if config.num_channels != 3:
             raise ValueError(f"{name_or_path} takes {config.num_channels} channels; only RGB towers (3) are supported")

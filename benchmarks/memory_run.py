@@ -1,0 +1,172 @@
+"""One training run of `memory.py`, in a process of its own: prints what it took, and what was estimated, as JSON.
+
+    python -m benchmarks.memory_run --size vocabulary-true --dtype float32 --steps 3 --folder FOLDER
+
+The peak is `VmHWM`, the most memory that was ever resident, less what was resident once train.py had been imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import train
+from dataset.sample_sizes import drawn_batches, sample_sizes
+from model.arguments import parse_arguments
+from model.dry_run import largest, planned_model, settings_to_show
+from model.memory_estimate import BatchShape
+from qwen import IGNORE_INDEX, QWenTokenizer
+
+from .random_weights import SEED, clip_config, qwen_config, vocabulary_file, write_language_model, write_tower
+
+RANK, BATCH = 128, 4
+ANSWER_TOKENS = (15, 90)
+"""Tokens of an answer, its end included: the fewest and the most."""
+QUESTION = "<|extra_0|>What does this picture show?"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model that a CPU can train."""
+
+    layers: int
+    """Blocks of the language model."""
+    width: int
+    """Channels of the language model."""
+    inner: int
+    """Channels inside its MLP, in Qwen-7B's proportion to its width."""
+    heads: int
+    """Heads of the language model."""
+    vocabulary: int
+    """Rows of embedding and language head."""
+
+
+SIZES = {
+    # Of all that multiplies in the language model, the head is three quarters.
+    "vocabulary-true": Size(8, 512, 1376, 8, 151_936),
+    # The head has 8.8% of it, as in Qwen-7B: rows = 151,936 · (8 · 1024) / (32 · 4096).
+    "proportional": Size(8, 1024, 2752, 8, 9_496),
+}
+
+
+class FoldedEmbedding(nn.Embedding):
+    """An embedding of fewer rows than there are token ids, which are folded onto them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embed ids of any size."""
+        return super().forward(input % self.num_embeddings)
+
+
+def resident(name: str) -> int:
+    """`VmRSS` (now), `VmHWM` (at most) or `RssAnon` (now, without mapped files) of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def write_inputs(folder: Path, size: Size, dtype: torch.dtype, samples: int) -> None:
+    """Write both base models, pictures, image map and captions."""
+    write_language_model(
+        folder / "qwen", qwen_config(size.layers, size.width, size.heads, size.inner, size.vocabulary), dtype
+    )
+    write_tower(folder / "clip", clip_config(6, 384, 4 * 384), dtype)
+    generator = np.random.default_rng(SEED)
+    tokenizer = QWenTokenizer(str(vocabulary_file()))
+    words = [text for text in map(tokenizer.decode, ([index] for index in range(1000, 20_000))) if text[1:].isalpha()]
+    words = [text for text in words if text[0] == " " and text.isascii()]
+    image_map: dict[str, Any] = {}
+    captions: dict[str, Any] = {}
+    for index in range(samples):
+        Image.new("RGB", (64, 48), (index % 256, 80, 40)).save(folder / f"{index}.png")
+        length = int(generator.integers(ANSWER_TOKENS[0], ANSWER_TOKENS[1] + 1)) - 1
+        image_map[str(index)] = {"image_file": f"{index}.png", "ID": index, "path": str(folder)}
+        captions[str(index)] = {"q": QUESTION, "a": "".join(generator.choice(words, length)).strip()}
+    for name, content in (("image_map", image_map), ("captions", captions)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def flags(folder: Path, dtype: torch.dtype, checkpointing: bool) -> list[str]:
+    """The command line of train.py."""
+    values = {
+        "base_language_model": folder / "qwen",
+        "base_value_model": folder / "clip",
+        "image_map": folder / "image_map.json",
+        "captions_file": folder / "captions.json",
+        "output_dir": folder / "run",
+        "lora_rank": RANK,
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "use_cpu": "true",
+        "bf16": str(dtype == torch.bfloat16).lower(),
+        "gradient_checkpointing": str(checkpointing).lower(),
+        "disable_tqdm": "true",
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def run(folder: Path, size: Size, dtype: torch.dtype, checkpointing: bool) -> dict[str, Any]:
+    """Train on what the folder holds, and measure."""
+    argv = flags(folder, dtype, checkpointing)
+    before, start = resident("VmRSS"), time.process_time()
+    trainer = train.build_trainer(argv)
+    qwen, collate = trainer.model.qwen, trainer.data_collator
+    if size.vocabulary < 151_000:
+        wte = FoldedEmbedding(*qwen.transformer.wte.weight.shape, _weight=qwen.transformer.wte.weight)
+        qwen.transformer.wte = wte.requires_grad_(False)
+        trainer.data_collator = lambda samples: _fold_labels(collate(samples), size.vocabulary)
+    loaded = resident("VmHWM")
+    trainer.train()
+    measured = resident("VmHWM") - before
+    model_args, _, args = parse_arguments(argv)
+    shape, lora = planned_model(model_args)
+    annotations = trainer.train_dataset.dataset._annotations
+    sizes = sample_sizes(annotations, trainer.train_dataset.dataset.tokenizer, shape.image_tokens, 2048, 1000, SEED)
+    batches = [BatchShape(BATCH, b.tokens, b.supervised, b.images) for b in drawn_batches(sizes, BATCH, SEED)]
+    setting = next(iter(settings_to_show(lora, args, dtype).values()))
+    found = largest(shape, replace(setting, checkpointing=checkpointing), batches)
+    return {
+        "measured": measured,
+        "loaded": loaded - before,
+        "before": before,
+        "processor_seconds": time.process_time() - start,
+        **asdict(found),
+    }
+
+
+def _fold_labels(batch: dict[str, Any], rows: int) -> dict[str, Any]:
+    labels = batch["labels"]
+    return {**batch, "labels": torch.where(labels == IGNORE_INDEX, labels, labels % rows)}
+
+
+def main() -> None:
+    """Write the inputs if they are not there, train, and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--write", action="store_true", help="only write the inputs into the folder")
+    parser.add_argument("--folder", type=Path, help="where inputs are; by default they are written and deleted")
+    given = parser.parse_args()
+    size, dtype = SIZES[given.size], getattr(torch, given.dtype)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        if given.write or given.folder is None:
+            write_inputs(folder, size, dtype, given.steps * BATCH)
+        print(json.dumps({} if given.write else run(folder, size, dtype, given.checkpointing)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""How much memory training takes, from shapes alone: no weights are read, nothing is run.
+
+Shape legend: B rows, T tokens of the longest row, N images of the batch, P tokens per image, S supervised positions of
+the batch; D width, W heads x head size, I the MLP's inner width, L layers and V vocabulary of the language model;
+D_v, I_v width and inner width of the tower; r LoRA's rank; s bytes of the frozen dtype (4 or 2).
+
+What lasts from step to step:
+
+    frozen weights        s x (tower + language model)
+    trained weights       4 x (LoRA + projector): fp32, whatever s is
+    optimizer             8 x the same: AdamW's two moments
+    DDP's buckets         4 x the same, where there are several processes
+
+What autograd keeps of a step until its backward pass has used it. A frozen linear layer keeps nothing: only its input's
+gradient is wanted, which its weight gives. Every layer keeps
+
+    both norms            2 x (B, T, D) fp32: what their statistics are taken of
+    attention             (B, T, 3W) what c_attn gives, of which the values are a view; (B, T, W) each for the turned
+                          queries and keys, and the output; (B, H, T) fp32 log-sum-exp
+    MLP                   3 x (B, T, I): w1(x), w2(x) and silu(w2(x))
+    LoRA, each layer      (B, T, in) dropped input and (B, T, r), both in s; (B, T, in) dropout mask: fp32 on the CPU,
+                          one byte on CUDA; none without dropout
+
+To that come (B, T, D) of the last norm in fp32, the projector's inputs N x P x (D_v + 2D), and under autocast the bf16
+copies of all trained weights. With gradient checkpointing only (B, T, D) per layer is kept; one layer's tensors
+are made again in the backward pass.
+
+What is there at one moment only, on top of the above:
+
+    language head         (S, V) in fp32, three times: log-probabilities, their gradient and the logits'
+    backward of a layer   gradients 4 x (B, T, I) and, in fp32, 4 x (B, T, D)
+    tower                 N x P x (2 I_v + 4 D_v), before anything else of the step is there
+    gradients             4 x (LoRA + projector): complete when all activations are gone, unless steps are accumulated
+
+So the peak is the largest of these moments, not the sum of all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FP32 = 4
+CUDA_CONTEXT = 600_000_000
+"""Bytes that CUDA, cuBLAS and their kernels take before the first tensor. An assumption."""
+HOST_PROCESS = 135_000_000
+"""Bytes that a process on the CPU takes beside its tensors: tokenizer, and modules that are loaded on use. Measured."""
+HOST_HOLES = 4
+"""How many layers' tensors glibc's heap takes more than was asked for: pieces that are freed in another order than they
+were made leave holes. Fitted to runs with and without gradient checkpointing; a run that avoids the heap
+(MALLOC_MMAP_THRESHOLD_=262144) has none, but spends more time."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the estimate needs to know of both models, all but the last four in channels or counts."""
+
+    layers: int
+    """L: blocks of the language model."""
+    width: int
+    """D: channels of its residual stream."""
+    heads: int
+    """H: heads of a block."""
+    attention_width: int
+    """W: heads times channels of a head."""
+    inner: int
+    """I: channels inside its MLP."""
+    vocabulary: int
+    """V: rows of the language head."""
+    image_tokens: int
+    """P: features of an image."""
+    tower_width: int
+    """D_v: channels of the tower."""
+    tower_inner: int
+    """I_v: channels inside the tower's MLP."""
+    lora_inputs: tuple[int, ...]
+    """Input channels of each linear layer of one block that has LoRA."""
+    tower_parameters: int
+    """Parameters of the tower, frozen."""
+    language_parameters: int
+    """Parameters of the language model, frozen."""
+    projector_parameters: int
+    """Parameters of the projector, trained."""
+    lora_parameters: int
+    """Parameters of LoRA, trained."""
+
+    @property
+    def frozen(self) -> int:
+        """Parameters that are not trained."""
+        return self.tower_parameters + self.language_parameters
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained."""
+        return self.projector_parameters + self.lora_parameters
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained, as far as memory goes."""
+
+    dtype_bytes: int = 2
+    """s: 2 for bf16 and fp16, 4 for fp32."""
+    device: str = "cuda"
+    """`cpu` or `cuda`."""
+    rank: int = 128
+    """r: LoRA's rank."""
+    dropout: float = 0.1
+    """LoRA's dropout, 0 to 1."""
+    checkpointing: bool = False
+    """Whether activations are made again in the backward pass."""
+    accumulates: bool = False
+    """Whether gradients of an earlier batch are kept while the next one runs."""
+    processes: int = 1
+    """GPUs, or processes on the CPU, that train together."""
+    chunk_logits: int | None = None
+    """Logits that the language head makes at a time; None: all of a batch."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The batch of one process."""
+
+    rows: int
+    """B: samples."""
+    tokens: int
+    """T: of the longest sample, to which the others are padded."""
+    supervised: int
+    """S: positions of the whole batch that have a label."""
+    images: int
+    """N: images of the whole batch."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one process takes on its device."""
+
+    frozen_weights: int
+    """Tower and language model."""
+    trained_weights: int
+    """LoRA and projector in fp32, and under autocast their copies."""
+    gradients: int
+    """Of the trained weights; with several processes DDP's buckets too."""
+    optimizer: int
+    """AdamW's moments."""
+    activations: int
+    """What autograd keeps for the backward pass, the language head left out."""
+    language_head: int
+    """Log-probabilities and gradients at supervised positions."""
+    other: int
+    """CUDA's context; on the CPU what the process takes beside its tensors, and holes in its heap."""
+    peak: int
+    """The largest of all moments: gradients and the language head's tensors need not be there at the same time."""
+
+
+def kept_by_layer(shape: ModelShape, setting: Setting, batch: BatchShape) -> int:
+    """Bytes that autograd keeps of one block of the language model."""
+    s = setting.dtype_bytes
+    mask = 0 if not setting.dropout else FP32 if setting.device == "cpu" else 1
+    by_token = 2 * FP32 * shape.width + s * (6 * shape.attention_width + 3 * shape.inner) + FP32 * shape.heads
+    by_token += sum(inputs * (mask + s) + s * setting.rank for inputs in shape.lora_inputs)
+    return batch.rows * batch.tokens * by_token
+
+
+def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tuple[int, int]:
+    """What the backward pass finds, and what it takes beside that for one layer.
+
+    Returns:
+        Bytes that are kept from the forward pass, and bytes that are there while one layer goes backward.
+    """
+    s = setting.dtype_bytes
+    tokens = batch.rows * batch.tokens
+    layer = kept_by_layer(shape, setting, batch)
+    kept = shape.layers * (tokens * shape.width * s if setting.checkpointing else layer)
+    kept += FP32 * tokens * shape.width + s * batch.images * shape.image_tokens * (shape.tower_width + 2 * shape.width)
+    backward = 4 * tokens * (shape.inner * s + shape.width * FP32)
+    return kept, backward + (layer if setting.checkpointing else 0)
+
+
+def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> MemoryEstimate:
+    """Estimate what one process takes on its device while it trains; the module's docstring says what is counted."""
+    s = setting.dtype_bytes
+    frozen = s * shape.frozen
+    trained = (FP32 + (s if s < FP32 else 0)) * shape.trained
+    buckets = FP32 * shape.trained if setting.processes > 1 else 0
+    gradients = FP32 * shape.trained
+    optimizer = 2 * FP32 * shape.trained
+    kept, backward = activations_of(shape, setting, batch)
+    logits = batch.supervised * shape.vocabulary
+    head = 3 * FP32 * min(logits, setting.chunk_logits or logits)
+    tower = s * batch.images * shape.image_tokens * (2 * shape.tower_inner + 4 * shape.tower_width)
+    step = max(tower, kept + max(head, backward))
+    holes = HOST_HOLES * kept_by_layer(shape, setting, batch)
+    other = CUDA_CONTEXT if setting.device == "cuda" else HOST_PROCESS + holes
+    lasting = frozen + trained + optimizer + buckets + other
+    earlier = gradients if setting.accumulates else 0
+    moments = (lasting + gradients, lasting + earlier + step)
+    activations = kept + (backward if setting.checkpointing else 0)
+    return MemoryEstimate(frozen, trained, gradients + buckets, optimizer, activations, head, other, peak=max(moments))
