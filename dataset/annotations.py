@@ -277,7 +277,7 @@ def images_of(image_map: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     Raises:
         ValueError: the file can't be read or has not the expected form.
     """
-    folders = _Folders(Path(image_map))
+    folders = _Folders(Path(image_map), must_exist=True)
     images: dict[tuple[str, str], None] = {}
     errors = []
     for key, entry in _read_object(image_map).items():
