@@ -17,6 +17,7 @@ from model import LoraSettings
 from model.dry_run import model_shape
 from model.memory_estimate import BatchShape, ModelShape, Setting, estimate_memory
 from qwen import QWenConfig
+from qwen.loss import CHUNK_LOGITS
 from visual import TOWERS
 from visual.shape import shape_of_tower
 
@@ -66,7 +67,7 @@ def shapes() -> Iterator[tuple[str, str, ModelShape]]:
 def peak(shape: ModelShape, rows: int, *, checkpointing: bool) -> float:
     """GB at most, for a batch of so many samples."""
     batch = BatchShape(rows, shape.image_tokens + TEXT, rows * ANSWER, rows)
-    return estimate_memory(shape, Setting(checkpointing=checkpointing), batch).peak / 1e9
+    return estimate_memory(shape, Setting(checkpointing=checkpointing, chunk_logits=CHUNK_LOGITS), batch).peak / 1e9
 
 
 def markdown() -> str:

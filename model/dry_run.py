@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qwen import QWenConfig, QWenLMHeadModel
+from qwen.loss import CHUNK_LOGITS
 from visual import TowerShape, read_tower_shape
 
 from .arguments import ModelArguments
@@ -24,7 +25,7 @@ from .trainer import VLMTrainingArguments
 
 _MEMORY_ROWS = {
     "frozen_weights": "frozen weights",
-    "trained_weights": "trained weights, with autocast's copies",
+    "trained_weights": "trained weights",
     "gradients": "gradients",
     "optimizer": "optimizer (AdamW)",
     "activations": "activations",
@@ -125,6 +126,7 @@ def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments, dtype: torc
         dropout=lora.dropout,
         accumulates=args.gradient_accumulation_steps > 1,
         processes=args.world_size,
+        chunk_logits=CHUNK_LOGITS,
     )
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     if setting.device == "cuda":
@@ -157,7 +159,8 @@ def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, proje
         image_tokens=tower.num_image_tokens,
         tower_width=tower.hidden_size,
         tower_inner=tower.intermediate_size,
-        lora_inputs=tuple(linear.in_features for name, linear in targets.items() if ".h.0." in f".{name}"),
+        lora_in_attention=tuple(linear.in_features for name, linear in targets.items() if ".h.0.attn." in f".{name}"),
+        lora_in_mlp=tuple(linear.in_features for name, linear in targets.items() if ".h.0.mlp." in f".{name}"),
         tower_parameters=tower.num_parameters,
         language_parameters=_count(language),
         projector_parameters=_count(projector),

@@ -15,19 +15,20 @@ What autograd keeps of a step until its backward pass has used it. A frozen line
 gradient is wanted, which its weight gives. Every layer keeps
 
     both norms            2 x (B, T, D) fp32: what their statistics are taken of
-    attention             (B, T, 3W) what c_attn gives, of which the values are a view; (B, T, W) each for the turned
-                          queries and keys, and the output; (B, H, T) fp32 log-sum-exp
-    MLP                   3 x (B, T, I): w1(x), w2(x) and silu(w2(x))
-    LoRA, each layer      (B, T, in) dropped input and (B, T, r), both in s; (B, T, in) dropout mask: fp32 on the CPU,
-                          one byte on CUDA; none without dropout
+    attention             (B, T, W) each for the turned queries and keys, the values and the output; (B, H, T) fp32
+                          log-sum-exp
+    MLP                   2 x (B, T, I): w1(x) and w2(x)
+    LoRA, each layer      (B, T, in) dropped input and (B, T, r), both in s; (B, T, in) dropout mask: s bytes on the
+                          CPU, one on CUDA; none without dropout
 
-To that come (B, T, D) of the last norm in fp32, the projector's inputs N x P x (D_v + 2D), and under autocast the bf16
-copies of all trained weights. With gradient checkpointing only (B, T, D) per layer is kept; one layer's tensors
-are made again in the backward pass.
+Behind the attention of the last layer there are S positions in place of B x T. To that come 2 x (S, D) in fp32, for the
+last norm and the loss's gradient, and the projector's inputs N x P x (D_v + 2D). With gradient checkpointing only
+(B, T, D) per layer is kept; one layer's tensors are made again in the backward pass.
 
 What is there at one moment only, on top of the above:
 
-    language head         (S, V) in fp32, three times: log-probabilities, their gradient and the logits'
+    language head         (S, V) in fp32, three times, of as many positions as are taken at a time: logits, their
+                          log-probabilities, and those of the positions before
     backward of a layer   gradients 4 x (B, T, I) and, in fp32, 4 x (B, T, D)
     tower                 N x P x (2 I_v + 4 D_v), before anything else of the step is there
     gradients             4 x (LoRA + projector): complete when all activations are gone, unless steps are accumulated
@@ -72,8 +73,10 @@ class ModelShape:
     """D_v: channels of the tower."""
     tower_inner: int
     """I_v: channels inside the tower's MLP."""
-    lora_inputs: tuple[int, ...]
-    """Input channels of each linear layer of one block that has LoRA."""
+    lora_in_attention: tuple[int, ...]
+    """Input channels of each linear layer of one block's attention that has LoRA."""
+    lora_in_mlp: tuple[int, ...]
+    """Likewise of its MLP."""
     tower_parameters: int
     """Parameters of the tower, frozen."""
     language_parameters: int
@@ -137,7 +140,7 @@ class MemoryEstimate:
     frozen_weights: int
     """Tower and language model."""
     trained_weights: int
-    """LoRA and projector in fp32, and under autocast their copies."""
+    """LoRA and projector, in fp32."""
     gradients: int
     """Of the trained weights; with several processes DDP's buckets too."""
     optimizer: int
@@ -152,13 +155,24 @@ class MemoryEstimate:
     """The largest of all moments: gradients and the language head's tensors need not be there at the same time."""
 
 
-def kept_by_layer(shape: ModelShape, setting: Setting, batch: BatchShape) -> int:
-    """Bytes that autograd keeps of one block of the language model."""
+def kept_by_layer(shape: ModelShape, setting: Setting, tokens: int, behind: int | None = None) -> int:
+    """Bytes that autograd keeps of one block of the language model.
+
+    Args:
+        shape: of the model.
+        setting: dtype, device and LoRA.
+        tokens: B x T.
+        behind: positions that go on behind the attention; None: all.
+    """
     s = setting.dtype_bytes
-    mask = 0 if not setting.dropout else FP32 if setting.device == "cpu" else 1
-    by_token = 2 * FP32 * shape.width + s * (6 * shape.attention_width + 3 * shape.inner) + FP32 * shape.heads
-    by_token += sum(inputs * (mask + s) + s * setting.rank for inputs in shape.lora_inputs)
-    return batch.rows * batch.tokens * by_token
+    mask = 0 if not setting.dropout else s if setting.device == "cpu" else 1
+
+    def lora(inputs: tuple[int, ...]) -> int:
+        return sum(channels * (mask + s) + s * setting.rank for channels in inputs)
+
+    attention = FP32 * shape.width + 4 * s * shape.attention_width + FP32 * shape.heads + lora(shape.lora_in_attention)
+    mlp = FP32 * shape.width + 2 * s * shape.inner + lora(shape.lora_in_mlp)
+    return tokens * attention + (tokens if behind is None else behind) * mlp
 
 
 def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tuple[int, int]:
@@ -169,9 +183,13 @@ def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tu
     """
     s = setting.dtype_bytes
     tokens = batch.rows * batch.tokens
-    layer = kept_by_layer(shape, setting, batch)
-    kept = shape.layers * (tokens * shape.width * s if setting.checkpointing else layer)
-    kept += FP32 * tokens * shape.width + s * batch.images * shape.image_tokens * (shape.tower_width + 2 * shape.width)
+    layer = kept_by_layer(shape, setting, tokens)
+    if setting.checkpointing:
+        kept = shape.layers * tokens * shape.width * s
+    else:
+        kept = (shape.layers - 1) * layer + kept_by_layer(shape, setting, tokens, batch.supervised)
+    kept += 2 * FP32 * batch.supervised * shape.width
+    kept += s * batch.images * shape.image_tokens * (shape.tower_width + 2 * shape.width)
     backward = 4 * tokens * (shape.inner * s + shape.width * FP32)
     return kept, backward + (layer if setting.checkpointing else 0)
 
@@ -180,7 +198,7 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
     """Estimate what one process takes on its device while it trains; the module's docstring says what is counted."""
     s = setting.dtype_bytes
     frozen = s * shape.frozen
-    trained = (FP32 + (s if s < FP32 else 0)) * shape.trained
+    trained = FP32 * shape.trained
     buckets = FP32 * shape.trained if setting.processes > 1 else 0
     gradients = FP32 * shape.trained
     optimizer = 2 * FP32 * shape.trained
@@ -189,7 +207,7 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
     head = 3 * FP32 * min(logits, setting.chunk_logits or logits)
     tower = s * batch.images * shape.image_tokens * (2 * shape.tower_inner + 4 * shape.tower_width)
     step = max(tower, kept + max(head, backward))
-    holes = HOST_HOLES * kept_by_layer(shape, setting, batch)
+    holes = HOST_HOLES * kept_by_layer(shape, setting, batch.rows * batch.tokens)
     other = CUDA_CONTEXT if setting.device == "cuda" else HOST_PROCESS + holes
     lasting = frozen + trained + optimizer + buckets + other
     earlier = gradients if setting.accumulates else 0

@@ -82,7 +82,7 @@ def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing):
     batch = BatchShape(ROWS, TOKENS, ROWS * ANSWER, ROWS)
     expected, _ = activations_of(shape, setting, batch)
     assert others == pytest.approx(expected, rel=0.05)
-    assert estimate_memory(shape, setting, batch).language_head == 3 * head
+    assert head == 0  # the head's gradient is taken at once, chunk by chunk
 
 
 def test_parameters_are_those_of_the_model(tmp_path):
