@@ -37,6 +37,8 @@ class Run:
 
     seconds: float
     """Wall clock."""
+    cpu_seconds: float
+    """Of the processor, in all its threads: what other processes do counts for little here."""
     peak_bytes: int
     """The most memory it had resident at any time."""
     values: dict[str, Any]
@@ -73,7 +75,7 @@ def run_once(command: Sequence[str], env: Mapping[str, str] | None = None) -> Ru
             tail = "\n".join(err.read().strip().splitlines()[-8:])
             raise RunFailedError(f"{' '.join(command)}: exit status {process.returncode}\n{tail}")
         unit = 1 if sys.platform == "darwin" else 1024
-        return Run(seconds, usage.ru_maxrss * unit, _last_object(out.read()))
+        return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit, _last_object(out.read()))
 
 
 def _last_object(text: str) -> dict[str, Any]:
@@ -115,8 +117,11 @@ def run_in_turn(
 
 
 def medians(runs: Sequence[Run]) -> dict[str, float]:
-    """The median of each figure: `seconds`, `peak_bytes`, and every number that the processes printed."""
-    rows = [{"seconds": run.seconds, "peak_bytes": run.peak_bytes, **run.values} for run in runs]
+    """Medians of `seconds`, `cpu_seconds`, `peak_bytes`, and of every number that the processes printed."""
+    rows = [
+        {"seconds": run.seconds, "cpu_seconds": run.cpu_seconds, "peak_bytes": run.peak_bytes, **run.values}
+        for run in runs
+    ]
     numbers = [
         name for name, value in rows[0].items() if isinstance(value, int | float) and not isinstance(value, bool)
     ]
