@@ -116,9 +116,10 @@ class MultimodalQWenModel(QWenModel):
             goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
             if image_features is not None or not goes_on:
                 inputs_embeds = place_image_features(input_ids, inputs_embeds, image_features, counted=counted)
+            input_ids = None
         elif image_features is not None:
             raise ValueError("image_features need input_ids, which say where they belong; inputs_embeds do not")
-        return super().forward(None, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs)
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs)
 
 
 class MultimodalQWenLMHeadModel(QWenLMHeadModel):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shlex
 import shutil
 import struct
@@ -232,7 +233,7 @@ def test_an_adapter_that_asks_for_more_than_plain_lora_is_refused(stranger, chan
     edit(stranger / "adapter_config.json", **changes)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json") as error:
         load(stranger)
-    assert next(iter(changes)) in str(error.value)
+    assert re.search(rf"\b{next(iter(changes))}\b", str(error.value))
     assert "\n" not in str(error.value)
 
 

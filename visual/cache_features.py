@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -49,8 +50,9 @@ class Looked:
 
     key: bytes = b""
     """Hash of its content."""
-    pixels: Tensor | None = None
-    """(3, H, W) float32; None if its features are there already."""
+    pixels: NDArray[np.float32] | None = None
+    """(3, H, W); None if its features are there already. No tensor: a worker would hand it over by a thread of its own,
+    which complains where the program is stopped."""
     problem: str = ""
     """Why it can't be used, or an empty string."""
 
@@ -85,7 +87,7 @@ class Images(Dataset[Looked]):
             pixels = self.transform(load_image(path))
             if key is None or key != self.cache.key_of(path):
                 return Looked(problem=f"'{path}': it changed while it was read, or is too large to be looked up")
-            return Looked(key, pixels)
+            return Looked(key, pixels.numpy())
         except ImageError as error:
             return Looked(problem=str(error))
 
@@ -220,7 +222,7 @@ def fill(tower: VisionTower, cache: FeatureCache, names: list[tuple[str, str]], 
             fresh = [item for item in items if item.pixels is not None]
             if fresh:
                 keys = torch.tensor([list(item.key) for item in fresh], dtype=torch.uint8)
-                pixels = torch.stack([item.pixels for item in fresh if item.pixels is not None])
+                pixels = torch.stack([torch.from_numpy(item.pixels) for item in fresh if item.pixels is not None])
                 # As train.py runs it: under autocast where the weights are of half precision.
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     cache.remember(tower(pixels), keys)
