@@ -127,6 +127,8 @@ def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
             continue
         try:
             # The first question brings the images; a later one can't bring any, so there a placeholder is dropped.
+            if history and IMAGE_TOKEN in question:
+                logger.warning("%s left out: the images belong to the first question", IMAGE_TOKEN)
             question = question.replace(IMAGE_TOKEN, "") if history else with_placeholders(question, len(images))
         except ValueError as error:
             logger.error("test.py: %s", error)
@@ -176,7 +178,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--output", metavar="FILE", help="where the answers to --batch go; gone on with where it holds some")
     add("--batch_size", type=int, default=8, help="questions of --batch that are answered together (%(default)s)")
     add("--system", default=SYSTEM_PROMPT, help="system prompt (%(default)s)")
-    add("--stream", action="store_true", help="print the answer while it is generated")
+    add("--stream", action="store_true", help="print the answer while it is generated, as a chat does anyway")
     add("--seed", type=int, default=42, help="of sampling (%(default)s)")
     add("--device", help="cpu, cuda, cuda:0, …; default: a GPU where there is one")
     add("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on CUDA, float32 on CPU")
@@ -213,6 +215,9 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None and not valid(value):
             raise ValueError(f"--{name} {value}: must be {wanted}")
+    sampling = [f"--{name}" for name in ("temperature", "top_p", "top_k") if getattr(args, name) is not None]
+    if sampling and args.do_sample is False:
+        logger.warning("--greedy takes the likeliest token each time: %s has no effect", ", ".join(sampling))
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "do_sample")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
@@ -247,8 +252,13 @@ def run(args: argparse.Namespace) -> int:
         return answer_file(args)
     paths = [Path(path) for path in args.image_path]
     is_folder = len(paths) == 1 and paths[0].is_dir()
+    folder = next((path for path in paths if path.is_dir()), None)
+    if folder is not None and not is_folder:
+        raise ValueError(f"--image_path: the folder {folder} must be given alone, without other paths")
     if is_folder and args.prompt is None:
         raise ValueError("--image_path is a folder, so --prompt is needed; a chat is about one picture")
+    if is_folder and args.stream:
+        raise ValueError("--stream shows one answer as it grows, a folder gives a line per picture; leave --stream out")
     # Pictures and prompt are looked at first: a mistake there should not cost the loading of the model.
     if is_folder:
         paths = pictures_in(paths[0])

@@ -155,6 +155,8 @@ def settle(
         config.pad_token_id = tokenizer.eod_id
     if config.max_new_tokens is None and config.max_length is None:
         config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+    if not config.do_sample:  # else each greedy answer warns of sampling settings that nobody asked for
+        config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50
     return config, model_kwargs
 
 

@@ -108,6 +108,7 @@ def test_stdout_is_the_answer_alone(weights, pictures, bases, tmp_path):
     assert done.stdout == expected(weights, ["这是什么<|extra_0|>"], [pictures["red"]], do_sample=False) + "\n"
     assert bases[1] in done.stderr
     assert bases[3] in done.stderr
+    assert "may be ignored" not in done.stderr  # of sampling settings, which the published configuration holds
     assert "Traceback" not in done.stderr
 
 
@@ -279,7 +280,7 @@ def mistakes(folder: Path, qwen_tiktoken: Path, bases: list[str], weights: Path)
         "no image": (["--image_path", folder / "nowhere.png"], "nowhere.png"),
         "not an image": (["--image_path", folder / "text.png"], "text.png"),
         "no pictures": (["--image_path", folder / "empty"], "no picture"),
-        "a folder among files": (["--image_path", folder / "text.png", folder / "empty"], "text.png"),
+        "a folder among files": (["--image_path", folder / "text.png", folder / "empty"], "must be given alone"),
         "no checkpoint": (["--model_weights", folder / "nowhere"], "nowhere"),
         "empty checkpoint": (["--model_weights", folder / "empty"], "adapter_config.json"),
         "half a checkpoint": (["--model_weights", no_projector], "projector.safetensors"),
@@ -303,7 +304,16 @@ def mistakes(folder: Path, qwen_tiktoken: Path, bases: list[str], weights: Path)
         "device": (["--device", "abacus"], "--device 'abacus'"),
         "contradiction": (["--greedy", "--do_sample"], "not allowed with"),
         "misspelt": (["--promt", "x"], "--promt"),
+        "a folder, streamed": (["--image_path", str(ROOT / "test_img"), "--stream"], "leave --stream out"),
     }
+
+
+def test_a_greedy_answer_warns_of_sampling_settings_only_where_they_were_given(answer, pictures):
+    flags = ["--image_path", pictures["red"], "--prompt", "What<|extra_0|>", "--greedy"]
+    plain = answer(*flags)
+    assert "top_p" not in answer.err
+    assert answer(*flags, "--top_p", "0.3", "--temperature", "2") == plain
+    assert "--temperature, --top_p has no effect" in answer.err
 
 
 def test_a_mistake_is_one_line_and_no_answer(answer, bases, weights, pictures, qwen_tiktoken, tmp_path):
