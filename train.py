@@ -159,7 +159,9 @@ def save_run_config(
         "package_versions": package_versions(),
     }
     text = json.dumps(resolved, indent=2, ensure_ascii=False, default=str)
-    (folder / RUN_CONFIG).write_text(text + "\n", encoding="utf-8")
+    whole = folder / f"tmp-{RUN_CONFIG}"
+    whole.write_text(text + "\n", encoding="utf-8")
+    whole.replace(folder / RUN_CONFIG)  # an older one stays where the disk is full
 
 
 def run_identity(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .adapter_config import ADAPTER_CONFIG
 from .batch_answers import Outcome
 from .checkpoint import (
     ADAPTER_WEIGHTS,
@@ -35,14 +36,20 @@ def digest(value: Any) -> str:
 
 
 def trained_digest(folder: str | os.PathLike[str]) -> str:
-    """A short hash of a checkpoint's weights, wherever it lies.
+    """A short hash of a checkpoint's weights and of LoRA's configuration, wherever it lies.
 
     Raises:
         CheckpointError: if there is no complete checkpoint.
     """
     path = resolve_checkpoint(folder)
     found = hashlib.sha256()
-    for name in (ADAPTER_WEIGHTS, ORIGINAL_ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, ORIGINAL_PROJECTOR_WEIGHTS):
+    for name in (
+        ADAPTER_CONFIG,
+        ADAPTER_WEIGHTS,
+        ORIGINAL_ADAPTER_WEIGHTS,
+        PROJECTOR_WEIGHTS,
+        ORIGINAL_PROJECTOR_WEIGHTS,
+    ):
         if (path / name).is_file():
             found.update(name.encode())
             with (path / name).open("rb") as file:

@@ -98,11 +98,11 @@ def _answer_batch(
             outcomes[place] = _failed(error)
     live = [place for place in asked if place not in outcomes]
     needed = list(dict.fromkeys(path for place in live for path in asked[place].images))
-    found = assistant.features([pictures[path] for path in needed])  # the tower sees every picture once
-    by_path: dict[Path, Tensor] = {} if found is None else dict(zip(needed, found, strict=True))
-    rows = [[by_path[path] for path in asked[place].images] for place in live]
-    features = [torch.stack(row) if row else None for row in rows]
     try:
+        found = assistant.features([pictures[path] for path in needed])  # the tower sees every picture once
+        by_path: dict[Path, Tensor] = {} if found is None else dict(zip(needed, found, strict=True))
+        rows = [[by_path[path] for path in asked[place].images] for place in live]
+        features = [torch.stack(row) if row else None for row in rows]
         answers = assistant.answer_rows([prompts[place] for place in live], features, seed)
         return outcomes | {place: Outcome(answer) for place, answer in zip(live, answers, strict=True)}
     except ValueError as error:

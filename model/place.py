@@ -89,4 +89,5 @@ class PlaceInRun(TrainerCallback):
             position=0 if ended else position,
             loss_sums=gather_objects(trainer._tr_loss.item()),
             steps_since_log=trainer.state.global_step - trainer._globalstep_last_logged,
+            bad=trainer.bad_samples.indices if trainer.bad_samples is not None else [],
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ class RunState:
     """Sum of the losses since the last logged step, for each process."""
     steps_since_log: int
     """Steps since the last logged one."""
+    bad: list[int] = field(default_factory=list)
+    """Places in the data set of samples that turned out bad."""
 
     def write(self, folder: Path) -> None:
         """Write `run_state.json` into a checkpoint folder."""
@@ -101,6 +103,10 @@ class RunState:
             raise ValueError("identity or loss_sums are not of their type")
         if not all(isinstance(value, (int, float)) for value in self.loss_sums):
             raise ValueError("a loss is no number")
+        if not isinstance(self.bad, list):
+            raise ValueError("bad is no list")
+        if not all(type(index) is int and 0 <= index < self.geometry.num_samples for index in self.bad):
+            raise ValueError("bad holds something else than places in the data set")
 
 
 def check_identity(state: RunState, identity: dict[str, Any], folder: Path) -> None:

@@ -204,6 +204,11 @@ class VLMTrainer(Trainer):
         for folder in folders if self.args.should_save else ():
             shutil.rmtree(folder, ignore_errors=True)
 
+    @property
+    def bad_samples(self) -> Any:
+        """Which samples of the training set turned out bad, as `ImageCaptionDataset` keeps it; None: nobody counts."""
+        return getattr(getattr(self.train_dataset, "dataset", self.train_dataset), "bad", None)
+
     def geometry(self) -> Geometry:
         """How epochs are cut into steps."""
         return Geometry(
@@ -227,6 +232,8 @@ class VLMTrainer(Trainer):
         problem = "".join(gather_objects(problem))
         if problem:
             raise CheckpointError(problem)
+        for index in state.bad if self.bad_samples is not None else ():
+            self.bad_samples.mark(index)
         self._place.resumed, self._place.skipped = state, skipped
         return str(folder)
 

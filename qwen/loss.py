@@ -77,7 +77,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                 # Most entries are near 1 / V, which is too little for fp16.
                 scale = 1024.0 if dtype == torch.float16 else 1.0
                 by_logits = (by_logits * scale if scale != 1 else by_logits).to(dtype)
-                gradient[rows] = (by_logits @ weight.to(dtype)) / scale
+                gradient[rows] = (by_logits @ weight.to(dtype)).float() / scale
         ctx.dtype = hidden.dtype
         if gradient is not None:
             ctx.save_for_backward(gradient)

@@ -15,6 +15,10 @@ from .positions import ntk_alpha
 from .tokenization_qwen import IMAGE_TOKEN_ID
 
 
+class StillRunningError(KeyboardInterrupt):
+    """Ctrl-C while an answer that was given up computes its last token: the model still writes into its cache."""
+
+
 class PromptCache:
     """Keys and values of one conversation, for `answer_ids` and `stream_ids` (and so for `chat` and `chat_stream`).
 
@@ -57,8 +61,8 @@ class PromptCache:
         self._alpha = 1.0 if alpha is None else float(alpha)
         if self._cache is None or same == 0:
             self._cache, same = GrowingCache(model.config), 0
-        self._cache.keep(same)
         self._ids, self._features, self.num_reused = list(prompt[:same]), features, same
+        self._cache.keep(same)
         model_kwargs["past_key_values"] = self._cache
         if features is not None:
             rest = features[self._ids.count(IMAGE_TOKEN_ID) :]
@@ -90,7 +94,7 @@ class PromptCache:
                     answer.append(token)
                     self.read(prompt, answer)
                     yield token
-        except Exception:
+        except (Exception, StillRunningError):
             self.clear()
             raise
 

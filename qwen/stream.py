@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from .chatml import stop_token_ids, trim_answer
-from .prompt_cache import PromptCache
+from .prompt_cache import PromptCache, StillRunningError
 from .sampling_loop import sampled_tokens
 from .tokenization_qwen import QWenTokenizer
 
@@ -280,4 +280,7 @@ def _greedy_tokens(
             yield item
     finally:
         abandoned.set()
-        thread.join()  # nobody else uses the model while the last token is being computed
+        try:
+            thread.join()  # nobody else uses the model while the last token is being computed
+        except KeyboardInterrupt as again:
+            raise StillRunningError from again

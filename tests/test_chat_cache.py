@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tiny_qwen import tiny_model
@@ -157,3 +159,29 @@ def test_chat_takes_it_too(model, tokenizer):
     assert answer == expected
     assert cache.num_reused > 10
     assert list(model.chat_stream(tokenizer, "Why?", history, prompt_cache=cache, **options))[-1] == expected
+
+
+def test_a_second_interruption_leaves_nothing_that_a_stray_answer_could_write_into(
+    model, tokenizer, features, monkeypatch
+):
+    chat = Chat(model, tokenizer, features, do_sample=False)
+    chat.ask(QUESTIONS[0])
+    ids, _ = encode_prompt(tokenizer, QUESTIONS[1], 4, chat.history)
+    texts = stream_ids(
+        model, tokenizer, torch.tensor([ids]), prompt_cache=chat.cache, image_features=(features,), **chat.options
+    )
+    next(texts)
+    join = threading.Thread.join
+    waits = []
+
+    def impatient(thread: threading.Thread, timeout: float | None = None) -> None:
+        waits.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        texts.close()
+    monkeypatch.setattr(threading.Thread, "join", join)
+    assert len(waits) == 1
+    assert chat.ask(QUESTIONS[1]) == 0  # read anew
+    waits[0].join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,33 @@ def test_bad_samples_are_skipped_counted_and_listed(bases, data, tmp_path, capsy
     assert len(steps) == math.ceil(11 / batch)
     assert all(math.isfinite(loss) for loss in steps)
     assert steps.count(0) == (3 if batch == 1 else 1)  # of 5, 5 and 1
+
+
+def test_bad_samples_found_before_a_stop_stay_on_the_list_and_in_the_count(bases, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [
+        "--max_bad_fraction",
+        0.5,
+        "--per_device_train_batch_size",
+        1,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        8,
+    ]
+    assert run(out, bases, data, *flags) == 0
+    for later in [path for path in out.glob("checkpoint-*") if path.name != "checkpoint-8"]:
+        shutil.rmtree(later)
+    found = json.loads((out / "checkpoint-8/run_state.json").read_text())["bad"]
+    assert 0 < len(found) < 3
+    (out / "bad_samples.jsonl").unlink()
+    on = ["--resume_from_checkpoint", "auto"]
+    assert run(out, bases, data, *flags, *on) == 0
+    assert len(listed(out)) == 4
+    shutil.rmtree(out / "checkpoint-11")
+    fewer = ["--max_bad_fraction", (1.5 + len(found)) / 12]  # the first half has few enough, both have not
+    assert run(out, bases, data, *flags, *on, *fewer) == 2
+    assert "4 of 12 samples are bad" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -163,7 +163,8 @@ def results(layer: nn.Module, forward, x: torch.Tensor, autocast: bool) -> dict[
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(
-    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)]
+    ("dtype", "autocast"),
+    [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)],
 )
 def test_the_lean_layer_gives_what_pefts_own_gives(dtype, autocast, dropout):
     layer = lora_layer(dtype, dropout)

@@ -325,7 +325,15 @@ def test_json_that_is_none_or_huge_is_one_line(stranger, refused, name, content)
     "changes",
     [
         *({"epoch": -1}, {"epoch": "0"}, {"position": 1.5}, {"geometry": {}}, {"geometry": {"batch_size": 0}}),
-        *({"loss_sums": []}, {"loss_sums": ["a"]}, {"identity": []}, {"more": 1}),
+        *(
+            {"loss_sums": []},
+            {"loss_sums": ["a"]},
+            {"identity": []},
+            {"bad": 5},
+            {"bad": [-1]},
+            {"bad": [10**6]},
+            {"more": 1},
+        ),
     ],
     ids=str,
 )

@@ -95,7 +95,7 @@ def test_the_loss_is_the_same_with_the_head_at_supervised_positions_only(model, 
 
 
 @pytest.mark.parametrize("chunk", [1, VOCAB_SIZE * 5, 2**30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_loss_in_chunks_is_that_of_the_whole_head(monkeypatch, chunk, dtype):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk)
     generator = torch.Generator().manual_seed(0)
