@@ -14,7 +14,6 @@ Prints a table of medians; writes feature_cache.json and feature_cache.png into 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from benchmarks.vocabulary import vocabulary_file
 
 BATCH, STEPS, WARM_UP = 4, 12, 2
 TOWER = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
@@ -51,7 +51,7 @@ def write_inputs(folder: Path) -> None:
     CLIPImageProcessorPil().save_pretrained(str(folder / "clip"))
     config = QWenConfig(vocab_size=151_936, intermediate_size=2 * 1376, **LANGUAGE)
     QWenLMHeadModel(config).save_pretrained(str(folder / "qwen"))
-    shutil.copy(vocabulary(), folder / "qwen" / "qwen.tiktoken")
+    shutil.copy(vocabulary_file(), folder / "qwen" / "qwen.tiktoken")
 
     random = np.random.default_rng(0)
     (folder / "pictures").mkdir()
@@ -64,18 +64,6 @@ def write_inputs(folder: Path) -> None:
         captions[str(number)] = {"q": "<|extra_0|>What does this picture show?", "a": "A field of many colours."}
     (folder / "image_map.json").write_text(json.dumps(image_map), encoding="utf-8")
     (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
-
-
-def vocabulary() -> Path:
-    """The Qwen vocabulary inside the package dashscope, which is looked up, not imported.
-
-    Raises:
-        FileNotFoundError: if it is not installed.
-    """
-    spec = importlib.util.find_spec("dashscope")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("the package dashscope is not installed: pip install --no-deps dashscope==2.0.2")
-    return Path(spec.origin).parent / "resources" / "qwen.tiktoken"
 
 
 def train_once(folder: Path, peer: str, dtype: str) -> None:

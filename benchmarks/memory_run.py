@@ -27,7 +27,8 @@ from model.dry_run import largest, planned_model, settings_to_show
 from model.memory_estimate import BatchShape
 from qwen import IGNORE_INDEX, QWenTokenizer
 
-from .random_weights import SEED, clip_config, qwen_config, vocabulary_file, write_language_model, write_tower
+from .random_weights import SEED, clip_config, qwen_config, write_language_model, write_tower
+from .vocabulary import vocabulary_file
 
 RANK, BATCH = 128, 4
 ANSWER_TOKENS = (15, 90)

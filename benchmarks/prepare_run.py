@@ -30,7 +30,8 @@ from qwen import QWenTokenizer
 from visual.base import ImageTransform
 
 from .memory_run import resident
-from .random_weights import SEED, vocabulary_file
+from .random_weights import SEED
+from .vocabulary import vocabulary_file
 
 IMAGE_TOKENS, WORKERS, READS = 256, 2, 4000
 

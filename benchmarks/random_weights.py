@@ -6,7 +6,6 @@ Norms are 1 and biases 0. What such a model says means nothing; what it takes is
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,24 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
 
+from benchmarks.vocabulary import vocabulary_file
 from qwen import QWenConfig, QWenLMHeadModel
 
 SEED = 42
 SHARD_BYTES = 1_000_000_000
 _BLOCK = 1 << 20
 _STD = 0.02
-
-
-def vocabulary_file() -> Path:
-    """Qwen's vocabulary, inside the package dashscope.
-
-    Raises:
-        SystemExit: if it is not installed.
-    """
-    spec = importlib.util.find_spec("dashscope")
-    if spec is None or spec.origin is None:
-        raise SystemExit("Qwen's vocabulary is missing: pip install --no-deps dashscope==2.0.2")
-    return Path(spec.origin).parent / "resources" / "qwen.tiktoken"
 
 
 def qwen_config(layers: int, width: int, heads: int, inner: int, vocabulary: int) -> QWenConfig:

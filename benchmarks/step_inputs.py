@@ -11,7 +11,6 @@ stay Qwen's; `fold` maps them onto the rows that there are.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -24,6 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.vocabulary import vocabulary_file
 from qwen import IGNORE_INDEX, QWenTokenizer
 
 from .same_size import SEED, Size, build_ours, build_peer, copy_weights, save_tower
@@ -55,18 +55,6 @@ def fold_labels(batch: dict[str, Any], rows: int) -> dict[str, Any]:
     """Map a batch's labels onto the rows of a head."""
     labels = batch["labels"]
     return {**batch, "labels": torch.where(labels == IGNORE_INDEX, labels, labels % rows)}
-
-
-def vocabulary_file() -> Path:
-    """Qwen's vocabulary, inside the package dashscope.
-
-    Raises:
-        SystemExit: if it is not installed.
-    """
-    spec = importlib.util.find_spec("dashscope")
-    if spec is None or spec.origin is None:
-        raise SystemExit("Qwen's vocabulary is missing: pip install --no-deps dashscope==2.0.2")
-    return Path(spec.origin).parent / "resources" / "qwen.tiktoken"
 
 
 def write_data(folder: Path, number: int) -> None:

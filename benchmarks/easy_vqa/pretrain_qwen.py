@@ -11,7 +11,6 @@ format of the published checkpoints.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import random
 from pathlib import Path
@@ -25,6 +24,7 @@ from dataset.prompt import encode_sample
 from model.device import pick_device
 from qwen import IGNORE_INDEX, QWenConfig, QWenLMHeadModel, QWenTokenizer
 
+from ..vocabulary import vocabulary_file
 from .fitting import Schedule, fit, written_whole
 from .questions import KINDS, Question, load_questions, scenes_told
 from .shapes import COLORS, SHAPES, Scene, random_scene
@@ -167,18 +167,6 @@ class SmallVocabulary:
         return full.eval()
 
 
-def real_vocabulary() -> Path:
-    """The Qwen vocabulary inside the package dashscope, which is looked up, not imported.
-
-    Raises:
-        FileNotFoundError: if it is not installed.
-    """
-    spec = importlib.util.find_spec("dashscope")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("the package dashscope is not installed: pip install --no-deps dashscope==2.0.2")
-    return Path(spec.origin).parent / "resources" / "qwen.tiktoken"
-
-
 def pretrain(tokenizer: QWenTokenizer, schedule: Schedule) -> QWenLMHeadModel:
     """Train from a fixed seed; the result has the full vocabulary and is on the CPU."""
     torch.manual_seed(SEED)
@@ -215,7 +203,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps (%(default)s)")
     args = parser.parse_args()
-    tokenizer = QWenTokenizer(str(real_vocabulary()))
+    tokenizer = QWenTokenizer(str(vocabulary_file()))
     save(pretrain(tokenizer, Schedule(args.steps, 2e-3)), tokenizer, args.output)
 
 
