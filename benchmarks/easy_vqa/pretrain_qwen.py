@@ -128,7 +128,6 @@ class SmallVocabulary:
         self.row_of = {token: row for row, token in enumerate(ids)}
         self.other = len(ids)
         self.model = QWenLMHeadModel(config_of(len(ids) + 1))
-        self.model.set_attn_implementation("eager")  # on a CPU, and for sequences this short, twice as fast
         self.model.to(device)  # type: ignore[arg-type]
         # A sum over n equal rows in the softmax is one row's share times n: log n is added to its logit.
         self.bias = torch.zeros(len(ids) + 1, device=device)
