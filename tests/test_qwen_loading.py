@@ -323,6 +323,17 @@ def test_attention_implementation_is_chosen_when_loading(tmp_path, model, attn_i
     assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)
 
 
+def test_attention_implementation_can_be_changed_later(model):
+    """transformers allows it or not by what it finds in a module's source."""
+    before = model(IDS).logits
+    model.set_attn_implementation("eager")
+    out = model(IDS, output_attentions=True)
+    assert len(out.attentions) == 2
+    assert_close(out.logits, before, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="does not support Flash Attention"):
+        model.set_attn_implementation("flash_attention_2")
+
+
 def test_embeddings_can_grow(model):
     before = model(IDS).logits
     model.resize_token_embeddings(210)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from model import VisionLanguageModel, vision_language_model
-from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, loss, modeling_qwen, positions
+from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, layers, loss, positions
 from qwen.positions import padded_behind
 
 MIXED = (sample(1), sample(0, num_words=9, seed=1), sample(2, num_words=2, num_answer=6, seed=2))
@@ -129,9 +129,9 @@ def test_padding_behind_needs_no_mask(model, monkeypatch, side):
                 [row.roll(len(row) - int(n)) for row, n in zip(batch[name], lengths, strict=True)]
             )
     masks = []
-    attend = modeling_qwen._sdpa_attention
+    attend = layers._sdpa_attention
     monkeypatch.setattr(
-        modeling_qwen,
+        layers,
         "_sdpa_attention",
         lambda q, k, v, mask, *rest: masks.append(mask) or attend(q, k, v, mask, *rest),
     )
