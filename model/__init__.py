@@ -3,7 +3,8 @@
 from .checkpoint import Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
 from .lora import LoraSettings, LoraTargetError
 from .projector import build_projector
-from .trainer import VLMTrainer, VLMTrainingArguments
+from .trainer import VLMTrainer
+from .training_arguments import VLMTrainingArguments
 from .vision_language_model import VisionLanguageModel
 
 __all__ = [

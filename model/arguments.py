@@ -22,7 +22,7 @@ from visual.feature_cache import DTYPES
 
 from .console import OneLineErrors
 from .device import has_accelerator, pick_device, pick_dtype
-from .trainer import VLMTrainingArguments
+from .training_arguments import VLMTrainingArguments
 
 
 @dataclass

@@ -21,7 +21,7 @@ from .language_model import read_language_config
 from .lora import LoraSettings, check_targets
 from .memory_estimate import BatchShape, MemoryEstimate, ModelShape, Setting, estimate_memory
 from .projector import build_projector
-from .trainer import VLMTrainingArguments
+from .training_arguments import VLMTrainingArguments
 
 _MEMORY_ROWS = {
     "frozen_weights": "frozen weights",

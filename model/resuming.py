@@ -7,7 +7,7 @@ from pathlib import Path
 from .agreement import gather_objects
 from .checkpoint import numbered_checkpoints
 from .run_folder import files_of_a_run, lacks_to_resume, newest_resumable, restore_replaced
-from .trainer import VLMTrainingArguments
+from .training_arguments import VLMTrainingArguments
 from .weights import CheckpointError
 
 
