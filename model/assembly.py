@@ -21,11 +21,9 @@ from visual.feature_cache import FeatureCache
 from .bases import base_models, check_bases, drops_first_patch, num_projector_layers
 from .checkpoint import (
     CheckpointError,
-    MultimodalConfig,
     load_adapter_weights,
     load_lora,
     load_projector,
-    package_versions,
     read_checkpoint,
     save_checkpoint,
 )
@@ -33,6 +31,7 @@ from .device import pick_device, pick_dtype
 from .fingerprint import base_fingerprints
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora
+from .multimodal_config import MultimodalConfig, package_versions
 from .projector import build_projector
 from .weights import check_finite
 

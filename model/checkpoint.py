@@ -16,9 +16,7 @@ import re
 import shutil
 from copy import copy
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import get_origin, get_type_hints
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -29,47 +27,14 @@ from transformers import PreTrainedModel
 from .adapter_config import ADAPTER_CONFIG, read_lora_config
 from .folders import check_inside, read_json
 from .lora_linear import make_lean
+from .multimodal_config import MULTIMODAL_CONFIG, MultimodalConfig, read_multimodal_config
 from .weights import CheckpointError, check_weights, read_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROJECTOR_WEIGHTS = "projector.safetensors"
-MULTIMODAL_CONFIG = "multimodal_config.json"
 RUN_STATE = "run_state.json"
 ORIGINAL_ADAPTER_WEIGHTS = "adapter_model.bin"
 ORIGINAL_PROJECTOR_WEIGHTS = "other_params.bin"
-_PACKAGES = ("torch", "transformers", "peft", "accelerate")
-
-
-@dataclass(frozen=True)
-class MultimodalConfig:
-    """What `multimodal_config.json` says: enough to build the model again and to see what does not fit."""
-
-    base_language_model: str
-    """Hub name or absolute path of the language model."""
-    base_value_model: str
-    """Hub name or absolute path of the vision tower."""
-    vision_tower: str
-    """The tower's `model_type`."""
-    num_image_tokens: int
-    """Tokens that one image takes in the prompt."""
-    vision_hidden_size: int
-    """Channels of a patch feature."""
-    language_hidden_size: int
-    """Channels of the language model's embedding."""
-    vocab_size: int
-    """Rows of the language model's embedding."""
-    projector_layers: int
-    """1 or 2."""
-    vision_tower_fingerprint: str
-    """Of its weights and of how it prepares images; empty: not known."""
-    language_model_fingerprint: str
-    """Of its weights and settings; empty: not known."""
-    drop_first_patch: bool
-    """Whether SigLIP's first patch is left out, as the original project did."""
-    dtype: str
-    """Dtype of the frozen weights while training, as in `bfloat16`."""
-    package_versions: dict[str, str]
-    """Versions of the packages that trained it."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +47,6 @@ class Checkpoint:
     """None for folders of the original project."""
     lora_config: LoraConfig
     """As PEFT reads it."""
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that matter for a checkpoint."""
-    return {name: version(name) for name in _PACKAGES}
 
 
 def resolve_checkpoint(folder: str | os.PathLike[str]) -> Path:
@@ -146,24 +106,8 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: if files are missing or can't be read.
     """
     path = resolve_checkpoint(folder)
-    config = _read_multimodal_config(path) if (path / MULTIMODAL_CONFIG).is_file() else None
+    config = read_multimodal_config(path) if (path / MULTIMODAL_CONFIG).is_file() else None
     return Checkpoint(path, config, read_lora_config(path))
-
-
-def _read_multimodal_config(folder: Path) -> MultimodalConfig:
-    path = folder / MULTIMODAL_CONFIG
-    values = read_json(path)
-    types = get_type_hints(MultimodalConfig)
-    absent = [name for name in types if name not in values]
-    if absent:
-        raise CheckpointError(f"{path}: {', '.join(absent)} missing")
-    for name, expected in types.items():
-        expected = get_origin(expected) or expected
-        if type(values[name]) is not expected:
-            raise CheckpointError(f"{path}: {name} must be a {expected.__name__}, got {values[name]!r}")
-    if values["projector_layers"] not in (1, 2):
-        raise CheckpointError(f"{path}: projector_layers must be 1 or 2, got {values['projector_layers']}")
-    return MultimodalConfig(**{name: values[name] for name in types})
 
 
 def save_checkpoint(

@@ -12,16 +12,10 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from .checkpoint import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    MULTIMODAL_CONFIG,
-    PROJECTOR_WEIGHTS,
-    RUN_STATE,
-    flush_to_disk,
-    numbered_checkpoints,
-)
+from .adapter_config import ADAPTER_CONFIG
+from .checkpoint import ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, RUN_STATE, flush_to_disk, numbered_checkpoints
 from .folders import MAX_JSON_BYTES, read_json
+from .multimodal_config import MULTIMODAL_CONFIG
 from .run_state import SCHEDULER, TRAINER_STATE, RunState
 from .weights import CheckpointError
 
