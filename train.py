@@ -10,16 +10,13 @@ Beside the flags below, every flag of transformers' `TrainingArguments` is taken
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
@@ -28,15 +25,16 @@ from dataset.bad_samples import TooManyBadSamplesError
 from dataset.epoch_order import EpochOrder, epoch_permutation, padding_share
 from dataset.image_io import ImageError
 from dataset.sample_sizes import drawn_batches, sample_sizes
-from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArguments, read_checkpoint
-from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arguments
-from model.checkpoint import CheckpointError, package_versions
+from model import CheckpointError, VisionLanguageModel, VLMTrainer, VLMTrainingArguments
+from model.arguments import DataArguments, is_dry_run, parse_arguments
+from model.building import build_model
 from model.console import in_one_line, set_up_logging
 from model.dry_run import Plan, planned_model, report, settings_to_show
 from model.guards import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
 from model.resuming import checkpoint_to_resume, files_in_the_way
+from model.run_config import save_run_config
 from model.run_state import RunState, check_identity
 from qwen import QWenTokenizer
 from visual.feature_cache import open_feature_cache
@@ -48,77 +46,7 @@ _LESS_MEMORY = (
     "they are, or try --gradient_checkpointing true, --bf16 true, a smaller --max_length or --lora_rank; "
     "--resume_from_checkpoint auto goes on from the last checkpoint"
 )
-RUN_CONFIG = "train_config.json"
 _LOOKED_AT = 2000  # samples whose tokens a dry run counts: a second or two
-
-
-def frozen_dtype(args: VLMTrainingArguments) -> torch.dtype:
-    """Dtype of the frozen weights: that of autocast, fp32 where there is none."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-
-
-def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> VisionLanguageModel:
-    """Load both base models and put LoRA layers in, fresh ones or those of a checkpoint.
-
-    Raises:
-        CheckpointError: if the previous weights do not fit the base models or an explicit flag.
-        LoraTargetError: if target modules do not exist.
-    """
-    previous = model_args.previous_lora_weights
-    targets = model_args.target_modules
-    asked = None if targets is None else LoraSettings.parse_targets(targets)
-    if previous is not None:
-        config = read_checkpoint(previous).lora_config
-        check_previous(previous, lora_rank=(model_args.lora_rank, config.r))
-        check_previous(previous, lora_alpha=(model_args.lora_alpha, config.lora_alpha))
-    model = VisionLanguageModel.from_pretrained(
-        model_args.base_language_model,
-        model_args.base_value_model,
-        previous,
-        dtype=frozen_dtype(args),
-        device=args.device,
-        trainable=True,
-        lora_dropout=model_args.lora_dropout,
-        projector_layers=model_args.projector_layers or 2,
-    )
-    if previous is not None:
-        names = (name for name, _ in model.named_parameters() if ".lora_A." in name)
-        there = {name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name in names}
-        check_previous(previous, target_modules=(_with_bars(asked), _with_bars(there)))
-        check_previous(previous, projector_layers=(model_args.projector_layers, model.projector_layers))
-        return model
-    default = LoraSettings()
-    model.add_lora(
-        LoraSettings(
-            rank=model_args.lora_rank or default.rank,
-            alpha=model_args.lora_alpha or default.alpha,
-            dropout=model_args.lora_dropout,
-            target_modules=default.target_modules if asked is None else asked,
-        )
-    )
-    return model
-
-
-def _with_bars(names: Collection[str] | None) -> str | None:
-    return None if names is None else "|".join(sorted(set(names)))
-
-
-def check_previous(folder: str, **flags: tuple[Any, Any]) -> None:
-    """Hold explicit flags against the checkpoint that training starts from.
-
-    Args:
-        folder: the checkpoint.
-        flags: for a flag's name, what was asked for (None: nothing) and what the checkpoint has.
-
-    Raises:
-        CheckpointError: if they disagree.
-    """
-    for name, (asked, there) in flags.items():
-        if asked is not None and asked != there:
-            raise CheckpointError(
-                f"--{name} {asked} disagrees with --previous_lora_weights {folder}, which was trained with {there}; "
-                f"leave the flag out or give {there}"
-            )
 
 
 def build_datasets(
@@ -144,24 +72,6 @@ def build_datasets(
     return train_set, ImageCaptionDataset(
         data_args.eval_image_map, data_args.eval_captions_file, training=False, **common
     )
-
-
-def save_run_config(
-    model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments, order: str
-) -> None:
-    """Write the resolved configuration beside the checkpoints; `order` is the sampling strategy that was asked for."""
-    folder = Path(str(args.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = {
-        "model": asdict(model_args),
-        "data": asdict(data_args),
-        "training": {**args.to_dict(), "train_sampling_strategy": order},
-        "package_versions": package_versions(),
-    }
-    text = json.dumps(resolved, indent=2, ensure_ascii=False, default=str)
-    whole = folder / f"tmp-{RUN_CONFIG}"
-    whole.write_text(text + "\n", encoding="utf-8")
-    whole.replace(folder / RUN_CONFIG)  # an older one stays where the disk is full
 
 
 def run_identity(
@@ -266,7 +176,7 @@ def dry_run(argv: Sequence[str]) -> int:
     batches = drawn_batches(sizes, args.per_device_train_batch_size, args.seed)
     plan = Plan.of(args, len(samples), data_args.max_length)
     if args.process_index == 0:
-        sys.stdout.write(report(shape, settings_to_show(lora, args, frozen_dtype(args)), plan, sizes, batches))
+        sys.stdout.write(report(shape, settings_to_show(lora, args, args.frozen_dtype), plan, sizes, batches))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -54,3 +55,8 @@ class VLMTrainingArguments(TrainingArguments):
     def n_gpu(self) -> int:
         """At most 1: torchrun starts a process for each GPU, and DataParallel would part images from their rows."""
         return min(super().n_gpu, 1)
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Dtype of the frozen weights: that of autocast, fp32 where there is none."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
