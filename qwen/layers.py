@@ -17,6 +17,9 @@ from .activation import gated
 from .configuration_qwen import QWenConfig
 from .positions import Rotation, rotate
 
+_CONVERTED_TOGETHER = 2**21
+"""Keys that are brought to fp32 at a time, in numbers: 8 MB."""
+
 
 class QWenRMSNorm(nn.Module):
     """Root mean square norm (https://arxiv.org/abs/1910.07467); the statistics are taken in fp32."""
@@ -87,12 +90,16 @@ def _sdpa_attention(
 ) -> tuple[Tensor, None]:
     # Without a mask, T is K (nothing cached) or 1 (everything may be seen); is_causal is right for the first only.
     causal = visible is None and query.shape[-2] > 1
-    if query.shape[-2] == 1 and query.device.type == "cpu" and not torch.is_grad_enabled():
-        # For one query, the CPU's kernel takes more than twice as long in bf16 as in fp32, the conversion included.
-        dtype = query.dtype
-        query, key, value = query.float(), key.float(), value.float()
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale)
-        return out.to(dtype), None
+    is_slow = query.shape[-2] == 1 and query.device.type == "cpu" and query.dtype != torch.float32
+    if is_slow and not torch.is_grad_enabled():
+        # For one query, the CPU's kernel takes more than twice as long in bf16 as in fp32, the conversion included, as
+        # long as the heads that are converted together are small enough for their memory to be used again.
+        heads = max(1, _CONVERTED_TOGETHER // key[:, 0].numel())
+        wide = [
+            F.scaled_dot_product_attention(q.float(), k.float(), v.float(), visible, dropout, scale=scale)
+            for q, k, v in zip(*(tensor.split(heads, dim=1) for tensor in (query, key, value)), strict=True)
+        ]
+        return torch.cat(wide, dim=1).to(query.dtype), None
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=visible, dropout_p=dropout, is_causal=causal, scale=scale
     )

@@ -194,11 +194,14 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
 
     def _head(self, x: Tensor) -> Tensor:
         """Logits (B, T, vocab_size) of hidden states (B, T, D)."""
-        num_positions = x.shape[0] * x.shape[1]
+        # As a matrix: of a slice of positions, even in one row, PyTorch would copy the head's weight for each row.
+        rows = x.reshape(-1, x.shape[-1])
         is_plain = type(self.lm_head) is nn.Linear and x.dtype == self.lm_head.weight.dtype == torch.float32
-        if is_plain and 1 < num_positions <= _FEW and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return (self.lm_head.weight @ x.flatten(0, 1).t()).t().reshape(*x.shape[:2], -1)
-        return self.lm_head(x)
+        if is_plain and 1 < len(rows) <= _FEW and x.device.type == "cpu" and not torch.is_grad_enabled():
+            logits = (self.lm_head.weight @ rows.t()).t()
+        else:
+            logits = self.lm_head(rows)
+        return logits.reshape(*x.shape[:-1], -1)
 
     @can_return_tuple
     def forward(
@@ -225,6 +228,13 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
         Returns:
             Logits (B, T or `logits_to_keep`, vocab_size), the loss where labels are given, and the cache.
         """
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        keep = None
+        if not (kwargs.get("output_hidden_states") or self.config.output_hidden_states):
+            keep = _positions(inputs, columns)  # reading a prompt, the last block has little to do behind its attention
         out = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -232,11 +242,11 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            keep=keep,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        # A slice is not contiguous: without a copy of it, the head's whole weight would be copied for each row.
-        logits = self._head(out.last_hidden_state[:, keep].contiguous())
+        hidden = out.last_hidden_state
+        logits = self._head(hidden[:, columns] if keep is None else hidden.unflatten(0, (len(inputs), -1)))
         loss = None
         if labels is not None:
             if logits.shape[1] != labels.shape[1]:
@@ -249,3 +259,12 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
+
+
+def _positions(inputs: Tensor, columns: slice | Tensor) -> Tensor | None:
+    """Positions b · T + t of some columns of `inputs` (B, T, ...), as `QWenModel.forward` takes them; None for all."""
+    num_rows, num_tokens = inputs.shape[:2]
+    chosen = torch.arange(num_tokens, device=inputs.device)[columns]
+    if len(chosen) == num_tokens:
+        return None
+    return (torch.arange(num_rows, device=inputs.device)[:, None] * num_tokens + chosen).flatten()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny_qwen import as_qwen2, random_ids, tiny_model
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from qwen import QWenLMHeadModel
@@ -123,10 +126,49 @@ def test_hidden_states_and_attentions():
 
 
 @torch.no_grad()
-def test_logits_to_keep():
+@pytest.mark.parametrize("keep", [1, 2, 8, 9, 20, torch.tensor([3]), torch.tensor([8, 0, 4]), torch.arange(9).flip(0)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_logits_to_keep(keep, rows):
     ours = tiny_model()
-    ids = random_ids(2, 9)
-    assert_close(ours(ids, logits_to_keep=2).logits, ours(ids).logits[:, -2:])
+    ids = random_ids(rows, 9)
+    chosen = slice(-keep, None) if isinstance(keep, int) else keep
+    whole = ours(ids, output_hidden_states=True)
+    assert_close(ours(ids, logits_to_keep=keep).logits, whole.logits[:, chosen])
+    assert_close(ours(inputs_embeds=ours.transformer.wte(ids), logits_to_keep=keep).logits, whole.logits[:, chosen])
+    with_states = ours(ids, logits_to_keep=keep, output_hidden_states=True)
+    assert_close(with_states.logits, whole.logits[:, chosen])
+    assert_close(with_states.hidden_states, whole.hidden_states)
+    after = [random_ids(rows, 1, seed=1), ours(ids, logits_to_keep=keep).past_key_values]
+    assert_close(ours(after[0], past_key_values=after[1]).logits, ours(torch.cat((ids, after[0]), 1)).logits[:, -1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompts_next_token_copies_no_head(rows, dtype):
+    model = tiny_model(vocab_size=5000).to(dtype).requires_grad_(False)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        model(random_ids(rows, 9), logits_to_keep=1)
+        model(random_ids(rows, 9), logits_to_keep=1, output_hidden_states=True)
+    copied = [math.prod(e.input_shapes[0]) for e in found.events() if e.name == "aten::copy_"]
+    assert 0 < max(copied) < model.lm_head.weight.numel()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads_together", [1, 2, 3, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_heads_of_one_query_are_converted_in_parts(monkeypatch, heads_together, padded):
+    model = tiny_model(num_attention_heads=4, kv_channels=8).to(torch.bfloat16)
+    ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 1 - padded
+
+    def last() -> torch.Tensor:
+        past = model(ids[:, :8], attention_mask=mask[:, :8]).past_key_values
+        return model(ids[:, 8:], attention_mask=mask, past_key_values=past).logits
+
+    want = last()
+    monkeypatch.setattr("qwen.layers._CONVERTED_TOGETHER", heads_together * 2 * 9 * 8)
+    assert_close(last(), want, atol=0, rtol=0)
 
 
 def test_attention_weights_need_eager():
