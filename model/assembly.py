@@ -31,6 +31,7 @@ from .device import pick_device, pick_dtype
 from .fingerprint import base_fingerprints
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora
+from .lora_linear import merge_lean
 from .multimodal_config import MultimodalConfig, package_versions
 from .projector import build_projector
 from .weights import check_finite
@@ -136,7 +137,8 @@ class AssembledModel(nn.Module):
     def merge_lora(self) -> None:
         """Add the LoRA updates to the base weights, for inference: W becomes W + ΔW."""
         if isinstance(self.language_model, PeftModel):
-            self.language_model = self.language_model.merge_and_unload()
+            merge_lean(self.language_model)
+            self.language_model = self.language_model.unload()
 
     @property
     def qwen(self) -> MultimodalQWenLMHeadModel:

@@ -18,6 +18,7 @@ from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -197,13 +198,19 @@ def load_lora(
             f"{checkpoint.folder / ADAPTER_CONFIG}: r is {config.r}, but its weights have no dimension of that size"
         )
     try:
-        wrapped = get_peft_model(language_model, config)
+        wrapped = get_peft_model(language_model, config, low_cpu_mem_usage=True)  # layers of shapes, without values
         make_lean(wrapped)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder / ADAPTER_CONFIG}: {error}") from error
     expected = _lora_weights(wrapped)
     check_weights(expected, weights, f"adapter in {checkpoint.folder}", "another base language model or rank")
-    set_peft_model_state_dict(wrapped, weights)
+    # By torch, not PEFT, which would round them to the base model's dtype. What is trained on is a copy: it must not
+    # depend on a mapped file, which may be overwritten.
+    named = {
+        re.sub(r"(lora_[AB])\.", r"\1.default.", name): tensor.to(torch.float32, copy=trainable)
+        for name, tensor in weights.items()
+    }
+    wrapped.load_state_dict(named, strict=False, assign=True)
     return wrapped
 
 

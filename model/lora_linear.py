@@ -46,6 +46,17 @@ def make_lean(model: nn.Module) -> None:
             module.__class__ = LeanLoraLinear
 
 
+@torch.no_grad()
+def merge_lean(model: nn.Module) -> None:
+    """Add the update of every lean layer to its base weight, in place; computed in fp32 and rounded once."""
+    for module in model.modules():
+        if isinstance(module, LeanLoraLinear):
+            name = module.active_adapters[0]
+            layers: tuple[Any, ...] = (module.get_base_layer(), module.lora_A[name], module.lora_B[name])
+            weight, first, second = (layer.weight for layer in layers)
+            weight.copy_(weight.float().addmm_(second.float(), first.float(), alpha=module.scaling[name]))
+
+
 class _LoraProduct(torch.autograd.Function):
     """x @ W.T + bias + scale · dropped @ A.T @ B.T, with gradients of x, dropped, A and B.
 
