@@ -1,17 +1,13 @@
 """The tokenizer of QWen-1: byte-level BPE by tiktoken behind the conventions of transformers' slow tokenizers.
 
-The vocabulary file `qwen.tiktoken` has one line per token: the token's bytes in base64, a space, its rank. The ranks
-are the ids 0 … 151642; the special tokens follow them and are not in the file.
+The ids 0 … 151642 are the ranks of the vocabulary file (see `vocabulary.py`); the special tokens follow them.
 
 Ordinary tokens are `bytes` (a token may be a part of a character), special tokens are `str`.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
-import shutil
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +17,13 @@ import tiktoken
 from transformers import PreTrainedTokenizer
 from transformers.tokenization_utils_base import AddedToken
 
+from .vocabulary import NUM_RANKS, load_vocabulary, write_vocabulary
+
 ENDOFTEXT = "<|endoftext|>"
 IMSTART = "<|im_start|>"
 IMEND = "<|im_end|>"
 IMAGE_TOKEN = "<|extra_0|>"
 
-NUM_RANKS = 151643
 SPECIAL_TOKENS: dict[str, int] = {
     token: NUM_RANKS + offset
     for offset, token in enumerate((ENDOFTEXT, IMSTART, IMEND, *(f"<|extra_{i}|>" for i in range(205))))
@@ -50,39 +47,6 @@ _SPECIAL_SPLIT = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL
 _WHITESPACE = re.compile(r"\s+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REPLACEMENT = "\ufffd".encode()
-
-
-def load_vocabulary(path: str | Path) -> dict[bytes, int]:
-    """Read a `qwen.tiktoken` file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Token bytes -> id, 151,643 of them, with the ids 0 … 151642.
-
-    Raises:
-        ValueError: the file is missing, unreadable, damaged or has another number of tokens.
-    """
-    again = "copy or download qwen.tiktoken again"
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read the vocabulary {path}: {error.strerror or error}; {again}") from error
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise ValueError(
-                f"{path}, line {number}: expected a base64 token, a space and its rank, got {line[:60]!r}; {again}"
-            ) from None
-    if len(ranks) != NUM_RANKS or set(ranks.values()) != set(range(NUM_RANKS)):
-        raise ValueError(f"{path} holds {len(ranks):,} different tokens, expected {NUM_RANKS:,} ranked from 0; {again}")
-    return ranks
 
 
 def normalize(text: str) -> str:
@@ -315,9 +279,5 @@ class QWenTokenizer(PreTrainedTokenizer):
         path = Path(save_directory) / name
         if path.exists() and Path(self.vocab_file).exists() and path.samefile(self.vocab_file):
             return (str(path),)
-        temporary = path.with_name(path.name + ".part")
-        with temporary.open("wb") as file:
-            for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
-                file.write(base64.b64encode(token) + b" %d\n" % rank)
-        shutil.move(temporary, path)
+        write_vocabulary(self._ranks, path)
         return (str(path),)
