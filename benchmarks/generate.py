@@ -40,33 +40,31 @@ def make_inputs(size: Any, batch: int, dtype: str) -> tuple[list[list[int]], Any
     return prompts, pixels.to(getattr(torch, dtype))
 
 
-def prepare(peer: str, size: Any, prompts: Sequence[Sequence[int]], pixels: Any) -> Callable[[int], list[list[int]]]:
-    """Build a peer; gives a function from a number of tokens to each prompt's answer of so many token ids."""
+def prepare(peer: str, size: Any, prompts: Sequence[Sequence[int]], pixels: Any) -> Callable[[int, Any], list[int]]:
+    """Build a peer; gives a function from a number of tokens, and a call after each, to the first answer's ids."""
     import torch
 
     from benchmarks.same_size import build_ours, build_peer, copy_weights
     from qwen.batch import generate_batch, pad_left
 
     ours = build_ours(size, pixels.dtype)
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if peer == "ours":
 
-        def answer(number: int) -> list[list[int]]:
+        def answer(number: int, after_each: Any) -> list[int]:
             features = list(ours.encode_images(pixels))
-            return generate_batch(
-                ours.qwen, prompts, features, max_new_tokens=number, do_sample=False, eos_token_id=None, pad_token_id=0
-            )
+            calls = {"max_new_tokens": number, "stopping_criteria": [after_each]}
+            return generate_batch(ours.qwen, prompts, features, **calls, **settings)[0]
 
         return answer
     llava = build_peer(size, pixels.dtype)
     copy_weights(ours, llava)
     ids, mask = pad_left(prompts, torch.device("cpu"))
-    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-    def answer_llava(number: int) -> list[list[int]]:
-        made = llava.generate(
-            input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=number, **settings
-        )
-        return made[:, ids.shape[1] :].tolist()
+    def answer_llava(number: int, after_each: Any) -> list[int]:
+        calls = {"max_new_tokens": number, "stopping_criteria": [after_each]}
+        made = llava.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, **calls, **settings)
+        return made[0, ids.shape[1] :].tolist()
 
     return answer_llava
 
@@ -82,18 +80,27 @@ def run_one(peer: str, args: argparse.Namespace, size: Any) -> dict[str, Any]:
 
     batch, tokens = args.batches[0], args.tokens
     clock = time.perf_counter if args.clock == "wall" else time.process_time
+    times: list[float] = []
+
+    def after_each(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """A criterion to stop by, which never does: generation calls it when a token has been drawn."""
+        times.append(clock())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
     with torch.inference_mode():
         prompts, pixels = make_inputs(size, batch, args.dtypes[0])
         answer = prepare(peer, size, prompts, pixels)
-        answer(2)  # what is set up once is not measured
+        answer(2, after_each)  # what is set up once is not measured
         firsts, wholes = [], []
         for _ in range(args.repeats):
-            for seconds, number in ((firsts, 1), (wholes, tokens)):
-                start = clock()
-                ids = answer(number)
-                seconds.append(clock() - start)
+            times.clear()
+            start = clock()
+            ids = answer(tokens, after_each)
+            firsts.append(times[0] - start)
+            wholes.append(times[-1] - start)
     first, whole = min(firsts), min(wholes)
-    return {"first": first, "whole": whole, "rate": (tokens - 1) * batch / (whole - first), "ids": ids[0]}
+    steps = min(whole - first for whole, first in zip(wholes, firsts, strict=True))
+    return {"first": first, "whole": whole, "rate": (tokens - 1) * batch / steps, "ids": ids}
 
 
 def compare(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:

@@ -17,8 +17,8 @@ from .activation import gated
 from .configuration_qwen import QWenConfig
 from .positions import Rotation, rotate
 
-_CONVERTED_TOGETHER = 2**21
-"""Keys that are brought to fp32 at a time, in numbers: 8 MB."""
+_CONVERTED_TOGETHER = 2**19
+"""Keys that are brought to fp32 at a time, in numbers: 2 MB."""
 
 
 class QWenRMSNorm(nn.Module):
