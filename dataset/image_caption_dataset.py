@@ -19,13 +19,13 @@ from .annotations import Annotations, Sample
 from .bad_samples import BadSamples
 from .image_io import ImageError, load_image, resolve_image_path
 from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
+from .sample_sizes import estimated_lengths
 
 logger = logging.getLogger(__name__)
 
 _NO_KEY = bytes(32)
 # One row of counters per data worker and one for the main process: nobody waits, and no count is lost.
 _MAX_WORKERS = 1024
-_BYTES_PER_TOKEN = 4
 
 
 def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alternatives: int) -> int:
@@ -153,26 +153,8 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def estimated_lengths(self) -> torch.Tensor:
-        """About how many tokens each sample has, (samples,) int32; nothing is tokenised and no image is opened.
-
-        A token of Qwen's stands for about 4 bytes of UTF-8, in English as in Chinese. Of alternative answers, the mean
-        counts.
-        """
-        one, two = (
-            len(encode_sample(self.tokenizer, [("a", "a")] * turns, 0, self.system).input_ids) for turns in (1, 2)
-        )
-        per_turn = two - one  # with what stands around question and answer
-        lengths = torch.empty(len(self), dtype=torch.int32)
-        for index in range(len(self)):
-            sample = self._annotations[index]
-            size = 0.0  # of the text, in bytes
-            for question, answers in sample.turns:
-                size += len(question.encode("utf-8", "surrogatepass"))
-                size += len("".join(answers).encode("utf-8", "surrogatepass")) / len(answers)
-            around = one + (len(sample.turns) - 1) * per_turn
-            tokens = around + int(size / _BYTES_PER_TOKEN) + len(sample.image_files) * self.num_image_tokens
-            lengths[index] = min(tokens, self.max_length)
-        return lengths
+        """About how many tokens each sample has, (samples,) int32; nothing is tokenised and no image is opened."""
+        return estimated_lengths(self._annotations, self.tokenizer, self.num_image_tokens, self.max_length, self.system)
 
     @property
     def num_cut(self) -> int:

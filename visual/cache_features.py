@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,11 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.annotations import images_of
 from dataset.image_io import ImageError, load_image, resolve_image_path
-from model.console import OneLineErrors, in_one_line, set_up_logging
+from model.console import OneLineErrors, counted, in_one_line, set_up_logging
 from model.data_workers import with_calm_workers
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.memory import is_out_of_memory, out_of_memory
 from visual import VisionTower, build_vision_tower
+from visual.cache_space import in_gb, space_for
 from visual.feature_cache import DTYPES, FeatureCache, open_feature_cache
 
 logger = logging.getLogger("visual.cache_features")
@@ -160,27 +159,24 @@ def check_space(cache: FeatureCache, names: list[tuple[str, str]], args: argpars
     Raises:
         ValueError: if it will not fit.
     """
-    place = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.is_dir())
-    block = os.statvfs(place).f_frsize
-    each = -(-cache.file_bytes // block) * block
-    free, there = shutil.disk_usage(place).free, len(cache)
+    space, there = space_for(cache), len(cache)
     tokens, width = cache.shape
     logger.info(
-        "%s images, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
-        *(f"{len(names):,}", tokens, width, args.feature_cache_dtype, in_gb(len(names) * each)),
-        *(f"{there:,}", in_gb(free), place),
+        "%s, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
+        *(counted(len(names), "image"), tokens, width, args.feature_cache_dtype, in_gb(len(names) * space.each)),
+        *(f"{there:,}", in_gb(space.free), space.place),
     )
     missing = len(names)
-    if missing * each <= free or args.skip_space_check:
+    if missing * space.each <= space.free or args.skip_space_check:
         return
     if there:
         looked = loader(Images(names, cache, None, args.allow_links), args)
         with tqdm(total=len(names), desc="looking for what is there", mininterval=0.5) as bar:
             missing = sum(count_missing(items, bar) for items in looked)
-    if missing * each > free:
+    if missing * space.each > space.free:
         raise ValueError(
-            f"--feature_cache {args.feature_cache}: {missing:,} images are missing, which take "
-            f"{in_gb(missing * each)}, and {in_gb(free)} are free; make room, give another "
+            f"--feature_cache {args.feature_cache}: {counted(missing, 'image')} to be stored will take "
+            f"{in_gb(missing * space.each)}, and {in_gb(space.free)} are free; make room, give another "
             "folder, or say --skip_space_check"
         )
 
@@ -189,11 +185,6 @@ def count_missing(items: list[Looked], bar: Any) -> int:
     """How many of a batch's images are not stored."""
     bar.update(len(items))
     return sum(bool(item.problem) for item in items)
-
-
-def in_gb(number: int) -> str:
-    """Bytes for people, in powers of ten, as disks are sold."""
-    return f"{number / 1e9:,.2f} GB" if number >= 1e7 else f"{number:,} bytes"
 
 
 def loader(images: Images, args: argparse.Namespace) -> Any:
@@ -255,8 +246,9 @@ def run(args: argparse.Namespace) -> int:
         )
         return 1
     logger.info(
-        "%s images: %s stored now, %s were there, %s bad; %s stored in all",
-        *(f"{number:,}" for number in (len(part), cache.num_stored, len(part) - cache.num_stored - num_unusable)),
+        "%s: %s stored now, %s were there, %s bad; %s stored in all",
+        counted(len(part), "image"),
+        *(f"{number:,}" for number in (cache.num_stored, len(part) - cache.num_stored - num_unusable)),
         *(f"{number:,}" for number in (num_unusable + num_bad, len(cache))),
     )
     return int(num_unusable == len(part) > 0)

@@ -35,6 +35,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 """What features can be stored in, by name."""
 KEY_BYTES = 32
 """Length of an image's key."""
+NOTE = "tower.json"
+"""Name of the file that says to people what a folder's features are of."""
 
 _FORMAT = 1
 """Raised when what is stored changes: the files' form, or what `load_image` and `ImageTransform` make of a picture."""
@@ -246,7 +248,7 @@ class FeatureCache:
                     path.unlink(missing_ok=True)
             except FileNotFoundError:  # just renamed, or deleted by another process
                 continue
-        note = self.folder / "tower.json"
+        note = self.folder / NOTE
         if not note.exists():
             part = temporary / secrets.token_hex(16)
             try:
