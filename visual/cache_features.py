@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.annotations import images_of
 from dataset.image_io import ImageError, load_image, resolve_image_path
+from model.bases import drops_first_patch
+from model.checkpoint import read_checkpoint
 from model.console import OneLineErrors, counted, in_one_line, set_up_logging
 from model.data_workers import with_calm_workers
 from model.device import parse_dtype, pick_device, pick_dtype
@@ -41,6 +44,10 @@ from visual.cache_space import in_gb, space_for
 from visual.feature_cache import DTYPES, FeatureCache, open_feature_cache
 
 logger = logging.getLogger("visual.cache_features")
+
+
+class Terminated(BaseException):
+    """SIGTERM has come."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--feature_cache", required=True, metavar="DIR", help=text["feature_cache"])
     parser.add_argument(
         "--base_value_model", default="openai/clip-vit-large-patch14", help="hub name or folder of the vision tower"
+    )
+    parser.add_argument(
+        "--previous_lora_weights",
+        metavar="DIR",
+        help="checkpoint that training starts from, as training has it: those of the original project, and what was "
+        "trained on from them, have no use for SigLIP's first patch",
     )
     parser.add_argument(
         "--feature_cache_dtype", default="bfloat16", choices=list(DTYPES), help="stored in; as training"
@@ -233,7 +246,9 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype) if args.dtype else pick_dtype(device)
     names, num_bad = list_images(args.image_map)
-    tower = build_vision_tower(args.base_value_model, dtype).to(device)
+    previous = read_checkpoint(args.previous_lora_weights) if args.previous_lora_weights is not None else None
+    drop = drops_first_patch(previous, args.base_value_model)
+    tower = build_vision_tower(args.base_value_model, dtype, drop_first_patch=drop).to(device)
     cache = open_feature_cache(args.feature_cache, tower, args.feature_cache_dtype)
     check_space(cache, names, args)
     part = names[args.shard :: args.num_shards]
@@ -263,9 +278,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     try:
         return run(parse_arguments(argv))
-    except KeyboardInterrupt:
-        logger.error("cache_features.py: stopped by SIGINT; what is stored can be used, the same command goes on")
-        return 128 + signal.SIGINT
+    except (KeyboardInterrupt, Terminated) as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        logger.error(
+            "cache_features.py: stopped by %s; what is stored can be used, the same command goes on", number.name
+        )
+        return 128 + number
     except (ValueError, OSError, ImportError) as error:
         logger.error("cache_features.py: %s", in_one_line(error))
         return 2
@@ -277,8 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _terminate(*_: object) -> None:
-    logger.error("cache_features.py: stopped by SIGTERM; what is stored can be used, the same command goes on")
-    sys.exit(128 + signal.SIGTERM)  # unwinds, so that the file being written goes
+    # Nothing is logged in here: the signal may have come while the log, or the progress bar, was being written.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))  # a second one quits at once
+    raise Terminated  # unwinds, so that the file being written goes
 
 
 if __name__ == "__main__":
