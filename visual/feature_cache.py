@@ -99,7 +99,7 @@ class FeatureCache:
         self.dtype = dtype
         self.failure = ""
         self.num_stored = 0
-        self._warned_of_range = False
+        self._warned: set[str] = set()
         self.file_bytes = len(self._serialise(bytes(KEY_BYTES), torch.zeros(shape, dtype=dtype)))
         """Size of every file."""
 
@@ -228,10 +228,13 @@ class FeatureCache:
                     logger.warning("%s: features can't be stored any more (%s)", self.folder, self.failure)
         if fits.all():
             return stored
-        if not self._warned_of_range:
-            self._warned_of_range = True
-            name = str(self.dtype).removeprefix("torch.")
-            logger.warning("features that %s can't hold are not stored; bfloat16 has a wider range", name)
+        name = str(self.dtype).removeprefix("torch.")
+        reason = f"features that {name} can't hold are not stored; bfloat16 has a wider range"
+        if not features.isfinite().all():
+            reason = "features that are infinite or no numbers are not stored; does the tower run in too small a dtype?"
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning(reason)
         return torch.where(fits.to(features.device)[:, None, None], stored.to(features.dtype), features)
 
     def prepare(self, description: dict[str, object]) -> None:
