@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -209,6 +210,20 @@ def test_lines_of_others_and_a_second_writer_are_refused(tmp_path):
     output.write_text("")
     with AnswerFile(output, ["b"], {"x": 2}) as answers:
         assert answers.num_done == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_written_to_with_a_warning(tmp_path, monkeypatch, caplog, number):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("model.answer_file.fcntl.flock", no_locks)
+    with AnswerFile(tmp_path / "a.jsonl", ["a"], {"x": 1}) as answers:
+        answers.add(Outcome("one"))
+    assert read(tmp_path / "a.jsonl") == [{"id": "a", "answer": "one"}]
+    (message,) = caplog.messages
+    assert "has no locks" in message
+    assert os.strerror(number) in message
 
 
 BAD_LINES = {
