@@ -37,7 +37,7 @@ from model.dry_run_report import report
 from model.guards import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
-from model.resuming import checkpoint_to_resume, files_in_the_way
+from model.resuming import checkpoint_to_resume, files_in_the_way, say_how_features_differ
 from model.run_state import RunState, check_identity
 from qwen import QWenTokenizer
 from visual.feature_cache import open_feature_cache
@@ -226,6 +226,8 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     identity = run_identity(model, train_set, args)
     if resume is not None:
         check_identity(RunState.read(Path(resume)), identity, Path(resume))
+        if args.process_index == 0:
+            say_how_features_differ(Path(resume).parent / RUN_CONFIG, data_args)
     ordered = in_order(train_set, args)
     watches = [WatchBadSamples(train_set)]
     if eval_set is not None:
