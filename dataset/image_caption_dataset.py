@@ -20,6 +20,7 @@ from .bad_samples import BadSamples
 from .image_io import ImageError, load_image, resolve_image_path
 from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
 from .sample_sizes import estimated_lengths
+from .wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._cuts = torch.zeros(_MAX_WORKERS, 2, dtype=torch.long).share_memory_()
         self._logged_cuts = 0
-        logger.info("%s: %d samples", captions_file, len(self))
+        logger.info("%s: %s", captions_file, counted(len(self), "sample"))
 
     def __len__(self) -> int:
         return len(self._annotations)
@@ -171,8 +172,8 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         total = self.num_cut
         if total > self._logged_cuts:
             logger.warning(
-                "%s: %d times, an answer was cut at %d tokens; %d tokens lost so far",
-                *(self.captions_file, total, self.max_length, self.num_cut_tokens),
+                "%s: %s, an answer was cut at %d tokens; %s lost so far",
+                *(self.captions_file, counted(total, "time"), self.max_length, counted(self.num_cut_tokens, "token")),
             )
             self._logged_cuts = total
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .agreement import gather_objects, gather_rows, is_distributed
+from .console import counted
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,8 @@ class WatchBadSamples(TrainerCallback):
                 path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
             except OSError as error:  # a full disk, say; that is no reason to lose the run
                 logger.error("%s could not be written: %s", path, error)
-            logger.warning("%d bad samples were left out so far; see %s", self._known, path)
+            verb = "was" if self._known == 1 else "were"
+            logger.warning("%s %s left out so far; see %s", counted(self._known, "bad sample"), verb, path)
         self.dataset.bad.check(str(path))
 
 
