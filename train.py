@@ -25,7 +25,7 @@ from transformers import set_seed
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.annotations import Annotations
 from dataset.bad_samples import TooManyBadSamplesError
-from dataset.epoch_order import EpochOrder, padding_shares
+from dataset.epoch_order import EpochOrder
 from dataset.image_io import ImageError
 from dataset.sample_sizes import DataSizes, data_sizes
 from model import LoraSettings, VisionLanguageModel, VLMTrainer, VLMTrainingArguments, read_checkpoint
@@ -196,7 +196,7 @@ def in_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> Epoc
     if strategy != "group_by_length":
         return EpochOrder(train_set, seed, shuffled=strategy == "random")
     lengths = train_set.estimated_lengths()
-    shares = [100 * share for share in padding_shares(lengths, args.train_batch_size, seed)]
+    shares = [100 * share for share in train_set.padding_shares(lengths, args.train_batch_size, seed)]
     logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
     return EpochOrder(train_set, seed, lengths)
 
@@ -274,8 +274,7 @@ def dry_run(argv: Sequence[str]) -> int:
         evaluation = look(eval_files, None, args.per_device_eval_batch_size, "sequential")
     if args.process_index == 0:
         settings = settings_to_show(lora, args, frozen_dtype(args))
-        shares = padding_shares(data.lengths, rows, order_seed)
-        sys.stdout.write(report((model_args, data_args, args), shape, settings, shares, data, evaluation))
+        sys.stdout.write(report((model_args, data_args, args), shape, settings, data, evaluation))
     return 0
 
 

@@ -77,19 +77,6 @@ def order_of(strategy: str, lengths: Tensor, seed: int, epoch: int) -> Tensor:
     return epoch_permutation(len(lengths), seed, epoch) if strategy == "random" else torch.arange(len(lengths))
 
 
-def padding_shares(lengths: Tensor, batch_size: int, seed: int) -> tuple[float, float]:
-    """What `padding_share` gives for the first epoch, grouped by length and in random order.
-
-    Args:
-        lengths: (samples,) in tokens.
-        batch_size: samples of a batch.
-        seed: the run's seed.
-    """
-    orders = (order_of(strategy, lengths, seed, 0) for strategy in ("group_by_length", "random"))
-    grouped, ungrouped = (padding_share(lengths[order], batch_size) for order in orders)
-    return grouped, ungrouped
-
-
 def padding_share(lengths: Tensor, batch_size: int) -> float:
     """The share of tokens that are padding, 0 to 1, where samples are put into batches in their order.
 

@@ -19,7 +19,7 @@ from .annotations import Annotations, Sample
 from .bad_samples import BadSamples
 from .image_io import ImageError, load_image, resolve_image_path
 from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
-from .sample_sizes import estimated_lengths
+from .sample_sizes import estimated_lengths, padding_shares
 from .wording import counted
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _NO_KEY = bytes(32)
 # One row of counters per data worker and one for the main process: nobody waits, and no count is lost.
 _MAX_WORKERS = 1024
+_COUNTED = 2000  # samples whose padding is counted: a second or two
 
 
 def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alternatives: int) -> int:
@@ -156,6 +157,25 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
     def estimated_lengths(self) -> torch.Tensor:
         """About how many tokens each sample has, (samples,) int32; nothing is tokenised and no image is opened."""
         return estimated_lengths(self._annotations, self.tokenizer, self.num_image_tokens, self.max_length, self.system)
+
+    def padding_shares(self, lengths: torch.Tensor, rows: int, seed: int) -> tuple[float, float]:
+        """Shares of padding in batches, 0 to 1: grouped by length, and in random order.
+
+        Args:
+            lengths: (samples,) as `estimated_lengths` gives them.
+            rows: samples of a batch.
+            seed: of the order.
+        """
+        return padding_shares(
+            self._annotations,
+            self.tokenizer,
+            self.num_image_tokens,
+            lengths,
+            max_length=self.max_length,
+            rows=rows,
+            order_seed=seed,
+            most=_COUNTED,
+        )
 
     @property
     def num_cut(self) -> int:

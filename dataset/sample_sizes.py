@@ -45,6 +45,8 @@ class DataSizes:
     """Samples of a batch, as far as there are so many."""
     lengths: Tensor
     """(samples,) tokens of every sample, estimated."""
+    padding: tuple[float, float]
+    """Shares of padding in batches, 0 to 1: grouped by length, and in random order."""
     images: frozenset[tuple[str, str]]
     """Folder and name of every image, once."""
     num_bad: int
@@ -91,14 +93,63 @@ def data_sizes(
     of_batches = [sizes_of(batches[index].tolist()) for index in longest[:_LONGEST_BATCHES].tolist()]
     if not samples or not any(of_batches):
         raise SampleError(f"none of {len(annotations)} samples fits into --max_length {max_length}; raise it")
+    padding = padding_shares(
+        annotations,
+        tokenizer,
+        num_image_tokens,
+        lengths,
+        max_length=max_length,
+        rows=rows,
+        order_seed=order_seed,
+        most=most,
+    )
     return DataSizes(
         samples,
         [batch_size_of(batch) for batch in of_batches if batch],
         min(rows, len(annotations)),
         lengths,
+        padding,
         _images_of(annotations),
         len(annotations.errors),
     )
+
+
+def padding_shares(
+    annotations: Annotations,
+    tokenizer: QWenTokenizer,
+    num_image_tokens: int,
+    lengths: Tensor,
+    *,
+    max_length: int,
+    rows: int,
+    order_seed: int,
+    most: int,
+) -> tuple[float, float]:
+    """The share of tokens that are padding, 0 to 1, in the first epoch: grouped by length, and in random order.
+
+    Samples are grouped by estimated lengths; the padding is counted exactly, in batches drawn from all of them.
+
+    Args:
+        annotations: the samples.
+        tokenizer: QWen's tokenizer.
+        num_image_tokens: the tower's features per image.
+        lengths: (samples,) as `estimated_lengths` gives them.
+        max_length: the most tokens of a sample.
+        rows: samples of a batch.
+        order_seed: of both orders.
+        most: samples that are counted in each.
+    """
+    shares = []
+    for strategy in ("group_by_length", "random"):
+        batches = order_of(strategy, lengths, order_seed, 0).split(rows)
+        padded, tokens = 0, 0
+        for number in _drawn(len(batches), max(most // rows, 1), order_seed):
+            sizes = (_size(annotations, i, tokenizer, num_image_tokens, max_length) for i in batches[number].tolist())
+            counts = [1 if size is None else size.tokens for size in sizes]  # a bad sample has one token
+            padded, tokens = padded + max(counts) * len(counts), tokens + sum(counts)
+        shares.append(1 - tokens / padded)
+    grouped, ungrouped = shares
+    return grouped, ungrouped
 
 
 def sample_sizes(

@@ -65,6 +65,10 @@ class SizesOfData(Protocol):
         """Estimated tokens of every sample."""
 
     @property
+    def padding(self) -> tuple[float, float]:
+        """Shares of padding in batches, 0 to 1: grouped by length, and in random order."""
+
+    @property
     def images(self) -> Collection[tuple[str, str]]:
         """Folder and name of every image, once."""
 
@@ -199,7 +203,6 @@ def report(
     asked: tuple[ModelArguments, DataArguments, VLMTrainingArguments],
     shape: ModelShape,
     settings: Mapping[str, Setting],
-    padding: tuple[float, float],
     data: SizesOfData,
     evaluation: SizesOfData | None = None,
 ) -> str:
@@ -209,13 +212,12 @@ def report(
         asked: the flags.
         shape: of the model.
         settings: by the name of their columns.
-        padding: share of padding in a batch, 0 to 1, with samples grouped by length and without.
         data: the training set.
         evaluation: the evaluation set, or None.
     """
     model_args, data_args, args = asked
     plan = Plan.of(args, len(data.lengths), data_args.max_length)
-    lines = [length_table(plan.num_samples, data, shape.image_tokens), steps_line(plan), padding_line(*padding)]
+    lines = [length_table(plan.num_samples, data, shape.image_tokens), steps_line(plan), padding_line(*data.padding)]
     parts = [parameter_table(shape), "\n".join(lines)]
     images = set(data.images)
     if evaluation is not None:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, one_line_error, start, write_data
 
 import train
@@ -132,6 +133,10 @@ def test_lengths_and_padding_are_those_of_the_run(inputs, tmp_path, planned, tok
     if strategy == "group_by_length":
         shares = re.search(r"about ([\d.]+)% of their tokens are padding, ([\d.]+)% ungrouped", logged)
         assert f"padding, about: {shares[2]}% of a batch's tokens; {shares[1]}% with samples grouped" in said
+    padded, real = (sum(f(batch["attention_mask"]) for batch in batches) for f in (torch.numel, torch.sum))
+    share = f"{1 - int(real) / padded:.1%}"
+    there = re.search(r"padding, about: ([\d.]+%) of a batch's tokens; ([\d.]+%) with samples grouped", said)
+    assert there[2 if strategy == "group_by_length" else 1] == share
     tokens = [len(trainer.train_dataset.dataset[index]["input_ids"]) for index in range(len(LENGTHS))]
     row = rf"all +{min(tokens)} +{sum(tokens) / len(tokens):.1f} +{max(tokens)}\n"
     assert re.search(row, said), said
