@@ -27,14 +27,14 @@ from transformers import set_seed
 
 from dataset import SYSTEM_PROMPT, load_image
 from dataset.image_io import ImageError, pictures_in
-from dataset.prompt import with_placeholders
+from dataset.prompt import count_placeholders, with_placeholders
 from dataset.question_file import Question, read_questions
 from dataset.window import fit_prompt
 from model import VisionLanguageModel
 from model.answer_file import AnswerFile, digest, trained_digest
 from model.assistant import Assistant, Turns
 from model.batch_answers import Asked, answer_all
-from model.console import OneLineErrors, in_one_line, one_line, set_up_logging, show, use_utf8
+from model.console import OneLineErrors, counted, in_one_line, one_line, set_up_logging, show, use_utf8
 from model.device import parse_dtype, pick_device
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
@@ -66,7 +66,7 @@ def ask_about_each(assistant: Assistant, prompt: str, paths: Sequence[Path]) -> 
             logger.error("test.py: %s", error)
             failed += 1
             continue
-        answer = assistant.answer(prompt, features)
+        answer = assistant.answer(prompt, features, one_line(path.name))
         print(f"{one_line(path.name)}\t{one_line(answer)}", flush=True)
     return failed
 
@@ -87,7 +87,7 @@ def answer_file(args: argparse.Namespace) -> int:
     }
     with AnswerFile(Path(args.output), [question.id for question in questions], made_with) as answers:
         if answers.num_done:
-            logger.info("%s: %d of %d questions are answered already", args.output, answers.num_done, len(questions))
+            logger.info("%s: %d of %d answered already", args.output, answers.num_done, len(questions))
         asked = [_asked(question) for question in questions[answers.num_done :]]
         with tqdm(total=len(questions), initial=answers.num_done, unit="question", file=sys.stderr) as bar:
             for outcome in answer_all(assistant, asked, load_image, args.batch_size, args.seed):
@@ -96,13 +96,16 @@ def answer_file(args: argparse.Namespace) -> int:
     for line in answers.failed[:_SHOWN]:
         logger.error("test.py: %s", one_line(line))
     if answers.failed:
-        logger.error("test.py: %d of %d questions have no answer", len(answers.failed), len(questions))
+        lack = "has" if len(answers.failed) == 1 else "have"
+        all_questions = counted(len(questions), "question")
+        logger.error("test.py: %d of %s %s no answer", len(answers.failed), all_questions, lack)
     return 2 if answers.failed else 0
 
 
 def _asked(question: Question) -> Asked | ValueError:
     try:
-        return Asked(with_placeholders(question.prompt, len(question.images)), question.images)
+        prompt = with_placeholders(question.prompt, len(question.images))
+        return Asked(prompt, question.images, one_line(f"question {question.id}"))
     except ValueError as error:
         return error
 
@@ -259,6 +262,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--image_path is a folder, so --prompt is needed; a chat is about one picture")
     if is_folder and args.stream:
         raise ValueError("--stream shows one answer as it grows, a folder gives a line per picture; leave --stream out")
+    if is_folder and count_placeholders(args.prompt) > 1:
+        raise ValueError(
+            f"--image_path is a folder, whose pictures are asked about one by one: --prompt has "
+            f"{count_placeholders(args.prompt)} placeholders {IMAGE_TOKEN}; write one, or none, or name the pictures"
+        )
     # Pictures and prompt are looked at first: a mistake there should not cost the loading of the model.
     if is_folder:
         paths = pictures_in(paths[0])

@@ -22,19 +22,20 @@ from transformers import set_seed
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.annotations import Annotations
 from dataset.bad_samples import TooManyBadSamplesError
-from dataset.epoch_order import EpochOrder, epoch_permutation, padding_share
+from dataset.epoch_order import EpochOrder
 from dataset.image_io import ImageError
-from dataset.sample_sizes import drawn_batches, sample_sizes
+from dataset.sample_sizes import DataSizes, data_sizes
 from model import CheckpointError, VisionLanguageModel, VLMTrainer, VLMTrainingArguments
 from model.arguments import DataArguments, is_dry_run, parse_arguments
 from model.building import build_model
 from model.console import in_one_line, set_up_logging
-from model.dry_run import Plan, planned_model, report, settings_to_show
+from model.dry_run import planned_model, settings_to_show
+from model.dry_run_report import report
 from model.guards import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
-from model.resuming import checkpoint_to_resume, files_in_the_way
-from model.run_config import save_run_config
+from model.resuming import checkpoint_to_resume, files_in_the_way, say_how_features_differ
+from model.run_config import RUN_CONFIG, save_run_config
 from model.run_state import RunState, check_identity
 from qwen import QWenTokenizer
 from visual.feature_cache import open_feature_cache
@@ -105,11 +106,9 @@ def in_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> Epoc
     if strategy != "group_by_length":
         return EpochOrder(train_set, seed, shuffled=strategy == "random")
     lengths = train_set.estimated_lengths()
-    ordered = EpochOrder(train_set, seed, lengths)
-    orders = ordered.permutation(0), epoch_permutation(len(lengths), seed, 0)
-    shares = [100 * padding_share(lengths[order], args.train_batch_size) for order in orders]
+    shares = [100 * share for share in train_set.padding_shares(lengths, args.train_batch_size, seed)]
     logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
-    return ordered
+    return EpochOrder(train_set, seed, lengths)
 
 
 def build_trainer(argv: Sequence[str]) -> VLMTrainer:
@@ -137,6 +136,8 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     identity = run_identity(model, train_set, args)
     if resume is not None:
         check_identity(RunState.read(Path(resume)), identity, Path(resume))
+        if args.process_index == 0:
+            say_how_features_differ(Path(resume).parent / RUN_CONFIG, data_args)
     ordered = in_order(train_set, args)
     watches = [WatchBadSamples(train_set)]
     if eval_set is not None:
@@ -168,15 +169,22 @@ def dry_run(argv: Sequence[str]) -> int:
     set_up_logging(args.process_index, args.world_size)
     shape, lora = planned_model(model_args)
     tokenizer = load_tokenizer(model_args.base_language_model)
-    files = data_args.image_map, data_args.captions_file
-    samples = Annotations(*files, data_args.max_train_samples, skip_bad=True, need_folders=False)
-    sizes = sample_sizes(samples, tokenizer, shape.image_tokens, data_args.max_length, _LOOKED_AT, args.seed)
-    if not sizes:
-        raise SampleError(f"none of {len(samples)} samples fits into --max_length {data_args.max_length}; raise it")
-    batches = drawn_batches(sizes, args.per_device_train_batch_size, args.seed)
-    plan = Plan.of(args, len(samples), data_args.max_length)
+    order_seed = args.seed if args.data_seed is None else args.data_seed
+
+    def look(files: tuple[str, str], most: int | None, rows: int, strategy: str) -> DataSizes:
+        samples = Annotations(*files, most, skip_bad=data_args.on_bad_sample == "skip", need_folders=False)
+        how: dict[str, Any] = {"most": _LOOKED_AT, "seed": args.seed, "order_seed": order_seed, "strategy": strategy}
+        return data_sizes(samples, tokenizer, shape.image_tokens, max_length=data_args.max_length, rows=rows, **how)
+
+    rows, strategy = args.per_device_train_batch_size, str(args.train_sampling_strategy)
+    data = look((data_args.image_map, data_args.captions_file), data_args.max_train_samples, rows, strategy)
+    evaluation = None
+    if data_args.eval_image_map is not None and data_args.eval_captions_file is not None:
+        eval_files = data_args.eval_image_map, data_args.eval_captions_file
+        evaluation = look(eval_files, None, args.per_device_eval_batch_size, "sequential")
     if args.process_index == 0:
-        sys.stdout.write(report(shape, settings_to_show(lora, args, args.frozen_dtype), plan, sizes, batches))
+        settings = settings_to_show(lora, args, args.frozen_dtype)
+        sys.stdout.write(report((model_args, data_args, args), shape, settings, data, evaluation))
     return 0
 
 

@@ -72,7 +72,7 @@ def _turns(value: Any) -> list[tuple[str, str]]:
         raise RecordError("conversation is empty")
     texts = [_spoken(turn, number) for number, turn in enumerate(value)]
     if len(texts) % 2:
-        raise RecordError("last question has no answer", f"{len(texts)} turns")
+        raise RecordError("last question has no answer", f"{len(texts)} turn{'s' * (len(texts) > 1)}")
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 

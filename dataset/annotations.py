@@ -22,6 +22,7 @@ import torch
 
 from .image_io import check_image_name
 from .prompt import SampleError, count_placeholders
+from .wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,8 @@ class Annotations:
         self.errors = errors
         self.fingerprint = digest.hexdigest()[:16]
         if max_samples is None and len(captions) > len(seen):
-            logger.warning("%s: %d entries have no image_map entry", captions_file, len(captions) - len(seen))
+            surplus = counted(len(captions) - len(seen), "entry has", "entries have")
+            logger.warning("%s: %s no image_map entry", captions_file, surplus)
         self._packed = torch.frombuffer(packed, dtype=torch.uint8)
         self._ends = torch.tensor([0, *ends], dtype=torch.long)
 
@@ -193,8 +195,7 @@ def _raise_errors(errors: list[str], image_map: str | Path, captions_file: str |
     if errors:
         shown = "; ".join(errors[:_MAX_ERRORS_SHOWN])
         more = f"; and {len(errors) - _MAX_ERRORS_SHOWN} more" if len(errors) > _MAX_ERRORS_SHOWN else ""
-        noun = "sample" if len(errors) == 1 else "samples"
-        raise SampleError(f"{len(errors)} bad {noun} in {image_map} and {captions_file}: {shown}{more}")
+        raise SampleError(f"{counted(len(errors), 'bad sample')} in {image_map} and {captions_file}: {shown}{more}")
 
 
 def _parse_entry(key: str, entry: Any, captions: dict[str, Any], folders: _Folders) -> Sample:
@@ -216,7 +217,8 @@ def _parse_entry(key: str, entry: Any, captions: dict[str, Any], folders: _Folde
         placeholders = sum(count_placeholders(question) for question, _ in turns)
         if placeholders != len(files):
             raise SampleError(
-                f"its questions have {placeholders} image placeholders <|extra_0|> but it has {len(files)} images; "
+                f"its questions have {counted(placeholders, 'image placeholder')} <|extra_0|> but it has "
+                f"{counted(len(files), 'image')}; "
                 "write one for each image"
             )
     except SampleError as error:

@@ -6,6 +6,8 @@ import logging
 
 import torch
 
+from .wording import counted
+
 logger = logging.getLogger(__name__)
 
 
@@ -48,7 +50,9 @@ class BadSamples:
         """
         total = len(self.flags) + len(self.unreadable)
         if len(self) > self.max_fraction * total:
+            verb = "is" if len(self) == 1 else "are"
             raise TooManyBadSamplesError(
-                f"{len(self)} of {total} samples are bad, more than --max_bad_fraction {self.max_fraction:g} allows; "
+                f"{len(self)} of {counted(total, 'sample')} {verb} bad, more than --max_bad_fraction "
+                f"{self.max_fraction:g} allows; "
                 f"{where} lists them; mend the data (or --max_length, if it is too small), or raise the fraction"
             )

@@ -63,6 +63,20 @@ def grouped_permutation(lengths: Tensor, seed: int, epoch: int) -> Tensor:
     return torch.cat((blocks.flatten(), rest))
 
 
+def order_of(strategy: str, lengths: Tensor, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch under `--train_sampling_strategy`, (samples,) int64.
+
+    Args:
+        strategy: `random`, `group_by_length`, or anything else: as the samples stand.
+        lengths: (samples,) of each sample, in any unit.
+        seed: the run's seed.
+        epoch: counted from 0.
+    """
+    if strategy == "group_by_length":
+        return grouped_permutation(lengths, seed, epoch)
+    return epoch_permutation(len(lengths), seed, epoch) if strategy == "random" else torch.arange(len(lengths))
+
+
 def padding_share(lengths: Tensor, batch_size: int) -> float:
     """The share of tokens that are padding, 0 to 1, where samples are put into batches in their order.
 

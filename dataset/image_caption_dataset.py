@@ -19,13 +19,15 @@ from .annotations import Annotations, Sample
 from .bad_samples import BadSamples
 from .image_io import ImageError, load_image, resolve_image_path
 from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
+from .sample_sizes import estimated_lengths, padding_shares
+from .wording import counted
 
 logger = logging.getLogger(__name__)
 
 _NO_KEY = bytes(32)
 # One row of counters per data worker and one for the main process: nobody waits, and no count is lost.
 _MAX_WORKERS = 1024
-_BYTES_PER_TOKEN = 4
+_COUNTED = 2000  # samples whose padding is counted: a second or two
 
 
 def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alternatives: int) -> int:
@@ -128,7 +130,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._cuts = torch.zeros(_MAX_WORKERS, 2, dtype=torch.long).share_memory_()
         self._logged_cuts = 0
-        logger.info("%s: %d samples", captions_file, len(self))
+        logger.info("%s: %s", captions_file, counted(len(self), "sample"))
 
     def __len__(self) -> int:
         return len(self._annotations)
@@ -153,26 +155,27 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def estimated_lengths(self) -> torch.Tensor:
-        """About how many tokens each sample has, (samples,) int32; nothing is tokenised and no image is opened.
+        """About how many tokens each sample has, (samples,) int32; nothing is tokenised and no image is opened."""
+        return estimated_lengths(self._annotations, self.tokenizer, self.num_image_tokens, self.max_length, self.system)
 
-        A token of Qwen's stands for about 4 bytes of UTF-8, in English as in Chinese. Of alternative answers, the mean
-        counts.
+    def padding_shares(self, lengths: torch.Tensor, rows: int, seed: int) -> tuple[float, float]:
+        """Shares of padding in batches, 0 to 1: grouped by length, and in random order.
+
+        Args:
+            lengths: (samples,) as `estimated_lengths` gives them.
+            rows: samples of a batch.
+            seed: of the order.
         """
-        one, two = (
-            len(encode_sample(self.tokenizer, [("a", "a")] * turns, 0, self.system).input_ids) for turns in (1, 2)
+        return padding_shares(
+            self._annotations,
+            self.tokenizer,
+            self.num_image_tokens,
+            lengths,
+            max_length=self.max_length,
+            rows=rows,
+            order_seed=seed,
+            most=_COUNTED,
         )
-        per_turn = two - one  # with what stands around question and answer
-        lengths = torch.empty(len(self), dtype=torch.int32)
-        for index in range(len(self)):
-            sample = self._annotations[index]
-            size = 0.0  # of the text, in bytes
-            for question, answers in sample.turns:
-                size += len(question.encode("utf-8", "surrogatepass"))
-                size += len("".join(answers).encode("utf-8", "surrogatepass")) / len(answers)
-            around = one + (len(sample.turns) - 1) * per_turn
-            tokens = around + int(size / _BYTES_PER_TOKEN) + len(sample.image_files) * self.num_image_tokens
-            lengths[index] = min(tokens, self.max_length)
-        return lengths
 
     @property
     def num_cut(self) -> int:
@@ -189,8 +192,8 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         total = self.num_cut
         if total > self._logged_cuts:
             logger.warning(
-                "%s: %d times, an answer was cut at %d tokens; %d tokens lost so far",
-                *(self.captions_file, total, self.max_length, self.num_cut_tokens),
+                "%s: %s, an answer was cut at %d tokens; %s lost so far",
+                *(self.captions_file, counted(total, "time"), self.max_length, counted(self.num_cut_tokens, "token")),
             )
             self._logged_cuts = total
 

@@ -10,6 +10,7 @@ from qwen.chatml import Turn, question_ids, system_ids
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
 
 from .prompt import SYSTEM_PROMPT, count_placeholders, encode_prompt, encode_question
+from .wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ def fit_prompt(
     history: Sequence[Turn] = (),
     system: str = SYSTEM_PROMPT,
     max_window_size: int = 6144,
+    name: str = "",
 ) -> list[int]:
     """Token ids of the prompt for the next answer, made to fit; what was left out is logged.
 
@@ -34,6 +36,7 @@ def fit_prompt(
         history: earlier (question, answer) pairs, oldest first.
         system: the system prompt.
         max_window_size: the most tokens of the prompt, image tokens included.
+        name: of the question among many, or of its picture; what is logged begins with it.
 
     Raises:
         ValueError: if system prompt and images leave no room for a question.
@@ -51,9 +54,11 @@ def fit_prompt(
             turns[0] = (images + turns[0][0], turns[0][1])
         else:
             query = images + query
+    begin = f"{name}: " if name else ""
     longer = f"longer than the window of {max_window_size} tokens"
     if num_dropped:
-        logger.warning("the conversation is %s: the oldest %d turns were left out", longer, num_dropped)
+        left_out = counted(num_dropped, "turn was", "turns were")
+        logger.warning("%sthe conversation is %s: the oldest %s left out", begin, longer, left_out)
     excess = len(ids) - max_window_size
     if excess <= 0:
         return ids
@@ -61,10 +66,11 @@ def fit_prompt(
     kept, num_cut = _cut_beginning(tokenizer, content, excess)
     if len(content) - num_cut == content.count(tokenizer.image_token_id):
         raise ValueError(
-            f"system prompt and {count_placeholders(query)} images leave no room for a question in the window of "
-            f"{max_window_size} tokens; shorten the system prompt or give fewer images"
+            f"system prompt and {counted(count_placeholders(query), 'image')} leave no room for a question in the "
+            f"window of {max_window_size} tokens; shorten the system prompt or give fewer images"
         )
-    logger.warning("the question is %s: the first %d tokens of its text were left out", longer, num_cut)
+    left_out = counted(num_cut, "token of its text was", "tokens of its text were")
+    logger.warning("%sthe question is %s: the first %s left out", begin, longer, left_out)
     return [*system_ids(tokenizer, system), *question_ids(tokenizer, kept)]
 
 

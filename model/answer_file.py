@@ -7,8 +7,10 @@ weights or settings are never mixed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,11 @@ try:
     import fcntl
 except ImportError:  # not on Windows; two runs into one file then are the user's to avoid
     fcntl = None  # type: ignore[assignment]
+
+
+logger = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def digest(value: Any) -> str:
@@ -118,6 +125,13 @@ class AnswerFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"--output {self.path}: another run is writing it; wait for it, or stop it") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(
+                "--output %s: its file system has no locks (%s); see to it that no other run writes it",
+                *(self.path, error.strerror),
+            )
 
     def _go_on(self, made_with: dict[str, Any]) -> None:
         note = self.path.with_name(f"{self.path.name}.made_with.json")

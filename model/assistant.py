@@ -18,8 +18,9 @@ from qwen.stream import answer_ids, complete_config, stream_ids
 from .vision_language_model import VisionLanguageModel
 
 Turns = list[tuple[str, str]]
-FitPrompt = Callable[[QWenTokenizer, str, int, Turns, str, int], list[int]]
-"""Tokenizer, question, features per image, earlier turns, system prompt, window in tokens → the prompt's ids."""
+FitPrompt = Callable[[QWenTokenizer, str, int, Turns, str, int, str], list[int]]
+"""Tokenizer, question, features per image, earlier turns, system prompt, window in tokens, the question's name (for
+what is logged, or empty) → the prompt's ids."""
 
 
 class Assistant:
@@ -69,9 +70,9 @@ class Assistant:
         cache = None if history is None else self.chat_cache
         yield from stream_ids(self.model.qwen, self.tokenizer, ids, prompt_cache=cache, **kwargs)
 
-    def answer(self, prompt: str, features: Tensor | None) -> str:
-        """Answer; gives the whole text."""
-        ids, kwargs = self._inputs(prompt, features, None)
+    def answer(self, prompt: str, features: Tensor | None, name: str = "") -> str:
+        """Answer; gives the whole text. What is logged begins with the name."""
+        ids, kwargs = self._inputs(prompt, features, None, name)
         return answer_ids(self.model.qwen, self.tokenizer, ids, **kwargs)
 
     def answer_rows(self, prompts: Sequence[list[int]], features: Sequence[Tensor | None], seed: int) -> list[str]:
@@ -84,17 +85,19 @@ class Assistant:
         """
         return answer_batch(self.model.qwen, self.tokenizer, prompts, features, seed=seed, **self.options)
 
-    def prompt_ids(self, prompt: str, history: Turns | None = None) -> list[int]:
-        """The prompt's ids, made to fit into the window.
+    def prompt_ids(self, prompt: str, history: Turns | None = None, name: str = "") -> list[int]:
+        """The prompt's ids, made to fit into the window; what is logged of that begins with the name.
 
         Raises:
             ValueError: if system prompt and images leave no room for a question.
         """
         tokens = self.model.num_image_tokens
-        return self.fit_prompt(self.tokenizer, prompt, tokens, history or [], self.system, self.max_window_size)
+        return self.fit_prompt(self.tokenizer, prompt, tokens, history or [], self.system, self.max_window_size, name)
 
-    def _inputs(self, prompt: str, features: Tensor | None, history: Turns | None) -> tuple[Tensor, dict[str, Any]]:
+    def _inputs(
+        self, prompt: str, features: Tensor | None, history: Turns | None, name: str = ""
+    ) -> tuple[Tensor, dict[str, Any]]:
         kwargs = dict(self.options)
         if features is not None:
             kwargs["image_features"] = (features.flatten(0, 1),)
-        return torch.tensor([self.prompt_ids(prompt, history)]), kwargs
+        return torch.tensor([self.prompt_ids(prompt, history, name)]), kwargs

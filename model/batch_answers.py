@@ -25,6 +25,8 @@ class Asked:
     """With a placeholder for every image."""
     images: tuple[Path, ...]
     """Its pictures, in the order of the placeholders."""
+    name: str = ""
+    """What it is called in the log."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def answer_all(
             try:
                 if isinstance(question, ValueError):
                     raise question
-                prompts[place] = assistant.prompt_ids(question.prompt)
+                prompts[place] = assistant.prompt_ids(question.prompt, name=question.name)
             except ValueError as error:
                 outcomes[place] = _failed(error)
         order = sorted(prompts, key=lambda place: len(prompts[place]))

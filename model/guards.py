@@ -18,11 +18,17 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .agreement import gather_objects, gather_rows, is_distributed
+from .console import counted
 
 logger = logging.getLogger(__name__)
 
 BAD_SAMPLES = "bad_samples.jsonl"
 BAD_EVAL_SAMPLES = "bad_eval_samples.jsonl"
+
+
+MOST_SKIPPED = 50
+"""Steps in a row that may overflow under fp16. A scale of 2**16 that halves each time is 2**-34 then: no gradient of
+sane size is too large for that."""
 
 
 class NotFiniteError(RuntimeError):
@@ -82,13 +88,18 @@ class StopOnSignal(TrainerCallback):
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Raises before an optimizer step whose loss or gradient is not finite, on all processes."""
+    """Raises before an optimizer step whose loss or gradient is not finite, on all processes.
+
+    Under fp16 a gradient may overflow: the gradient scaler then skips the step and halves its scale. That goes on for
+    `MOST_SKIPPED` steps in a row at most.
+    """
 
     def __init__(self) -> None:
         self.gradient_norm: Any = 0.0
         """Norm of the step's gradient before it was clipped; one that is too large for fp32 is not finite either."""
         self._losses: list[Tensor] = []
         self._ids: list[Tensor] = []
+        self._num_skipped = 0
 
     def remember(self, loss: Tensor, ids: Tensor | None) -> None:
         """Take note of a batch that the step consists of."""
@@ -105,20 +116,28 @@ class StopOnNonFinite(TrainerCallback):
             NotFiniteError: naming step and samples.
         """
         finite = torch.stack([loss.isfinite().all() for loss in self._losses]).all()
-        finite_gradient = finite
-        if not args.fp16:  # there, the gradient scaler skips steps that overflowed, and lowers its scale
-            finite_gradient = torch.as_tensor(self.gradient_norm).isfinite().all()
-        rows = gather_rows([float(finite), float(finite_gradient)], args.device)
+        finite_gradient = bool(torch.as_tensor(self.gradient_norm).isfinite().all())
+        # The norm, not accelerate's word, for a fused optimizer is called in steps that are skipped, too.
+        self._num_skipped = 0 if finite_gradient else self._num_skipped + 1
+        may_go_on = finite_gradient or (args.fp16 and self._num_skipped < MOST_SKIPPED)
+        rows = gather_rows([float(finite), float(may_go_on)], args.device)
         ids, self._ids, self._losses = self._ids, [], []
         if rows.all():
             return
-        what = "loss" if not rows[:, 0].all() else "gradient"
         own = [number for batch in ids for number in batch.tolist()]
         all_ids = sorted({number for numbers in gather_objects(own) for number in numbers})
+        step, named = state.global_step + 1, f"have the IDs {', '.join(map(str, all_ids))}"
+        what = "loss" if not rows[:, 0].all() else "gradient"
+        if what == "gradient" and args.fp16:
+            raise NotFiniteError(
+                f"the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, were not finite in fp16, however "
+                f"small their scale; none of these steps was taken. The last samples {named}. Try --bf16 true or "
+                "--fp16 false, or lower --learning_rate and --feature_proj_lr; checkpoints since step "
+                f"{step - MOST_SKIPPED} hold the same weights"
+            )
         raise NotFiniteError(
-            f"the {what} of step {state.global_step + 1} is not finite; the step was not taken. Its samples have the "
-            f"IDs {', '.join(map(str, all_ids))}. Look at them, or lower --learning_rate and --feature_proj_lr; "
-            f"checkpoints in {args.output_dir} are as they were"
+            f"the {what} of step {step} is not finite; the step was not taken. Its samples {named}. Look at them, or "
+            f"lower --learning_rate and --feature_proj_lr; checkpoints in {args.output_dir} are as they were"
         )
 
 
@@ -195,7 +214,8 @@ class WatchBadSamples(TrainerCallback):
                 path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
             except OSError as error:  # a full disk, say; that is no reason to lose the run
                 logger.error("%s could not be written: %s", path, error)
-            logger.warning("%d bad samples were left out so far; see %s", self._known, path)
+            verb = "was" if self._known == 1 else "were"
+            logger.warning("%s %s left out so far; see %s", counted(self._known, "bad sample"), verb, path)
         self.dataset.bad.check(str(path))
 
 

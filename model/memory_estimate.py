@@ -33,12 +33,13 @@ What is there at one moment only, on top of the above:
     tower                 N x P x (2 I_v + 4 D_v), before anything else of the step is there
     gradients             4 x (LoRA + projector): complete when all activations are gone, unless steps are accumulated
 
-So the peak is the largest of these moments, not the sum of all rows.
+So the peak is the largest of these moments, not the sum of all rows. An evaluation keeps nothing for a backward pass
+and finds no gradients: of its batch one layer's tensors, the features and the residual stream are there at a time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FP32 = 4
 CUDA_CONTEXT = 600_000_000
@@ -196,21 +197,48 @@ def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tu
 
 def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> MemoryEstimate:
     """Estimate what one process takes on its device while it trains; the module's docstring says what is counted."""
-    s = setting.dtype_bytes
-    frozen = s * shape.frozen
     trained = FP32 * shape.trained
-    buckets = FP32 * shape.trained if setting.processes > 1 else 0
-    gradients = FP32 * shape.trained
-    optimizer = 2 * FP32 * shape.trained
+    buckets = trained if setting.processes > 1 else 0
     kept, backward = activations_of(shape, setting, batch)
-    logits = batch.supervised * shape.vocabulary
-    head = 3 * FP32 * min(logits, setting.chunk_logits or logits)
-    tower = s * batch.images * shape.image_tokens * (2 * shape.tower_inner + 4 * shape.tower_width)
-    step = max(tower, kept + max(head, backward))
-    holes = HOST_HOLES * kept_by_layer(shape, setting, batch.rows * batch.tokens)
-    other = CUDA_CONTEXT if setting.device == "cuda" else HOST_PROCESS + holes
-    lasting = frozen + trained + optimizer + buckets + other
-    earlier = gradients if setting.accumulates else 0
-    moments = (lasting + gradients, lasting + earlier + step)
+    head, tower = _head_and_tower(shape, setting, batch)
+    frozen, other = setting.dtype_bytes * shape.frozen, _beside_tensors(shape, setting, batch)
+    lasting = frozen + trained + 2 * trained + buckets + other
+    earlier = trained if setting.accumulates else 0
+    moments = (lasting + trained, lasting + earlier + max(tower, kept + max(head, backward)))
     activations = kept + (backward if setting.checkpointing else 0)
-    return MemoryEstimate(frozen, trained, gradients + buckets, optimizer, activations, head, other, peak=max(moments))
+    return MemoryEstimate(
+        frozen_weights=frozen,
+        trained_weights=trained,
+        gradients=trained + buckets,
+        optimizer=2 * trained,
+        activations=activations,
+        language_head=head,
+        other=other,
+        peak=max(moments),
+    )
+
+
+def estimate_evaluation(shape: ModelShape, setting: Setting, batch: BatchShape) -> int:
+    """Bytes at most on the device while a batch is evaluated, what lasts from step to step included."""
+    s, tokens = setting.dtype_bytes, batch.rows * batch.tokens
+    layer = kept_by_layer(shape, replace(setting, dropout=0.0), tokens) + FP32 * tokens * shape.width
+    features = s * batch.images * shape.image_tokens * (shape.tower_width + 2 * shape.width)
+    head, tower = _head_and_tower(shape, setting, batch)
+    copies = 4 if setting.processes > 1 else 3  # trained weights, two moments, DDP's buckets
+    lasting = s * shape.frozen + copies * FP32 * shape.trained + _beside_tensors(shape, setting, batch)
+    return lasting + max(tower, features + max(layer, head))
+
+
+def _head_and_tower(shape: ModelShape, setting: Setting, batch: BatchShape) -> tuple[int, int]:
+    """Bytes that the language head has at one moment, and the tower at another."""
+    logits = batch.supervised * shape.vocabulary
+    features = batch.images * shape.image_tokens
+    tower = setting.dtype_bytes * features * (2 * shape.tower_inner + 4 * shape.tower_width)
+    return 3 * FP32 * min(logits, setting.chunk_logits or logits), tower
+
+
+def _beside_tensors(shape: ModelShape, setting: Setting, batch: BatchShape) -> int:
+    """CUDA's context; on the CPU what the process takes, and holes in its heap."""
+    if setting.device == "cuda":
+        return CUDA_CONTEXT
+    return HOST_PROCESS + HOST_HOLES * kept_by_layer(shape, setting, batch.rows * batch.tokens)

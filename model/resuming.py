@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from .agreement import gather_objects
+from .arguments import DataArguments
 from .checkpoint import numbered_checkpoints
+from .console import counted
+from .folders import read_json
 from .run_folder import files_of_a_run, lacks_to_resume, newest_resumable, restore_replaced
 from .training_arguments import VLMTrainingArguments
 from .weights import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 def files_in_the_way(args: VLMTrainingArguments, resume: str | None) -> list[Path]:
@@ -62,9 +68,34 @@ def checkpoint_to_resume(args: VLMTrainingArguments) -> str | None:
     lacking = lacks_to_resume(folder)
     if lacking:
         inside = numbered_checkpoints(folder)
-        what = f"none of its {len(inside)} checkpoints is complete" if inside else f"no {', no '.join(lacking)}"
+        what = (
+            f"its {counted(len(inside), 'checkpoint is', 'checkpoints are')} not complete"
+            if inside
+            else f"no {', no '.join(lacking)}"
+        )
         raise CheckpointError(
             f"--resume_from_checkpoint {folder}: {what}, so training can't go on from it; if it holds weights, start "
             "anew from them with --previous_lora_weights"
         )
     return str(folder)
+
+
+def say_how_features_differ(config: Path, asked: DataArguments) -> None:
+    """Log where a run that goes on gets features of images that are rounded otherwise than before.
+
+    Args:
+        config: what the run was last begun with, as train.py writes it; nothing is said if it can't be read.
+        asked: the flags now.
+    """
+    try:
+        before = read_json(config)["data"]
+        was = _stored_in(before["feature_cache"], before["feature_cache_dtype"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = _stored_in(asked.feature_cache, asked.feature_cache_dtype)
+    if was != now:
+        logger.warning("features of images are %s now, they were %s: losses differ by that rounding", now, was)
+
+
+def _stored_in(cache: str | None, dtype: str) -> str:
+    return "as the tower gives them" if cache is None else f"stored in {dtype}"

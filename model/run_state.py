@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerState
 
 from .checkpoint import RUN_STATE
+from .console import counted
 from .folders import read_json
 from .weights import CheckpointError
 
@@ -149,10 +150,10 @@ def place_in_run(folder: Path, state: RunState, geometry: Geometry, staging: Pat
     if new_step == old_step and (skipped == 0 or geometry == state.geometry):
         return folder, skipped
     logger.warning(
-        "steps are of %d samples now, they were of %d: the run goes on behind sample %d of epoch %d, in the same "
-        "order; step %d counts as step %d, and the learning rates go on from there in a schedule of %d steps an epoch",
-        *(geometry.samples_per_step, state.geometry.samples_per_step, state.position, state.epoch),
-        *(old_step, new_step, geometry.steps_per_epoch),
+        "steps are of %s now, they were of %d: the run goes on behind sample %d of epoch %d, in the same "
+        "order; step %d counts as step %d, and the learning rates go on from there in a schedule of %s an epoch",
+        *(counted(geometry.samples_per_step, "sample"), state.geometry.samples_per_step, state.position, state.epoch),
+        *(old_step, new_step, counted(geometry.steps_per_epoch, "step")),
     )
     if not write:
         return staging, skipped

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .console import counted
+
 
 class CheckpointError(ValueError):
     """A checkpoint folder that is incomplete, broken, or does not fit the base models."""
@@ -61,8 +63,8 @@ def check_finite(model: nn.Module, name: str) -> None:
     if bad:
         shown = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
         raise CheckpointError(
-            f"the weights of {name} hold values that are not finite, in {len(bad)} tensors ({shown}); download or "
-            "copy it again"
+            f"the weights of {name} hold values that are not finite, in {counted(len(bad), 'tensor')} ({shown}); "
+            "download or copy it again"
         )
 
 

@@ -38,10 +38,13 @@ class CompleteLoadingMixin:
         missing = set(info["missing_keys"]) - misshapen
         problems = []
         if missing:
-            problems.append(f"lacks {len(missing)} weights that {cls.__name__} needs ({_some(missing)})")
+            problems.append(
+                f"lacks {len(missing)} weight{'s' * (len(missing) > 1)} that {cls.__name__} needs ({_some(missing)})"
+            )
         if misshapen and not ignore_mismatched_sizes:
             shapes = {f"{n}: {tuple(got)}, expected {tuple(want)}" for n, got, want in info["mismatched_keys"]}
-            problems.append(f"holds {len(misshapen)} weights of another shape ({_some(shapes)})")
+            noun = "weight" if len(misshapen) == 1 else "weights"
+            problems.append(f"holds {len(misshapen)} {noun} of another shape ({_some(shapes)})")
         if problems:
             raise ValueError(
                 f"the checkpoint {pretrained_model_name_or_path} {' and '.join(problems)}: "

@@ -1,4 +1,4 @@
-"""The three ways that data comes in (preparation, training, answering), for one hostile input after the other."""
+"""The ways that data comes in (preparation, training, answering), for one hostile input after the other."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from PIL import Image
 from tiny_run import load_test_py, one_line_error
 
 from dataprocess import process_image
-from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator
-from dataset.prompt import encode_prompt
+from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, load_image
+from dataset.prompt import encode_prompt, with_placeholders
+from dataset.question_file import read_questions
+from model.answer_file import AnswerFile
+from model.batch_answers import Asked, answer_all
 
 GOOD = "good.png"
 TABLE = Path(__file__).parent / "HOSTILE.md"
@@ -100,10 +103,18 @@ class RecordingAssistant:
         self.ids: list[list[int]] = []
         self.text = answer
 
-    def features(self, images: Sequence[Image.Image]) -> None:
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor | None:
         self.images += [whole_picture(image) for image in images]
+        return torch.zeros(len(images), 2, 4) if images else None
 
-    def answer(self, prompt: str, features: object) -> str:
+    def prompt_ids(self, prompt: str, name: str) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, 2)[0]
+
+    def answer_rows(self, prompts: Sequence[list[int]], features: Sequence[object], seed: int) -> list[str]:
+        self.ids += prompts
+        return [self.text] * len(prompts)
+
+    def answer(self, prompt: str, features: object, name: str = "") -> str:
         self.ids.append(encode_prompt(self.tokenizer, prompt, 2)[0])
         return self.text
 
@@ -122,6 +133,32 @@ def answer(path: Path | str | None, prompt: str, tokenizer: Any, capsys: Any) ->
         return "", assistant
     assert (status, out) == (2, "")
     return one_line_error(err, "test.py"), assistant
+
+
+def answer_batch(folder: Path, path: str, tokenizer: Any) -> tuple[str, RecordingAssistant]:
+    """Ask `test.py --batch` about a picture and a good one, the model apart.
+
+    Returns:
+        What is wrong with the picture, or with the whole file ("" if nothing), and what the model saw but for the good
+        one.
+    """
+    good = folder / "images" / GOOD
+    lines = [{"id": "hostile", "image": path, "prompt": "What?"}, {"id": "good", "image": str(good), "prompt": "What?"}]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    try:
+        questions = read_questions(folder / "questions.jsonl")
+    except ValueError as error:
+        return str(error), RecordingAssistant(tokenizer)
+    assistant = RecordingAssistant(tokenizer)
+    asked = [Asked(with_placeholders(question.prompt, len(question.images)), question.images) for question in questions]
+    with AnswerFile(folder / "answers.jsonl", [question.id for question in questions], {}) as answers:
+        for outcome in answer_all(assistant, asked, load_image, 2, 0):
+            answers.add(outcome)
+    hostile, fine = (json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines())
+    assert fine == {"id": "good", "answer": "an answer"}, "the good one is answered whatever is beside it"
+    assert "\n" not in hostile.get("error", "")
+    assistant.images.pop()  # the good one
+    return hostile.get("error", ""), assistant
 
 
 def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -139,6 +140,23 @@ def test_bad_questions_get_their_line_and_the_others_an_answer(call, pictures, t
     assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
+def test_a_question_that_is_cut_is_named(call, bases, tmp_path):
+    narrow = tmp_path / "qwen"
+    shutil.copytree(bases[1], narrow)
+    settings = json.loads((narrow / "generation_config.json").read_text())
+    (narrow / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 40}))
+    asked = [
+        {"id": "short", "prompt": "x"},
+        {"id": "lo\nng", "prompt": "word " * 99},
+        {"id": 3, "prompt": "word " * 98},
+    ]
+    file = write(tmp_path / "q.jsonl", asked)
+    err = call("--batch", file, "--output", tmp_path / "a.jsonl", "--base_language_model", narrow)[1]
+    assert "question lo\\nng: the question is longer than the window of 40 tokens: the first " in err
+    assert "question 3: the question is longer than the window of 40 tokens: the first " in err
+    assert err.count("longer than the window") == 2
+
+
 @pytest.mark.parametrize("cut", [0, 1, 30, 31, 200])
 def test_a_run_goes_on_behind_its_last_whole_line(call, pictures, tmp_path, cut, monkeypatch):
     file = write(tmp_path / "q.jsonl", questions(pictures))
@@ -209,6 +227,20 @@ def test_lines_of_others_and_a_second_writer_are_refused(tmp_path):
     output.write_text("")
     with AnswerFile(output, ["b"], {"x": 2}) as answers:
         assert answers.num_done == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_written_to_with_a_warning(tmp_path, monkeypatch, caplog, number):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("model.answer_file.fcntl.flock", no_locks)
+    with AnswerFile(tmp_path / "a.jsonl", ["a"], {"x": 1}) as answers:
+        answers.add(Outcome("one"))
+    assert read(tmp_path / "a.jsonl") == [{"id": "a", "answer": "one"}]
+    (message,) = caplog.messages
+    assert "has no locks" in message
+    assert os.strerror(number) in message
 
 
 BAD_LINES = {

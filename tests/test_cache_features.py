@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -15,7 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_run import MIXED_CAPTIONS, ROOT, environment, losses, make_bases, make_pictures, one_line_error, write_data
+from tiny_run import (
+    MIXED_CAPTIONS,
+    ROOT,
+    environment,
+    losses,
+    make_bases,
+    make_pictures,
+    one_line_error,
+    write_as_the_original,
+    write_data,
+)
 
 import train
 from visual.base import VisionTower
@@ -179,7 +190,7 @@ def test_too_small_a_disk_is_refused_unless_enough_is_there(tmp_path, flags, pic
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=3 * block))
     assert cache_features.main(flags) == 2
     line = one_line_error(capsys.readouterr().err, PROGRAM)
-    assert f"6 images are missing, which take {6 * block:,} bytes, and {3 * block:,} bytes are free" in line
+    assert f"6 images to be stored will take {6 * block:,} bytes, and {3 * block:,} bytes are free" in line
     assert stored(tmp_path) == set()
     assert cache_features.main([*flags, "--skip_space_check"]) == 0
     for path in list(tmp_path.glob("cache/*/??/*.safetensors"))[:3]:
@@ -247,3 +258,54 @@ def test_out_of_memory_is_one_line(flags, capsys, monkeypatch):
     monkeypatch.setattr(VisionTower, "forward", fail)
     assert cache_features.main(flags) == 1
     assert "lower --batch_size" in one_line_error(capsys.readouterr().err, PROGRAM)
+
+
+def test_siglip_without_its_first_patch_as_training_on_from_the_original_project_sees_it(
+    tmp_path, bases, data, flags, tiny_siglip, monkeypatch
+):
+    """What is stored for a checkpoint that was trained without that patch is what training on from it finds."""
+    siglip = [*bases[:2], "--base_value_model", tiny_siglip]
+    command = [*siglip, *data, *QUICK]
+    assert train.main([*command, "--output_dir", str(tmp_path / "first"), "--save_strategy", "no"]) == 0
+    original = write_as_the_original(tmp_path / "first", tmp_path / "original")
+    words = [*flags, "--base_value_model", tiny_siglip, "--previous_lora_weights", str(original)]
+    assert cache_features.main(words) == 0
+    (folder,) = (tmp_path / "cache").iterdir()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("??/*")}
+    assert len(before) == 6
+    on = [*command, "--previous_lora_weights", str(original), "--feature_cache", str(tmp_path / "cache")]
+    monkeypatch.setattr(VisionTower, "forward", None)
+    assert train.main([*on, "--output_dir", str(tmp_path / "on")]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("??/*")} == before
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+    monkeypatch.undo()
+    further = [*flags, "--base_value_model", tiny_siglip, "--previous_lora_weights", str(tmp_path / "on")]
+    assert cache_features.main(further) == 0
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name], "and what was trained on from it"
+
+
+def test_a_signal_within_a_line_of_the_log_begins_no_other(flags, monkeypatch, capsys):
+    depths: list[int] = []
+
+    class Stopped(logging.StreamHandler):
+        def emit(self, record):
+            depths.append(depths.count(1) - depths.count(-1) + 1)
+            try:
+                if len(depths) == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                super().emit(record)
+            finally:
+                depths.append(-1)
+
+    def set_up() -> None:
+        logging.getLogger().addHandler(Stopped())
+
+    monkeypatch.setattr(cache_features, "set_up_logging", set_up)
+    logging.getLogger("visual").setLevel(logging.INFO)
+    before = signal.signal(signal.SIGTERM, cache_features._terminate)
+    try:
+        assert cache_features.main(flags) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert max(depths) == 1
+    assert "stopped by SIGTERM; what is stored can be used" in one_line_error(capsys.readouterr().err, PROGRAM)

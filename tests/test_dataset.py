@@ -198,10 +198,10 @@ def test_persistent_workers_see_the_epoch_and_their_cuts_are_counted(make, token
 def test_bad_samples_name_themselves(make, images):
     good = {"q": "<|extra_0|>", "a": "B"}
     cases = [
-        (one(images), {"q": "no placeholder", "a": "B"}, "sample 0: .*0 image placeholders.*1 images"),
-        (one(images), {"q": "<|extra_0|><|extra_0|>", "a": "B"}, "2 image placeholders.*1 images"),
-        ({"image_file": None, "ID": 0}, good, "1 image placeholders.*0 images"),
-        (one(images, ["red.png", "red.png"]), good, "1 image placeholders.*2 images"),
+        (one(images), {"q": "no placeholder", "a": "B"}, "sample 0: .*0 image placeholders.*1 image;"),
+        (one(images), {"q": "<|extra_0|><|extra_0|>", "a": "B"}, "2 image placeholders.*1 image;"),
+        ({"image_file": None, "ID": 0}, good, "1 image placeholder <.*0 images"),
+        (one(images, ["red.png", "red.png"]), good, "1 image placeholder <.*2 images"),
         (one(images), {"q": "<|extra_0|>", "a": ""}, "sample 0: an answer is empty"),
         (one(images), {"q": "<|extra_0|>", "a": []}, "string or a list"),
         (one(images), {"q": "<|extra_0|>", "a": ["B", " "]}, "an answer is empty"),

@@ -269,6 +269,20 @@ def test_what_the_dtype_cannot_hold_is_kept_and_not_stored(tmp_path, caplog):
     assert "float16" in caplog.messages[0]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_that_are_no_numbers_are_said_to_be_so(tmp_path, caplog, dtype, value):
+    cache = FeatureCache(tmp_path / "c", (4, 32), DTYPES[dtype])
+    batch = torch.randn(1, 4, 32)
+    batch[0, 2, 3] = value
+    for _ in range(2):
+        assert torch.equal(cache.remember(batch, key_row()).nan_to_num(), batch.nan_to_num())
+    assert len(cache) == 0
+    assert len(caplog.messages) == 1
+    assert "infinite or no numbers" in caplog.messages[0]
+    assert "range" not in caplog.messages[0]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_a_full_disk_is_said_once_and_leaves_nothing(cache, caplog, monkeypatch, number):
     cache.write(KEY, features())

@@ -190,6 +190,27 @@ def test_going_on_with_the_cache_or_without(command, tmp_path):
         assert same_weights(folder, tmp_path / "whole")
 
 
+def test_going_on_with_other_rounding_is_said_once(command, tmp_path, capsys):
+    folder = tmp_path / "run"
+    float32, bfloat16 = (
+        ("--feature_cache", tmp_path / "cache", "--feature_cache_dtype", d) for d in ("float32", "bfloat16")
+    )
+    run(command, folder, *float32, "--num_train_epochs", 1)
+    for epochs, flags, said in (
+        (2, float32, None),
+        (3, bfloat16, "features of images are stored in bfloat16 now, they were stored in float32: losses differ"),
+        (4, (), "features of images are as the tower gives them now, they were stored in bfloat16: losses differ"),
+    ):
+        capsys.readouterr()
+        run(command, folder, *flags, "--num_train_epochs", epochs, "--resume_from_checkpoint", "auto")
+        lines = [line for line in capsys.readouterr().err.splitlines() if "losses differ" in line]
+        assert len(lines) == (said is not None)
+        assert not lines or lines[0].startswith(said)
+    (folder / "train_config.json").write_text("{")
+    run(command, folder, *bfloat16, "--num_train_epochs", 5, "--resume_from_checkpoint", "auto")
+    assert "losses differ" not in capsys.readouterr().err
+
+
 # ---- Nothing stale
 
 

@@ -108,7 +108,7 @@ PREPARED: list[tuple[str, Any, Any, str]] = [
         "placeholder without image",
         {"image_file": None, "ID": 1},
         {"q": "<|extra_0|>", "a": "a"},
-        "1 image placeholders",
+        "1 image placeholder",
     ),
     (
         *("two placeholders, one image", {"image_file": GOOD, "ID": 1, "path": "images"}),
@@ -259,7 +259,7 @@ def test_the_image_token_is_a_place_for_an_image_in_questions_only(folder, token
     assert IMAGE not in samples[1]["labels"].tolist()
     # On the command line it is a placeholder, which wants its image; as a part of a file's name it is nothing.
     said, _ = answer(None, f"{text} q", tokenizer, capsys)
-    assert "1 placeholders" in said
+    assert "1 placeholder " in said
     said, assistant = answer(folder / "images" / GOOD, f"q {text}", tokenizer, capsys)
     assert said == ""
     assert assistant.ids[0].count(IMAGE) == 2
@@ -279,7 +279,8 @@ def test_duplicate_ids_and_keys(folder, tokenizer):
 
 def hostile_table() -> str:
     """What tests/HOSTILE.md says."""
-    stages = ["process_image.py", "with --check_images", "--on_bad_sample error", "--on_bad_sample skip", "test.py"]
+    stages = ["process_image.py", "with --check_images", "--on_bad_sample error", "--on_bad_sample skip"]
+    stages += ["test.py", "test.py --batch"]
     number = len(IMAGES) + len(FILES) + len(RECORDS) + len(PREPARED) + len(TEXTS)
     parts = [
         f"# {number} hostile inputs and what becomes of each\n",

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile import GOOD, answer, llava, prepare, train_on_all
+from hostile import GOOD, answer, answer_batch, llava, prepare, train_on_all
 from PIL import Image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -46,6 +46,9 @@ class Case:
     """Colour of its upper left pixel as it is seen."""
     test_py: str = ""
     """What becomes of it in test.py, where that is not the same: `READ`, `NO_WORD`, or a part of the message."""
+    batch: str = ""
+    """What becomes of it in `test.py --batch`, where that is neither as in test.py nor, if no command line can hold
+    it, as in training: a part of the message."""
 
 
 def save(colour: object = RED, mode: str = "RGB", size: tuple[int, int] = (4, 2), **how: object) -> Maker:
@@ -231,13 +234,13 @@ IMAGES = [
     Case("a name that begins with a hyphen", save(), "-x.png"),
     Case("a name with two dots in it", save(), "a..b.png"),
     Case("a name of 5,000 characters", nothing, "x" * 5000, refused="unreadable", test_py="File name too long"),
-    Case("an empty name", nothing, "", refused_by_name="image name", test_py=NO_WORD),
+    Case("an empty name", nothing, "", refused_by_name="image name", test_py=NO_WORD, batch="the image is"),
     Case("a name that climbs out: ../", outside, "../outside.png", refused_by_name="leads out", test_py=READ),
     Case("climbs out further in", outside, "a/../../outside.png", refused_by_name="leads out", test_py="missing"),
     Case("climbs out the other way", nothing, "..\\outside.png", refused_by_name="leads out", test_py="missing"),
     Case("an absolute name", nothing, "/etc/hostname", refused_by_name="absolute", test_py="not an image"),
     Case("an absolute name of Windows", nothing, "C:\\x.png", refused_by_name="absolute", test_py="missing"),
-    Case("a name with NUL", nothing, "a\0.png", refused_by_name="NUL", test_py=NO_WORD),
+    Case("a name with NUL", nothing, "a\0.png", refused_by_name="NUL", test_py=NO_WORD, batch="unreadable"),
     Case(
         "half of a surrogate pair in the name",
         nothing,
@@ -255,15 +258,16 @@ IMAGES = [
 
 
 def outcomes(case: Case) -> list[str]:
-    """What the table says of each stage: preparation, with --check_images, training with error and skip, test.py."""
+    """What the table says: preparation, with --check_images, training with error and skip, test.py, its --batch."""
     reason = case.refused or case.refused_by_name
     seen = f"{case.size[0]} × {case.size[1]}, " + "#{:02x}{:02x}{:02x}".format(*case.corner)
     if not reason:
-        return ["kept", "kept", seen, seen, seen]
+        return ["kept", "kept", seen, seen, seen, seen]
     plain = f"rejected: {case.refused_by_name}" if case.refused_by_name else "kept"
     checked = f"rejected: {case.refused_by_name or reason}"
     end = case.test_py if case.test_py in (READ, NO_WORD) else f"error: {case.test_py or reason}"
-    return [plain, checked, f"error: sample 1: {reason}", "skipped, listed", end]
+    batch = f"error: {of_batch(case)}" if of_batch(case) else READ
+    return [plain, checked, f"error: sample 1: {reason}", "skipped, listed", end, batch]
 
 
 @pytest.mark.parametrize("case", IMAGES, ids=[case.what for case in IMAGES])
@@ -289,10 +293,23 @@ def test_picture(case: Case, tmp_path, tokenizer, capsys):
             assert (case.test_py or reason) in said
             assert not assistant.ids
         seen += assistant.images
+    path = case.name if case.name.startswith("/") else f"{images}/{case.name}" if case.name else ""
+    said, assistant = answer_batch(tmp_path, path, tokenizer)
+    expected = of_batch(case)
+    assert bool(said) == bool(expected)
+    assert expected in said
+    seen += assistant.images
     for picture in seen:
         assert tuple(picture.shape) == (3, case.size[1], case.size[0])
         assert np.abs(picture[:, 0, 0].numpy() - case.corner).max() <= 3, picture[:, 0, 0]
         assert torch.equal(picture, seen[0]), "training and answering see the same"
+
+
+def of_batch(case: Case) -> str:
+    """What `test.py --batch` says is wrong with a picture ("" if nothing)."""
+    if case.batch or case.test_py == READ:
+        return case.batch
+    return case.refused or (case.test_py if case.test_py != NO_WORD else case.refused_by_name)
 
 
 def prepared(case: Case, folder: Path) -> None:

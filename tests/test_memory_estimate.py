@@ -17,8 +17,9 @@ import train
 from benchmarks import memory_table
 from dataset.sample_sizes import SampleSize, drawn_batches
 from model import LoraSettings, VisionLanguageModel
-from model.dry_run import Plan, model_shape
+from model.dry_run import model_shape
 from model.memory_estimate import BatchShape, Setting, activations_of, estimate_memory
+from model.plan import Plan
 from model.projector import build_projector
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenConfig
 from visual import build_vision_tower, read_tower_shape
@@ -159,7 +160,7 @@ def test_dry_run_without_weights_or_images(planned, capsys):
     assert train.main([*flags, "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "looked at: 12 of 12 samples" in printed
-    assert "4 steps per epoch, 12 in all; 3 samples × 1 batches × 1 processes a step" in printed
+    assert "4 steps per epoch, 12 in all; 3 samples × 1 batch × 1 process a step" in printed
     assert "CPU fp32, checkpointing" in printed
     assert "GPU bf16, checkpointing" in printed
     assert sorted(folder.rglob("*")) == before

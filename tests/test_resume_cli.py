@@ -114,6 +114,38 @@ def test_sigterm_to_the_process_group_and_go_on(command, whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
+def test_train_sh_passes_sigterm_on_and_leaves_a_checkpoint(command, tmp_path):
+    """Sent to the shell's own process alone, as `kill` does, in a run that would take long."""
+    flags = [*command, "--output_dir", str(tmp_path), "--save_steps", "9999", "--num_train_epochs", "1000"]
+    process = subprocess.Popen(
+        ["sh", str(ROOT / "train.sh"), *flags],
+        env=environment(PYTHONUNBUFFERED="1", MASTER_PORT="25753"),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        steps = (line for line in process.stdout if "'loss'" in line)
+        for _ in range(4):
+            next(steps)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode != 0
+    assert err.count("SIGTERM: finishing this step, then saving") == 1
+    left = newest_resumable(tmp_path)
+    step = int(left.name.split("-")[1])
+    assert step >= 4
+    assert len(losses(left)) == step
+    assert f"stopped by SIGTERM after step {step}, which is saved" in err
+    assert {path.name for path in left.iterdir()} >= WEIGHTS | STATE
+    assert not list(tmp_path.glob("tmp-*"))
+
+
 def test_auto_starts_where_nothing_is_there(command, whole, tmp_path, capsys):
     """Nor where there is only part of a checkpoint, which is said."""
     broken = tmp_path / "checkpoint-4"

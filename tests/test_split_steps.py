@@ -20,14 +20,15 @@ from stopped_runs import (
     new_trainer,
     weights,
 )
-from tiny_run import ROOT, start
+from tiny_run import ROOT, one_line_error, start
+from tiny_vlm import trainable_parameters
 from torch import Tensor
 from transformers import TrainerCallback
 from two_processes import POISON, Poisoned
 
 import train
 from dataset.epoch_order import EpochOrder
-from model.guards import NotFiniteError
+from model.guards import MOST_SKIPPED, NotFiniteError
 from model.run_folder import lacks_to_resume, newest_resumable
 
 
@@ -235,3 +236,38 @@ def test_a_killed_step_leaves_nothing_behind(bases, tmp_path):
         trainer.train()
     ids = str(caught.value).split("IDs ")[1].split(".")[0].split(", ")
     assert len(ids) == 4
+
+
+def fp16_trainer(bases, folder, num_bad: int, **changes):
+    """A trainer whose gradients go through a scaler, as fp16 has it on a GPU; those of the first steps are infinite."""
+    trainer = new_trainer(bases, folder, size=4, save_strategy="no", **changes)
+    trainer.args.fp16 = True  # too late for accelerate, which would refuse it on a CPU
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    calls = [0]
+
+    def spoil(gradient):
+        calls[0] += 1
+        return gradient * float("inf") if calls[0] <= num_bad else gradient
+
+    next(iter(trainable_parameters(trainer.model).values())).register_hook(spoil)
+    return trainer
+
+
+def test_fp16_that_overflows_for_ever_is_an_error(bases, tmp_path, monkeypatch, capsys):
+    trainer = fp16_trainer(bases, tmp_path, 10**9, num_train_epochs=200, gradient_accumulation_steps=1)
+    before = weights(trainer)
+    monkeypatch.setattr(train, "build_trainer", lambda argv: trainer)
+    assert train.main([]) == 1
+    said = one_line_error(capsys.readouterr().err, "train.py")
+    assert f"the gradients of {MOST_SKIPPED} steps in a row, up to step {MOST_SKIPPED}, were not finite in fp16" in said
+    assert "The last samples have the IDs " in said
+    assert "checkpoints since step 0 hold the same weights" in said
+    assert all(torch.equal(before[name], weight) for name, weight in weights(trainer).items())
+
+
+def test_fp16_that_overflows_at_first_goes_on(bases, tmp_path):
+    trainer = fp16_trainer(bases, tmp_path, MOST_SKIPPED - 1, num_train_epochs=30, gradient_accumulation_steps=1)
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 60
+    assert not all(torch.equal(before[name], weight) for name, weight in weights(trainer).items())

@@ -393,7 +393,7 @@ def test_base_models_with_weights_that_are_not_finite_are_reported(bases, tmp_pa
     save_file(weights, file, metadata={"format": "pt"})
     both = [bases[1], bases[3]]
     both[which // 2] = str(folder)
-    with pytest.raises(CheckpointError, match=r"base hold values that are not finite, in 1 tensors \(.*weight\)"):
+    with pytest.raises(CheckpointError, match=r"base hold values that are not finite, in 1 tensor \(.*weight\)"):
         VisionLanguageModel.from_pretrained(*both, device="cpu")
 
 

@@ -180,6 +180,14 @@ def test_streaming_gives_the_same_answer(answer, pictures):
 # ---- A folder, a chat
 
 
+def narrow_window(language_model: str, folder: Path) -> Path:
+    """The language model with a window of 40 tokens."""
+    shutil.copytree(language_model, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 40}))
+    return folder
+
+
 def test_a_folder_is_asked_about_picture_by_picture(answer, pictures, tmp_path):
     for name in ("red", "blue"):
         shutil.copy(pictures[name], tmp_path / f"{name} one.PNG")
@@ -195,6 +203,16 @@ def test_a_folder_is_asked_about_picture_by_picture(answer, pictures, tmp_path):
         assert line == f"{name} one.PNG\t{ask.one_line(alone.removesuffix(chr(10)))}"
     (tmp_path / "broken.jpg").unlink()
     assert answer("--image_path", tmp_path, *flags).splitlines() == lines
+
+
+def test_a_folder_with_a_question_that_is_cut_names_the_picture(answer, pictures, bases, tmp_path):
+    narrow = narrow_window(bases[1], tmp_path / "qwen")
+    folder = pictures["red"].parent
+    answer("--image_path", folder, "--prompt", "word " * 99, "--greedy", "--base_language_model", narrow)
+    cut = [
+        line.split(": the question is longer than the window of 40 tokens: the")[0] for line in answer.err.splitlines()
+    ]
+    assert [name for name in cut if name.endswith(".png")] == sorted(path.name for path in pictures.values())
 
 
 def test_an_answer_takes_one_column_of_one_line():
@@ -216,16 +234,13 @@ def test_a_chat_sees_the_turns_before(answer, weights, pictures, monkeypatch):
 
 
 def test_a_chat_longer_than_the_window_keeps_the_image(answer, weights, pictures, bases, tmp_path, monkeypatch):
-    narrow = tmp_path / "qwen"
-    shutil.copytree(bases[1], narrow)
-    settings = json.loads((narrow / "generation_config.json").read_text())
-    (narrow / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 40}))
+    narrow = narrow_window(bases[1], tmp_path / "qwen")
     monkeypatch.setattr(sys, "stdin", io.StringIO("What\nWhy\n"))
     blue = pictures["blue"]
     got = answer("--image_path", blue, "--greedy", "--base_language_model", narrow)
     first, second = (expected(weights, [f"<|extra_0|>{word}"], [blue], do_sample=False) for word in ("What", "Why"))
     assert got == f"{first}\n{second}\n"
-    assert "the oldest 1 turns were left out" in answer.err
+    assert "the oldest 1 turn was left out" in answer.err
 
 
 # ---- Checkpoints
@@ -293,6 +308,10 @@ def mistakes(folder: Path, qwen_tiktoken: Path, bases: list[str], weights: Path)
         "no tower": (["--base_value_model", bases[1]], "model_type 'qwen'"),
         "hub, offline": (["--base_language_model", "Qwen/Qwen-7B-Chat"], "'Qwen/Qwen-7B-Chat' is no local folder"),
         "too many placeholders": (["--prompt", "<|extra_0|> <|extra_0|>"], "2 placeholders"),
+        "a folder and two placeholders": (
+            ["--image_path", folder, "--prompt", "<|extra_0|> <|extra_0|>"],
+            "asked about one by one: --prompt has 2 placeholders <|extra_0|>; write one, or none",
+        ),
         "length": (["--max_new_tokens", "0"], "--max_new_tokens 0"),
         "temperature": (["--temperature", "0"], "--temperature 0.0"),
         "no number": (["--temperature", "hot"], "--temperature"),

@@ -368,7 +368,7 @@ def mistakes(folder: Path, pictures: Path, bases: list[str], run: Path) -> dict[
         "no image, seen by a worker": ([*absent, *stop_there, "--dataloader_num_workers", "1"], "sample 0: "),
         "too long": ([*long, *stop_there, "--max_length", "80"], "expected fewer than max_length = 80"),
         "only bad samples": (absent, "--max_bad_fraction 0.01"),
-        "placeholders": ([*uneven, *stop_there], "0 image placeholders <|extra_0|> but it has 1 images"),
+        "placeholders": ([*uneven, *stop_there], "0 image placeholders <|extra_0|> but it has 1 image;"),
     }
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,14 +33,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.annotations import images_of
 from dataset.image_io import ImageError, load_image, resolve_image_path
-from model.console import OneLineErrors, in_one_line, set_up_logging
+from model.bases import drops_first_patch
+from model.checkpoint import read_checkpoint
+from model.console import OneLineErrors, counted, in_one_line, set_up_logging
 from model.data_workers import with_calm_workers
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.memory import is_out_of_memory, out_of_memory
 from visual import VisionTower, build_vision_tower
+from visual.cache_space import in_gb, space_for
 from visual.feature_cache import DTYPES, FeatureCache, open_feature_cache
 
 logger = logging.getLogger("visual.cache_features")
+
+
+class Terminated(BaseException):
+    """SIGTERM has come."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--base_value_model", default="openai/clip-vit-large-patch14", help="hub name or folder of the vision tower"
     )
     parser.add_argument(
+        "--previous_lora_weights",
+        metavar="DIR",
+        help="checkpoint that training starts from, as training has it: those of the original project, and what was "
+        "trained on from them, have no use for SigLIP's first patch",
+    )
+    parser.add_argument(
         "--feature_cache_dtype", default="bfloat16", choices=list(DTYPES), help="stored in; as training"
     )
     parser.add_argument("--dtype", help="of the tower, as training has it: float32, bfloat16, float16")
@@ -160,27 +172,24 @@ def check_space(cache: FeatureCache, names: list[tuple[str, str]], args: argpars
     Raises:
         ValueError: if it will not fit.
     """
-    place = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.is_dir())
-    block = os.statvfs(place).f_frsize
-    each = -(-cache.file_bytes // block) * block
-    free, there = shutil.disk_usage(place).free, len(cache)
+    space, there = space_for(cache), len(cache)
     tokens, width = cache.shape
     logger.info(
-        "%s images, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
-        *(f"{len(names):,}", tokens, width, args.feature_cache_dtype, in_gb(len(names) * each)),
-        *(f"{there:,}", in_gb(free), place),
+        "%s, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
+        *(counted(len(names), "image"), tokens, width, args.feature_cache_dtype, in_gb(len(names) * space.each)),
+        *(f"{there:,}", in_gb(space.free), space.place),
     )
     missing = len(names)
-    if missing * each <= free or args.skip_space_check:
+    if missing * space.each <= space.free or args.skip_space_check:
         return
     if there:
         looked = loader(Images(names, cache, None, args.allow_links), args)
         with tqdm(total=len(names), desc="looking for what is there", mininterval=0.5) as bar:
             missing = sum(count_missing(items, bar) for items in looked)
-    if missing * each > free:
+    if missing * space.each > space.free:
         raise ValueError(
-            f"--feature_cache {args.feature_cache}: {missing:,} images are missing, which take "
-            f"{in_gb(missing * each)}, and {in_gb(free)} are free; make room, give another "
+            f"--feature_cache {args.feature_cache}: {counted(missing, 'image')} to be stored will take "
+            f"{in_gb(missing * space.each)}, and {in_gb(space.free)} are free; make room, give another "
             "folder, or say --skip_space_check"
         )
 
@@ -189,11 +198,6 @@ def count_missing(items: list[Looked], bar: Any) -> int:
     """How many of a batch's images are not stored."""
     bar.update(len(items))
     return sum(bool(item.problem) for item in items)
-
-
-def in_gb(number: int) -> str:
-    """Bytes for people, in powers of ten, as disks are sold."""
-    return f"{number / 1e9:,.2f} GB" if number >= 1e7 else f"{number:,} bytes"
 
 
 def loader(images: Images, args: argparse.Namespace) -> Any:
@@ -242,7 +246,9 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype) if args.dtype else pick_dtype(device)
     names, num_bad = list_images(args.image_map)
-    tower = build_vision_tower(args.base_value_model, dtype).to(device)
+    previous = read_checkpoint(args.previous_lora_weights) if args.previous_lora_weights is not None else None
+    drop = drops_first_patch(previous, args.base_value_model)
+    tower = build_vision_tower(args.base_value_model, dtype, drop_first_patch=drop).to(device)
     cache = open_feature_cache(args.feature_cache, tower, args.feature_cache_dtype)
     check_space(cache, names, args)
     part = names[args.shard :: args.num_shards]
@@ -255,8 +261,9 @@ def run(args: argparse.Namespace) -> int:
         )
         return 1
     logger.info(
-        "%s images: %s stored now, %s were there, %s bad; %s stored in all",
-        *(f"{number:,}" for number in (len(part), cache.num_stored, len(part) - cache.num_stored - num_unusable)),
+        "%s: %s stored now, %s were there, %s bad; %s stored in all",
+        counted(len(part), "image"),
+        *(f"{number:,}" for number in (cache.num_stored, len(part) - cache.num_stored - num_unusable)),
         *(f"{number:,}" for number in (num_unusable + num_bad, len(cache))),
     )
     return int(num_unusable == len(part) > 0)
@@ -271,9 +278,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     try:
         return run(parse_arguments(argv))
-    except KeyboardInterrupt:
-        logger.error("cache_features.py: stopped by SIGINT; what is stored can be used, the same command goes on")
-        return 128 + signal.SIGINT
+    except (KeyboardInterrupt, Terminated) as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        logger.error(
+            "cache_features.py: stopped by %s; what is stored can be used, the same command goes on", number.name
+        )
+        return 128 + number
     except (ValueError, OSError, ImportError) as error:
         logger.error("cache_features.py: %s", in_one_line(error))
         return 2
@@ -285,8 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _terminate(*_: object) -> None:
-    logger.error("cache_features.py: stopped by SIGTERM; what is stored can be used, the same command goes on")
-    sys.exit(128 + signal.SIGTERM)  # unwinds, so that the file being written goes
+    # Nothing is logged in here: the signal may have come while the log, or the progress bar, was being written.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))  # a second one quits at once
+    raise Terminated  # unwinds, so that the file being written goes
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 """What features can be stored in, by name."""
 KEY_BYTES = 32
 """Length of an image's key."""
+NOTE = "tower.json"
+"""Name of the file that says to people what a folder's features are of."""
 
 _FORMAT = 1
 """Raised when what is stored changes: the files' form, or what `load_image` and `ImageTransform` make of a picture."""
@@ -97,7 +99,7 @@ class FeatureCache:
         self.dtype = dtype
         self.failure = ""
         self.num_stored = 0
-        self._warned_of_range = False
+        self._warned: set[str] = set()
         self.file_bytes = len(self._serialise(bytes(KEY_BYTES), torch.zeros(shape, dtype=dtype)))
         """Size of every file."""
 
@@ -226,10 +228,13 @@ class FeatureCache:
                     logger.warning("%s: features can't be stored any more (%s)", self.folder, self.failure)
         if fits.all():
             return stored
-        if not self._warned_of_range:
-            self._warned_of_range = True
-            name = str(self.dtype).removeprefix("torch.")
-            logger.warning("features that %s can't hold are not stored; bfloat16 has a wider range", name)
+        name = str(self.dtype).removeprefix("torch.")
+        reason = f"features that {name} can't hold are not stored; bfloat16 has a wider range"
+        if not features.isfinite().all():
+            reason = "features that are infinite or no numbers are not stored; does the tower run in too small a dtype?"
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning(reason)
         return torch.where(fits.to(features.device)[:, None, None], stored.to(features.dtype), features)
 
     def prepare(self, description: dict[str, object]) -> None:
@@ -246,7 +251,7 @@ class FeatureCache:
                     path.unlink(missing_ok=True)
             except FileNotFoundError:  # just renamed, or deleted by another process
                 continue
-        note = self.folder / "tower.json"
+        note = self.folder / NOTE
         if not note.exists():
             part = temporary / secrets.token_hex(16)
             try:

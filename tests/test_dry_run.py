@@ -1,0 +1,204 @@
+"""What `--dry_run` says is what the run with the same flags then does, and no weights are needed to say it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, one_line_error, start, write_data
+
+import train
+from dataset.annotations import Annotations
+from dataset.sample_sizes import data_sizes
+from visual.cache_space import stored_before
+
+QUICK = [
+    *("--lora_rank", "4", "--lora_dropout", "0", "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true"),
+    *("--per_device_train_batch_size", "4", "--save_strategy", "no", "--num_train_epochs", "1"),
+]
+EVALUATE = ("--eval_image_map", "EVAL/image_map.json", "--eval_captions_file", "EVAL/captions.json")
+LENGTHS = (3, 40, 5, 31, 8, 24, 60, 2, 17, 90, 50, 12, 70)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, qwen_tiktoken) -> Path:
+    """A folder with base models, those without their weights, two data sets, and pictures."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_bases(folder, qwen_tiktoken)
+    for name in ("qwen", "clip"):
+        shutil.copytree(folder / name, folder / "bare" / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    make_pictures(folder / "pictures")
+    names = [path.name for path in sorted((folder / "pictures").iterdir())]
+    samples = [(names[i % 3], ("<|extra_0|>What?", "word " * length)) for i, length in enumerate(LENGTHS)]
+    write_data(folder / "data", samples, folder / "pictures")
+    write_data(folder / "eval", MIXED_CAPTIONS[:5], folder / "pictures")
+    return folder
+
+
+def command(inputs: Path, *flags: object, bare: bool = False) -> list[str]:
+    bases = inputs / "bare" if bare else inputs
+    data = ["--image_map", inputs / "data/image_map.json", "--captions_file", inputs / "data/captions.json"]
+    named = ["--base_language_model", bases / "qwen", "--base_value_model", bases / "clip", *data]
+    return [str(word).replace("EVAL", str(inputs / "eval")) for word in (*named, *QUICK, *flags)]
+
+
+@pytest.fixture
+def planned(inputs, tmp_path, capsys):
+    """Ask for a plan without weights; gives what is printed."""
+
+    def plan(*flags: object, bare: bool = True) -> str:
+        capsys.readouterr()
+        words = command(inputs, *flags, "--output_dir", tmp_path / "planned", "--dry_run", bare=bare)
+        assert train.main(words) == 0
+        assert not (tmp_path / "planned").exists()
+        return capsys.readouterr().out
+
+    return plan
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, text
+    return int(found[1].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--num_train_epochs", 2.5, "--gradient_accumulation_steps", 3],
+        ["--max_steps", 7],
+        ["--max_train_samples", 9, "--num_train_epochs", 2],
+        ["--train_sampling_strategy", "group_by_length", "--per_device_train_batch_size", 3],
+        [*EVALUATE, "--num_train_epochs", 3, "--per_device_eval_batch_size", 2],
+        [*EVALUATE, "--max_steps", 6],
+        [*EVALUATE, "--eval_strategy", "steps", "--eval_steps", 3, "--num_train_epochs", 2, "--eval_on_start", "true"],
+        [*EVALUATE, "--eval_strategy", "steps", "--eval_steps", 0.3, "--num_train_epochs", 2, "--eval_delay", 4],
+        [*EVALUATE, "--num_train_epochs", 3, "--eval_delay", 2, "--gradient_checkpointing", "true"],
+    ],
+)
+def test_steps_and_evaluations_are_those_of_the_run(inputs, tmp_path, planned, flags):
+    said = planned(*flags)
+    trainer = train.build_trainer(command(inputs, *flags, "--output_dir", tmp_path / "run"))
+    batches = []
+    step = trainer.prediction_step
+    trainer.prediction_step = lambda *args, **kwargs: batches.append(1) or step(*args, **kwargs)
+    trainer.train()
+    state = trainer.state
+    assert number(r"([\d,]+) in all;", said) == state.global_step
+    assert number(r"([\d,]+) steps? per epoch", said) == round(state.global_step / state.epoch)
+    times = sum("eval_loss" in entry for entry in state.log_history)
+    if EVALUATE[0] in flags:
+        assert number(r"an evaluation, ([\d,]+) time", said) == times > 0
+        assert number(r"([\d,]+) steps? in an evaluation", said) == len(batches) / times
+    else:
+        assert "evaluation" not in said
+
+
+def test_two_processes(inputs, tmp_path):
+    flags = ("--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 2, *EVALUATE)
+    words = ["--nproc_per_node=2", "--master_port=25751", "train.py"]
+    said = start("torchrun", *words, *command(inputs, *flags, "--dry_run", bare=True))
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("parameters ") == 1
+    assert "2 samples × 2 batches × 2 processes a step" in said.stdout
+    done = start("torchrun", *words, *command(inputs, *flags, "--output_dir", tmp_path, "--save_strategy", "epoch"))
+    assert done.returncode == 0, done.stderr
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert number(r"([\d,]+) in all;", said.stdout) == state["global_step"] == 2
+    assert number(r"([\d,]+) steps? in an evaluation", said.stdout) == 1
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_lengths_and_padding_are_those_of_the_run(inputs, tmp_path, planned, tokenizer, strategy, capsys):
+    """The estimate is for the longest batch that really comes."""
+    flags = ("--train_sampling_strategy", strategy, "--per_device_train_batch_size", 3)
+    said = planned(*flags)
+    trainer = train.build_trainer(command(inputs, *flags, "--output_dir", tmp_path / "run"))
+    logged = capsys.readouterr().err
+    batches = list(trainer.get_train_dataloader())
+    supervised = {batch["input_ids"].shape[1]: int((batch["labels"] != -100).sum()) for batch in batches}
+    longest = max(supervised)
+    samples = Annotations(inputs / "data/image_map.json", inputs / "data/captions.json")
+    how = {"max_length": 2048, "rows": 3, "strategy": strategy, "order_seed": 42, "most": 2000, "seed": 42}
+    found = data_sizes(samples, tokenizer, 4, **how)
+    assert max(batch.tokens for batch in found.batches) == longest
+    assert next(batch.supervised for batch in found.batches if batch.tokens == longest) == supervised[longest]
+    if strategy == "group_by_length":
+        shares = re.search(r"about ([\d.]+)% of their tokens are padding, ([\d.]+)% ungrouped", logged)
+        assert f"padding, about: {shares[2]}% of a batch's tokens; {shares[1]}% with samples grouped" in said
+    padded, real = (sum(f(batch["attention_mask"]) for batch in batches) for f in (torch.numel, torch.sum))
+    share = f"{1 - int(real) / padded:.1%}"
+    there = re.search(r"padding, about: ([\d.]+%) of a batch's tokens; ([\d.]+%) with samples grouped", said)
+    assert there[2 if strategy == "group_by_length" else 1] == share
+    tokens = [len(trainer.train_dataset.dataset[index]["input_ids"]) for index in range(len(LENGTHS))]
+    row = rf"all +{min(tokens)} +{sum(tokens) / len(tokens):.1f} +{max(tokens)}\n"
+    assert re.search(row, said), said
+
+
+def test_an_evaluation_set_has_its_own_tokens_and_memory(planned):
+    small = planned(*EVALUATE, "--per_device_eval_batch_size", 1)
+    large = planned(*EVALUATE, "--per_device_eval_batch_size", 5)
+    assert "looked at: 5 of 5 samples" in small
+    assert "evaluation: tokens per sample" in small
+    assert "5 samples × 1 process a step" in large
+
+    def memory(said: str) -> list[float]:
+        return [float(cell) for cell in re.search(r"most in an evaluation +(.+)", said)[1].split()]
+
+    assert len(memory(small)) == 4
+    assert all(one <= other for one, other in zip(memory(small), memory(large), strict=True))
+
+
+def test_with_gradient_checkpointing_only_that_is_shown(planned):
+    both = planned()
+    assert re.search(r"CPU fp32  CPU fp32, checkpointing  GPU bf16  GPU bf16, checkpointing\n", both)
+    only = planned("--gradient_checkpointing", "true")
+    assert re.search(r"memory per process, GB +CPU fp32, checkpointing  GPU bf16, checkpointing\n", only)
+    peaks = re.search(r"most at one moment +(.+)", both)[1].split()
+    assert re.search(r"most at one moment +(.+)", only)[1].split() == peaks[1::2]
+
+
+def test_what_a_feature_cache_takes_and_what_is_there(inputs, tmp_path, planned):
+    cache = tmp_path / "cache"
+    flags = ("--feature_cache", cache, "--feature_cache_dtype", "float32", *EVALUATE)
+    block = os.statvfs(tmp_path).f_frsize
+    said = planned(*flags, bare=False)
+    # 3 pictures of the training set and 4 of the evaluation set, of which some are the same.
+    images = number(r"feature cache: (\d+) distinct images, 4 × 32 float32 each", said)
+    assert 4 <= images <= 6
+    assert f"at most {images * block:,} bytes on the disk" in said
+    assert "there already" not in said
+    assert not cache.exists()
+    assert train.main(command(inputs, *flags, "--output_dir", tmp_path / "run")) == 0
+    stored = list(cache.glob("*/??/*.safetensors"))
+    assert len(stored) == images
+    assert sum(path.stat().st_blocks * 512 for path in stored) == images * block
+    (folder,) = cache.iterdir()
+    said = planned(*flags, bare=False)
+    assert f"there already, of a tower called {inputs / 'clip'}: {images} in {folder.name}\n" in said
+    assert "there already" not in planned(*flags, "--feature_cache_dtype", "bfloat16", bare=False)
+    assert "there already" not in planned(*flags, bare=True), "a tower of another name"
+
+
+def test_notes_that_can_not_be_read_say_nothing(tmp_path):
+    for name, content in (("a", "{"), ("b", "[]"), ("c", '{"tower": "x"}'), ("d", '{"tower": "x", "shape": 3}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tower.json").write_text(content)
+    assert stored_before(tmp_path, "x", (4, 32), "float32") == {}
+    assert stored_before(tmp_path / "nowhere", "x", (4, 32), "float32") == {}
+
+
+def test_bad_samples_are_counted_or_refused_as_by_the_run(inputs, tmp_path, planned, capsys):
+    samples = [("red.png", ("no placeholder", "a")), *[(None, ("q", "a"))] * 3]
+    data = write_data(tmp_path / "data", samples, inputs / "pictures")
+    assert "looked at: 3 of 3 samples; 1 bad one left out" in planned(*data)
+    capsys.readouterr()
+    assert train.main(command(inputs, *data, "--dry_run", "--on_bad_sample", "error")) == 2
+    assert "1 bad sample in" in one_line_error(capsys.readouterr().err, "train.py")
