@@ -43,21 +43,16 @@ STRATEGIES = {"random": "random", "grouped": "sequential"}
 
 def lengths_of(folder: Path, scale: float) -> tuple[Any, Tensor, Tensor]:
     """Make annotations and open them; returns the data set, and estimated and true tokens of each sample."""
-    import torch
-
     from benchmarks.prepare import write_annotations
     from benchmarks.prepare_run import open_dataset
     from benchmarks.vocabulary import vocabulary_file
-    from dataset.prompt import encode_sample
     from qwen import QWenTokenizer
 
     write_annotations(folder, scale, pictures=1)
     command = [sys.executable, str(ROOT / "dataprocess/process_image.py"), "--config", str(folder / "config.yaml")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     dataset = open_dataset(folder, QWenTokenizer(str(vocabulary_file())))
-    turns = (dataset._choose(dataset._annotations[i]) for i in range(len(dataset)))
-    true = [len(encode_sample(dataset.tokenizer, one, IMAGE_TOKENS).input_ids) for one in turns]
-    return dataset, dataset.estimated_lengths(), torch.tensor(true)
+    return dataset, dataset.estimated_lengths(), dataset.lengths(range(len(dataset)))
 
 
 def attention_share(lengths: Tensor, batch: int) -> float:

@@ -156,6 +156,33 @@ def command(tmp_path_factory, qwen_tiktoken) -> list[str]:
     return [*make_bases(folder / "bases", qwen_tiktoken), *data, *settings.split(), "--use_cpu", "true"]
 
 
+def test_the_share_that_is_printed_is_that_of_the_batches(command, tmp_path, capsys):
+    """Estimates, by which samples are sorted, would say that next to nothing is padding."""
+    flags = [*command, "--output_dir", str(tmp_path), "--num_train_epochs", "1"]
+    shares = []
+    for strategy in ("group_by_length", "random"):
+        trainer = train.build_trainer([*flags, "--train_sampling_strategy", strategy])
+        masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+        shares.append(1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks))
+    grouped, ungrouped = (f"{100 * share:.1f}%" for share in shares)
+    assert f"grouped by length: about {grouped} of their tokens are padding, {ungrouped} ungrouped" in (
+        capsys.readouterr().err
+    )
+
+
+def test_of_a_large_set_batches_from_all_over_the_epoch_are_looked_at(monkeypatch):
+    class Lengths:
+        def lengths(self, indices):
+            self.seen = indices
+            return torch.tensor(indices) % 5
+
+    monkeypatch.setattr(train, "_LOOKED_AT", 12)
+    data = Lengths()
+    share = train.looked_at_padding(data, torch.arange(42), 4)
+    assert data.seen == [0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35]
+    assert share == pytest.approx(1 - (6 + 10 + 9) / (12 + 16 + 16))
+
+
 def test_train_py_groups_says_so_and_goes_on(command, tmp_path, capsys):
     flags = [*command, "--output_dir", str(tmp_path), "--num_train_epochs", "1", "--save_steps", "2"]
     grouped = [*flags, "--train_sampling_strategy", "group_by_length"]
