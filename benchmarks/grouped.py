@@ -8,10 +8,10 @@ and 77,000 longer English answers), 256 image tokens each. The first table count
 and needs no model. Packing puts several samples into a row, each with attention of its own: at the very best it saves
 what is left of padding, and nothing else. *Exact lengths* is grouping by true tokens in place of their estimate.
 
-The second table is measured: batches drawn from the epoch that `group_by_length` makes of all samples, and the same
-samples in `random` order, each from the first step to the last. Both so train the same samples, which are compared by
-the sample and by the token that is not padding. Runs take turns, each in a process of its own. Prints both tables,
-writes `results/grouped.json` and `.png`.
+The second table is measured: batches of the epoch that `group_by_length` makes of all samples, taken evenly from short
+to long, and the same samples in `random` order, each from the first step to the last. Both so train the same samples,
+which are compared by the sample and by the token that is not padding. Runs take turns, each in a process of its own.
+Prints both tables, writes `results/grouped.json` and `.png`.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ def count(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     }
     most = max(given.batches)
     whole = orders["grouped"][: len(true) - len(true) % most].view(-1, most)
-    drawn = whole[epoch_permutation(len(whole), SEED, 0, "drawn")[: given.samples // most]].flatten()
-    write_samples(folder, dataset, drawn.tolist(), tiny=given.tiny)
+    whole = whole[true[whole].sum(dim=1).argsort()]
+    number = given.samples // most
+    drawn = whole[[int((place + 0.5) * len(whole) / number) for place in range(number)]]
+    write_samples(folder, dataset, drawn.flatten().tolist(), tiny=given.tiny)
     tokens = true - IMAGE_TOKENS
     return {
         "samples": len(true),
@@ -154,7 +156,7 @@ def main() -> None:
     add = parser.add_argument
     add("--scale", type=float, default=1.0, help="share of the real number of samples (%(default)s)")
     add("--batches", nargs="+", type=int, default=[4, 8], help="batch sizes, of which the largest is a multiple")
-    add("--samples", type=int, default=64, help="samples that are trained (%(default)s)")
+    add("--samples", type=int, default=48, help="samples that are trained (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of training (%(default)s)")
     add("--rounds", type=int, default=2, help="runs of each (%(default)s)")
     add("--threads", type=int, default=os.cpu_count(), help="of a step (%(default)s)")
