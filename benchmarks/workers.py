@@ -138,7 +138,7 @@ def main() -> None:
     add = parser.add_argument
     add("--workers", nargs="+", type=int, default=[0, 1, 2], help="numbers of data workers (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of training (%(default)s)")
-    add("--steps", type=int, default=10, help="of each run (%(default)s)")
+    add("--steps", type=int, default=8, help="of each run (%(default)s)")
     add("--skipped", type=int, default=2, help="first steps that are left out (%(default)s)")
     add("--pictures", type=int, default=256, help="files, each read once (%(default)s)")
     add("--rounds", type=int, default=3, help="runs of each (%(default)s)")
