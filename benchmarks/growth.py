@@ -202,17 +202,14 @@ def main() -> None:
     print(show(found))
     settings = {"dtype": given.dtype, "steps": given.steps, "rounds": given.rounds, "threads": given.threads}
     write_results(given.output / "growth.json", {"machine": machine(), "settings": settings, "figures": found})
-    panels = {
-        unit: {
-            thing: {
-                f"value {number}": one[key] / next(iter(by_value.values()))[key]
-                for number, one in enumerate(by_value.values(), 1)
-            }
-            for thing, by_value in found.items()
-        }
-        for unit, key in (("seconds, times those of the first", "step_seconds"), ("peak memory, times", "peak_bytes"))
-    }
-    draw_bars(given.output / "growth.png", "What grows when one thing is made larger", panels)
+    groups = {}
+    for thing, by_value in found.items():
+        (least, first), *_, (most, last) = by_value.items()
+        label = "\n".join([thing, *least.split(", "), "to", *most.split(", ")])
+        kinds = {"seconds": "step_seconds", "peak memory": "peak_bytes"}
+        groups[label] = {name: last[key] / first[key] for name, key in kinds.items()}
+    panels = {"times those of the first value": groups}
+    draw_bars(given.output / "growth.png", "What a step takes when one thing is changed", panels)
 
 
 if __name__ == "__main__":

@@ -161,11 +161,11 @@ def main() -> None:
     write_results(given.output / "workers.json", {"machine": machine(), "settings": settings, "figures": found})
     panels = {
         "seconds of a step": {
-            f"{name} workers": {"whole": one["step_seconds"], "waits": one["wait_seconds"]}
+            f"{name} workers": {"step": one["step_seconds"], "of it waits": one["wait_seconds"]}
             for name, one in found.items()
         },
         "pictures per second": {
-            f"{name} workers": {"whole": BATCH / one["step_seconds"], "loader alone": one["pictures_per_second"]}
+            f"{name} workers": {"training": BATCH / one["step_seconds"], "loader alone": one["pictures_per_second"]}
             for name, one in found.items()
         },
     }
