@@ -163,14 +163,17 @@ def draw_bars(path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[
     Args:
         path: of the picture.
         title: above it.
-        panels: what each panel measures, with its unit → group → name of a peer → value. Peers have one colour in all.
+        panels: what each panel measures, with its unit → group → name of a peer → value. Peers have one colour in all;
+            a panel of other peers than the one before has a legend of its own.
     """
     import matplotlib  # not before: see above
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(1 + 4.5 * len(panels), 4), squeeze=False)
+    wide = max(4.5, 0.9 * max(map(len, panels.values())))  # inches of a panel
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(1 + wide * len(panels), 4), squeeze=False)
+    explained: list[str] = []
     for axis, (unit, groups) in zip(axes.flat, panels.items(), strict=True):
         names = list(dict.fromkeys(name for values in groups.values() for name in values))
         width = 0.8 / len(names)
@@ -181,7 +184,9 @@ def draw_bars(path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[
         axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
         axis.set_ylabel(unit)
         axis.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(frameon=False)
+        if names != explained:
+            axis.legend(frameon=False)
+            explained = names
     figure.suptitle(title)
     figure.tight_layout()
     _replace(path, lambda part: figure.savefig(part, format="png", dpi=110))

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.vocabulary import vocabulary_file
+from model import VisionLanguageModel
 from qwen import IGNORE_INDEX, QWenTokenizer
 
 from .same_size import SEED, Size, build_ours, build_peer, copy_weights, save_tower
@@ -57,8 +58,8 @@ def fold_labels(batch: dict[str, Any], rows: int) -> dict[str, Any]:
     return {**batch, "labels": torch.where(labels == IGNORE_INDEX, labels, labels % rows)}
 
 
-def write_data(folder: Path, number: int) -> None:
-    """Write pictures, image map and captions."""
+def write_data(folder: Path, number: int, answer_tokens: tuple[int, int] = ANSWER_TOKENS) -> None:
+    """Write pictures, image map and captions, the answers of so many tokens (fewest, most)."""
     generator = np.random.default_rng(SEED)
     tokenizer = QWenTokenizer(str(vocabulary_file()))
     texts = (tokenizer.decode([index]) for index in range(1000, 20_000))
@@ -68,7 +69,7 @@ def write_data(folder: Path, number: int) -> None:
     for index in range(number):
         coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize(PICTURE, Image.Resampling.BICUBIC).save(folder / f"pictures/{index}.jpg")
-        length = int(generator.integers(ANSWER_TOKENS[0], ANSWER_TOKENS[1] + 1)) - 1  # and the end
+        length = int(generator.integers(answer_tokens[0], answer_tokens[1] + 1)) - 1  # and the end
         answer = "".join(generator.choice(words, length)).strip()
         image_map[str(index)] = {"image_file": f"{index}.jpg", "ID": index, "path": str(folder / "pictures")}
         captions[str(index)] = {"q": QUESTION, "a": answer}
@@ -76,14 +77,20 @@ def write_data(folder: Path, number: int) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_models(folder: Path, size: Size) -> None:
-    """Write one set of random weights as QWen, CLIP and projector, and as LLaVA."""
-    ours, peer = build_ours(size, torch.float32), build_peer(size, torch.float32)
-    copy_weights(ours, peer)
+def write_ours(folder: Path, size: Size) -> VisionLanguageModel:
+    """Write random weights as QWen, CLIP and projector; returns the model that they are of."""
+    ours = build_ours(size, torch.float32)
     ours.qwen.save_pretrained(str(folder / "qwen"))
     shutil.copy(vocabulary_file(), folder / "qwen")
     save_tower(size, folder / "clip")
     save_file(ours.projector.state_dict(), folder / "projector.safetensors")
+    return ours
+
+
+def write_models(folder: Path, size: Size) -> None:
+    """Write one set of random weights as QWen, CLIP and projector, and as LLaVA."""
+    ours, peer = write_ours(folder, size), build_peer(size, torch.float32)
+    copy_weights(ours, peer)
     peer.save_pretrained(str(folder / "llava"))
 
 

@@ -49,16 +49,18 @@ def memory(name: str) -> int:
 
 
 class Clock(TrainerCallback):
-    """Notes when each step ended, and the processor time that was used up by then."""
+    """Notes the time, and the processor time used up by then, when training began (0) and when each step ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
         self.processor: list[float] = []
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Note the time."""
         self.ends.append(time.perf_counter())
         self.processor.append(time.process_time())
+
+    on_step_end = on_train_begin
 
 
 def build_ours(folder: Path, output: str, dtype: str, steps: int, extra: Sequence[str]) -> Trainer:
@@ -147,18 +149,21 @@ def measure(trainer: Trainer, steps: int, skipped: int) -> dict[str, Any]:
     trainer.add_callback(clock)
     loaded = memory("VmHWM")
     trainer.train()
-    seconds = clock.ends[-1] - clock.ends[skipped - 1]
+    seconds = clock.ends[-1] - clock.ends[skipped]
     peak = memory("VmHWM")
     measured = seen[skipped:steps]
     padded, real = sum(b * t for b, t, *_ in measured), sum(n for *_, n, _, _ in measured)
+    samples = sum(b for b, *_ in measured)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return {
-        "samples_per_second": BATCH * (steps - skipped) / seconds,
+        "samples_per_second": samples / seconds,
+        "tokens_per_second": real / seconds,
         "peak_bytes_vm": peak,
         "peak_bytes_loaded": loaded,
         "step_seconds": seconds / (steps - skipped),
-        "processor_seconds": (clock.processor[-1] - clock.processor[skipped - 1]) / (steps - skipped),
+        "processor_seconds": (clock.processor[-1] - clock.processor[skipped]) / (steps - skipped),
+        "samples": samples,
         "padding": 1 - real / padded,
         "trained_parameters": trained,
         "losses": losses,
@@ -192,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--skipped", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--no_products", action="store_true", help="Do not time the bare products.")
     parser.add_argument("--profile", action="store_true")
     given, extra = parser.parse_known_args(argv)
     torch.set_num_threads(given.threads)
@@ -202,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             show_profile(trainer)
             return
         figures = measure(trainer, given.steps, given.skipped)
-    if given.peer == "ours":
+    if given.peer == "ours" and not given.no_products:
         figures |= share_of_products(trainer, figures, getattr(torch, given.dtype))
     print(json.dumps({"baseline_bytes": baseline, **figures}))
 

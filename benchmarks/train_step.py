@@ -1,12 +1,11 @@
 """A whole training step, beside the same model built and trained with transformers, PEFT and the stock Trainer.
 
     python benchmarks/train_step.py                                     # both sizes, fp32 and bf16
-    python benchmarks/train_step.py --sizes proportional --dtypes float32 --grouped
+    python benchmarks/train_step.py --sizes proportional --dtypes float32
 
 Loading, tower, model, loss, backward pass and optimizer, in batches of 4; the first steps are left out.
-`step_inputs.py` says what is trained, `step_runs.py` who the peers are. With `--grouped`, ours runs once more with
-batches of similar length, which is compared by the sample. Prints a table, writes `results/train_step.json` and `.png`;
-what was measured before and is not now stays in them.
+`step_inputs.py` says what is trained, `step_runs.py` who the peers are; `grouped.py` has batches of similar length.
+Prints a table, writes `results/train_step.json` and `.png`; what was measured before and is not now stays in them.
 
 Besides the wall clock, the processor time of all threads is shown: on a machine that others use too it is what the step
 takes. The share of bare products is the time of the step's matrix products alone over that of the step, both by it.
@@ -57,8 +56,6 @@ def measure(size: str, dtypes: list[str], given: argparse.Namespace) -> dict[str
                 "peer": [*module, "benchmarks.step_runs", "peer", *common],
                 "ours": [*module, "benchmarks.step_runs", "ours", *common],
             }
-            if given.grouped:
-                commands["grouped"] = [*commands["ours"], "--train_sampling_strategy", "group_by_length"]
             runs = run_in_turn(commands, given.rounds, environment(given))
             figures[dtype] = {name: medians(measured) for name, measured in runs.items()}
             for name, measured in runs.items():
@@ -109,7 +106,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--grouped", action="store_true", help="Also with --train_sampling_strategy group_by_length.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="Of each run.")
     parser.add_argument("--skipped", type=int, default=3, help="First steps that are left out.")

@@ -102,7 +102,7 @@ def test_steps_and_evaluations_are_those_of_the_run(inputs, tmp_path, planned, f
 
 def test_two_processes(inputs, tmp_path):
     flags = ("--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 2, *EVALUATE)
-    words = ["--nproc_per_node=2", "--master_port=25751", "train.py"]
+    words = ["--nproc_per_node=2", "--standalone", "train.py"]
     said = start("torchrun", *words, *command(inputs, *flags, "--dry_run", bare=True))
     assert said.returncode == 0, said.stderr
     assert said.stdout.count("parameters ") == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stopped_runs import Answers, KillAt, Killed, assert_same_end, go_on, new_trainer
+from stopped_runs import Answers, KillAt, Killed, answer_lengths, assert_same_end, go_on, new_trainer
 from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, write_data
 
 import train
@@ -85,19 +85,14 @@ def test_the_full_size_takes_seconds():
 SIZE = 22
 
 
-def answer_lengths() -> torch.Tensor:
-    answers = Answers(SIZE)
-    return torch.tensor([len(answers[i]["input_ids"]) for i in range(SIZE)])
-
-
 def ids(epoch: int) -> list[int]:
-    order = EpochOrder(Answers(SIZE), 3, answer_lengths())
+    order = EpochOrder(Answers(SIZE), 3, answer_lengths(SIZE))
     order.set_epoch(epoch)
     return [order[i]["id"] for i in range(SIZE)]
 
 
 def common(**changes) -> dict:
-    return {"size": SIZE, "num_train_epochs": 2, "lengths": answer_lengths(), **changes}
+    return {"size": SIZE, "num_train_epochs": 2, "lengths": answer_lengths(SIZE), **changes}
 
 
 @pytest.mark.parametrize("call", [2, 6, 8])

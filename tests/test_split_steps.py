@@ -13,6 +13,7 @@ from stopped_runs import (
     Answers,
     KillAt,
     Killed,
+    answer_lengths,
     assert_same_end,
     checkpoints,
     go_on,
@@ -24,7 +25,7 @@ from tiny_run import ROOT, one_line_error, start
 from tiny_vlm import trainable_parameters
 from torch import Tensor
 from transformers import TrainerCallback
-from two_processes import POISON, Poisoned
+from two_processes import GROUPED, POISON, Poisoned
 
 import train
 from dataset.epoch_order import EpochOrder
@@ -122,6 +123,48 @@ def test_two_processes_killed_and_resumed(two):
     ]
     files = {path.name for path in (two[0] / "run/checkpoint-4").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= files
+
+
+def test_two_processes_take_their_batches_from_one_grouped_order(two):
+    """In turn, sample by sample, each exactly once an epoch: both work on samples of similar length in every step."""
+    order = EpochOrder(Answers(GROUPED), 3, answer_lengths(GROUPED))
+    for rank, found in enumerate(two[1]):
+        seen = [*chain(*found["grouped split"]["seen"])]
+        wanted = []
+        for epoch in (0, 1):
+            order.set_epoch(epoch)
+            wanted += [order[i]["id"] for i in range(GROUPED)][rank::2]
+        assert seen == wanted
+    ranks = [found["grouped split"]["seen"] for found in two[1]]
+    first_epoch = [number for rank in ranks for step in rank[:6] for number in step]
+    assert sorted(first_epoch) == list(range(GROUPED))
+    assert not torch.equal(order.permutation(0), EpochOrder(Answers(GROUPED), 3).permutation(0))
+
+
+def test_grouped_one_process_or_two(two, bases, tmp_path):
+    """The epoch ends in a step of 2 samples, so that its loss and gradient are means over fewer."""
+    lengths = answer_lengths(GROUPED)
+    alone = one_process(bases, tmp_path, 4, 1, size=GROUPED, lengths=lengths, num_train_epochs=2)
+    alone.train()
+    ranks = [found["grouped split"] for found in two[1]]
+    assert ranks[0]["step"] == alone.state.global_step == 12
+    assert [loss for _, _, loss, *_ in ranks[0]["log"]] == pytest.approx(
+        [loss for _, _, loss, *_ in logged(alone)], abs=1e-5
+    )
+    assert_close(ranks[0]["weights"], weights(alone))
+    for name, tensor in ranks[0]["weights"].items():
+        assert torch.equal(tensor, ranks[1]["weights"][name]), name
+    together = [sorted(a + b) for a, b in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)]
+    assert together == [sorted(step) for step in alone.seen]
+
+
+def test_grouped_two_processes_killed_in_mid_epoch_and_resumed(two):
+    for found in two[1]:
+        whole, resumed = found["grouped whole"], found["grouped resumed"]
+        assert resumed["log"] == whole["log"]
+        assert resumed["seen"] == whole["seen"][3:]
+        for name, tensor in whole["weights"].items():
+            assert torch.equal(resumed["weights"][name], tensor), name
 
 
 def test_one_process_goes_on_with_what_two_began(as_one, two, bases, tmp_path, caplog):
