@@ -9,6 +9,7 @@ from visual.base import VisionTower
 from visual.loading import read_config
 
 from .checkpoint import Checkpoint, CheckpointError, read_projector
+from .fingerprint import comparable
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def check_bases(
     if not differences:
         for name, value in fingerprints.items():
             there = getattr(checkpoint.config, name)
-            if value and there and value != there:
+            if comparable(value, there) and value != there:
                 base = "base_value_model" if name.startswith("vision") else "base_language_model"
                 differences.append(
                     f"the weights or settings of --{base} are others than those of "

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 
@@ -40,10 +41,17 @@ class LeanLoraLinear(LoraLinear):
 
 
 def make_lean(model: nn.Module) -> None:
-    """Turn PEFT's LoRA layers over plain linear layers into lean ones, in place."""
-    for module in model.modules():
+    """Turn PEFT's LoRA layers into lean ones, in place.
+
+    Raises:
+        ValueError: if one is over anything but a plain linear layer.
+    """
+    for name, module in model.named_modules():
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = LeanLoraLinear
+        elif isinstance(module, LoraLayer) and not isinstance(module, LeanLoraLinear):
+            kind = type(module.get_base_layer()).__name__
+            raise ValueError(f"{name} is of class {kind}; LoRA is for linear layers: leave it out of target_modules")
 
 
 @torch.no_grad()

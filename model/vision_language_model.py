@@ -70,7 +70,8 @@ class VisionLanguageModel(AssembledModel):
                 the place of pixels. None if there are none.
             has_features: (N + K,) bool, which of all images these are; needed where there are some of each kind.
             image_keys: (N, 32) uint8, what the features of `pixel_values` are stored under in `feature_cache`.
-            kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …).
+            kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …), less `keep`. With labels
+                nothing is cached unless asked for.
 
         Raises:
             ValueError: if image tokens and features differ in number, in all or by rows.
@@ -79,6 +80,8 @@ class VisionLanguageModel(AssembledModel):
         images = {"pixel_values": pixel_values, **stored}
         num_images = sum(len(some) for some in (pixel_values, vision_features) if some is not None)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        if labels is not None and kwargs.get("past_key_values") is None:
+            inputs.setdefault("use_cache", False)  # evaluation would keep every layer's keys and values for nobody
         if labels is not None and not return_logits:
             out = CausalLMOutputWithPast(loss=self._loss(labels, num_images, images, num_items_in_batch, **inputs))
         else:

@@ -18,7 +18,7 @@ from .configuration_qwen import QWenConfig
 from .positions import Rotation, rotate
 
 _CONVERTED_TOGETHER = 2**19
-"""Keys that are brought to fp32 at a time, in numbers: 2 MB."""
+"""How many numbers of the keys, and of the values, are brought to fp32 at a time: 2 MB each."""
 
 
 class QWenRMSNorm(nn.Module):

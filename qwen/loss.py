@@ -43,14 +43,14 @@ def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items: Tenso
 
     Args:
         hidden: (N, D), supervised positions only.
-        head: the language head (V, D); one that is trained is computed whole.
+        head: the language head (V, D); one that is trained, by LoRA too, is computed whole.
         targets: (N,), token ids.
         num_items: as `next_token_loss` takes it.
 
     Returns:
         A scalar in fp32; 0 where N is 0.
     """
-    if head.weight.requires_grad or head.bias is not None:
+    if type(head) is not nn.Linear or head.weight.requires_grad or head.bias is not None:  # it may have LoRA
         return supervised_loss(head(hidden), targets, num_items)
     total: Tensor = _ChunkedHeadLoss.apply(hidden, head.weight, targets)
     return _divided(total, len(targets) if num_items is None else num_items)
@@ -73,7 +73,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             total -= log_probabilities.gather(1, places).sum()
             if gradient is not None:
                 by_logits = log_probabilities.exp_()  # probabilities, 1 less at the target
-                by_logits.scatter_add_(1, places, -torch.ones_like(places, dtype=torch.float32))
+                by_logits[torch.arange(len(places), device=places.device), places[:, 0]] -= 1
                 # Most entries are near 1 / V, which is too little for fp16.
                 scale = 1024.0 if dtype == torch.float16 else 1.0
                 by_logits = (by_logits * scale if scale != 1 else by_logits).to(dtype)

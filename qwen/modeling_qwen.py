@@ -217,7 +217,7 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run decoder and head; the arguments not named here are those of `QWenModel.forward`.
+        """Run decoder and head; the arguments not named here are those of `QWenModel.forward`, less `keep`.
 
         Args:
             labels: (B, T), `IGNORE_INDEX` where no loss is taken; position t is predicted from the tokens before t.

@@ -704,6 +704,23 @@ def test_another_tower_of_the_same_shape_is_refused_where_it_is_known(folder, ti
     load(folder, None, str(other))
 
 
+def test_other_weights_are_refused_in_fp16_too(folder, tiny_bases, tmp_path):
+    load(folder, dtype=torch.float16).save_checkpoint(tmp_path / "half")
+    other = Path(shutil.copytree(tiny_bases[0], tmp_path / "other"))
+    (weights,) = other.glob("*.safetensors")
+    rewrite(weights, lambda tensors: tensors["transformer.h.0.attn.c_attn.weight"].add_(1))
+    load(tmp_path / "half", dtype=torch.float16)
+    load(tmp_path / "half", dtype=torch.bfloat16)  # whose fingerprint says nothing of fp16's
+    with pytest.raises(CheckpointError, match="settings of --base_language_model are others than those"):
+        load(tmp_path / "half", str(other), dtype=torch.float16)
+
+
+def test_lora_on_an_embedding_is_refused(folder):
+    rewrite(folder / "adapter_config.json", lambda config: config.update(target_modules=["c_attn", "w1", "w2", "wte"]))
+    with pytest.raises(CheckpointError, match=r"wte is of class Embedding; LoRA is for linear layers"):
+        load(folder)
+
+
 def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):
     wider = make_language_model(tmp_path / "wider", hidden_size=32, kv_channels=16)
     with pytest.raises(CheckpointError, match="language_hidden_size is 32, the checkpoint was trained with 16"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.fingerprint import model_fingerprint
+from model.fingerprint import comparable, model_fingerprint
 
 
 def layer(seed: int = 0, size: int = 300) -> nn.Module:
@@ -36,3 +36,15 @@ def test_tensors_of_any_size(size):
     with torch.no_grad():
         model.weight[-1] = 1  # the last value counts in every size
     assert model_fingerprint(model) != before
+
+
+def test_of_a_model_in_fp16_it_is_compared_with_others_in_fp16():
+    half, same, other = (model_fingerprint(layer(seed).to(torch.float16)) for seed in (0, 0, 1))
+    assert half == same != other
+    assert comparable(half, other)
+    for wide in (model_fingerprint(layer()), model_fingerprint(layer().to(torch.bfloat16))):
+        assert comparable(wide, wide)
+        assert not comparable(half, wide)
+        assert not comparable(wide, half)
+    assert not comparable("", half)
+    assert not comparable(half, "")

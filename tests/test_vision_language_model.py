@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_qwen import left_padded, random_ids
 from tiny_vlm import (
+    ALPHA,
     NUM_IMAGE_TOKENS,
     PAD_ID,
     VOCAB_SIZE,
@@ -21,8 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from model import VisionLanguageModel, vision_language_model
-from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, layers, loss, positions
+from model import LoraSettings, VisionLanguageModel, vision_language_model
+from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, layers, loss, modeling_qwen, positions
 from qwen.positions import padded_behind
 
 MIXED = (sample(1), sample(0, num_words=9, seed=1), sample(2, num_words=2, num_answer=6, seed=2))
@@ -147,6 +148,36 @@ def test_padding_behind_needs_no_mask(model, monkeypatch, side):
     assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
     for name, gradient in found[0][1].items():
         assert_close(gradient, found[1][1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_lora_on_the_head_is_trained(tiny_bases):
+    model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu", trainable=True)
+    model.add_lora(LoraSettings(rank=4, alpha=ALPHA, dropout=0.0, target_modules=("c_attn", "lm_head")))
+    batch = collate(*MIXED)
+    enliven_trained(model)
+    lean = model.train()(**batch, return_logits=False).loss
+    lean.backward()
+    found = gradients(model)
+    assert sum("lm_head.lora_" in name and bool(gradient.any()) for name, gradient in found.items()) == 2
+    model.zero_grad()
+    whole = model(**batch).loss
+    whole.backward()
+    assert_close(lean, whole)
+    for name, gradient in gradients(model).items():
+        assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_loss_keeps_no_keys_and_values(model, monkeypatch):
+    batch = collate(*MIXED)
+    with_cache = model.eval()(**batch, use_cache=True)
+    assert with_cache.past_key_values is not None
+    monkeypatch.setattr(modeling_qwen, "GrowingCache", None)  # whoever makes one fails
+    for return_logits in (False, True):
+        out = model(**batch, return_logits=return_logits)
+        assert out.past_key_values is None
+        assert_close(out.loss, with_cache.loss)
+    with pytest.raises(TypeError):
+        model(**{name: value for name, value in batch.items() if name != "labels"})
 
 
 def test_the_host_waits_for_nothing_once_the_tower_runs(model, monkeypatch):
