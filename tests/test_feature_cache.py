@@ -264,6 +264,9 @@ def test_what_the_dtype_cannot_hold_is_kept_and_not_stored(tmp_path, caplog):
         out = cache.remember(batch, keys)
         assert torch.equal(out[0], batch[0].half().float())
         assert torch.equal(out[1], batch[1])
+        assert list(cache.misfits) == [bytes([7] * KEY_BYTES)]
+    cache.remember(batch[:1], keys[:1])
+    assert cache.misfits == {}
     assert len(cache) == 1
     assert len(caplog.messages) == 1
     assert "float16" in caplog.messages[0]
