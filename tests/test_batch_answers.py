@@ -157,6 +157,46 @@ def test_a_question_that_is_cut_is_named(call, bases, tmp_path):
     assert err.count("longer than the window") == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"do_sample": True, "temperature": -1.0}, "temperature"),
+        ({"repetition_penalty": -1.0}, "penalty"),
+        ({"do_sample": True, "top_k": -3}, "top_k"),
+        ({"num_beams": 2, "num_return_sequences": 2}, "num_return_sequences is 2"),
+    ],
+)
+def test_settings_under_which_nothing_can_be_answered_end_the_run(call, bases, tmp_path, settings, words):
+    base = tmp_path / "qwen"
+    shutil.copytree(bases[1], base)
+    before = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**before, **settings}))
+    file, output = write(tmp_path / "q.jsonl", [{"id": 1, "prompt": "x"}, {"id": 2, "prompt": "y"}]), tmp_path / "a"
+    flags = ["--batch", file, "--output", output, "--base_language_model", base]
+    said = one_line_error(call(*flags, status=2)[1], "test.py")
+    assert "the generation settings can't be used: " in said
+    assert words in said
+    assert f"correct the generation_config.json of {base}" in said
+    assert output.read_bytes() == b"", "no question has an error for good"
+    (base / "generation_config.json").write_text(json.dumps(before))
+    call(*flags)
+    assert len(read(output)) == 2
+
+
+def test_a_prompt_without_room_is_no_matter_of_the_settings(call, bases, tmp_path):
+    base = tmp_path / "qwen"
+    shutil.copytree(bases[1], base)
+    before = json.loads((base / "generation_config.json").read_text())
+    del before["max_new_tokens"]
+    (base / "generation_config.json").write_text(json.dumps({**before, "max_length": 60}))
+    asked = [{"id": 1, "prompt": "x"}, {"id": 2, "prompt": "word " * 99}]
+    file = write(tmp_path / "q.jsonl", asked)
+    call("--batch", file, "--output", tmp_path / "a", "--base_language_model", base, status=2)
+    answered, failed = read(tmp_path / "a")
+    assert "answer" in answered
+    assert "leaves no room for an answer" in failed["error"]
+
+
 @pytest.mark.parametrize("cut", [0, 1, 30, 31, 200])
 def test_a_run_goes_on_behind_its_last_whole_line(call, pictures, tmp_path, cut, monkeypatch):
     file = write(tmp_path / "q.jsonl", questions(pictures))
