@@ -5,6 +5,8 @@ Shape legend: N images of the batch in reading order, M of them as pixels, P tok
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from visual.base import VisionTower
@@ -17,7 +19,7 @@ def tower_features(
     pixel_values: Tensor | None,
     vision_features: Tensor | None = None,
     has_features: Tensor | None = None,
-    image_keys: Tensor | None = None,
+    image_keys: NDArray[np.uint8] | None = None,
 ) -> Tensor:
     """Run the tower over those images that come as pixels, and put all features in order.
 
@@ -27,7 +29,7 @@ def tower_features(
         pixel_values: (M, 3, H, W), or None if there are none.
         vision_features: (N - M, P, D), read from a cache, or None if there are none.
         has_features: (N,) bool, which images these are; all of them if there are no pixels.
-        image_keys: (M, 32) uint8, what the computed features are stored under; None: they are not.
+        image_keys: (M, 32), what the computed features are stored under; None: they are not.
 
     Returns:
         (N, P, D).

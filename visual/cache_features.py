@@ -227,7 +227,7 @@ def fill(tower: VisionTower, cache: FeatureCache, names: list[tuple[str, str]], 
                     logger.warning("bad: %s", item.problem)
             fresh = [item for item in items if item.pixels is not None]
             if fresh:
-                keys = torch.tensor([list(item.key) for item in fresh], dtype=torch.uint8)
+                keys = np.stack([np.frombuffer(item.key, np.uint8) for item in fresh])
                 pixels = torch.stack([torch.from_numpy(item.pixels) for item in fresh if item.pixels is not None])
                 # As train.py runs it: under autocast where the weights are of half precision.
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):

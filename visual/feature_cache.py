@@ -23,8 +23,10 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from visual.base import VisionTower
@@ -208,22 +210,22 @@ class FeatureCache:
             raise
 
     @torch.compiler.disable
-    def remember(self, features: Tensor, keys: Tensor) -> Tensor:
+    def remember(self, features: Tensor, keys: NDArray[np.uint8]) -> Tensor:
         """Store a batch. Where that fails, it is logged once, and nothing is stored from then on.
 
         Args:
             features: (N, T, D), as the tower gives them.
-            keys: (N, KEY_BYTES) uint8; a row of zeros stands for a picture that is not to be stored.
+            keys: (N, KEY_BYTES); a row of zeros stands for a picture that is not to be stored.
 
         Returns:
             (N, T, D): the features rounded as they will be when they are read back, so that results do not depend on
             what was there already. Those that the dtype can't hold stay as they are, and are `misfits`.
         """
         stored = features.detach().to(self.dtype)
-        on_cpu, names = stored.cpu(), keys.cpu().numpy()
+        on_cpu = stored.cpu()
         fits = on_cpu.flatten(1).isfinite().all(dim=1)
         self.misfits = {}
-        for row, key in enumerate(names):
+        for row, key in enumerate(keys):
             if fits[row] and key.any() and not self.failure:
                 try:
                     self.write(key.tobytes(), on_cpu[row])
@@ -238,7 +240,7 @@ class FeatureCache:
         finite = features.detach().flatten(1).isfinite().all(dim=1).tolist()
         for row in (~fits).nonzero()[:, 0].tolist():
             reason = too_large if finite[row] else _NO_NUMBERS
-            self.misfits[names[row].tobytes()] = reason
+            self.misfits[keys[row].tobytes()] = reason
             if reason not in self._warned:
                 self._warned.add(reason)
                 logger.warning(reason)
