@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import set_seed
@@ -31,11 +32,12 @@ from dataset.prompt import count_placeholders, with_placeholders
 from dataset.question_file import Question, read_questions
 from dataset.window import fit_prompt
 from model import VisionLanguageModel
-from model.answer_file import AnswerFile, digest, trained_digest
+from model.answer_file import AnswerFile, digest, picture_stamp, trained_digest
 from model.assistant import Assistant, Turns
 from model.batch_answers import Asked, answer_all
 from model.console import OneLineErrors, counted, in_one_line, one_line, set_up_logging, show, use_utf8
-from model.device import parse_dtype, pick_device
+from model.device import parse_dtype, pick_device, pick_dtype
+from model.generation_flags import add_generation_flags, generation_options
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
 from qwen import IMAGE_TOKEN
@@ -77,22 +79,21 @@ def answer_file(args: argparse.Namespace) -> int:
     Raises:
         ValueError: for a line that is no question, or an output that is something else than these answers' beginning.
     """
+    # All that needs no model is looked at first: a mistake there should not cost its loading.
     questions = read_questions(Path(args.batch))
-    assistant = load_assistant(args)
-    settings = complete_config(assistant.model.qwen, None, **assistant.options).to_dict()
-    made_with = {
+    options, _, dtype = check_flags(args)
+    known: dict[str, Any] = {
         "questions": digest([(question.id, question.images, question.prompt) for question in questions]),
-        "weights": {"checkpoint": trained_digest(args.model_weights), **assistant.model.fingerprints},
-        "settings": {"system": args.system, "seed": args.seed, "dtype": str(assistant.model.dtype), **settings},
+        "pictures": digest([[picture_stamp(path) for path in question.images] for question in questions]),
+        "weights": {"checkpoint": trained_digest(args.model_weights)},
+        "settings": {"system": args.system, "seed": args.seed, "dtype": str(dtype), **options},
     }
-    with AnswerFile(Path(args.output), [question.id for question in questions], made_with) as answers:
+    command = {"bases": [args.base_language_model, args.base_value_model], "settings": options}
+    with AnswerFile(Path(args.output), [question.id for question in questions], known, command) as answers:
         if answers.num_done:
             logger.info("%s: %d of %d answered already", args.output, answers.num_done, len(questions))
-        asked = [_asked(question) for question in questions[answers.num_done :]]
-        with tqdm(total=len(questions), initial=answers.num_done, unit="question", file=sys.stderr) as bar:
-            for outcome in answer_all(assistant, asked, load_image, args.batch_size, args.seed):
-                answers.add(outcome)
-                bar.update()
+        if not answers.is_finished:
+            answer_rest(args, questions, answers, known)
     for line in answers.failed[:_SHOWN]:
         logger.error("test.py: %s", one_line(line))
     if answers.failed:
@@ -100,6 +101,35 @@ def answer_file(args: argparse.Namespace) -> int:
         all_questions = counted(len(questions), "question")
         logger.error("test.py: %d of %s %s no answer", len(answers.failed), all_questions, lack)
     return 2 if answers.failed else 0
+
+
+def answer_rest(
+    args: argparse.Namespace, questions: Sequence[Question], answers: AnswerFile, known: dict[str, Any]
+) -> None:
+    """Load the model, and answer the questions that have no line yet.
+
+    Args:
+        args: the command line.
+        questions: all of them.
+        answers: the output, which knows how many have their line.
+        known: what is known already of what answers depend on.
+
+    Raises:
+        ValueError: if the output was made with other weights or settings.
+    """
+    assistant = load_assistant(args)
+    settings = complete_config(assistant.model.qwen, None, **assistant.options).to_dict()
+    made_with = {
+        **known,
+        "weights": {**known["weights"], **assistant.model.fingerprints},
+        "settings": {**known["settings"], **settings},
+    }
+    answers.go_on(made_with)
+    asked = [_asked(question) for question in questions[answers.num_done :]]
+    with tqdm(total=len(questions), initial=answers.num_done, unit="question", file=sys.stderr) as bar:
+        for outcome in answer_all(assistant, asked, load_image, args.batch_size, args.seed):
+            answers.add(outcome)
+            bar.update()
 
 
 def _asked(question: Question) -> Asked | ValueError:
@@ -185,44 +215,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="of sampling (%(default)s)")
     add("--device", help="cpu, cuda, cuda:0, …; default: a GPU where there is one")
     add("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on CUDA, float32 on CPU")
-    generation = parser.add_argument_group(
-        "generation", "What is not given is as the model's generation_config.json says."
-    )
-    add = generation.add_argument
-    add("--max_new_tokens", type=int, help="length limit of an answer, in tokens")
-    add("--temperature", type=float, help="above 0; lower is more certain")
-    add("--top_p", type=float, help="sample from the likeliest tokens that make up this share, 0 to 1")
-    add("--top_k", type=int, help="sample from the k likeliest tokens; 0: all")
-    add("--repetition_penalty", type=float, help="above 1 makes repeating less likely")
-    sampling = generation.add_mutually_exclusive_group()
-    sampling.add_argument("--do_sample", action="store_true", default=None, help="sample")
-    sampling.add_argument("--greedy", action="store_false", dest="do_sample", help="take the likeliest token each time")
+    add_generation_flags(parser)
     return parser.parse_args(argv)
 
 
-def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The generation settings that were given.
+def check_flags(args: argparse.Namespace) -> tuple[dict[str, Any], torch.device, torch.dtype]:
+    """The generation settings that were given, device, and dtype.
 
     Raises:
-        ValueError: if one is out of its range.
+        ValueError: for a flag that is missing or out of its range.
     """
-    for name, valid, wanted in (
-        ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
-        ("batch_size", lambda value: value >= 1, "at least 1"),
-        ("max_new_tokens", lambda value: value >= 1, "at least 1"),
-        ("temperature", lambda value: value > 0, "above 0; for no randomness use --greedy"),
-        ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
-        ("top_k", lambda value: value >= 0, "at least 0"),
-        ("repetition_penalty", lambda value: value > 0, "above 0"),
-    ):
-        value = getattr(args, name)
-        if value is not None and not valid(value):
-            raise ValueError(f"--{name} {value}: must be {wanted}")
-    sampling = [f"--{name}" for name in ("temperature", "top_p", "top_k") if getattr(args, name) is not None]
-    if sampling and args.do_sample is False:
-        logger.warning("--greedy takes the likeliest token each time: %s has no effect", ", ".join(sampling))
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "do_sample")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.model_weights is None:
+        raise ValueError("--model_weights is missing: give a checkpoint folder, as train.py writes it")
+    options = generation_options(args)
+    device = pick_device(args.device)
+    return options, device, parse_dtype(args.dtype) if args.dtype else pick_dtype(device)
 
 
 def load_assistant(args: argparse.Namespace) -> Assistant:
@@ -232,11 +239,10 @@ def load_assistant(args: argparse.Namespace) -> Assistant:
         ValueError: for a checkpoint or a setting that does not fit.
         OSError: for files that are missing.
     """
-    if args.model_weights is None:
-        raise ValueError("--model_weights is missing: give a checkpoint folder, as train.py writes it")
-    options = generation_options(args)
-    device = pick_device(args.device)
-    dtype = parse_dtype(args.dtype) if args.dtype else None
+    options, device, dtype = check_flags(args)
+    sampling = [f"--{name}" for name in ("temperature", "top_p", "top_k") if name in options]
+    if sampling and args.do_sample is False:
+        logger.warning("--greedy takes the likeliest token each time: %s has no effect", ", ".join(sampling))
     model = VisionLanguageModel.from_pretrained(
         args.base_language_model, args.base_value_model, args.model_weights, dtype, device
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from qwen import IGNORE_INDEX
@@ -15,14 +16,15 @@ from qwen import IGNORE_INDEX
 class VLMCollator:
     """Pads on the right, masks and stacks.
 
-    A batch holds `input_ids`, `attention_mask` and `labels`, all int64 (B, T), `ids` int64 (B,), by which a message
-    can name samples, and `pixel_values` float32 (images in the batch, 3, H, W): the images of row 0 in reading order,
-    then those of row 1, and so on. A batch without any image has no `pixel_values`. Shape legend: B samples, T tokens
-    of the longest one.
+    A batch holds `input_ids`, `attention_mask` and `labels`, all int64 (B, T), `ids`, a list of B numbers by which a
+    message can name samples, and `pixel_values` float32 (images in the batch, 3, H, W): the images of row 0 in reading
+    order, then those of row 1, and so on. A batch without any image has no `pixel_values`. Shape legend: B samples, T
+    tokens of the longest one.
 
     Images whose features were stored come as `vision_features` (images, P, D) in place of pixels, and then
     `has_features` bool (all images) says which they are. `image_keys` uint8 (images that come as pixels, 32) is what
-    the features of the others are to be stored under.
+    the features of the others are to be stored under: an array, as `ids` is a list, for only the host needs them, and
+    Trainer sends every tensor to the accelerator.
     """
 
     pad_token_id: int
@@ -30,7 +32,7 @@ class VLMCollator:
     pad_to_multiple_of: int | None = None
     """T is rounded up to a multiple of this many tokens."""
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch.
 
         Args:
@@ -58,9 +60,9 @@ class VLMCollator:
             input_ids[row, :length] = sample["input_ids"]
             attention_mask[row, :length] = 1
             labels[row, :length] = sample["labels"]
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if all("id" in sample for sample in samples):
-            batch["ids"] = torch.tensor([sample["id"] for sample in samples])
+            batch["ids"] = [sample["id"] for sample in samples]
         images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
         if images:
             sizes = {tuple(image.shape[1:]) for image in images}
@@ -69,7 +71,7 @@ class VLMCollator:
             batch["pixel_values"] = torch.cat(images)
             keys = [sample["image_keys"] for sample in samples if "image_keys" in sample]
             if len(keys) == len(images):
-                batch["image_keys"] = torch.cat(keys)
+                batch["image_keys"] = np.concatenate(keys)
         features = [sample["vision_features"] for sample in samples if "vision_features" in sample]
         if features:
             batch["vision_features"] = torch.cat(features)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
@@ -65,7 +66,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
     Both files are read once and checked; images are opened when their sample is asked for. A sample is a dict:
     `input_ids` and `labels` int64 (T,), `id` int, and, where it has images, `pixel_values` float32 (images, 3, H, W).
     With a `feature_cache`, `vision_features` (images, P, D) stand in their place if those of all its images are stored,
-    and no image is opened; else `image_keys` uint8 (images, 32) say what to store them under, zeros: not to.
+    and no image is opened; else `image_keys`, a uint8 array (images, 32), say what to store them under; zeros: not to.
 
     Args:
         image_map: path of `image_map.json`.
@@ -275,7 +276,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             chosen.append((question, answers[index]))
         return chosen
 
-    def _images(self, sample: Sample) -> dict[str, torch.Tensor]:
+    def _images(self, sample: Sample) -> dict[str, Any]:
         """Features of a sample's images if all are stored, else their pixels."""
         paths = [resolve_image_path(sample.image_folder, name, self.allow_links) for name in sample.image_files]
         cache = self.feature_cache
@@ -294,7 +295,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         # Of a file that changed in between, nobody can say which content the pixels are of.
         still = [cache.key_of(path) for path in paths]
         sure = [key if key is not None and key == now else _NO_KEY for key, now in zip(keys, still, strict=True)]
-        image_keys = torch.frombuffer(bytearray(b"".join(sure)), dtype=torch.uint8).view(len(sure), -1)
+        image_keys = np.frombuffer(b"".join(sure), dtype=np.uint8).reshape(len(sure), -1)
         return {"pixel_values": pixels, "image_keys": image_keys}
 
     def _pixels(self, paths: list[Path]) -> torch.Tensor:

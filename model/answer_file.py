@@ -34,12 +34,20 @@ except ImportError:  # not on Windows; two runs into one file then are the user'
 
 logger = logging.getLogger(__name__)
 
+_ADVICE = "give another --output, or delete it to answer anew"
+_COMMAND = "command"
+"""Name in the note of what is not compared: two commands can ask for the same."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def digest(value: Any) -> str:
     """A short hash of what JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _as_read(value: Any) -> Any:
+    """As it will be when it is read from JSON."""
+    return json.loads(json.dumps(value))
 
 
 def trained_digest(folder: str | os.PathLike[str]) -> str:
@@ -65,29 +73,43 @@ def trained_digest(folder: str | os.PathLike[str]) -> str:
     return found.hexdigest()[:16]
 
 
+def picture_stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of change of a picture, behind links; None if there is none. To hash them all would take long."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # ValueError: characters that no file name can hold
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 class AnswerFile:
-    """Appends to an output; a context manager.
+    """Appends to an output; a context manager. Opened and looked at before there is a model; see `go_on`.
 
     Args:
         path: the output.
         ids: the questions' ids, in order.
-        made_with: what the answers depend on, by name; `digest` what is long.
+        known: what is known without a model of what the answers depend on, by name; `digest` what is long. Of a
+            dictionary in it, the values that are known.
+        command: what else was asked for, by which a finished output is known again.
 
     Raises:
         ValueError: if the output is something else than the beginning of these answers.
         OSError: if it can't be read or written.
     """
 
-    def __init__(self, path: Path, ids: Sequence[str | int], made_with: dict[str, Any]) -> None:
-        self.path, self.ids = path, ids
+    def __init__(self, path: Path, ids: Sequence[str | int], known: dict[str, Any], command: Any = None) -> None:
+        self.path, self.ids, self.command = path, ids, command
         self.num_done = 0
         """Questions that have their line."""
         self.failed: list[str] = []
         """`id: reason` of those without an answer."""
+        self._note = path.with_name(f"{path.name}.made_with.json")
+        self._before: dict[str, Any] = {}
+        self._size = 0
         self._file = path.open("ab+")
         try:
             self._lock()
-            self._go_on(made_with)
+            self._look(known)
         except BaseException:
             self._file.close()
             raise
@@ -133,32 +155,55 @@ class AnswerFile:
                 *(self.path, error.strerror),
             )
 
-    def _go_on(self, made_with: dict[str, Any]) -> None:
-        note = self.path.with_name(f"{self.path.name}.made_with.json")
+    @property
+    def is_finished(self) -> bool:
+        """Whether this very command has answered every question: no model is needed to see that."""
+        return self.num_done == len(self.ids) and self._before.get(_COMMAND) == _as_read(self.command)
+
+    def go_on(self, made_with: dict[str, Any]) -> None:
+        """Get ready for `add`, now that all is known.
+
+        Args:
+            made_with: all that the answers depend on, by name.
+
+        Raises:
+            ValueError: if what is there was made with something else; nothing is changed then.
+            OSError: if it can't be written.
+        """
+        if self._before:
+            self._compare(made_with, whole=True)
+            self._file.truncate(self._size)  # a line that was cut by a kill is written again
+            return
+        text = json.dumps({**made_with, _COMMAND: self.command}, indent=2, ensure_ascii=False)
+        part = self._note.with_name(f"{self._note.name}.part")
+        part.write_text(f"{text}\n", encoding="utf-8")
+        part.replace(self._note)
+
+    def _look(self, known: dict[str, Any]) -> None:
         self._file.seek(0)
         content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        if content:
-            self._check_note(note, made_with)
-            for line in whole.splitlines():
-                self._check_line(line)
-            self._file.truncate(len(whole))  # a line that was cut by a kill is written again
+        if not content:
             return
-        part = note.with_name(f"{note.name}.part")
-        part.write_text(json.dumps(made_with, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(note)
-
-    def _check_note(self, note: Path, made_with: dict[str, Any]) -> None:
-        advice = "give another --output, or delete it to answer anew"
-        before: Any = None
         with contextlib.suppress(OSError, ValueError):
-            before = json.loads(note.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError(f"--output {self.path}: holds something, and no {note.name} says what; {advice}")
-        wanted = json.loads(json.dumps(made_with))
-        differ = [name for name in wanted if before.get(name) != wanted[name]]
+            self._before = json.loads(self._note.read_text(encoding="utf-8"))
+        if not isinstance(self._before, dict) or not self._before:
+            raise ValueError(f"--output {self.path}: holds something, and no {self._note.name} says what; {_ADVICE}")
+        self._compare(known, whole=False)
+        self._size = content.rfind(b"\n") + 1
+        for line in content[: self._size].splitlines():
+            self._check_line(line)
+
+    def _compare(self, values: dict[str, Any], *, whole: bool) -> None:
+        """Hold values against those noted; of a dictionary that is not whole, what it has."""
+
+        def agree(now: Any, before: Any) -> bool:
+            if whole or not isinstance(now, dict) or not isinstance(before, dict):
+                return bool(now == before)
+            return all(before.get(name) == value for name, value in now.items())
+
+        differ = [name for name, value in _as_read(values).items() if not agree(value, self._before.get(name))]
         if differ:
-            raise ValueError(f"--output {self.path}: was made with other {', '.join(differ)}; {advice}")
+            raise ValueError(f"--output {self.path}: was made with other {', '.join(differ)}; {_ADVICE}")
 
     def _check_line(self, raw: bytes) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -171,6 +216,5 @@ class AnswerFile:
                 self._count(line)
                 return
         raise ValueError(
-            f"--output {self.path}, line {self.num_done + 1}: is not the answer to that question; give another "
-            "--output, or delete it to answer anew"
+            f"--output {self.path}, line {self.num_done + 1}: is not the answer to that question; {_ADVICE}"
         )

@@ -116,7 +116,7 @@ def with_machine_defaults(argv: Sequence[str]) -> list[str]:
     defaults: dict[str, str] = {}
     if not has_accelerator():
         defaults["use_cpu"] = "true"
-    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked = OneLineErrors(add_help=False, allow_abbrev=False)
     asked.add_argument(
         "--use_cpu", "--use-cpu", type=string_to_bool, nargs="?", const=True, default=not has_accelerator()
     )
@@ -137,7 +137,7 @@ def with_machine_defaults(argv: Sequence[str]) -> list[str]:
 
 def is_dry_run(argv: Sequence[str]) -> bool:
     """Whether the command line asks for `--dry_run`."""
-    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked = OneLineErrors(add_help=False, allow_abbrev=False)
     asked.add_argument("--dry_run", "--dry-run", type=string_to_bool, nargs="?", const=True, default=False)
     return bool(asked.parse_known_args(argv)[0].dry_run)
 

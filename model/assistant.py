@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen import QWenTokenizer
-from qwen.batch import answer_batch
+from qwen.batch import answer_batch, check_settings
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
 from qwen.prompt_cache import PromptCache
 from qwen.stream import answer_ids, complete_config, stream_ids
@@ -84,6 +84,20 @@ class Assistant:
             seed: of sampling.
         """
         return answer_batch(self.model.qwen, self.tokenizer, prompts, features, seed=seed, **self.options)
+
+    def check_settings(self) -> None:
+        """See to it that answers can be generated with these settings.
+
+        Raises:
+            ValueError: if not, whatever the question.
+        """
+        try:
+            check_settings(self.model.qwen, self.tokenizer, **self.options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"the generation settings can't be used: {error}; correct the generation_config.json of "
+                f"{self.model.base_language_model}, or give flags in its place"
+            ) from error
 
     def prompt_ids(self, prompt: str, history: Turns | None = None, name: str = "") -> list[int]:
         """The prompt's ids, made to fit into the window; what is logged of that begins with the name.

@@ -57,7 +57,11 @@ def answer_all(
 
     Yields:
         Outcomes in the order of the questions, each as soon as it and all before it are there.
+
+    Raises:
+        ValueError: before the first, for settings under which no question can be answered.
     """
+    assistant.check_settings()
     for start in range(0, len(questions), batch_size * _WINDOW):
         window = questions[start : start + batch_size * _WINDOW]
         outcomes: dict[int, Outcome] = {}

@@ -98,14 +98,13 @@ class StopOnNonFinite(TrainerCallback):
         self.gradient_norm: Any = 0.0
         """Norm of the step's gradient before it was clipped; one that is too large for fp32 is not finite either."""
         self._losses: list[Tensor] = []
-        self._ids: list[Tensor] = []
+        self._ids: list[int] = []
         self._num_skipped = 0
 
-    def remember(self, loss: Tensor, ids: Tensor | None) -> None:
+    def remember(self, loss: Tensor, ids: list[int] | None) -> None:
         """Take note of a batch that the step consists of."""
         self._losses.append(loss.detach())
-        if ids is not None:
-            self._ids.append(ids)
+        self._ids += ids or []
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,8 +123,7 @@ class StopOnNonFinite(TrainerCallback):
         ids, self._ids, self._losses = self._ids, [], []
         if rows.all():
             return
-        own = [number for batch in ids for number in batch.tolist()]
-        all_ids = sorted({number for numbers in gather_objects(own) for number in numbers})
+        all_ids = sorted({number for numbers in gather_objects(ids) for number in numbers})
         step, named = state.global_step + 1, f"have the IDs {', '.join(map(str, all_ids))}"
         what = "loss" if not rows[:, 0].all() else "gradient"
         if what == "gradient" and args.fp16:

@@ -5,6 +5,9 @@ Shape legend: N images of the batch in reading order, M of them as pixels, P tok
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from visual.base import VisionTower
@@ -17,7 +20,7 @@ def tower_features(
     pixel_values: Tensor | None,
     vision_features: Tensor | None = None,
     has_features: Tensor | None = None,
-    image_keys: Tensor | None = None,
+    image_keys: NDArray[np.uint8] | None = None,
 ) -> Tensor:
     """Run the tower over those images that come as pixels, and put all features in order.
 
@@ -27,7 +30,7 @@ def tower_features(
         pixel_values: (M, 3, H, W), or None if there are none.
         vision_features: (N - M, P, D), read from a cache, or None if there are none.
         has_features: (N,) bool, which images these are; all of them if there are no pixels.
-        image_keys: (M, 32) uint8, what the computed features are stored under; None: they are not.
+        image_keys: (M, 32), what the computed features are stored under; None: they are not.
 
     Returns:
         (N, P, D).
@@ -42,18 +45,26 @@ def tower_features(
         if vision_features is None:
             raise ValueError("there are neither pixel_values nor vision_features")
         return vision_features
+    # Where each goes, the host asks before the tower runs: afterwards it would have to wait for it.
+    places = None if vision_features is None else _places(has_features, len(vision_features), len(pixel_values))
     computed = tower(pixel_values)
     if cache is not None and image_keys is not None:
         computed = cache.remember(computed, image_keys)
-    if vision_features is None:
+    if places is None or vision_features is None:
         return computed
-    number = len(pixel_values) + len(vision_features)
-    if has_features is None or len(has_features) != number or int(has_features.sum()) != len(vision_features):
-        raise ValueError(
-            f"has_features must mark {len(vision_features)} of {number} images, those that vision_features are of"
-        )
     # float32 holds whatever either of them is in.
-    features = computed.new_empty((number, *shape)).float()
-    features[has_features] = vision_features.float()
-    features[~has_features] = computed.float()
+    features = computed.new_empty((len(pixel_values) + len(vision_features), *shape), dtype=torch.float32)
+    for place, some in zip(places, (vision_features, computed), strict=True):
+        features.index_copy_(0, place, some.float())
     return features
+
+
+def _places(has_features: Tensor | None, num_stored: int, num_computed: int) -> tuple[Tensor, Tensor]:
+    """Positions among all images of those that `has_features` marks, (num_stored,), and of the others."""
+    if has_features is not None and len(has_features) == num_stored + num_computed:
+        places = has_features.nonzero()[:, 0], (~has_features).nonzero()[:, 0]
+        if len(places[0]) == num_stored:
+            return places
+    raise ValueError(
+        f"has_features must mark {num_stored} of {num_stored + num_computed} images, those that vision_features are of"
+    )

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -31,7 +33,7 @@ class VisionLanguageModel(AssembledModel):
         """Return the language model's token embedding, which `--neftune_noise_alpha` adds noise to."""
         return self.qwen.get_input_embeddings()
 
-    def encode_images(self, pixel_values: Tensor | None, **stored: Tensor | None) -> Tensor:
+    def encode_images(self, pixel_values: Tensor | None, **stored: Any) -> Tensor:
         """Turn images (N, 3, H, W) into features (N, P, D) in the language model's space.
 
         Args:
@@ -51,7 +53,7 @@ class VisionLanguageModel(AssembledModel):
         return_logits: bool = True,
         vision_features: Tensor | None = None,
         has_features: Tensor | None = None,
-        image_keys: Tensor | None = None,
+        image_keys: NDArray[np.uint8] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict the next token everywhere, and take the loss where labels are.
@@ -69,7 +71,7 @@ class VisionLanguageModel(AssembledModel):
             vision_features: (K, P, width of the tower), of K further images, whose features were stored; they take
                 the place of pixels. None if there are none.
             has_features: (N + K,) bool, which of all images these are; needed where there are some of each kind.
-            image_keys: (N, 32) uint8, what the features of `pixel_values` are stored under in `feature_cache`.
+            image_keys: (N, 32), on the host, what the features of `pixel_values` are stored under in `feature_cache`.
             kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …), less `keep`. With labels
                 nothing is cached unless asked for.
 
@@ -77,7 +79,7 @@ class VisionLanguageModel(AssembledModel):
             ValueError: if image tokens and features differ in number, in all or by rows.
         """
         stored = {"vision_features": vision_features, "has_features": has_features, "image_keys": image_keys}
-        images = {"pixel_values": pixel_values, **stored}
+        images: dict[str, Any] = {"pixel_values": pixel_values, **stored}
         num_images = sum(len(some) for some in (pixel_values, vision_features) if some is not None)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         if labels is not None and kwargs.get("past_key_values") is None:
@@ -98,7 +100,7 @@ class VisionLanguageModel(AssembledModel):
         self,
         labels: Tensor,
         num_images: int,
-        images: dict[str, Tensor | None],
+        images: dict[str, Any],
         num_items: Tensor | int | None,
         *,
         input_ids: Tensor,

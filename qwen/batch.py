@@ -98,6 +98,30 @@ def generate_batch(
     )
 
 
+def check_settings(model: Any, tokenizer: QWenTokenizer, **kwargs: Any) -> None:
+    """Have `generate` get ready for an answer and compute none: settings that it rejects, it rejects for every prompt.
+
+    Args:
+        model: a model with `generate`.
+        tokenizer: QWen's tokenizer.
+        kwargs: generation settings, as `answer_batch` takes them.
+
+    Raises:
+        ValueError: for settings that can't be used.
+    """
+    config, model_kwargs = settle(model, tokenizer, None, kwargs)
+    # Whether a prompt leaves room within `max_length` is a matter of the prompt.
+    config.max_new_tokens, config.max_length = config.max_new_tokens or config.max_length, None
+    ids = torch.tensor([[tokenizer.eod_id]], device=model.device)
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        custom_generate=_decode_nothing,
+        **model_kwargs,
+    )
+
+
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Stack prompts; gives ids and mask (B, T).
 
@@ -177,6 +201,18 @@ def _decode_rows(
             ids, mask, tokens = ids[rows], None if mask is None else mask[rows], tokens[rows]
             cache.keep_rows(rows)
         new = tokens[:, None]
+
+
+def _decode_nothing(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> Tensor:
+    """Answer with the prompt, as a decoding method that `generate` calls once all is ready."""
+    return input_ids
 
 
 def _draw(scores: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:

@@ -59,7 +59,7 @@ class Recorder(VLMTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         supervised = (inputs["labels"] != IGNORE_INDEX).any(dim=1)
-        self._of_step += inputs["ids"][supervised].tolist()
+        self._of_step += [number for number, is_given in zip(inputs["ids"], supervised, strict=True) if is_given]
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.seen.append(self._of_step)

@@ -157,6 +157,46 @@ def test_a_question_that_is_cut_is_named(call, bases, tmp_path):
     assert err.count("longer than the window") == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"do_sample": True, "temperature": -1.0}, "temperature"),
+        ({"repetition_penalty": -1.0}, "penalty"),
+        ({"do_sample": True, "top_k": -3}, "top_k"),
+        ({"num_beams": 2, "num_return_sequences": 2}, "num_return_sequences is 2"),
+    ],
+)
+def test_settings_under_which_nothing_can_be_answered_end_the_run(call, bases, tmp_path, settings, words):
+    base = tmp_path / "qwen"
+    shutil.copytree(bases[1], base)
+    before = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**before, **settings}))
+    file, output = write(tmp_path / "q.jsonl", [{"id": 1, "prompt": "x"}, {"id": 2, "prompt": "y"}]), tmp_path / "a"
+    flags = ["--batch", file, "--output", output, "--base_language_model", base]
+    said = one_line_error(call(*flags, status=2)[1], "test.py")
+    assert "the generation settings can't be used: " in said
+    assert words in said
+    assert f"correct the generation_config.json of {base}" in said
+    assert output.read_bytes() == b"", "no question has an error for good"
+    (base / "generation_config.json").write_text(json.dumps(before))
+    call(*flags)
+    assert len(read(output)) == 2
+
+
+def test_a_prompt_without_room_is_no_matter_of_the_settings(call, bases, tmp_path):
+    base = tmp_path / "qwen"
+    shutil.copytree(bases[1], base)
+    before = json.loads((base / "generation_config.json").read_text())
+    del before["max_new_tokens"]
+    (base / "generation_config.json").write_text(json.dumps({**before, "max_length": 60}))
+    asked = [{"id": 1, "prompt": "x"}, {"id": 2, "prompt": "word " * 99}]
+    file = write(tmp_path / "q.jsonl", asked)
+    call("--batch", file, "--output", tmp_path / "a", "--base_language_model", base, status=2)
+    answered, failed = read(tmp_path / "a")
+    assert "answer" in answered
+    assert "leaves no room for an answer" in failed["error"]
+
+
 @pytest.mark.parametrize("cut", [0, 1, 30, 31, 200])
 def test_a_run_goes_on_behind_its_last_whole_line(call, pictures, tmp_path, cut, monkeypatch):
     file = write(tmp_path / "q.jsonl", questions(pictures))
@@ -211,9 +251,68 @@ def test_an_output_of_something_else_is_refused_and_left_alone(call, pictures, t
     assert "was made with other weights" in one_line_error(call(*flags, status=2)[1], "test.py")
 
 
+def test_mistakes_of_the_output_are_found_before_the_model_is_loaded(call, pictures, tmp_path, monkeypatch):
+    asked = questions(pictures)
+    file, output = write(tmp_path / "q.jsonl", asked), tmp_path / "a.jsonl"
+    flags = ["--batch", file, "--output", output, "--greedy", "--max_new_tokens", 5]
+    call(*flags)
+    before = output.read_bytes()
+    monkeypatch.setattr(ask, "load_assistant", lambda args: pytest.fail("the model was loaded"))
+    assert "6 of 6 answered already" in call(*flags)[1], "a finished output"
+    other = write(tmp_path / "other.jsonl", asked[:-1])
+    for changes, words in (
+        (["--batch", other], "was made with other questions"),
+        (["--do_sample"], "was made with other settings"),
+        (["--max_new_tokens", 6], "was made with other settings"),
+        (["--seed", 1], "was made with other settings"),
+        (["--dtype", "bf16"], "was made with other settings"),
+        (["--output", file], "no q.jsonl.made_with.json says what"),
+        (["--output", tmp_path / "gone" / "a"], "gone"),
+        (["--model_weights", tmp_path / "nowhere"], "nowhere"),
+        (["--device", "cpo"], "no device has such a name"),
+    ):
+        words_of = [word for word in flags if word != "--greedy"] if changes == ["--do_sample"] else flags
+        assert words in one_line_error(call(*words_of, *changes, status=2)[1], "test.py")
+    with AnswerFile(tmp_path / "busy", ["a"], {}):
+        said = one_line_error(call(*flags, "--output", tmp_path / "busy", status=2)[1], "test.py")
+    assert "another run is writing" in said
+    output.write_bytes(before[:-1])
+    with pytest.raises(pytest.fail.Exception, match="was loaded"):
+        call(*flags)
+    assert output.read_bytes() == before[:-1], "nothing is cut off before the model is there"
+
+
+def test_a_finished_output_is_compared_in_full_where_the_command_is_another(call, bases, tmp_path):
+    file, output = write(tmp_path / "q.jsonl", [{"id": 1, "prompt": "x"}]), tmp_path / "a.jsonl"
+    flags = ["--batch", file, "--output", output, "--greedy", "--max_new_tokens"]
+    call(*flags, 5)
+    moved = tmp_path / "moved"
+    shutil.copytree(bases[1], moved)
+    call(*flags, 5, "--base_language_model", moved)
+    settings = json.loads((moved / "generation_config.json").read_text())
+    (moved / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.5}))
+    said = call(*flags, 5, "--base_language_model", moved, status=2)[1]
+    assert "was made with other settings" in one_line_error(said, "test.py")
+
+
+def test_a_picture_that_was_replaced_is_noticed(call, pictures, tmp_path):
+    shutil.copy(pictures["red"], tmp_path / "one.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "one.png")
+    asked = [{"id": i, "image": "link.png", "prompt": "Colour?"} for i in range(2)]
+    file, output = write(tmp_path / "q.jsonl", asked), tmp_path / "a.jsonl"
+    flags = ["--batch", file, "--output", output, "--greedy"]
+    call(*flags)
+    output.write_bytes(output.read_bytes().split(b"\n")[0] + b"\n")
+    call(*flags)
+    assert len(read(output)) == 2
+    shutil.copy(pictures["blue"], tmp_path / "one.png")
+    assert "was made with other pictures" in one_line_error(call(*flags, status=2)[1], "test.py")
+
+
 def test_lines_of_others_and_a_second_writer_are_refused(tmp_path):
     output = tmp_path / "a.jsonl"
     with AnswerFile(output, ["a", "\ud800"], {"x": 1}) as answers:
+        answers.go_on({"x": 1})
         answers.add(Outcome("one\n"))
         answers.add(Outcome(None, "why"))
         with pytest.raises(ValueError, match="another run is writing"):

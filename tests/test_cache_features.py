@@ -156,6 +156,34 @@ def test_bad_images_and_entries_are_listed_and_counted(tmp_path, flags, pictures
     assert cache_features.main(flags) == 1, "no image can be used"
 
 
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "infinite or no numbers"), (1e6, "float16 can't hold")])
+def test_features_that_cannot_be_stored_are_bad_too(tmp_path, flags, pictures, capsys, monkeypatch, value, said):
+    forward = VisionTower.forward
+    spoiled = set(range(2))
+
+    def spoil(self, pixel_values):
+        features = forward(self, pixel_values).clone()
+        for row in spoiled & set(range(len(features))):
+            features[row, 1, 2] = value
+        return features
+
+    monkeypatch.setattr(VisionTower, "forward", spoil)
+    command = [*flags, "--feature_cache_dtype", "float16"]
+    assert cache_features.main(command) == 0
+    err = capsys.readouterr().err
+    assert "6 images: 4 stored now, 0 were there, 2 bad; 4 stored in all" in err
+    bad = [line for line in err.splitlines() if "bad: " in line]
+    assert len(bad) == 2
+    assert all(f"bad: '{pictures}" in line and said in line for line in bad)
+    assert bad[0] != bad[1]
+    assert cache_features.main(command) == 0, "the other images are there"
+    assert "6 images: 0 stored now, 4 were there, 2 bad" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "cache")
+    spoiled.update(range(6))
+    assert cache_features.main(command) == 1, "no image could be stored"
+    assert "6 images: 0 stored now, 0 were there, 6 bad; 0 stored in all" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -49,8 +50,12 @@ def features(seed: int = 0, dtype=torch.bfloat16) -> torch.Tensor:
     return torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def key_row(key: bytes = KEY) -> torch.Tensor:
-    return torch.tensor([list(key)], dtype=torch.uint8)
+def key_rows(*keys: bytes) -> np.ndarray:
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), KEY_BYTES)
+
+
+def key_row(key: bytes = KEY) -> np.ndarray:
+    return key_rows(key)
 
 
 def files_in(cache: FeatureCache) -> list[str]:
@@ -246,7 +251,7 @@ def test_a_damaged_file_is_said_once_and_replaced(cache, damage, caplog):
 
 def test_a_batch_comes_back_as_it_will_be_read(cache):
     batch = torch.randn(3, 4, 32)
-    keys = torch.tensor([list(KEY), [0] * KEY_BYTES, [7] * KEY_BYTES], dtype=torch.uint8)
+    keys = key_rows(KEY, bytes(KEY_BYTES), bytes([7] * KEY_BYTES))
     out = cache.remember(batch, keys)
     assert torch.equal(out, batch.bfloat16())
     assert torch.equal(cache.read(KEY), out[0])
@@ -259,11 +264,14 @@ def test_what_the_dtype_cannot_hold_is_kept_and_not_stored(tmp_path, caplog):
     cache = FeatureCache(tmp_path / "c", (4, 32), torch.float16)
     batch = torch.randn(2, 4, 32)
     batch[1, 2, 3] = 1e6
-    keys = torch.tensor([list(KEY), [7] * KEY_BYTES], dtype=torch.uint8)
+    keys = key_rows(KEY, bytes([7] * KEY_BYTES))
     for _ in range(2):
         out = cache.remember(batch, keys)
         assert torch.equal(out[0], batch[0].half().float())
         assert torch.equal(out[1], batch[1])
+        assert list(cache.misfits) == [bytes([7] * KEY_BYTES)]
+    cache.remember(batch[:1], keys[:1])
+    assert cache.misfits == {}
     assert len(cache) == 1
     assert len(caplog.messages) == 1
     assert "float16" in caplog.messages[0]

@@ -383,6 +383,17 @@ def test_a_mistake_is_one_line(run, bases, data, pictures, tmp_path, capsys, mon
     assert "--image_map" in one_line_error(capsys.readouterr().err, "train.py")
 
 
+@pytest.mark.parametrize("flag", ["--dry_run", "--dry-run", "--use_cpu", "--use-cpu"])
+def test_a_word_that_is_neither_yes_nor_no_is_one_line(bases, data, tmp_path, capsys, flag):
+    """Also of the flags that are looked at before the others."""
+    assert quick_run(*bases, *data, "--output_dir", tmp_path / "out", flag, "maybe") == 2
+    err = capsys.readouterr().err
+    said = one_line_error(err, "train.py")
+    assert flag in said
+    assert "maybe" in said
+    assert "usage:" not in err
+
+
 def test_a_mistake_ends_plain_python_with_2(bases, data, tmp_path):
     done = start(sys.executable, ROOT / "train.py", *data, "--base_language_model", "Qwen/Qwen-7B-Chat", cwd=tmp_path)
     assert done.returncode == 2

@@ -5,9 +5,9 @@
 `train.py --feature_cache` reads them back. What is there already is left alone, so the command may be stopped and run
 again at any time. With `--num_shards N`, N processes (a GPU each, say) take a part each, `--shard 0` to `N - 1`.
 
-Everything is said on stderr. Exit code 0: every image is stored, but for those that are listed as bad; 1: the disk was
-full, or no image could be used; 2: something in the command or the files is wrong, and nothing was done; 130 and 143:
-stopped by Ctrl-C or SIGTERM.
+Everything is said on stderr. Exit code 0: every image is stored, but for those that are listed as bad (they can't be
+used, or their features are not finite or too large for the dtype); 1: the disk was full, or all images are bad; 2:
+something in the command or the files is wrong, and nothing was done; 130 and 143: stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Looked:
     which complains where the program is stopped."""
     problem: str = ""
     """Why it can't be used, or an empty string."""
+    path: str = ""
+    """Where it lies, if it was opened."""
 
 
 class Images(Dataset[Looked]):
@@ -93,7 +95,7 @@ class Images(Dataset[Looked]):
             pixels = self.transform(load_image(path))
             if key is None or key != self.cache.key_of(path):
                 return Looked(problem=f"'{path}': it changed while it was read, or is too large to be looked up")
-            return Looked(key, pixels.numpy())
+            return Looked(key, pixels.numpy(), path=str(path))
         except ImageError as error:
             return Looked(problem=str(error))
 
@@ -212,7 +214,7 @@ def fill(tower: VisionTower, cache: FeatureCache, names: list[tuple[str, str]], 
     """Store the features of all images that are missing.
 
     Returns:
-        How many images can't be used; each is logged. `cache.failure` says if the disk was full.
+        How many images are bad; each is logged. `cache.failure` says if the disk was full.
     """
     images = Images(names, cache, tower.image_transform, args.allow_links)
     device, dtype = tower.model.device, tower.model.dtype
@@ -225,11 +227,15 @@ def fill(tower: VisionTower, cache: FeatureCache, names: list[tuple[str, str]], 
                     logger.warning("bad: %s", item.problem)
             fresh = [item for item in items if item.pixels is not None]
             if fresh:
-                keys = torch.tensor([list(item.key) for item in fresh], dtype=torch.uint8)
+                keys = np.stack([np.frombuffer(item.key, np.uint8) for item in fresh])
                 pixels = torch.stack([torch.from_numpy(item.pixels) for item in fresh if item.pixels is not None])
                 # As train.py runs it: under autocast where the weights are of half precision.
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     cache.remember(tower(pixels), keys)
+                for item in fresh:
+                    if item.key in cache.misfits:
+                        num_bad += 1
+                        logger.warning("bad: '%s': %s", item.path, cache.misfits[item.key])
             bar.update(len(items))
             if cache.failure:
                 break

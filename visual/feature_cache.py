@@ -23,8 +23,10 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from visual.base import VisionTower
@@ -44,6 +46,7 @@ _LARGEST_IMAGE_FILE = 1 << 30
 """Bytes. Larger files are not looked up; hashing one would take longer than to see that it is no picture."""
 _LEFT_BEHIND = 3600.0
 """Seconds after which a file that is still being written belongs to a process that was killed."""
+_NO_NUMBERS = "features that are infinite or no numbers are not stored; does the tower run in too small a dtype?"
 _IGNORED_SETTINGS = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
 
@@ -92,6 +95,8 @@ class FeatureCache:
     """Why nothing can be stored any more, or an empty string."""
     num_stored: int
     """How many pictures this process has stored."""
+    misfits: dict[bytes, str]
+    """Pictures of the batch that was remembered last whose features can't be stored, by key, and why."""
 
     def __init__(self, folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.folder = folder
@@ -99,6 +104,7 @@ class FeatureCache:
         self.dtype = dtype
         self.failure = ""
         self.num_stored = 0
+        self.misfits = {}
         self._warned: set[str] = set()
         self.file_bytes = len(self._serialise(bytes(KEY_BYTES), torch.zeros(shape, dtype=dtype)))
         """Size of every file."""
@@ -204,24 +210,25 @@ class FeatureCache:
             raise
 
     @torch.compiler.disable
-    def remember(self, features: Tensor, keys: Tensor) -> Tensor:
+    def remember(self, features: Tensor, keys: NDArray[np.uint8]) -> Tensor:
         """Store a batch. Where that fails, it is logged once, and nothing is stored from then on.
 
         Args:
             features: (N, T, D), as the tower gives them.
-            keys: (N, KEY_BYTES) uint8; a row of zeros stands for a picture that is not to be stored.
+            keys: (N, KEY_BYTES); a row of zeros stands for a picture that is not to be stored.
 
         Returns:
             (N, T, D): the features rounded as they will be when they are read back, so that results do not depend on
-            what was there already. Those that the dtype can't hold stay as they are, and are not stored.
+            what was there already. Those that the dtype can't hold stay as they are, and are `misfits`.
         """
         stored = features.detach().to(self.dtype)
-        on_cpu, names = stored.cpu(), keys.cpu().numpy()
+        on_cpu = stored.cpu()
         fits = on_cpu.flatten(1).isfinite().all(dim=1)
-        for row, name in enumerate(names):
-            if fits[row] and name.any() and not self.failure:
+        self.misfits = {}
+        for row, key in enumerate(keys):
+            if fits[row] and key.any() and not self.failure:
                 try:
-                    self.write(name.tobytes(), on_cpu[row])
+                    self.write(key.tobytes(), on_cpu[row])
                     self.num_stored += 1
                 except OSError as error:
                     self.failure = f"{error.strerror or error}"
@@ -229,12 +236,14 @@ class FeatureCache:
         if fits.all():
             return stored
         name = str(self.dtype).removeprefix("torch.")
-        reason = f"features that {name} can't hold are not stored; bfloat16 has a wider range"
-        if not features.isfinite().all():
-            reason = "features that are infinite or no numbers are not stored; does the tower run in too small a dtype?"
-        if reason not in self._warned:
-            self._warned.add(reason)
-            logger.warning(reason)
+        too_large = f"features that {name} can't hold are not stored; bfloat16 has a wider range"
+        finite = features.detach().flatten(1).isfinite().all(dim=1).tolist()
+        for row in (~fits).nonzero()[:, 0].tolist():
+            reason = too_large if finite[row] else _NO_NUMBERS
+            self.misfits[keys[row].tobytes()] = reason
+            if reason not in self._warned:
+                self._warned.add(reason)
+                logger.warning(reason)
         return torch.where(fits.to(features.device)[:, None, None], stored.to(features.dtype), features)
 
     def prepare(self, description: dict[str, object]) -> None:
