@@ -21,7 +21,7 @@ from transformers import set_seed
 
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.annotations import Annotations
-from dataset.bad_samples import TooManyBadSamplesError
+from dataset.bad_samples import BadSamples, TooManyBadSamplesError
 from dataset.epoch_order import EpochOrder
 from dataset.image_io import ImageError
 from dataset.sample_sizes import DataSizes, data_sizes
@@ -161,6 +161,8 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
 def dry_run(argv: Sequence[str]) -> int:
     """Print to stdout what a run would be and take, from configurations and texts; nothing is loaded or written.
 
+    What the run would refuse, knowing no more, is refused in the same words.
+
     Raises:
         ValueError: for whatever the user can mend.
         OSError: for files that are missing or can't be read.
@@ -173,6 +175,7 @@ def dry_run(argv: Sequence[str]) -> int:
 
     def look(files: tuple[str, str], most: int | None, rows: int, strategy: str) -> DataSizes:
         samples = Annotations(*files, most, skip_bad=data_args.on_bad_sample == "skip", need_folders=False)
+        BadSamples(len(samples), samples.errors, data_args.max_bad_fraction).check(None)
         how: dict[str, Any] = {"most": _LOOKED_AT, "seed": args.seed, "order_seed": order_seed, "strategy": strategy}
         return data_sizes(samples, tokenizer, shape.image_tokens, max_length=data_args.max_length, rows=rows, **how)
 

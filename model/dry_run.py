@@ -14,6 +14,7 @@ from visual import TowerShape, read_tower_shape
 
 from .arguments import ModelArguments
 from .bases import drops_first_patch, num_projector_layers
+from .building import check_previous
 from .checkpoint import read_checkpoint
 from .language_model import read_language_config
 from .lora import LoraSettings, check_targets
@@ -26,10 +27,14 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     """Sizes of the model that the flags ask for; base models are read as far as their config.json.
 
     Raises:
-        ValueError: if a base model, a checkpoint or a target module is not there, or of an unknown type.
+        ValueError: if a base model, a checkpoint or a target module is not there, or of an unknown type, or if an
+            explicit flag disagrees with the checkpoint.
         OSError: likewise.
     """
-    previous = read_checkpoint(asked.previous_lora_weights) if asked.previous_lora_weights is not None else None
+    previous = None
+    if asked.previous_lora_weights is not None:
+        previous = read_checkpoint(asked.previous_lora_weights)
+        check_previous(asked, previous)
     drop = drops_first_patch(previous, asked.base_value_model)
     tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
     config = read_language_config(asked.base_language_model)
