@@ -47,7 +47,6 @@ _LESS_MEMORY = (
     "they are, or try --gradient_checkpointing true, --bf16 true, a smaller --max_length or --lora_rank; "
     "--resume_from_checkpoint auto goes on from the last checkpoint"
 )
-_LOOKED_AT = 2000  # samples whose tokens a dry run counts: a second or two
 
 
 def build_datasets(
@@ -176,7 +175,7 @@ def dry_run(argv: Sequence[str]) -> int:
     def look(files: tuple[str, str], most: int | None, rows: int, strategy: str) -> DataSizes:
         samples = Annotations(*files, most, skip_bad=data_args.on_bad_sample == "skip", need_folders=False)
         BadSamples(len(samples), samples.errors, data_args.max_bad_fraction).check(None)
-        how: dict[str, Any] = {"most": _LOOKED_AT, "seed": args.seed, "order_seed": order_seed, "strategy": strategy}
+        how: dict[str, Any] = {"seed": args.seed, "order_seed": order_seed, "strategy": strategy}
         return data_sizes(samples, tokenizer, shape.image_tokens, max_length=data_args.max_length, rows=rows, **how)
 
     rows, strategy = args.per_device_train_batch_size, str(args.train_sampling_strategy)

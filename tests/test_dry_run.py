@@ -126,7 +126,7 @@ def test_lengths_and_padding_are_those_of_the_run(inputs, tmp_path, planned, tok
     supervised = {batch["input_ids"].shape[1]: int((batch["labels"] != -100).sum()) for batch in batches}
     longest = max(supervised)
     samples = Annotations(inputs / "data/image_map.json", inputs / "data/captions.json")
-    how = {"max_length": 2048, "rows": 3, "strategy": strategy, "order_seed": 42, "most": 2000, "seed": 42}
+    how = {"max_length": 2048, "rows": 3, "strategy": strategy, "order_seed": 42, "seed": 42}
     found = data_sizes(samples, tokenizer, 4, **how)
     assert max(batch.tokens for batch in found.batches) == longest
     assert next(batch.supervised for batch in found.batches if batch.tokens == longest) == supervised[longest]
