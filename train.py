@@ -105,8 +105,9 @@ def in_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> Epoc
     if strategy != "group_by_length":
         return EpochOrder(train_set, seed, shuffled=strategy == "random")
     lengths = train_set.estimated_lengths()
-    shares = [100 * share for share in train_set.padding_shares(lengths, args.train_batch_size, seed)]
-    logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
+    if args.process_index == 0:  # the one that says it; it takes a second or two
+        shares = [100 * share for share in train_set.padding_shares(lengths, args.train_batch_size, seed)]
+        logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
     return EpochOrder(train_set, seed, lengths)
 
 
