@@ -156,7 +156,7 @@ def main() -> None:
     add("--width", type=int, default=1024, help="its channels (%(default)s)")
     add("--rounds", type=int, default=3, help="processes of each peer (%(default)s)")
     add("--vocabulary", type=Path, default=vocabulary(), help="qwen.tiktoken; default: that of the package dashscope")
-    add("--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON and PNG (%(default)s)")
+    add("--output", type=Path, default=measure.RESULTS, help="folder for JSON and PNG (%(default)s)")
     add("--write", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write:
