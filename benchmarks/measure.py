@@ -46,6 +46,11 @@ class Run:
     values: dict[str, Any]
     """The JSON object that it printed last; empty if it printed none."""
 
+    def less(self, part: Run) -> Run:
+        """What this process took more than another; nothing of what they printed is kept."""
+        seconds, cpu_seconds = self.seconds - part.seconds, self.cpu_seconds - part.cpu_seconds
+        return Run(seconds, cpu_seconds, self.peak_bytes - part.peak_bytes, {})
+
 
 class RunFailedError(RuntimeError):
     """A measured process that did not end with status 0."""
