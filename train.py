@@ -21,7 +21,7 @@ from transformers import set_seed
 
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.annotations import Annotations
-from dataset.bad_samples import TooManyBadSamplesError
+from dataset.bad_samples import BadSamples, TooManyBadSamplesError
 from dataset.epoch_order import EpochOrder
 from dataset.image_io import ImageError
 from dataset.sample_sizes import DataSizes, data_sizes
@@ -47,7 +47,6 @@ _LESS_MEMORY = (
     "they are, or try --gradient_checkpointing true, --bf16 true, a smaller --max_length or --lora_rank; "
     "--resume_from_checkpoint auto goes on from the last checkpoint"
 )
-_LOOKED_AT = 2000  # samples whose tokens a dry run counts: a second or two
 
 
 def build_datasets(
@@ -106,8 +105,9 @@ def in_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> Epoc
     if strategy != "group_by_length":
         return EpochOrder(train_set, seed, shuffled=strategy == "random")
     lengths = train_set.estimated_lengths()
-    shares = [100 * share for share in train_set.padding_shares(lengths, args.train_batch_size, seed)]
-    logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
+    if args.process_index == 0:  # the one that says it; it takes a second or two
+        shares = [100 * share for share in train_set.padding_shares(lengths, args.train_batch_size, seed)]
+        logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
     return EpochOrder(train_set, seed, lengths)
 
 
@@ -161,6 +161,8 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
 def dry_run(argv: Sequence[str]) -> int:
     """Print to stdout what a run would be and take, from configurations and texts; nothing is loaded or written.
 
+    What the run would refuse, knowing no more, is refused in the same words.
+
     Raises:
         ValueError: for whatever the user can mend.
         OSError: for files that are missing or can't be read.
@@ -173,7 +175,8 @@ def dry_run(argv: Sequence[str]) -> int:
 
     def look(files: tuple[str, str], most: int | None, rows: int, strategy: str) -> DataSizes:
         samples = Annotations(*files, most, skip_bad=data_args.on_bad_sample == "skip", need_folders=False)
-        how: dict[str, Any] = {"most": _LOOKED_AT, "seed": args.seed, "order_seed": order_seed, "strategy": strategy}
+        BadSamples(len(samples), samples.errors, data_args.max_bad_fraction).check(None)
+        how: dict[str, Any] = {"seed": args.seed, "order_seed": order_seed, "strategy": strategy}
         return data_sizes(samples, tokenizer, shape.image_tokens, max_length=data_args.max_length, rows=rows, **how)
 
     rows, strategy = args.per_device_train_batch_size, str(args.train_sampling_strategy)

@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="training (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder (%(default)s)")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="folder (%(default)s)")
     parser.add_argument("--one", choices=[*PEERS, "inputs"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """The true size, once: Qwen-7B-Chat's and CLIP-L's shapes through train.py for two steps and test.py for one answer.
 
-    python -m benchmarks.full_size --folder FOLDER [--scale 1.0] [--output benchmarks/results]
+    python -m benchmarks.full_size --folder FOLDER [--scale 1.0] [--output OUTPUT]
 
 Random bf16 weights of the published shapes are written shard by shard, 16 GB in all; then `train.py` trains LoRA of
 rank 128 on them on the CPU, in bf16, batch 1, with gradient checkpointing, and `test.py` answers from what it saved.
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .measure import draw_bars, machine, text_table, write_results
+from .measure import RESULTS, draw_bars, machine, text_table, write_results
 
 ROOT = Path(__file__).parent.parent
 LAYERS, HEADS, HEAD_SIZE, INNER, VOCABULARY = 32, 32, 128, 11_008, 151_936
@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="share of width and layers; 1 is the true size")
     parser.add_argument("--lora_rank", type=int, default=128)
     parser.add_argument("--least_free", type=float, default=1.0, help="GB that must stay available on the machine")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of JSON and PNG")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and PNG (%(default)s)")
     parser.add_argument("--write_only", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     folder = given.folder.absolute()

@@ -150,7 +150,7 @@ def main() -> None:
         help="cpu: processor time, on a shared machine (%(default)s)",
     )
     add("--rounds", type=int, default=5, help="processes of each peer (%(default)s)")
-    add("--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON and PNG (%(default)s)")
+    add("--output", type=Path, default=measure.RESULTS, help="folder for JSON and PNG (%(default)s)")
     add("--tiny", action="store_true", help="a model of no size, to try the script")
     add("--one", choices=PEERS, help=argparse.SUPPRESS)
     args = parser.parse_args()

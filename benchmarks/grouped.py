@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
+from benchmarks.measure import RESULTS, draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,10 +160,12 @@ def main() -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of training (%(default)s)")
     add("--rounds", type=int, default=2, help="runs of each (%(default)s)")
     add("--threads", type=int, default=os.cpu_count(), help="of a step (%(default)s)")
-    add("--output", type=Path, default=ROOT / "benchmarks/results", help="folder for JSON and PNG (%(default)s)")
+    add("--output", type=Path, default=RESULTS, help="folder for JSON and PNG (%(default)s)")
     add("--tiny", action="store_true", help="a model of no size, to try the script")
     add("--count", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.samples < max(given.batches):
+        parser.exit(2, f"grouped.py: --samples {given.samples} make no batch of {max(given.batches)}; give more\n")
     if given.count:
         print(json.dumps(count(given.count, given)))
         return

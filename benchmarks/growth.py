@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
+from benchmarks.measure import RESULTS, draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, ANSWER, SAMPLES = 2, 64, 64
@@ -44,7 +44,7 @@ class Change:
     @property
     def inputs(self) -> str:
         """Name of the folder of its models and samples."""
-        return "-".join(["inputs", str(self.answer), *self.times])
+        return "-".join(["inputs", str(self.answer), *(f"{name}-{by:g}" for name, by in self.times.items())])
 
 
 BASE = Change()
@@ -186,7 +186,7 @@ def main() -> None:
     add("--tokens", type=int, default=32, help="decoded with each length of the cache (%(default)s)")
     add("--rounds", type=int, default=1, help="runs of each (%(default)s)")
     add("--threads", type=int, default=os.cpu_count(), help="of a step (%(default)s)")
-    add("--output", type=Path, default=ROOT / "benchmarks/results", help="folder for JSON and PNG (%(default)s)")
+    add("--output", type=Path, default=RESULTS, help="folder for JSON and PNG (%(default)s)")
     add("--tiny", action="store_true", help="a model of no size, to try the script")
     add("--write", nargs=3, help=argparse.SUPPRESS)
     add("--decode", type=int, help=argparse.SUPPRESS)

@@ -5,24 +5,26 @@
 
 Checkpoints with random weights are written in the published formats (QWen in shards, CLIP, and LoRA with projector for
 ours; LLaVA's own for the peer), in bf16. Then `test.py` answers with one token, and a script of the peer does, in turn,
-each in a process of its own. Memory is what was resident at the peak, and the same less what the imports alone take.
+each in a process of its own. Memory is what was resident at the peak, and the same less what the imports alone take in
+the same round.
 Prints a table of medians; writes load.json and load.png into the output folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from benchmarks.vocabulary import vocabulary_file
 
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
@@ -128,6 +130,15 @@ def weight_bytes(folder: Path, names: tuple[str, ...]) -> int:
     return sum(file.stat().st_size for name in names for file in (folder / name).glob("*.safetensors"))
 
 
+def figures_of(runs: Mapping[str, Sequence[measure.Run]]) -> dict[str, dict[str, float]]:
+    """Medians of each peer, of its imports, and of what it takes less those: the difference is taken in each round."""
+    figures = {name: measure.medians(done) for name, done in runs.items()}
+    for peer in ("ours", "llava"):
+        rounds = zip(runs[peer], runs[f"{peer}, imports"], strict=True)
+        figures[f"{peer}, less imports"] = measure.medians([whole.less(imports) for whole, imports in rounds])
+    return figures
+
+
 def show(figures: dict[str, dict[str, float]]) -> str:
     """The table; a ratio above 1 means that ours is faster, or smaller."""
     rows = []
@@ -136,12 +147,9 @@ def show(figures: dict[str, dict[str, float]]) -> str:
         ("processor seconds", "cpu_seconds", 1.0),
         ("peak, GB", "peak_bytes", GB),
     ):
-        for net in (False, True):
-            ours, llava = (
-                (figures[peer][name] - (figures[f"{peer}, imports"][name] if net else 0)) / unit
-                for peer in ("ours", "llava")
-            )
-            what = f"{label}, less the imports" if net else label
+        for less in ("", ", less imports"):
+            ours, llava = (figures[f"{peer}{less}"][name] / unit for peer in ("ours", "llava"))
+            what = f"{label}, less the imports" if less else label
             rows.append([what, f"{ours:.2f}", f"{llava:.2f}", f"{llava / ours:.2f}x"])
     for peer, files in (("ours", figures["ours"]["files"]), ("llava", figures["llava"]["files"])):
         rows.append([f"files of weights, GB, {peer}", f"{files / GB:.2f}", "", ""])
@@ -155,8 +163,8 @@ def main() -> None:
     add("--layers", type=int, default=12, help="blocks of the language model (%(default)s)")
     add("--width", type=int, default=1024, help="its channels (%(default)s)")
     add("--rounds", type=int, default=3, help="processes of each peer (%(default)s)")
-    add("--vocabulary", type=Path, default=vocabulary(), help="qwen.tiktoken; default: that of the package dashscope")
-    add("--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON and PNG (%(default)s)")
+    add("--vocabulary", type=Path, help="qwen.tiktoken; default: that of the package dashscope")
+    add("--output", type=Path, default=measure.RESULTS, help="folder for JSON and PNG (%(default)s)")
     add("--write", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write:
@@ -167,13 +175,12 @@ def main() -> None:
         size = Size(layers=args.layers, width=args.width, inner=args.width * 43 // 16, heads=heads, **towers)
         write(size, args.write, args.vocabulary)
         return
-    if args.vocabulary is None:
-        parser.error("the package dashscope is not installed; give --vocabulary qwen.tiktoken")
+    vocabulary = args.vocabulary or vocabulary_file()
     with tempfile.TemporaryDirectory() as name:
-        sizes = ["--layers", str(args.layers), "--width", str(args.width), "--vocabulary", str(args.vocabulary)]
+        sizes = ["--layers", str(args.layers), "--width", str(args.width), "--vocabulary", str(vocabulary)]
         measure.run_once([sys.executable, __file__, "--write", name, *sizes])
         runs = measure.run_in_turn(commands(Path(name)), args.rounds)
-        figures = {peer: measure.medians(done) for peer, done in runs.items()}
+        figures = figures_of(runs)
         figures["ours"]["files"] = weight_bytes(Path(name), ("qwen", "clip", "weights"))
         figures["llava"]["files"] = weight_bytes(Path(name), ("llava",))
     print(show(figures))
@@ -182,20 +189,12 @@ def main() -> None:
     measure.write_results(args.output / "load.json", results)
     panels = {
         unit: {
-            label: {
-                peer: (figures[peer][key] - less * figures[f"{peer}, imports"][key]) / by for peer in ("ours", "llava")
-            }
-            for label, less in (("all", 0), ("less the imports", 1))
+            label: {peer: figures[f"{peer}{less}"][key] / by for peer in ("ours", "llava")}
+            for label, less in (("all", ""), ("less the imports", ", less imports"))
         }
         for unit, key, by in (("seconds to the first token", "seconds", 1.0), ("peak memory, GB", "peak_bytes", GB))
     }
     measure.draw_bars(args.output / "load.png", "From the command to the first token", panels)
-
-
-def vocabulary() -> Path | None:
-    """The real vocabulary, where the package that carries it is installed; it is not to be imported."""
-    spec = importlib.util.find_spec("dashscope")
-    return Path(spec.origin).parent / "resources/qwen.tiktoken" if spec is not None and spec.origin else None
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A benchmark is a script that starts itself again, once for each measurement:
 
     runs = run_in_turn({"ours": [sys.executable, __file__, "--one", "ours"], "peer": [...]}, rounds=5)
     figures = {name: medians(measured) for name, measured in runs.items()}
-    write_results(Path("benchmarks/results/name.json"), {"machine": machine(), "figures": figures})
+    write_results(RESULTS / "name.json", {"machine": machine(), "figures": figures})
 
 The process that is measured prints its own figures as one JSON object, on the last line of its stdout. This module, and
 a script while it only starts others, must stay small (no torch): Linux counts a starter's memory for what it starts.
@@ -29,6 +29,8 @@ from typing import Any
 from tqdm import tqdm
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
+RESULTS = Path(__file__).resolve().parent / "results"
+"""Where tables and pictures go, from whatever folder a benchmark is started."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Run:
     """The most memory it had resident at any time."""
     values: dict[str, Any]
     """The JSON object that it printed last; empty if it printed none."""
+
+    def less(self, part: Run) -> Run:
+        """What this process took more than another; nothing of what they printed is kept."""
+        seconds, cpu_seconds = self.seconds - part.seconds, self.cpu_seconds - part.cpu_seconds
+        return Run(seconds, cpu_seconds, self.peak_bytes - part.peak_bytes, {})
 
 
 class RunFailedError(RuntimeError):

@@ -1,6 +1,6 @@
 """Is the memory that `--dry_run` expects the memory that training takes? Measured on two sizes that a CPU can train.
 
-    python -m benchmarks.memory [--rounds 1] [--steps 3] [--output benchmarks/results]
+    python -m benchmarks.memory [--rounds 1] [--steps 3] [--output OUTPUT]
 
 Each run is a process of its own (`memory_run.py`): three steps of batch 4 over samples of one picture and answers of
 15 to 90 tokens, LoRA of rank 128 with dropout. Measured is the most that was ever resident (`VmHWM`) less what was
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .measure import draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
+from .measure import RESULTS, draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
 
 SIZES = ("vocabulary-true", "proportional")
 DTYPES = ("float32", "bfloat16")
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="runs of each; the median counts")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a run")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of JSON and PNG")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and PNG (%(default)s)")
     given = parser.parse_args()
     found = measure(given.rounds, given.steps)
     print(table(found))

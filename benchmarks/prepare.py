@@ -1,6 +1,6 @@
 """Preparing and opening data of the real size: time and memory, and how both grow.
 
-    python -m benchmarks.prepare [--scale 1.0] [--output benchmarks/results]
+    python -m benchmarks.prepare [--scale 1.0] [--output OUTPUT]
 
 Annotations as large as the real ones are made up: 210,000 AI Challenger photos of five Chinese sentences, 77,000 LLaVA
 records of complex reasoning and 23,000 of detailed description (each of one question and one answer, as the published
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from .measure import draw_bars, machine, run_once, text_table, write_results
+from .measure import RESULTS, draw_bars, machine, run_once, text_table, write_results
 
 SEED = 42
 PHOTOS, REASONING, DETAIL = 210_000, 77_000, 23_000
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the real size")
     parser.add_argument("--pictures", type=int, default=PICTURES, help="photos that exist")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of JSON and PNG")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and PNG (%(default)s)")
     given = parser.parse_args()
     found = {}
     for name, scale in (("a tenth", given.scale / 10), ("whole", given.scale)):

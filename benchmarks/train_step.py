@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.measure import draw_bars, machine, medians, run_in_turn, text_table, write_results
+from benchmarks.measure import RESULTS, draw_bars, machine, medians, run_in_turn, text_table, write_results
 
 ROOT = Path(__file__).parents[1]
 SIZES = ("vocabulary-true", "proportional")
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="Of each run.")
     parser.add_argument("--skipped", type=int, default=3, help="First steps that are left out.")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and PNG (%(default)s)")
     given = parser.parse_args()
     path = given.output / "train_step.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sizes": {}}

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
+from benchmarks.measure import RESULTS, draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 4
@@ -143,7 +143,7 @@ def main() -> None:
     add("--pictures", type=int, default=256, help="files, each read once (%(default)s)")
     add("--rounds", type=int, default=3, help="runs of each (%(default)s)")
     add("--threads", type=int, default=os.cpu_count(), help="of a step (%(default)s)")
-    add("--output", type=Path, default=ROOT / "benchmarks/results", help="folder for JSON and PNG (%(default)s)")
+    add("--output", type=Path, default=RESULTS, help="folder for JSON and PNG (%(default)s)")
     add("--tiny", action="store_true", help="a model of no size, to try the script")
     add("--write", action="store_true", help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)

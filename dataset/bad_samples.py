@@ -42,8 +42,11 @@ class BadSamples:
         """Positions of the bad samples in the data set."""
         return self.flags.nonzero().flatten().tolist()
 
-    def check(self, where: str) -> None:
+    def check(self, where: str | None) -> None:
         """Hold the count against what is allowed.
+
+        Args:
+            where: the file that lists them; None: there is none, and the first that is unreadable is named.
 
         Raises:
             TooManyBadSamplesError: if there are more.
@@ -51,8 +54,9 @@ class BadSamples:
         total = len(self.flags) + len(self.unreadable)
         if len(self) > self.max_fraction * total:
             verb = "is" if len(self) == 1 else "are"
+            which = f"the first: {self.unreadable[0]}" if where is None else f"{where} lists them"
             raise TooManyBadSamplesError(
-                f"{len(self)} of {counted(total, 'sample')} {verb} bad, more than --max_bad_fraction "
-                f"{self.max_fraction:g} allows; "
-                f"{where} lists them; mend the data (or --max_length, if it is too small), or raise the fraction"
+                f"{len(self):,} of {counted(total, 'sample')} {verb} bad, more than --max_bad_fraction "
+                f"{self.max_fraction:g} allows; {which}; "
+                "mend the data (or --max_length, if it is too small), or raise the fraction"
             )

@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 _NO_KEY = bytes(32)
 # One row of counters per data worker and one for the main process: nobody waits, and no count is lost.
 _MAX_WORKERS = 1024
-_COUNTED = 2000  # samples whose padding is counted: a second or two
 
 
 def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alternatives: int) -> int:
@@ -175,7 +174,6 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             max_length=self.max_length,
             rows=rows,
             order_seed=seed,
-            most=_COUNTED,
         )
 
     def lengths(self, indices: Iterable[int]) -> torch.Tensor:

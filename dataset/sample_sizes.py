@@ -17,6 +17,8 @@ from .epoch_order import order_of
 from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
 
 _BYTES_PER_TOKEN = 4
+MOST_COUNTED = 2000
+"""Samples that are tokenised to tell about all: a second or two."""
 _LONGEST_BATCHES = 64
 """Batches that are counted exactly, of those that are longest by estimate: which one is longest, no estimate tells."""
 
@@ -62,8 +64,8 @@ def data_sizes(
     rows: int,
     strategy: str,
     order_seed: int,
-    most: int,
     seed: int,
+    most: int = MOST_COUNTED,
 ) -> DataSizes:
     """Measure a data set: all of it by estimate, and exactly what is drawn and what is longest.
 
@@ -75,8 +77,8 @@ def data_sizes(
         rows: samples of a batch.
         strategy: the order of an epoch, as `order_of` takes it.
         order_seed: of that order.
-        most: samples that are drawn.
-        seed: decides which.
+        seed: decides which samples are counted.
+        most: how many of them are.
 
     Raises:
         SampleError: if none of the samples that were looked at fits.
@@ -123,7 +125,7 @@ def padding_shares(
     max_length: int,
     rows: int,
     order_seed: int,
-    most: int,
+    most: int = MOST_COUNTED,
 ) -> tuple[float, float]:
     """The share of tokens that are padding, 0 to 1, in the first epoch: grouped by length, and in random order.
 

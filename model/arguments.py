@@ -185,6 +185,9 @@ def parse_arguments(
         raise ValueError(f"--report_to {' '.join(sorted(absent))}: not installed here; install it, or say none")
     if Path(str(training_args.output_dir)).is_file():
         raise ValueError(f"--output_dir {training_args.output_dir} is a file; give a folder, which is made if need be")
+    cache = Path(data_args.feature_cache or ".")
+    if cache.exists() and not cache.is_dir():
+        raise ValueError(f"--feature_cache {cache} is a file; give a folder, which is made if need be")
     return model_args, data_args, training_args
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Iterable
 
 from .arguments import ModelArguments
-from .checkpoint import CheckpointError, read_checkpoint
+from .bases import num_projector_layers
+from .checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from .lora import LoraSettings
 from .training_arguments import VLMTrainingArguments
 from .vision_language_model import VisionLanguageModel
@@ -20,12 +20,8 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
         LoraTargetError: if target modules do not exist.
     """
     previous = model_args.previous_lora_weights
-    targets = model_args.target_modules
-    asked = None if targets is None else LoraSettings.parse_targets(targets)
     if previous is not None:
-        config = read_checkpoint(previous).lora_config
-        check_previous(previous, lora_rank=(model_args.lora_rank, config.r))
-        check_previous(previous, lora_alpha=(model_args.lora_alpha, config.lora_alpha))
+        check_previous(model_args, read_checkpoint(previous))
     model = VisionLanguageModel.from_pretrained(
         model_args.base_language_model,
         model_args.base_value_model,
@@ -37,40 +33,47 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
         projector_layers=model_args.projector_layers or 2,
     )
     if previous is not None:
-        names = (name for name, _ in model.named_parameters() if ".lora_A." in name)
-        there = {name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name in names}
-        check_previous(previous, target_modules=(_with_bars(asked), _with_bars(there)))
-        check_previous(previous, projector_layers=(model_args.projector_layers, model.projector_layers))
         return model
     default = LoraSettings()
+    targets = model_args.target_modules
     model.add_lora(
         LoraSettings(
             rank=model_args.lora_rank or default.rank,
             alpha=model_args.lora_alpha or default.alpha,
             dropout=model_args.lora_dropout,
-            target_modules=default.target_modules if asked is None else asked,
+            target_modules=default.target_modules if targets is None else LoraSettings.parse_targets(targets),
         )
     )
     return model
 
 
-def check_previous(folder: str, **flags: tuple[Any, Any]) -> None:
-    """Hold explicit flags against the checkpoint that training starts from.
+def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:
+    """Hold explicit flags against the checkpoint that training starts from; no base model is needed for that.
 
     Args:
-        folder: the checkpoint.
-        flags: for a flag's name, what was asked for (None: nothing) and what the checkpoint has.
+        asked: the flags.
+        checkpoint: what `--previous_lora_weights` names.
 
     Raises:
         CheckpointError: if they disagree.
     """
-    for name, (asked, there) in flags.items():
-        if asked is not None and asked != there:
+    config, targets = checkpoint.lora_config, asked.target_modules
+    flags = {
+        "lora_rank": (asked.lora_rank, config.r),
+        "lora_alpha": (asked.lora_alpha, config.lora_alpha),
+        "target_modules": (
+            None if targets is None else _with_bars(LoraSettings.parse_targets(targets)),
+            _with_bars(name.rsplit(".", 1)[-1] for name in config.target_modules or ()),
+        ),
+        "projector_layers": (asked.projector_layers, num_projector_layers(checkpoint)),
+    }
+    for name, (wanted, there) in flags.items():
+        if wanted is not None and wanted != there:
             raise CheckpointError(
-                f"--{name} {asked} disagrees with --previous_lora_weights {folder}, which was trained with {there}; "
-                f"leave the flag out or give {there}"
+                f"--{name} {wanted} disagrees with --previous_lora_weights {asked.previous_lora_weights}, which was "
+                f"trained with {there}; leave the flag out or give {there}"
             )
 
 
-def _with_bars(names: Collection[str] | None) -> str | None:
-    return None if names is None else "|".join(sorted(set(names)))
+def _with_bars(names: Iterable[str]) -> str:
+    return "|".join(sorted(set(names)))

@@ -14,6 +14,7 @@ from visual import TowerShape, read_tower_shape
 
 from .arguments import ModelArguments
 from .bases import drops_first_patch, num_projector_layers
+from .building import check_previous
 from .checkpoint import read_checkpoint
 from .language_model import read_language_config
 from .lora import LoraSettings, check_targets
@@ -26,10 +27,14 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     """Sizes of the model that the flags ask for; base models are read as far as their config.json.
 
     Raises:
-        ValueError: if a base model, a checkpoint or a target module is not there, or of an unknown type.
+        ValueError: if a base model, a checkpoint or a target module is not there, or of an unknown type, or if an
+            explicit flag disagrees with the checkpoint.
         OSError: likewise.
     """
-    previous = read_checkpoint(asked.previous_lora_weights) if asked.previous_lora_weights is not None else None
+    previous = None
+    if asked.previous_lora_weights is not None:
+        previous = read_checkpoint(asked.previous_lora_weights)
+        check_previous(asked, previous)
     drop = drops_first_patch(previous, asked.base_value_model)
     tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
     config = read_language_config(asked.base_language_model)
@@ -87,8 +92,7 @@ def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, proje
         image_tokens=tower.num_image_tokens,
         tower_width=tower.hidden_size,
         tower_inner=tower.intermediate_size,
-        lora_in_attention=tuple(linear.in_features for name, linear in targets.items() if ".h.0.attn." in f".{name}"),
-        lora_in_mlp=tuple(linear.in_features for name, linear in targets.items() if ".h.0.mlp." in f".{name}"),
+        lora_layers=frozenset(name.split(".h.0.", 1)[1] for name in targets if ".h.0." in name),
         tower_parameters=tower.num_parameters,
         language_parameters=_count(language),
         projector_parameters=_count(projector),

@@ -15,7 +15,7 @@ from .console import counted
 from .dry_run import largest
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_evaluation, estimate_memory
 from .plan import EvaluationPlan, Plan
-from .trainer import VLMTrainingArguments
+from .training_arguments import VLMTrainingArguments
 
 _MEMORY_ROWS = {
     "frozen_weights": "frozen weights",

@@ -19,7 +19,8 @@ gradient is wanted, which its weight gives. Every layer keeps
                           log-sum-exp
     MLP                   2 x (B, T, I): w1(x) and w2(x)
     LoRA, each layer      (B, T, in) dropped input and (B, T, r), both in s; (B, T, in) dropout mask: s bytes on the
-                          CPU, one on CUDA; none without dropout
+                          CPU, one on CUDA. Without dropout the input itself, which is once for w1 and w2, and for
+                          the attention's c_proj is counted above
 
 Behind the attention of the last layer there are S positions in place of B x T. To that come 2 x (S, D) in fp32, for the
 last norm and the loss's gradient, and the projector's inputs N x P x (D_v + 2D). With gradient checkpointing only
@@ -33,13 +34,20 @@ What is there at one moment only, on top of the above:
     tower                 N x P x (2 I_v + 4 D_v), before anything else of the step is there
     gradients             4 x (LoRA + projector): complete when all activations are gone, unless steps are accumulated
 
-So the peak is the largest of these moments, not the sum of all rows. An evaluation keeps nothing for a backward pass
-and finds no gradients: of its batch one layer's tensors, the features and the residual stream are there at a time.
+So the peak is the largest of these moments, not the sum of all rows.
+
+An evaluation keeps nothing for a backward pass, finds no gradients and makes no cache of keys and values. It has
+tower and language head at one moment each, as above; from the projector on N x P x D, and beside that the larger of
+
+    attention of a block  3 x (B, T, D): the embedded ids, the block's input, its norm; (B, T, 4W): queries, keys and
+                          values, and turned queries; and of the keys that are being turned, in fp32, 3 x (B, T, W),
+                          4 x where s is 2
+    MLP of a block        5 x (B, T, D): as above, what the attention adds, and their sum; 3 x (B, T, I)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 FP32 = 4
 CUDA_CONTEXT = 600_000_000
@@ -74,10 +82,8 @@ class ModelShape:
     """D_v: channels of the tower."""
     tower_inner: int
     """I_v: channels inside the tower's MLP."""
-    lora_in_attention: tuple[int, ...]
-    """Input channels of each linear layer of one block's attention that has LoRA."""
-    lora_in_mlp: tuple[int, ...]
-    """Likewise of its MLP."""
+    lora_layers: frozenset[str]
+    """Linear layers of a block that have LoRA: `attn.c_attn`, `attn.c_proj`, `mlp.w1`, `mlp.w2`, `mlp.c_proj`."""
     tower_parameters: int
     """Parameters of the tower, frozen."""
     language_parameters: int
@@ -166,14 +172,26 @@ def kept_by_layer(shape: ModelShape, setting: Setting, tokens: int, behind: int 
         behind: positions that go on behind the attention; None: all.
     """
     s = setting.dtype_bytes
-    mask = 0 if not setting.dropout else s if setting.device == "cpu" else 1
+    before, after = _kept_by_lora(shape, setting)
+    attention = FP32 * shape.width + 4 * s * shape.attention_width + FP32 * shape.heads
+    mlp = FP32 * shape.width + 2 * s * shape.inner
+    return tokens * (attention + before) + (tokens if behind is None else behind) * (mlp + after)
 
-    def lora(inputs: tuple[int, ...]) -> int:
-        return sum(channels * (mask + s) + s * setting.rank for channels in inputs)
 
-    attention = FP32 * shape.width + 4 * s * shape.attention_width + FP32 * shape.heads + lora(shape.lora_in_attention)
-    mlp = FP32 * shape.width + 2 * s * shape.inner + lora(shape.lora_in_mlp)
-    return tokens * attention + (tokens if behind is None else behind) * mlp
+def _kept_by_lora(shape: ModelShape, setting: Setting) -> tuple[int, int]:
+    """Bytes of a position that the LoRA layers of a block keep: of that before its attention, and of those behind."""
+    s, dropout = setting.dtype_bytes, setting.dropout
+    d, w, i = shape.width, shape.attention_width, shape.inner
+    reads = {"attn.c_attn": d, "attn.c_proj": w, "mlp.w1": d, "mlp.w2": d, "mlp.c_proj": i}
+    there = [name for name in reads if name in shape.lora_layers]
+    mask = 0 if not dropout else s if setting.device == "cpu" else 1
+    if not dropout:  # what a layer reads is kept as it is, and some of that is kept already
+        reads["attn.c_proj"] = 0
+        if "mlp.w1" in there:
+            reads["mlp.w2"] = 0
+    kept = {name: reads[name] * (s + mask) + s * setting.rank for name in there}
+    before = kept.pop("attn.c_attn", 0)
+    return before, sum(kept.values())
 
 
 def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tuple[int, int]:
@@ -218,15 +236,23 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
     )
 
 
+def evaluated_layer(shape: ModelShape, setting: Setting, batch: BatchShape) -> int:
+    """Bytes at most of the decoder while one block of it evaluates a batch, its weights and image features left out."""
+    s = setting.dtype_bytes
+    in_fp32 = (3 if s == FP32 else 4) * FP32 * shape.attention_width
+    attention = s * (3 * shape.width + 4 * shape.attention_width) + in_fp32
+    mlp = s * (5 * shape.width + 3 * shape.inner)
+    return batch.rows * batch.tokens * max(attention, mlp)
+
+
 def estimate_evaluation(shape: ModelShape, setting: Setting, batch: BatchShape) -> int:
     """Bytes at most on the device while a batch is evaluated, what lasts from step to step included."""
-    s, tokens = setting.dtype_bytes, batch.rows * batch.tokens
-    layer = kept_by_layer(shape, replace(setting, dropout=0.0), tokens) + FP32 * tokens * shape.width
-    features = s * batch.images * shape.image_tokens * (shape.tower_width + 2 * shape.width)
+    s = setting.dtype_bytes
+    features = s * batch.images * shape.image_tokens * shape.width
     head, tower = _head_and_tower(shape, setting, batch)
     copies = 4 if setting.processes > 1 else 3  # trained weights, two moments, DDP's buckets
     lasting = s * shape.frozen + copies * FP32 * shape.trained + _beside_tensors(shape, setting, batch)
-    return lasting + max(tower, features + max(layer, head))
+    return lasting + max(tower, features + max(evaluated_layer(shape, setting, batch), head))
 
 
 def _head_and_tower(shape: ModelShape, setting: Setting, batch: BatchShape) -> tuple[int, int]:

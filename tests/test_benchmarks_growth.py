@@ -36,6 +36,14 @@ def test_grouped_compares_the_same_samples(tmp_path):
     assert tokens[0] == pytest.approx(tokens[1])
 
 
+def test_too_few_samples_for_a_batch_are_one_line(tmp_path):
+    command = ("python", ROOT / "benchmarks/grouped.py", "--tiny", "--output", tmp_path, "--samples", 3)
+    done = start(*command, "--batches", 2, 4)
+    assert done.returncode == 2
+    assert done.stderr == "grouped.py: --samples 3 make no batch of 4; give more\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_attention_pays_for_padding_by_the_square():
     assert grouped.attention_share(torch.tensor([4, 4, 2, 2]), 2) == 0
     assert grouped.attention_share(torch.tensor([4, 2, 3]), 2) == pytest.approx(1 - (16 + 4 + 9) / (2 * 16 + 9))
@@ -68,6 +76,7 @@ def test_what_grows_is_what_the_table_says():
     assert growth.OF_BASE.keys() == growth.TRAINING.keys()
     folders = [change.inputs for changes in growth.TRAINING.values() for change in changes.values()]
     assert len({*folders, growth.BASE.inputs}) == 7, "one for each size, and for each length of answers"
+    assert growth.Change({"width": 2}).inputs != growth.Change({"width": 4}).inputs
 
 
 def test_a_token_is_timed_behind_a_filled_cache():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, one_line_error, start, write_data
+from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, one_line_error, start, write_as_the_original, write_data
 
 import train
 from dataset.annotations import Annotations
@@ -126,7 +126,7 @@ def test_lengths_and_padding_are_those_of_the_run(inputs, tmp_path, planned, tok
     supervised = {batch["input_ids"].shape[1]: int((batch["labels"] != -100).sum()) for batch in batches}
     longest = max(supervised)
     samples = Annotations(inputs / "data/image_map.json", inputs / "data/captions.json")
-    how = {"max_length": 2048, "rows": 3, "strategy": strategy, "order_seed": 42, "most": 2000, "seed": 42}
+    how = {"max_length": 2048, "rows": 3, "strategy": strategy, "order_seed": 42, "seed": 42}
     found = data_sizes(samples, tokenizer, 4, **how)
     assert max(batch.tokens for batch in found.batches) == longest
     assert next(batch.supervised for batch in found.batches if batch.tokens == longest) == supervised[longest]
@@ -198,7 +198,59 @@ def test_notes_that_can_not_be_read_say_nothing(tmp_path):
 def test_bad_samples_are_counted_or_refused_as_by_the_run(inputs, tmp_path, planned, capsys):
     samples = [("red.png", ("no placeholder", "a")), *[(None, ("q", "a"))] * 3]
     data = write_data(tmp_path / "data", samples, inputs / "pictures")
-    assert "looked at: 3 of 3 samples; 1 bad one left out" in planned(*data)
+    assert "looked at: 3 of 3 samples; 1 bad one left out" in planned(*data, "--max_bad_fraction", 0.25)
     capsys.readouterr()
     assert train.main(command(inputs, *data, "--dry_run", "--on_bad_sample", "error")) == 2
     assert "1 bad sample in" in one_line_error(capsys.readouterr().err, "train.py")
+
+
+@pytest.fixture
+def refused(inputs, tmp_path, capsys):
+    """Begin a run and ask for its plan; gives the line that each ends with."""
+
+    def refuse(*flags: object) -> list[str]:
+        said = []
+        for more in ([], ["--dry_run"]):
+            words = command(inputs, "--output_dir", tmp_path / "refused", *flags, *more, bare=bool(more))
+            capsys.readouterr()
+            assert train.main(words) == 2
+            said.append(one_line_error(capsys.readouterr().err, "train.py"))
+        return said
+
+    return refuse
+
+
+@pytest.mark.parametrize("names", [("image_map", "captions_file"), ("eval_image_map", "eval_captions_file")])
+def test_too_many_bad_samples_are_refused_as_by_the_run(inputs, tmp_path, refused, names):
+    samples = [("red.png", ("no placeholder", "a")), *[(None, ("q", "a"))] * 3]
+    data = write_data(tmp_path / "data", samples, inputs / "pictures")
+    run, plan = refused(f"--{names[0]}", data[1], f"--{names[1]}", data[3])
+    begin = "train.py: 1 of 4 samples is bad, more than --max_bad_fraction 0.01 allows; "
+    assert run.startswith(begin)
+    assert plan.startswith(f"{begin}the first: sample 0: its questions have 0 image placeholders")
+
+
+def test_flags_against_earlier_weights_are_refused_as_by_the_run(inputs, tmp_path, refused):
+    """The original project's too; a flag that says what the checkpoint has is none."""
+    ours = tmp_path / "ours"
+    assert train.main(command(inputs, "--output_dir", ours, "--max_steps", 1, "--lora_alpha", 8)) == 0
+    same = ["--lora_alpha", 8, "--projector_layers", 2, "--target_modules", "w2|c_attn|w1"]
+    for previous in (ours, write_as_the_original(ours, tmp_path / "original")):
+        on = ["--previous_lora_weights", previous]
+        assert train.main(command(inputs, *on, *same, "--dry_run", bare=True)) == 0
+        for flag, value, there in (
+            ("--lora_rank", 8, 4),
+            ("--lora_alpha", 16, 8),
+            ("--target_modules", "w1|w2", "c_attn|w1|w2"),
+            ("--projector_layers", 1, 2),
+        ):
+            run, plan = refused(*on, flag, value)
+            assert run == plan
+            assert f"{flag} {value} disagrees" in plan
+            assert plan.endswith(f"give {there}")
+
+
+def test_a_feature_cache_that_is_a_file_is_refused_as_by_the_run(tmp_path, refused):
+    (tmp_path / "file").write_text("")
+    said = f"train.py: --feature_cache {tmp_path / 'file'} is a file; give a folder, which is made if need be"
+    assert refused("--feature_cache", tmp_path / "file") == [said, said]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from stopped_runs import Answers, KillAt, Killed, answer_lengths, assert_same_end, go_on, new_trainer
@@ -166,3 +168,23 @@ def test_train_py_groups_says_so_and_goes_on(command, tmp_path, capsys):
     capsys.readouterr()
     assert train.main([*flags, "--num_train_epochs", "2", "--resume_from_checkpoint", "auto"]) == 2
     assert "order was 'group_by_length' and is now 'random'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_process_that_says_it_counts_the_padding(rank):
+    class Samples(Answers):
+        counted = 0
+
+        def estimated_lengths(self):
+            return answer_lengths(SIZE)
+
+        def padding_shares(self, lengths, rows, seed):
+            self.counted += 1
+            return 0.1, 0.2
+
+    args = SimpleNamespace(
+        train_sampling_strategy="group_by_length", seed=3, data_seed=None, train_batch_size=4, process_index=rank
+    )
+    samples = Samples(SIZE)
+    assert torch.equal(train.in_order(samples, args).permutation(0), grouped_permutation(answer_lengths(SIZE), 3, 0))
+    assert samples.counted == (rank == 0)

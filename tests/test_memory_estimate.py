@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +13,26 @@ from tiny_qwen import random_ids
 from tiny_run import MIXED_CAPTIONS, make_language_model, one_line_error, start, write_data
 from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint
 from tiny_vlm import NUM_IMAGE_TOKENS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from benchmarks import memory_table
 from dataset.sample_sizes import SampleSize, drawn_batches
 from model import LoraSettings, VisionLanguageModel
 from model.dry_run import model_shape
-from model.memory_estimate import BatchShape, Setting, activations_of, estimate_memory
+from model.memory_estimate import (
+    BatchShape,
+    Setting,
+    activations_of,
+    estimate_evaluation,
+    estimate_memory,
+    evaluated_layer,
+)
 from model.plan import Plan
 from model.projector import build_projector
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenConfig
+from qwen.loss import CHUNK_LOGITS
 from visual import build_vision_tower, read_tower_shape
 
 RANK = 8
@@ -44,12 +55,18 @@ def trainable(clip: str, dtype: torch.dtype, lora: LoraSettings) -> VisionLangua
     return model.train()
 
 
-def kept_bytes(model: VisionLanguageModel, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of all storages that autograd keeps of a step, weights left out: the language head's, and the others'."""
-    ids = random_ids(ROWS, TOKENS)
+def made_batch(rows: int) -> dict[str, torch.Tensor]:
+    ids = random_ids(rows, TOKENS)
     ids[:, 3 : 3 + NUM_IMAGE_TOKENS] = IMAGE_TOKEN_ID
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -ANSWER:] = ids[:, -ANSWER:]
+    pixels = torch.randn(rows, 3, 28, 28)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+
+
+def kept_bytes(model: VisionLanguageModel, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of all storages that autograd keeps of a step, weights left out: the language head's, and the others'."""
+    batch = made_batch(ROWS)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -62,8 +79,7 @@ def kept_bytes(model: VisionLanguageModel, dtype: torch.dtype) -> tuple[int, int
 
     mixed = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mixed:
-        pixels = torch.randn(ROWS, 3, 28, 28)
-        loss = model(ids, torch.ones_like(ids), labels=labels, pixel_values=pixels, return_logits=False).loss
+        loss = model(**batch, return_logits=False).loss
     assert loss.isfinite()
     head = [t for t in kept.values() if t.shape[-1:] == (SIZES["vocab_size"],)]
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
@@ -72,18 +88,78 @@ def kept_bytes(model: VisionLanguageModel, dtype: torch.dtype) -> tuple[int, int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing):
-    clip, lora = make_clip_checkpoint(tmp_path), LoraSettings(rank=RANK, dropout=0.1)
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+@pytest.mark.parametrize("targets", [LoraSettings.target_modules, ("c_attn", "c_proj", "w1", "w2")])
+def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing, dropout, targets):
+    clip, lora = make_clip_checkpoint(tmp_path), LoraSettings(rank=RANK, dropout=dropout, target_modules=targets)
     model = trainable(clip, dtype, lora)
     if checkpointing:
         model.activation_checkpointing_enable()
     head, others = kept_bytes(model, dtype)
     shape = model_shape(QWenConfig(**SIZES), read_tower_shape(clip), lora)
-    setting = Setting(dtype.itemsize, "cpu", RANK, 0.1, checkpointing)
+    setting = Setting(dtype.itemsize, "cpu", RANK, dropout, checkpointing)
     batch = BatchShape(ROWS, TOKENS, ROWS * ANSWER, ROWS)
     expected, _ = activations_of(shape, setting, batch)
     assert others == pytest.approx(expected, rel=0.05)
     assert head == 0  # the head's gradient is taken at once, chunk by chunk
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that were made since it was entered and are there still; views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
+        made = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors_in(out)}
+        for place, storage in made.items():
+            if place not in given:
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return out
+
+    def _add(self, number: int) -> None:
+        self.now += number
+        self.most = max(self.most, self.now)
+
+
+def tensors_in(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_evaluation_has_one_block_at_a_time(tmp_path, dtype):
+    rows, clip, lora = 8, make_clip_checkpoint(tmp_path), LoraSettings(rank=RANK, dropout=0.1)
+    model, batch = trainable(clip, dtype, lora).eval(), made_batch(rows)
+    live, peaks = LiveBytes(), []
+
+    def begin(*_: object) -> None:
+        live.most = live.now
+
+    for block in model.qwen.transformer.h:
+        block.register_forward_pre_hook(begin)
+        block.register_forward_hook(lambda *_: peaks.append(live.most))
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32), live:
+        model(**batch, return_logits=False)
+    shape = model_shape(QWenConfig(**SIZES), read_tower_shape(clip), lora)
+    setting = Setting(dtype.itemsize, "cpu", RANK)
+    expected = evaluated_layer(shape, setting, BatchShape(rows, TOKENS, rows * ANSWER, rows))
+    features = rows * NUM_IMAGE_TOKENS * SIZES["hidden_size"] * dtype.itemsize
+    assert len(peaks) == SIZES["num_hidden_layers"]
+    assert max(peaks) == pytest.approx(expected + features, rel=0.05)
+
+
+@pytest.mark.parametrize("setting", [Setting(), Setting(dtype_bytes=4, device="cpu", chunk_logits=CHUNK_LOGITS)])
+def test_an_evaluation_of_more_rows_takes_more(tmp_path, setting):
+    shape = model_shape(QWenConfig(**SIZES), read_tower_shape(make_clip_checkpoint(tmp_path)), LoraSettings())
+    one, five = (estimate_evaluation(shape, setting, BatchShape(n, TOKENS, n * ANSWER, n)) for n in (1, 5))
+    assert one < five
+    lasting = setting.dtype_bytes * shape.frozen + 3 * 4 * shape.trained
+    assert one > lasting
+    assert five < estimate_memory(shape, setting, BatchShape(5, TOKENS, 5 * ANSWER, 5)).peak
 
 
 def test_parameters_are_those_of_the_model(tmp_path):
