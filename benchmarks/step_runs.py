@@ -32,8 +32,8 @@ from train import build_trainer
 from visual.base import ImageTransform
 from visual.loading import load_image_processor
 
+from .folding import fold, fold_labels
 from .same_size import SEED
-from .step_inputs import fold, fold_labels
 from .step_work import counted_work, gemm_seconds
 
 RANK, ALPHA, RATE, BATCH = 128, 32, 1e-4, 4

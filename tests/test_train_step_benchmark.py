@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import train_step
-from benchmarks.step_inputs import fold, fold_labels
+from benchmarks.folding import fold, fold_labels
 from benchmarks.step_work import counted_work, gemm_seconds
 
 
