@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,3 +30,20 @@ def fold_labels(batch: dict[str, Any], rows: int) -> dict[str, Any]:
     """Map a batch's labels onto the rows of a head."""
     labels = batch["labels"]
     return {**batch, "labels": torch.where(labels == IGNORE_INDEX, labels, labels % rows)}
+
+
+class FoldedLabels:
+    """A collator whose labels are mapped onto the rows of a head; data workers can be given it.
+
+    Args:
+        collate: what makes the batch.
+        rows: of the head.
+    """
+
+    def __init__(self, collate: Callable[..., dict[str, Any]], rows: int) -> None:
+        self.collate = collate
+        self.rows = rows
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch."""
+        return fold_labels(self.collate(samples), self.rows)

@@ -27,7 +27,7 @@ from model.arguments import parse_arguments
 from model.dry_run import largest, planned_model, settings_to_show
 from model.memory_estimate import BatchShape
 
-from .folding import fold, fold_labels
+from .folding import FoldedLabels, fold
 from .made_data import QUESTION, Answers, write_files
 from .random_weights import SEED, write_language_model, write_tower
 from .same_size import Size
@@ -85,10 +85,10 @@ def run(folder: Path, size: Size, dtype: torch.dtype, checkpointing: bool) -> di
     argv = flags(folder, dtype, checkpointing)
     before, start = resident("VmRSS"), time.process_time()
     trainer = train.build_trainer(argv)
-    qwen, collate = trainer.model.qwen, trainer.data_collator
+    qwen = trainer.model.qwen
     if size.vocabulary < 151_000:
         qwen.transformer.wte = fold(qwen.transformer.wte)
-        trainer.data_collator = lambda samples: fold_labels(collate(samples), size.vocabulary)
+        trainer.data_collator = FoldedLabels(trainer.data_collator, size.vocabulary)
     loaded = resident("VmHWM")
     trainer.train()
     measured = resident("VmHWM") - before
