@@ -44,6 +44,7 @@ def write_inputs(folder: Path) -> None:
     from PIL import Image
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+    from benchmarks.made_data import QUESTION, write_files
     from qwen import QWenConfig, QWenLMHeadModel
 
     torch.manual_seed(0)
@@ -55,15 +56,13 @@ def write_inputs(folder: Path) -> None:
 
     random = np.random.default_rng(0)
     (folder / "pictures").mkdir()
-    image_map, captions = {}, {}
     for number in range(BATCH * STEPS):
         small = random.integers(0, 256, (60, 80, 3), dtype=np.uint8)  # enlarged, as detailed as a photograph
         picture = Image.fromarray(small).resize(PICTURE, Image.Resampling.BICUBIC)
         picture.save(folder / "pictures" / f"{number}.jpg", quality=90)
-        image_map[str(number)] = {"image_file": f"{number}.jpg", "ID": number, "path": str(folder / "pictures")}
-        captions[str(number)] = {"q": "<|extra_0|>What does this picture show?", "a": "A field of many colours."}
-    (folder / "image_map.json").write_text(json.dumps(image_map), encoding="utf-8")
-    (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    names = [f"{number}.jpg" for number in range(BATCH * STEPS)]
+    answers = ["A field of many colours."] * len(names)
+    write_files(folder, folder / "pictures", names, answers, QUESTION)
 
 
 def train_once(folder: Path, peer: str, dtype: str) -> None:

@@ -12,7 +12,6 @@ difference is pages of the weights' files, which the system may drop and read ag
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -27,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS, HEADS, HEAD_SIZE, INNER, VOCABULARY = 32, 32, 128, 11_008, 151_936
 TOWER_LAYERS, TOWER_HEADS, TOWER_HEAD_SIZE = 24, 16, 64
 STEPS, NEW_TOKENS = 2, 4
+QUESTION = "这幅图像描述了什么？<|extra_0|>"
 _ANSWERS = ("一个穿着白色上衣的男人站在绿草如茵的球场上", "两个孩子坐在道路旁边的椅子上看着远处的山")
 _INTERVAL = 0.25
 
@@ -69,19 +69,17 @@ def write_inputs(folder: Path, scale: float) -> None:
     """Write weights, pictures and annotations."""
     from PIL import Image  # not before: the process that starts others must stay small
 
+    from .made_data import write_files
     from .random_weights import clip_config, qwen_config, write_language_model, write_tower
 
     sizes = shapes(scale)
     write_language_model(folder / "qwen", qwen_config(**sizes["qwen"]))
     write_tower(folder / "clip", clip_config(**sizes["clip"]))
     (folder / "pictures").mkdir(exist_ok=True)
-    image_map, captions = {}, {}
     for index in range(STEPS):
         Image.new("RGB", (640, 480), (90 * index, 120, 60)).save(folder / "pictures" / f"{index}.png")
-        image_map[str(index)] = {"image_file": f"{index}.png", "ID": index, "path": str(folder / "pictures")}
-        captions[str(index)] = {"q": "这幅图像描述了什么？<|extra_0|>", "a": _ANSWERS[index % 2]}
-    for name, content in (("image_map", image_map), ("captions", captions)):
-        (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    names, answers = [f"{index}.png" for index in range(STEPS)], [_ANSWERS[index % 2] for index in range(STEPS)]
+    write_files(folder, folder / "pictures", names, answers, QUESTION)
 
 
 def commands(folder: Path, rank: int) -> dict[str, list[str]]:
@@ -104,7 +102,7 @@ def commands(folder: Path, rank: int) -> dict[str, list[str]]:
         "overwrite_output_dir": "true",
     }
     flags = [word for name, value in training.items() for word in (f"--{name}", str(value))]
-    question = ["--image_path", str(folder / "pictures" / "0.png"), "--prompt", "这幅图像描述了什么？<|extra_0|>"]
+    question = ["--image_path", str(folder / "pictures" / "0.png"), "--prompt", QUESTION]
     answer = ["--model_weights", str(folder / "run"), *question, "--greedy", "--max_new_tokens", str(NEW_TOKENS)]
     python, train, test = sys.executable, str(ROOT / "train.py"), str(ROOT / "test.py")
     return {

@@ -52,7 +52,30 @@ def lengths_of(folder: Path, scale: float) -> tuple[Any, Tensor, Tensor]:
     command = [sys.executable, str(ROOT / "dataprocess/process_image.py"), "--config", str(folder / "config.yaml")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     dataset = open_dataset(folder, QWenTokenizer(str(vocabulary_file())))
-    return dataset, dataset.estimated_lengths(), dataset.lengths(range(len(dataset)))
+    return dataset, dataset.estimated_lengths(), true_lengths(dataset)
+
+
+def true_lengths(dataset: Any) -> Tensor:
+    """How many tokens samples have in the first epoch, (samples,) int32; one that can't be used has one."""
+    import torch
+
+    from dataset.prompt import SampleError, encode_sample
+
+    lengths = torch.ones(len(dataset), dtype=torch.int32)
+    for index in range(len(dataset)):
+        turns = dataset._choose(dataset._annotations[index])
+        try:
+            sample = encode_sample(dataset.tokenizer, turns, IMAGE_TOKENS, dataset.system, dataset.max_length)
+        except SampleError:
+            continue
+        lengths[index] = len(sample.input_ids)
+    return lengths
+
+
+def padding_share(lengths: Tensor, batch: int) -> float:
+    """The share of tokens that are padding, 0 to 1, where samples are put into batches in their order."""
+    whole = sum(int(one.max()) * len(one) for one in lengths.split(batch))
+    return 1 - int(lengths.sum()) / whole
 
 
 def attention_share(lengths: Tensor, batch: int) -> float:
@@ -64,7 +87,7 @@ def attention_share(lengths: Tensor, batch: int) -> float:
 def count(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Padding of an epoch in each order; writes samples to train, as many whole batches of the grouped order."""
     from benchmarks.same_size import SEED
-    from dataset.epoch_order import epoch_permutation, grouped_permutation, padding_share
+    from dataset.epoch_order import epoch_permutation, grouped_permutation
 
     dataset, estimated, true = lengths_of(folder, given.scale)
     orders = {

@@ -53,13 +53,13 @@ def write_ours(size: Any, folder: Path, vocabulary: Path) -> None:
     """Write QWen and CLIP in bf16, in the published formats, and a checkpoint over them."""
     import torch
 
-    from benchmarks.same_size import qwen_config, save_tower
+    from benchmarks.same_size import save_tower
     from model import LoraSettings, VisionLanguageModel
     from qwen import QWenLMHeadModel
 
     torch.manual_seed(0)
     with torch.device("meta"):
-        qwen = QWenLMHeadModel(qwen_config(size))
+        qwen = QWenLMHeadModel(size.qwen)
     qwen = qwen.to(torch.bfloat16).to_empty(device="cpu")
     with torch.no_grad():
         for parameter in qwen.parameters():

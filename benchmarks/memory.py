@@ -4,7 +4,7 @@
 
 Each run is a process of its own (`memory_run.py`): three steps of batch 4 over samples of one picture and answers of
 15 to 90 tokens, LoRA of rank 128 with dropout. Measured is the most that was ever resident (`VmHWM`) less what was
-resident once train.py had been imported. *Vocabulary-true* is 8 layers × 512 with Qwen's 151,936 rows; *proportional*
+resident once train.py had been imported. *Vocabulary-true* is 8 layers × 512 with Qwen's 151,936 rows; *wide*
 is 8 × 1024 with so few rows (9,496, onto which token ids are folded) that the language head has the share that it has
 in Qwen-7B.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .measure import RESULTS, draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
 
-SIZES = ("vocabulary-true", "proportional")
+SIZES = ("vocabulary-true", "wide")
 DTYPES = ("float32", "bfloat16")
 _COLUMNS = ("frozen_weights", "trained_weights", "gradients", "optimizer", "activations", "language_head", "other")
 

@@ -9,63 +9,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 import train
-from dataset.sample_sizes import drawn_batches, sample_sizes
+from dataset.sample_sizes import SampleSize, batch_size_of, data_sizes
 from model.arguments import parse_arguments
 from model.dry_run import largest, planned_model, settings_to_show
 from model.memory_estimate import BatchShape
-from qwen import IGNORE_INDEX, QWenTokenizer
 
-from .random_weights import SEED, clip_config, qwen_config, write_language_model, write_tower
-from .vocabulary import vocabulary_file
+from .folding import FoldedLabels, fold
+from .made_data import QUESTION, Answers, write_files
+from .random_weights import SEED, write_language_model, write_tower
+from .same_size import Size
 
 RANK, BATCH = 128, 4
-ANSWER_TOKENS = (15, 90)
-"""Tokens of an answer, its end included: the fewest and the most."""
-QUESTION = "<|extra_0|>What does this picture show?"
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model that a CPU can train."""
-
-    layers: int
-    """Blocks of the language model."""
-    width: int
-    """Channels of the language model."""
-    inner: int
-    """Channels inside its MLP, in Qwen-7B's proportion to its width."""
-    heads: int
-    """Heads of the language model."""
-    vocabulary: int
-    """Rows of embedding and language head."""
-
-
 SIZES = {
     # Of all that multiplies in the language model, the head is three quarters.
-    "vocabulary-true": Size(8, 512, 1376, 8, 151_936),
+    "vocabulary-true": Size(),
     # The head has 8.8% of it, as in Qwen-7B: rows = 151,936 · (8 · 1024) / (32 · 4096).
-    "proportional": Size(8, 1024, 2752, 8, 9_496),
+    "wide": Size(width=1024, inner=2752, vocabulary=9_496),
 }
-
-
-class FoldedEmbedding(nn.Embedding):
-    """An embedding of fewer rows than there are token ids, which are folded onto them."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Embed ids of any size."""
-        return super().forward(input % self.num_embeddings)
 
 
 def resident(name: str) -> int:
@@ -76,23 +49,13 @@ def resident(name: str) -> int:
 
 def write_inputs(folder: Path, size: Size, dtype: torch.dtype, samples: int) -> None:
     """Write both base models, pictures, image map and captions."""
-    write_language_model(
-        folder / "qwen", qwen_config(size.layers, size.width, size.heads, size.inner, size.vocabulary), dtype
-    )
-    write_tower(folder / "clip", clip_config(6, 384, 4 * 384), dtype)
-    generator = np.random.default_rng(SEED)
-    tokenizer = QWenTokenizer(str(vocabulary_file()))
-    words = [text for text in map(tokenizer.decode, ([index] for index in range(1000, 20_000))) if text[1:].isalpha()]
-    words = [text for text in words if text[0] == " " and text.isascii()]
-    image_map: dict[str, Any] = {}
-    captions: dict[str, Any] = {}
+    write_language_model(folder / "qwen", size.qwen, dtype)
+    write_tower(folder / "clip", size.clip, dtype)
+    drawn, answers = Answers(np.random.default_rng(SEED)), []
     for index in range(samples):
         Image.new("RGB", (64, 48), (index % 256, 80, 40)).save(folder / f"{index}.png")
-        length = int(generator.integers(ANSWER_TOKENS[0], ANSWER_TOKENS[1] + 1)) - 1
-        image_map[str(index)] = {"image_file": f"{index}.png", "ID": index, "path": str(folder)}
-        captions[str(index)] = {"q": QUESTION, "a": "".join(generator.choice(words, length)).strip()}
-    for name, content in (("image_map", image_map), ("captions", captions)):
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        answers.append(drawn.draw())
+    write_files(folder, folder, [f"{index}.png" for index in range(samples)], answers, QUESTION)
 
 
 def flags(folder: Path, dtype: torch.dtype, checkpointing: bool) -> list[str]:
@@ -122,18 +85,18 @@ def run(folder: Path, size: Size, dtype: torch.dtype, checkpointing: bool) -> di
     argv = flags(folder, dtype, checkpointing)
     before, start = resident("VmRSS"), time.process_time()
     trainer = train.build_trainer(argv)
-    qwen, collate = trainer.model.qwen, trainer.data_collator
+    qwen = trainer.model.qwen
     if size.vocabulary < 151_000:
-        wte = FoldedEmbedding(*qwen.transformer.wte.weight.shape, _weight=qwen.transformer.wte.weight)
-        qwen.transformer.wte = wte.requires_grad_(False)
-        trainer.data_collator = lambda samples: _fold_labels(collate(samples), size.vocabulary)
+        qwen.transformer.wte = fold(qwen.transformer.wte)
+        trainer.data_collator = FoldedLabels(trainer.data_collator, size.vocabulary)
     loaded = resident("VmHWM")
     trainer.train()
     measured = resident("VmHWM") - before
     model_args, _, args = parse_arguments(argv)
     shape, lora = planned_model(model_args)
     annotations = trainer.train_dataset.dataset._annotations
-    sizes = sample_sizes(annotations, trainer.train_dataset.dataset.tokenizer, shape.image_tokens, 2048, 1000, SEED)
+    how: dict[str, Any] = {"max_length": 2048, "rows": BATCH, "strategy": "random", "order_seed": SEED, "seed": SEED}
+    sizes = data_sizes(annotations, trainer.train_dataset.dataset.tokenizer, shape.image_tokens, **how).samples
     batches = [BatchShape(BATCH, b.tokens, b.supervised, b.images) for b in drawn_batches(sizes, BATCH, SEED)]
     setting = next(iter(settings_to_show(lora, args, dtype).values()))
     found = largest(shape, replace(setting, checkpointing=checkpointing), batches)
@@ -146,9 +109,16 @@ def run(folder: Path, size: Size, dtype: torch.dtype, checkpointing: bool) -> di
     }
 
 
-def _fold_labels(batch: dict[str, Any], rows: int) -> dict[str, Any]:
-    labels = batch["labels"]
-    return {**batch, "labels": torch.where(labels == IGNORE_INDEX, labels, labels % rows)}
+def drawn_batches(sizes: Sequence[SampleSize], rows: int, seed: int) -> list[SampleSize]:
+    """Sizes of batches as an epoch would draw them: every sample once, in random order.
+
+    Args:
+        sizes: of the samples.
+        rows: samples per batch; the last one may have fewer.
+        seed: decides the order.
+    """
+    order = random.Random(seed).sample(list(sizes), len(sizes))
+    return [batch_size_of(order[start : start + rows]) for start in range(0, len(order), rows)]
 
 
 def main() -> None:

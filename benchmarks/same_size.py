@@ -26,7 +26,7 @@ from model import VisionLanguageModel, build_projector
 from qwen import IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenConfig
 from visual import build_vision_tower
 
-SEED = 42
+from .random_weights import SEED, clip_config, qwen_config
 
 
 @dataclass(frozen=True)
@@ -57,39 +57,26 @@ class Size:
         """Features of one image."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def qwen(self) -> QWenConfig:
+        """The language model's configuration."""
+        return qwen_config(self.layers, self.width, self.heads, self.inner, self.vocabulary)
+
+    @property
+    def clip(self) -> CLIPVisionConfig:
+        """The tower's configuration."""
+        width = self.tower_width
+        return clip_config(self.tower_layers, width, 4 * width, self.image_size, self.patch_size)
+
 
 TINY = Size(1, 16, 32, 2, 152_000, 1, 64, 28, 14)
 """A model of no size, for trying a benchmark."""
 
 
-def qwen_config(size: Size) -> QWenConfig:
-    """The language model's configuration."""
-    return QWenConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        kv_channels=size.width // size.heads,
-        intermediate_size=2 * size.inner,
-    )
-
-
-def clip_config(size: Size) -> CLIPVisionConfig:
-    """The tower's configuration."""
-    return CLIPVisionConfig(
-        hidden_size=size.tower_width,
-        intermediate_size=4 * size.tower_width,
-        num_hidden_layers=size.tower_layers,
-        num_attention_heads=size.tower_width // 64,
-        image_size=size.image_size,
-        patch_size=size.patch_size,
-    )
-
-
 def save_tower(size: Size, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a tower with random weights, as published."""
     torch.manual_seed(SEED)
-    CLIPVisionModel(clip_config(size)).to(dtype).save_pretrained(str(folder))
+    CLIPVisionModel(size.clip).to(dtype).save_pretrained(str(folder))
     edge = size.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
     processor.save_pretrained(str(folder))
@@ -101,7 +88,7 @@ def build_ours(size: Size, dtype: torch.dtype) -> VisionLanguageModel:
         save_tower(size, Path(folder))
         tower = build_vision_tower(folder, dtype)
     torch.manual_seed(SEED)
-    qwen = MultimodalQWenLMHeadModel(qwen_config(size)).to(dtype)
+    qwen = MultimodalQWenLMHeadModel(size.qwen).to(dtype)
     projector = build_projector(tower.hidden_size, size.width)
     model = VisionLanguageModel(tower, projector, qwen, "", {}).requires_grad_(False)
     return model.eval()
@@ -125,7 +112,7 @@ def llava_config(size: Size) -> LlavaConfig:
         tie_word_embeddings=False,
     )
     return LlavaConfig(
-        vision_config=clip_config(size),
+        vision_config=size.clip,
         text_config=text,
         image_token_index=IMAGE_TOKEN_ID,
         vision_feature_layer=-1,

@@ -32,8 +32,8 @@ from train import build_trainer
 from visual.base import ImageTransform
 from visual.loading import load_image_processor
 
+from .folding import FoldedLabels, fold, fold_labels
 from .same_size import SEED
-from .step_inputs import fold, fold_labels
 from .step_work import counted_work, gemm_seconds
 
 RANK, ALPHA, RATE, BATCH = 128, 32, 1e-4, 4
@@ -89,6 +89,7 @@ def build_ours(folder: Path, output: str, dtype: str, steps: int, extra: Sequenc
     trainer.model.projector.load_state_dict(load_file(folder / "projector.safetensors"))
     if trainer.model.qwen.config.vocab_size < _QWEN_ROWS:
         trainer.model.qwen.transformer.wte = fold(trainer.model.qwen.transformer.wte)
+        trainer.data_collator = FoldedLabels(trainer.data_collator, trainer.model.qwen.config.vocab_size)
     return trainer
 
 

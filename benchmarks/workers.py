@@ -79,15 +79,12 @@ def train_once(folder: Path, workers: int, given: argparse.Namespace) -> dict[st
     """Train with so many workers, then read all pictures through the same loader without training."""
     import torch
 
-    from benchmarks.step_inputs import fold_labels
     from benchmarks.step_runs import Clock, build_ours
 
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as output:
         flags = ["--dataloader_num_workers", str(workers)]
         trainer = build_ours(folder, output, given.dtype, given.steps, flags)
-        collate, rows = trainer.data_collator, trainer.model.qwen.config.vocab_size
-        trainer.data_collator = lambda samples: fold_labels(collate(samples), rows)  # the model has fewer than Qwen's
         clock, waiting = Clock(), Waiting(trainer)
         trainer.add_callback(clock)
         trainer.train()

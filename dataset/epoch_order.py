@@ -77,17 +77,6 @@ def order_of(strategy: str, lengths: Tensor, seed: int, epoch: int) -> Tensor:
     return epoch_permutation(len(lengths), seed, epoch) if strategy == "random" else torch.arange(len(lengths))
 
 
-def padding_share(lengths: Tensor, batch_size: int) -> float:
-    """The share of tokens that are padding, 0 to 1, where samples are put into batches in their order.
-
-    Args:
-        lengths: (samples,) in tokens.
-        batch_size: samples of a batch; the last one may have fewer.
-    """
-    longest = torch.stack([batch.max() * len(batch) for batch in lengths.split(batch_size)])
-    return 1 - float(lengths.sum()) / max(float(longest.sum()), 1.0)
-
-
 class EpochOrder(Dataset[dict[str, Any]]):
     """A view of a data set in the order of the current epoch, to be read one after the other.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -175,22 +175,6 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             rows=rows,
             order_seed=seed,
         )
-
-    def lengths(self, indices: Iterable[int]) -> torch.Tensor:
-        """How many tokens samples have in this epoch, (samples,) int32; they are tokenised, and no image is opened.
-
-        Args:
-            indices: positions of the samples; one that can't be used has one token, as it is given.
-        """
-        return torch.tensor([self._length(index) for index in indices], dtype=torch.int32)
-
-    def _length(self, index: int) -> int:
-        turns = self._choose(self._annotations[index])
-        try:
-            encoded = encode_sample(self.tokenizer, turns, self.num_image_tokens, self.system, self.max_length)
-        except SampleError:
-            return 1
-        return len(encoded.input_ids)
 
     @property
     def num_cut(self) -> int:

@@ -154,27 +154,6 @@ def padding_shares(
     return grouped, ungrouped
 
 
-def sample_sizes(
-    annotations: Annotations, tokenizer: QWenTokenizer, num_image_tokens: int, max_length: int, most: int, seed: int
-) -> list[SampleSize]:
-    """Count the tokens of samples with their first alternative answers; those that can't be used are left out.
-
-    Args:
-        annotations: the samples.
-        tokenizer: QWen's tokenizer.
-        num_image_tokens: the tower's features per image.
-        max_length: the most tokens of a sample.
-        most: where there are more samples than this, so many are drawn.
-        seed: decides which.
-
-    Returns:
-        Their sizes, in the order of the data.
-    """
-    indices = _drawn(len(annotations), most, seed)
-    found = [_size(annotations, index, tokenizer, num_image_tokens, max_length) for index in indices]
-    return [size for size in found if size is not None]
-
-
 def _images_of(annotations: Annotations) -> frozenset[tuple[str, str]]:
     samples = (annotations[index] for index in range(len(annotations)))
     return frozenset((sample.image_folder, name) for sample in samples for name in sample.image_files)
@@ -203,18 +182,6 @@ def batch_size_of(samples: Sequence[SampleSize]) -> SampleSize:
     return SampleSize(
         max(s.tokens for s in samples), sum(s.supervised for s in samples), sum(s.images for s in samples)
     )
-
-
-def drawn_batches(sizes: Sequence[SampleSize], rows: int, seed: int) -> list[SampleSize]:
-    """Sizes of batches as an epoch would draw them: every sample once, in random order.
-
-    Args:
-        sizes: of the samples.
-        rows: samples per batch; the last one may have fewer.
-        seed: decides the order.
-    """
-    order = random.Random(seed).sample(list(sizes), len(sizes))
-    return [batch_size_of(order[start : start + rows]) for start in range(0, len(order), rows)]
 
 
 def estimated_lengths(

@@ -10,8 +10,9 @@ from stopped_runs import Answers, KillAt, Killed, answer_lengths, assert_same_en
 from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, write_data
 
 import train
+from benchmarks.grouped import padding_share
 from dataset import ImageCaptionDataset
-from dataset.epoch_order import EpochOrder, epoch_permutation, grouped_permutation, padding_share
+from dataset.epoch_order import EpochOrder, epoch_permutation, grouped_permutation
 
 
 def random_lengths(number: int, seed: int = 0) -> torch.Tensor:

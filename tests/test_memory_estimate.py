@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from benchmarks import memory_table
-from dataset.sample_sizes import SampleSize, drawn_batches
+from benchmarks.memory_run import drawn_batches
+from dataset.sample_sizes import SampleSize
 from model import LoraSettings, VisionLanguageModel
 from model.dry_run import model_shape
 from model.memory_estimate import (

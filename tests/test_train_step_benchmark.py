@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import train_step
-from benchmarks.step_inputs import fold, fold_labels
+from benchmarks.folding import fold, fold_labels
+from benchmarks.same_size import TINY
+from benchmarks.step_inputs import write_data, write_ours
+from benchmarks.step_runs import build_ours
 from benchmarks.step_work import counted_work, gemm_seconds
 
 
@@ -57,3 +62,13 @@ def test_ratios_are_over_the_peer():
         "memory": 0.6,
         "less_start": 0.5,
     }
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_small_vocabulary_is_trained_wherever_the_model_is_built(tmp_path, workers):
+    """By `workers.py` too, which trains what `build_ours` gives, as it is."""
+    write_data(tmp_path, 4)
+    write_ours(tmp_path, replace(TINY, vocabulary=4748))
+    flags = ["--dataloader_num_workers", workers, "--lora_rank", "4"]
+    trainer = build_ours(tmp_path, str(tmp_path / "out"), "float32", 1, flags)
+    assert math.isfinite(trainer.train().training_loss)
