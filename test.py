@@ -26,18 +26,18 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import set_seed
 
+from dataprocess.image_io import ImageError, pictures_in
 from dataset import SYSTEM_PROMPT, load_image
-from dataset.image_io import ImageError, pictures_in
 from dataset.prompt import count_placeholders, with_placeholders
-from dataset.question_file import Question, read_questions
-from dataset.window import fit_prompt
 from model import VisionLanguageModel
-from model.answer_file import AnswerFile, digest, picture_stamp, trained_digest
-from model.assistant import Assistant, Turns
-from model.batch_answers import Asked, answer_all
+from model.asking.answer_file import AnswerFile, digest, picture_stamp, trained_digest
+from model.asking.assistant import Assistant, Turns
+from model.asking.batch_answers import Asked, answer_all
+from model.asking.generation_flags import add_generation_flags, generation_options
+from model.asking.prompt_window import fit_prompt
+from model.asking.question_file import Question, read_questions
 from model.console import OneLineErrors, counted, in_one_line, one_line, set_up_logging, show, use_utf8
 from model.device import parse_dtype, pick_device, pick_dtype
-from model.generation_flags import add_generation_flags, generation_options
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
 from qwen import IMAGE_TOKEN

@@ -19,24 +19,24 @@ from typing import Any
 
 from transformers import set_seed
 
+from dataprocess.image_io import ImageError
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.annotations import Annotations
 from dataset.bad_samples import BadSamples, TooManyBadSamplesError
 from dataset.epoch_order import EpochOrder
-from dataset.image_io import ImageError
 from dataset.sample_sizes import DataSizes, data_sizes
 from model import CheckpointError, VisionLanguageModel, VLMTrainer, VLMTrainingArguments
 from model.arguments import DataArguments, is_dry_run, parse_arguments
 from model.building import build_model
 from model.console import in_one_line, set_up_logging
-from model.dry_run import planned_model, settings_to_show
-from model.dry_run_report import report
-from model.guards import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
+from model.dry_run.planned_model import planned_model, settings_to_show
+from model.dry_run.report import report
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
-from model.resuming import checkpoint_to_resume, files_in_the_way, say_how_features_differ
-from model.run_config import RUN_CONFIG, save_run_config
-from model.run_state import RunState, check_identity
+from model.runs.callbacks import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
+from model.runs.resuming import checkpoint_to_resume, files_in_the_way, say_how_features_differ
+from model.runs.run_config import RUN_CONFIG, save_run_config
+from model.runs.run_state import RunState, check_identity
 from qwen import QWenTokenizer
 from visual.feature_cache import open_feature_cache
 

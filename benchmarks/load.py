@@ -99,7 +99,7 @@ def write_llava(size: Any, folder: Path) -> None:
 def prompt_of(size: Any, folder: Path) -> list[int]:
     """The token ids that test.py makes of the question."""
     from dataset.prompt import with_placeholders
-    from dataset.window import fit_prompt
+    from model.asking.prompt_window import fit_prompt
     from model.language_model import load_tokenizer
 
     return fit_prompt(load_tokenizer(str(folder / "qwen")), with_placeholders(QUESTION, 1), size.num_image_tokens)

@@ -24,8 +24,8 @@ from PIL import Image
 import train
 from dataset.sample_sizes import SampleSize, batch_size_of, data_sizes
 from model.arguments import parse_arguments
-from model.dry_run import largest, planned_model, settings_to_show
-from model.memory_estimate import BatchShape
+from model.dry_run.memory_estimate import BatchShape
+from model.dry_run.planned_model import largest, planned_model, settings_to_show
 
 from .folding import FoldedLabels, fold
 from .made_data import QUESTION, Answers, write_files

@@ -3,7 +3,7 @@
     python -m benchmarks.memory_table
 
 bf16 on CUDA, LoRA of rank 128 on `c_attn|w1|w2`, a projector of two layers, one image in each sample and 128 tokens of
-text, 64 of them answers. `model/memory_estimate.py` says what is counted. Nothing of this was measured on a GPU.
+text, 64 of them answers. `model/dry_run/memory_estimate.py` says what is counted. Nothing of this ran on a GPU.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from model import LoraSettings
-from model.dry_run import model_shape
-from model.memory_estimate import BatchShape, ModelShape, Setting, estimate_memory
+from model.dry_run.memory_estimate import BatchShape, ModelShape, Setting, estimate_memory
+from model.dry_run.planned_model import model_shape
 from qwen import QWenConfig
 from qwen.loss import CHUNK_LOGITS
 from visual import TOWERS

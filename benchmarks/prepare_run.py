@@ -25,7 +25,7 @@ from transformers import CLIPImageProcessorPil
 import train  # noqa: F401, what a training process has imported counts for none of the figures
 from dataset import ImageCaptionDataset, VLMCollator
 from dataset.prompt import encode_sample
-from model.data_workers import with_calm_workers
+from model.runs.data_workers import with_calm_workers
 from qwen import QWenTokenizer
 from visual.base import ImageTransform
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from dataprocess.records import RecordError
-from dataset.image_io import ImageError, load_image, resolve_image_path
 
 
 class ImageChecker:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.image_io import check_image_name
+from dataprocess.image_io import check_image_name
 
 PLACEHOLDER = "<|extra_0|>"
 """Marks an image's place in a question. The language model's own constant; repeated because nothing of it is imported

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from .image_io import check_image_name
+from dataprocess.image_io import check_image_name
+
 from .prompt import SampleError, count_placeholders
 from .wording import counted
 

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
+from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from qwen import IGNORE_INDEX
 from qwen.tokenization_qwen import QWenTokenizer
 
 from .annotations import Annotations, Sample
 from .bad_samples import BadSamples
-from .image_io import ImageError, load_image, resolve_image_path
 from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
 from .sample_sizes import estimated_lengths, padding_shares
 from .wording import counted

@@ -1,6 +1,6 @@
 """The vision-language model: projector, assembly, LoRA, checkpoints and the Trainer subclass."""
 
-from .checkpoint import Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
+from .checkpoints.checkpoint import Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
 from .lora import LoraSettings, LoraTargetError
 from .projector import build_projector
 from .trainer import VLMTrainer

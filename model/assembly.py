@@ -18,8 +18,8 @@ from visual import build_vision_tower
 from visual.base import VisionTower
 from visual.feature_cache import FeatureCache
 
-from .bases import base_models, check_bases, drops_first_patch, num_projector_layers
-from .checkpoint import (
+from .checkpoints.base_models import base_models, check_bases, drops_first_patch, num_projector_layers
+from .checkpoints.checkpoint import (
     CheckpointError,
     load_adapter_weights,
     load_lora,
@@ -27,14 +27,14 @@ from .checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from .checkpoints.fingerprint import base_fingerprints
+from .checkpoints.multimodal_config import MultimodalConfig, package_versions
+from .checkpoints.tensor_files import check_finite
 from .device import pick_device, pick_dtype
-from .fingerprint import base_fingerprints
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora
 from .lora_linear import merge_lean
-from .multimodal_config import MultimodalConfig, package_versions
 from .projector import build_projector
-from .weights import check_finite
 
 if TYPE_CHECKING:  # Python 3.10 does not have it
     from typing import Self

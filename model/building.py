@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .arguments import ModelArguments
-from .bases import num_projector_layers
-from .checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from .checkpoints.base_models import num_projector_layers
+from .checkpoints.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from .lora import LoraSettings
 from .training_arguments import VLMTrainingArguments
 from .vision_language_model import VisionLanguageModel

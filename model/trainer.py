@@ -18,13 +18,14 @@ from transformers.trainer_callback import ExportableState
 
 from qwen import IGNORE_INDEX
 
-from .agreement import gather_objects, wait_for_all
-from .data_workers import with_calm_workers
-from .guards import StopOnNonFinite, StopOnSignal
+from .checkpoints.tensor_files import CheckpointError
 from .optimizer import optimizer_groups
-from .place import PlaceInRun
-from .progress import RatesAndSpeed
-from .run_folder import (
+from .runs.callbacks import StopOnNonFinite, StopOnSignal
+from .runs.collectives import gather_objects, wait_for_all
+from .runs.data_workers import with_calm_workers
+from .runs.progress import RatesAndSpeed
+from .runs.resume_position import PlaceInRun
+from .runs.run_folder import (
     RESUME_COPY,
     delete_old_checkpoints,
     leftovers,
@@ -32,11 +33,10 @@ from .run_folder import (
     put_in_place,
     restore_replaced,
 )
-from .run_state import TRAINER_STATE, Geometry, RunState, check_identity, place_in_run
+from .runs.run_state import TRAINER_STATE, Geometry, RunState, check_identity, place_in_run
+from .runs.state_files import check_optimizer_state, check_state_files
 from .training_arguments import VLMTrainingArguments
-from .training_state import check_optimizer_state, check_state_files
 from .vision_language_model import VisionLanguageModel
-from .weights import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from tiny_run import load_test_py, one_line_error
 from dataprocess import process_image
 from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, load_image
 from dataset.prompt import encode_prompt, with_placeholders
-from dataset.question_file import read_questions
-from model.answer_file import AnswerFile
-from model.batch_answers import Asked, answer_all
+from model.asking.answer_file import AnswerFile
+from model.asking.batch_answers import Asked, answer_all
+from model.asking.question_file import read_questions
 
 GOOD = "good.png"
 TABLE = Path(__file__).parent / "HOSTILE.md"

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from dataset.epoch_order import EpochOrder
 from model import VLMTrainer, VLMTrainingArguments
-from model.run_folder import newest_resumable
+from model.runs.run_folder import newest_resumable
 from qwen import IGNORE_INDEX
 
 WEIGHTS = {"adapter_model.safetensors", "adapter_config.json", "projector.safetensors", "multimodal_config.json"}

@@ -1,4 +1,4 @@
-"""What tests/test_split_steps.py lets two processes do: `torchrun --nproc_per_node=2 two_processes.py OUT QWEN CLIP`.
+"""Two processes of tests/model/runs/test_split_steps.py: `torchrun --nproc_per_node=2 two_processes.py OUT QWEN CLIP`.
 
 Each process writes what it saw to `OUT/rank-N.pt`.
 """
@@ -15,7 +15,7 @@ from stopped_runs import Answers, KillAt, Killed, answer_lengths, checkpoints, g
 from transformers import TrainerCallback
 
 from dataset.epoch_order import EpochOrder
-from model.guards import NotFiniteError
+from model.runs.callbacks import NotFiniteError
 
 HALF = {"per_device_train_batch_size": 1, "dropout": 0.3}
 """With two processes and accumulation, steps of 4 samples."""

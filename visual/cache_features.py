@@ -31,14 +31,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from dataset.annotations import images_of
-from dataset.image_io import ImageError, load_image, resolve_image_path
-from model.bases import drops_first_patch
-from model.checkpoint import read_checkpoint
+from model.checkpoints.base_models import drops_first_patch
+from model.checkpoints.checkpoint import read_checkpoint
 from model.console import OneLineErrors, counted, in_one_line, set_up_logging
-from model.data_workers import with_calm_workers
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.memory import is_out_of_memory, out_of_memory
+from model.runs.data_workers import with_calm_workers
 from visual import VisionTower, build_vision_tower
 from visual.cache_space import in_gb, space_for
 from visual.feature_cache import DTYPES, FeatureCache, open_feature_cache

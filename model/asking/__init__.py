@@ -1,0 +1,1 @@
+"""Side room: everything that test.py does beyond one question."""

@@ -1,0 +1,92 @@
+"""A conversation that is longer than the model's window: what stays and what goes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from dataset.prompt import SYSTEM_PROMPT, count_placeholders, encode_prompt, encode_question
+from dataset.wording import counted
+from qwen.chatml import Turn, question_ids, system_ids
+from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def fit_prompt(
+    tokenizer: QWenTokenizer,
+    query: str,
+    num_image_tokens: int,
+    history: Sequence[Turn] = (),
+    system: str = SYSTEM_PROMPT,
+    max_window_size: int = 6144,
+    name: str = "",
+) -> list[int]:
+    """Token ids of the prompt for the next answer, made to fit; what was left out is logged.
+
+    System prompt, images and the newest turns stay. Oldest turns go first; where one goes that brought images, what is
+    then the oldest question takes them over. A question that is too long even alone loses the beginning of its text.
+
+    Args:
+        tokenizer: QWen's tokenizer.
+        query: the question, with a placeholder for every image.
+        num_image_tokens: features per image.
+        history: earlier (question, answer) pairs, oldest first.
+        system: the system prompt.
+        max_window_size: the most tokens of the prompt, image tokens included.
+        name: of the question among many, or of its picture; what is logged begins with it.
+
+    Raises:
+        ValueError: if system prompt and images leave no room for a question.
+    """
+    turns = list(history)
+    num_dropped = 0
+    while True:
+        ids, dropped = encode_prompt(tokenizer, query, num_image_tokens, turns, system, max_window_size)
+        if not dropped:
+            break
+        images = IMAGE_TOKEN * sum(count_placeholders(question) for question, _ in turns[:dropped])
+        turns = turns[dropped:]
+        num_dropped += dropped
+        if turns:
+            turns[0] = (images + turns[0][0], turns[0][1])
+        else:
+            query = images + query
+    begin = f"{name}: " if name else ""
+    longer = f"longer than the window of {max_window_size} tokens"
+    if num_dropped:
+        left_out = counted(num_dropped, "turn was", "turns were")
+        logger.warning("%sthe conversation is %s: the oldest %s left out", begin, longer, left_out)
+    excess = len(ids) - max_window_size
+    if excess <= 0:
+        return ids
+    content = encode_question(tokenizer, query, num_image_tokens)
+    kept, num_cut = _cut_beginning(tokenizer, content, excess)
+    if len(content) - num_cut == content.count(tokenizer.image_token_id):
+        raise ValueError(
+            f"system prompt and {counted(count_placeholders(query), 'image')} leave no room for a question in the "
+            f"window of {max_window_size} tokens; shorten the system prompt or give fewer images"
+        )
+    left_out = counted(num_cut, "token of its text was", "tokens of its text were")
+    logger.warning("%sthe question is %s: the first %s left out", begin, longer, left_out)
+    return [*system_ids(tokenizer, system), *question_ids(tokenizer, kept)]
+
+
+def _cut_beginning(tokenizer: QWenTokenizer, content: list[int], excess: int) -> tuple[list[int], int]:
+    """Leave out the first `excess` text tokens, and those after them that end a character begun there."""
+    kept: list[int] = []
+    num_cut = 0
+    cutting = True
+    for index in content:
+        if index == tokenizer.image_token_id:
+            kept.append(index)
+            continue
+        if cutting:
+            token: Any = tokenizer.convert_ids_to_tokens(index)
+            cutting = num_cut < excess or 0x80 <= token[0] < 0xC0
+        if cutting:
+            num_cut += 1
+        else:
+            kept.append(index)
+    return kept, num_cut

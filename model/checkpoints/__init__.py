@@ -1,0 +1,1 @@
+"""Side room: the checkpoint's file format."""

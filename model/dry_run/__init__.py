@@ -1,0 +1,1 @@
+"""Side room: what `--dry_run` prints, computed without loading a weight."""

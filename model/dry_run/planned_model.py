@@ -1,0 +1,109 @@
+"""What a run would train, told from configurations and flags before a weight is downloaded; for `--dry_run`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from qwen import QWenConfig, QWenLMHeadModel
+from qwen.loss import CHUNK_LOGITS
+from visual import TowerShape, read_tower_shape
+
+from ..arguments import ModelArguments
+from ..building import check_previous
+from ..checkpoints.base_models import drops_first_patch, num_projector_layers
+from ..checkpoints.checkpoint import read_checkpoint
+from ..language_model import read_language_config
+from ..lora import LoraSettings, check_targets
+from ..projector import build_projector
+from ..training_arguments import VLMTrainingArguments
+from .memory_estimate import BatchShape, MemoryEstimate, ModelShape, Setting, estimate_memory
+
+
+def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
+    """Sizes of the model that the flags ask for; base models are read as far as their config.json.
+
+    Raises:
+        ValueError: if a base model, a checkpoint or a target module is not there, or of an unknown type, or if an
+            explicit flag disagrees with the checkpoint.
+        OSError: likewise.
+    """
+    previous = None
+    if asked.previous_lora_weights is not None:
+        previous = read_checkpoint(asked.previous_lora_weights)
+        check_previous(asked, previous)
+    drop = drops_first_patch(previous, asked.base_value_model)
+    tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
+    config = read_language_config(asked.base_language_model)
+    default, layers = LoraSettings(), 2
+    targets = default.target_modules if asked.target_modules is None else default.parse_targets(asked.target_modules)
+    rank = asked.lora_rank or default.rank
+    if previous is not None:
+        rank, layers = previous.lora_config.r, num_projector_layers(previous)
+        there = previous.lora_config.target_modules
+        targets = (there,) if isinstance(there, str) else tuple(there or ())
+    lora = LoraSettings(rank=rank, dropout=asked.lora_dropout, target_modules=targets)
+    return model_shape(config, tower, lora, asked.projector_layers or layers), lora
+
+
+def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments, dtype: torch.dtype) -> dict[str, Setting]:
+    """The machine at hand as the flags say, and where that has no GPU, one that has: bf16 on CUDA."""
+    setting = Setting(
+        dtype_bytes=dtype.itemsize,
+        device="cpu" if args.device.type == "cpu" else "cuda",
+        rank=lora.rank,
+        dropout=lora.dropout,
+        checkpointing=bool(args.gradient_checkpointing),
+        accumulates=args.gradient_accumulation_steps > 1,
+        processes=args.world_size,
+        chunk_logits=CHUNK_LOGITS,
+    )
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    if setting.device == "cuda":
+        return {f"GPU {short}": setting}
+    return {f"CPU {short}": setting, "GPU bf16": replace(setting, dtype_bytes=2, device="cuda")}
+
+
+def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, projector_layers: int = 2) -> ModelShape:
+    """Sizes of the model that a run would train; parameters are counted on the meta device.
+
+    Raises:
+        LoraTargetError: if a target module does not exist.
+    """
+    with torch.device("meta"):
+        language = QWenLMHeadModel(config)
+        projector = build_projector(tower.hidden_size, config.hidden_size, projector_layers)
+    check_targets(language, lora.target_modules)
+    targets = {
+        name: module
+        for name, module in language.named_modules()
+        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{t}") for t in lora.target_modules)
+    }
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        attention_width=config.num_attention_heads * config.kv_channels,
+        inner=config.intermediate_size // 2,
+        vocabulary=config.vocab_size,
+        image_tokens=tower.num_image_tokens,
+        tower_width=tower.hidden_size,
+        tower_inner=tower.intermediate_size,
+        lora_layers=frozenset(name.split(".h.0.", 1)[1] for name in targets if ".h.0." in name),
+        tower_parameters=tower.num_parameters,
+        language_parameters=_count(language),
+        projector_parameters=_count(projector),
+        lora_parameters=sum(lora.rank * (linear.in_features + linear.out_features) for linear in targets.values()),
+    )
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def largest(shape: ModelShape, setting: Setting, batches: Sequence[BatchShape]) -> MemoryEstimate:
+    """The estimate for the batch that takes most."""
+    return max((estimate_memory(shape, setting, batch) for batch in set(batches)), key=lambda found: found.peak)

@@ -1,0 +1,1 @@
+"""Side room: stopping, resuming and watching a run."""

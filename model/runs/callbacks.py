@@ -1,0 +1,224 @@
+"""Callbacks that stop a run in good order: signals, numbers that are not finite, too many bad samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..console import counted
+from .collectives import gather_objects, gather_rows, is_distributed
+
+logger = logging.getLogger(__name__)
+
+BAD_SAMPLES = "bad_samples.jsonl"
+BAD_EVAL_SAMPLES = "bad_eval_samples.jsonl"
+
+
+MOST_SKIPPED = 50
+"""Steps in a row that may overflow under fp16. A scale of 2**16 that halves each time is 2**-34 then: no gradient of
+sane size is too large for that."""
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient that is not finite; the step was not taken."""
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM or SIGINT, finishes the step, saves and stops, on all processes at the same step.
+
+    A second signal of either kind ends the process at once.
+
+    Attributes:
+        received: the signal's number, or 0. Known to every process once the run has stopped.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._stops = False
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        name = signal.Signals(number).name
+        # Not through logging: the signal may have come while it, or a progress bar, was writing.
+        os.write(2, f"\n{name}: finishing this step, then saving; a second signal quits at once\n".encode())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the signals over."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask all processes whether one was told to stop."""
+        signals = gather_rows([float(self.received)], args.device)
+        if signals.any():
+            self.received = int(signals.max())
+            control.should_save = True
+            control.should_training_stop = True
+            self._stops = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep Trainer from logging, evaluating and saving as at an epoch's end, where the run stops in its middle."""
+        if self._stops and (state.epoch or 0) % 1:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def restore(self) -> None:
+        """Give the signals back to whom they belonged."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Raises before an optimizer step whose loss or gradient is not finite, on all processes.
+
+    Under fp16 a gradient may overflow: the gradient scaler then skips the step and halves its scale. That goes on for
+    `MOST_SKIPPED` steps in a row at most.
+    """
+
+    def __init__(self) -> None:
+        self.gradient_norm: Any = 0.0
+        """Norm of the step's gradient before it was clipped; one that is too large for fp32 is not finite either."""
+        self._losses: list[Tensor] = []
+        self._ids: list[int] = []
+        self._num_skipped = 0
+
+    def remember(self, loss: Tensor, ids: list[int] | None) -> None:
+        """Take note of a batch that the step consists of."""
+        self._losses.append(loss.detach())
+        self._ids += ids or []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the step.
+
+        Raises:
+            NotFiniteError: naming step and samples.
+        """
+        finite = torch.stack([loss.isfinite().all() for loss in self._losses]).all()
+        finite_gradient = bool(torch.as_tensor(self.gradient_norm).isfinite().all())
+        # The norm, not accelerate's word, for a fused optimizer is called in steps that are skipped, too.
+        self._num_skipped = 0 if finite_gradient else self._num_skipped + 1
+        may_go_on = finite_gradient or (args.fp16 and self._num_skipped < MOST_SKIPPED)
+        rows = gather_rows([float(finite), float(may_go_on)], args.device)
+        ids, self._ids, self._losses = self._ids, [], []
+        if rows.all():
+            return
+        all_ids = sorted({number for numbers in gather_objects(ids) for number in numbers})
+        step, named = state.global_step + 1, f"have the IDs {', '.join(map(str, all_ids))}"
+        what = "loss" if not rows[:, 0].all() else "gradient"
+        if what == "gradient" and args.fp16:
+            raise NotFiniteError(
+                f"the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, were not finite in fp16, however "
+                f"small their scale; none of these steps was taken. The last samples {named}. Try --bf16 true or "
+                "--fp16 false, or lower --learning_rate and --feature_proj_lr; checkpoints since step "
+                f"{step - MOST_SKIPPED} hold the same weights"
+            )
+        raise NotFiniteError(
+            f"the {what} of step {step} is not finite; the step was not taken. Its samples {named}. Look at them, or "
+            f"lower --learning_rate and --feature_proj_lr; checkpoints in {args.output_dir} are as they were"
+        )
+
+
+class ClearOnFirstStep(TrainerCallback):
+    """Deletes what a new run overwrites, once it has taken a step: a run that can't begin takes nothing away.
+
+    Args:
+        paths: files and folders of the old run.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Delete them."""
+        paths, self.paths = self.paths, []
+        for path in paths if args.process_index == 0 else []:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+class WatchBadSamples(TrainerCallback):
+    """Counts the samples that could not be read, lists them, and stops the run if they are too many.
+
+    Args:
+        dataset: has `bad` and `bad_sample_messages`, as `ImageCaptionDataset` has.
+        list_name: file in the output folder that lists them.
+    """
+
+    def __init__(self, dataset: Any, list_name: str = BAD_SAMPLES) -> None:
+        self.dataset = dataset
+        self.list_name = list_name
+        self._known = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """List what the two files already showed to be bad."""
+        self._look(args)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look for new ones.
+
+        Raises:
+            TooManyBadSamplesError: if they are too many.
+        """
+        self._look(args)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look for new ones in an evaluation set: a loss over what is left of it may mean little.
+
+        Raises:
+            TooManyBadSamplesError: if they are too many.
+        """
+        self._look(args)
+
+    def _look(self, args: TrainingArguments) -> None:
+        counts = gather_rows([float(len(self.dataset.bad))], args.device)
+        if int(counts.max()) == self._known and bool((counts == counts[0]).all()):
+            return
+        if is_distributed():
+            flags = self.dataset.bad.flags.to(args.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            self.dataset.bad.flags.copy_(flags)
+        self._known = len(self.dataset.bad)
+        path = Path(str(args.output_dir)) / self.list_name
+        if args.process_index == 0:
+            messages = self.dataset.bad_sample_messages()
+            lines = [json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in messages]
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+            except OSError as error:  # a full disk, say; that is no reason to lose the run
+                logger.error("%s could not be written: %s", path, error)
+            verb = "was" if self._known == 1 else "were"
+            logger.warning("%s %s left out so far; see %s", counted(self._known, "bad sample"), verb, path)
+        self.dataset.bad.check(str(path))
+
+
+class WatchBadEvalSamples(WatchBadSamples):
+    """Does so for the evaluation set; a class of its own, for Trainer warns of two callbacks of one class."""
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__(dataset, BAD_EVAL_SAMPLES)

@@ -1,0 +1,536 @@
+"""From annotation files to the two files that training reads, through the command that people call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dataprocess import process_image
+from dataprocess.ai_challenger import PROMPTS, choose_prompt
+from dataprocess.llava import place_images
+from dataprocess.records import PLACEHOLDER, DataError, RecordError
+
+SCRIPT = Path(process_image.__file__)
+FIVE = ["一只猫在睡觉", "猫躺在沙发上", "沙发上有一只猫", "一只 正在睡觉的猫 ", "猫😀"]
+
+
+def ai(image: object, captions: object = FIVE) -> dict:
+    return {"url": "http://example.com/1", "image_id": image, "caption": captions}
+
+
+def llava(image: object, *texts: object) -> dict:
+    speakers = ["human", "gpt"] * len(texts)
+    talk = [{"from": speaker, "value": text} for speaker, text in zip(speakers, texts, strict=False)]
+    return {"id": "1", "image": image, "conversations": talk}
+
+
+class Project:
+    """A folder with a configuration; ``run`` is the command, ``samples`` what training would see."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = {"output_image_map": "out/image_map.json", "output_captions": "out/captions.json"}
+
+    def label(self, name: str, content: object) -> str:
+        text = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (self.folder / name).write_bytes(text)
+        return name
+
+    def images(self, name: str, *files: str) -> str:
+        for file in ("", *files):
+            path = self.folder / name / file
+            path.parent.mkdir(exist_ok=True, parents=True)
+            if file:
+                Image.new("RGB", (8, 8), (255, 0, 0)).save(path)
+        path = self.folder / name
+        path.mkdir(exist_ok=True)
+        return name
+
+    def ali(self, content: object) -> Project:
+        self.config |= {
+            "ali_image_path": self.images("ali"),
+            "ali_image_path_label_file": self.label("a.json", content),
+        }
+        return self
+
+    def coco(self, content: object, second: object = None) -> Project:
+        self.config |= {"coco_image_path": self.images("coco")}
+        self.config |= {"coco_image_path_label_file1": self.label("c1.json", content)}
+        if second is not None:
+            self.config |= {"coco_image_path_label_file2": self.label("c2.json", second)}
+        return self
+
+    def run(self, *flags: str) -> int:
+        (self.folder / "config.yaml").write_text(json.dumps(self.config))
+        return process_image.main(["--config", str(self.folder / "config.yaml"), *flags])
+
+    def read(self, key: str) -> dict:
+        return json.loads((self.folder / self.config[key]).read_text(encoding="utf-8"))
+
+    def samples(self) -> list[tuple[str, object, dict]]:
+        captions = self.read("output_captions")
+        entries = list(self.read("output_image_map").values())
+        assert sorted(str(entry["ID"]) for entry in entries) == sorted(captions)
+        assert len({entry["ID"] for entry in entries}) == len(entries)
+        assert all(type(entry["ID"]) is int and Path(entry["path"]).is_absolute() for entry in entries)
+        return [(Path(entry["path"]).name, entry["image_file"], captions[str(entry["ID"])]) for entry in entries]
+
+    def rejects(self) -> list[dict]:
+        path = self.folder / "out/captions_rejects.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def outputs(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted((self.folder / "out").iterdir())}
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    return Project(tmp_path)
+
+
+def test_ai_challenger_keeps_all_five_captions_as_they_are(project):
+    assert project.ali([ai("1.jpg"), ai("2.jpg", ["只有一句"])]).run() == 0
+    (first, second) = project.samples()
+    assert first[:2] == ("ali", "1.jpg")
+    assert first[2]["a"] == FIVE
+    assert second[2]["a"] == ["只有一句"]
+    assert {first[2]["q"], second[2]["q"]} == set(PROMPTS)
+    assert PROMPTS == ("这幅图像描述了什么？<|extra_0|>", "<|extra_0|>这幅图像中有什么？")
+
+
+def test_prompts_are_half_and_half_by_the_seed():
+    for number in (10, 1000, 1001):
+        counts = Counter(choose_prompt(42, index) for index in range(number))
+        assert abs(counts[PROMPTS[0]] - counts[PROMPTS[1]]) <= 1
+    one, two = ([choose_prompt(seed, index) for index in range(100)] for seed in (1, 2))
+    assert one != two
+    assert one != [PROMPTS[0], PROMPTS[1]] * 50
+
+
+def test_the_seed_is_what_chooses(project):
+    project.ali([ai(f"{index}.jpg") for index in range(40)])
+    chosen = []
+    for seed in (1, 1, 2):
+        project.config["seed"] = seed
+        assert project.run() == 0
+        chosen.append([caption["q"] for _, _, caption in project.samples()])
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+@pytest.mark.parametrize(
+    ("raw", "placed"),
+    [
+        ("<image>\nWhat is this?", "<|extra_0|>What is this?"),
+        ("What is this?\n<image>", "What is this?<|extra_0|>"),
+        ("What\nis\n\nthis?\n<image>", "What\nis\n\nthis?<|extra_0|>"),
+        ("<image>\n\nWhat?\n", "<|extra_0|>\nWhat?\n"),
+        ("<image>\r\nWhat?", "<|extra_0|>What?"),
+        ("Here <image> it is", "Here <|extra_0|> it is"),
+        ("<image>\n<image>\nSame?", "<|extra_0|><|extra_0|>Same?"),
+        ("no picture\nhere", "no picture\nhere"),
+    ],
+)
+def test_placeholder_stands_where_the_image_stood(raw, placed):
+    assert place_images(raw) == (placed, raw.count("<image>"))
+
+
+def test_llava_turns_no_image_and_two_images(project):
+    several = llava("1.jpg", "<image>\nA?", "a\n<image> <|extra_0|> <|im_end|>", "B\nC?", "b")
+    none = {"id": 1, "conversations": llava(None, "Hello", "Hi")["conversations"]}
+    two = llava(["1.jpg", "sub/2.jpg"], "<image> or\n<image>", "both")
+    assert project.coco([several, none, two, llava(["3.jpg"], "<image>", "one")]).run() == 0
+    turns = {"turns": [{"q": "<|extra_0|>A?", "a": "a\n<image> <|extra_0|> <|im_end|>"}, {"q": "B\nC?", "a": "b"}]}
+    assert project.samples() == [
+        ("coco", "1.jpg", turns),
+        ("coco", None, {"q": "Hello", "a": "Hi"}),
+        ("coco", ["1.jpg", "sub/2.jpg"], {"q": "<|extra_0|> or<|extra_0|>", "a": "both"}),
+        ("coco", "3.jpg", {"q": "<|extra_0|>", "a": "one"}),
+    ]
+
+
+def test_one_photo_in_many_places_keeps_every_sample(project):
+    """In the original, two files about one photo overwrote each other, and a repeated name shifted all later IDs."""
+    same = "000000000001.jpg"
+    project.ali([ai(same, ["甲"]), ai("2.jpg", ["乙"]), ai(same, ["丙"])])
+    project.coco(
+        [llava(same, "<image>\nq1", "a1"), llava(same, "<image>\nq2", "a2"), llava("9.jpg", "<image>", "a3")],
+        [llava(same, "<image>\nq4", "a4"), llava(same, "<image>\nq1", "a1")],
+    )
+    extra = {
+        "image_path": project.images("more"),
+        "label_file": project.label("m.json", [llava(same, "<image>", "a6")]),
+    }
+    project.config["llava_sources"] = [extra, extra]
+    assert project.run() == 0
+    assert [(folder, image, caption["a"]) for folder, image, caption in project.samples()] == [
+        ("ali", same, ["甲"]),
+        ("ali", "2.jpg", ["乙"]),
+        ("ali", same, ["丙"]),
+        ("coco", same, "a1"),
+        ("coco", same, "a2"),
+        ("coco", "9.jpg", "a3"),
+        ("coco", same, "a4"),
+        ("coco", same, "a1"),
+        ("more", same, "a6"),
+        ("more", same, "a6"),
+    ]
+
+
+def test_same_input_same_bytes_from_any_folder(project, tmp_path_factory):
+    project.ali([ai(f"{index}.jpg") for index in range(50)]).coco([llava(None, "q", 3), llava(None, "q", "a")])
+    assert project.run() == 0
+    first = project.outputs()
+    command = [sys.executable, str(SCRIPT), "--config", "../" * 20 + str(project.folder / "config.yaml")]
+    for seed in "12":
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), env=environment, check=True)
+        assert done.returncode == 0
+        assert project.outputs() == first
+
+
+def test_default_config_is_the_one_beside_the_script(tmp_path, monkeypatch, capsys):
+    """In the original, config.yaml was found only from its own folder."""
+    asked = []
+
+    def load_config(path: Path, **_: object) -> None:
+        asked.append(path)
+        raise DataError("stop here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(process_image, "load_config", load_config)
+    assert process_image.main([]) == 2
+    assert asked == [SCRIPT.parent / "config.yaml"]
+    assert asked[0].is_file()
+    assert capsys.readouterr().err == "process_image: error: stop here\n"
+
+
+def test_command_needs_no_torch_and_keeps_stdout_for_the_table(project):
+    assert project.ali([ai("1.jpg"), ai("2.jpg", None)]).run() == 0
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['x', '--config', {str(project.folder / 'config.yaml')!r}]\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "ours = {'qwen', 'model', 'visual', 'torch', 'transformers'} & set(sys.modules)\n"
+        "assert not ours, ours\n"
+        "assert {m for m in sys.modules if m.startswith('dataset.')} == {'dataprocess.image_io'}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["source", "records", "samples", "images", "rejects"]
+    assert lines[1].split() == ["ai_challenger", "2", "1", "1", "1"]
+    assert lines[2].split() == ["total", "2", "1", "1", "1"]
+    assert lines[3:] == ["left out of ai_challenger: 1 record: no caption"]
+    assert "100%" in done.stderr
+
+
+def test_placeholder_is_the_language_models_own():
+    from qwen.tokenization_qwen import IMAGE_TOKEN
+
+    assert PLACEHOLDER == IMAGE_TOKEN
+
+
+BAD_AI = [
+    (None, "not an object"),
+    ("text", "not an object"),
+    ([], "not an object"),
+    ({}, "no image_id and no caption"),
+    (ai(None), "no image_id"),
+    (ai(7), "image name is not text"),
+    (ai(""), "image name is empty"),
+    (ai("../1.jpg"), "leads out"),
+    (ai("/etc/passwd"), "absolute"),
+    (ai("a\0.jpg"), "NUL"),
+    (ai("\ud800.jpg"), "surrogate"),
+    (ai("1.jpg", None), "no caption"),
+    (ai("1.jpg", "a single text"), "not a list"),
+    (ai("1.jpg", []), "no usable caption"),
+    (ai("1.jpg", ["", " \n", None, 3, "\udfff"]), "no usable caption"),
+]
+BAD_LLAVA = [
+    (None, "not an object"),
+    ({"image": "1.jpg"}, "no conversations"),
+    ({"conversations": "hello"}, "not a list"),
+    ({"conversations": []}, "conversation is empty"),
+    ({"conversations": ["hello", "there"]}, "without from and value"),
+    ({"conversations": [{"from": "human"}]}, "without from and value"),
+    ({"conversations": [{"from": "system", "value": "x"}]}, "alternate"),
+    ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "x"}]}, "alternate"),
+    ({"conversations": [{"from": ["human"], "value": "x"}]}, "alternate"),
+    (llava(None, "q"), "no answer"),
+    (llava(None, "q", "a", "q"), "no answer"),
+    (llava(None, "", "a"), "question is empty"),
+    (llava(None, "q", " \n"), "answer is empty"),
+    (llava(None, "q", None), "answer is not text"),
+    (llava(None, 5, "a"), "question is not text"),
+    (llava(None, "q", "\ud83d"), "surrogate"),
+    (llava("1.jpg", "q <|extra_0|>", "a"), "already holds"),
+    (llava("1.jpg", "q", "a"), "differ in number"),
+    (llava(None, "<image>\nq", "a"), "differ in number"),
+    (llava("1.jpg", "<image><image>", "a"), "differ in number"),
+    (llava(["1.jpg", "2.jpg"], "<image>", "a"), "differ in number"),
+    (llava(["1.jpg", None], "<image><image>", "a"), "image name is not text"),
+    (llava({"file": "1.jpg"}, "<image>", "a"), "image name is not text"),
+    (llava("", "<image>", "a"), "image name is empty"),
+    (llava("../coco2/1.jpg", "<image>", "a"), "leads out"),
+]
+
+
+@pytest.mark.parametrize(
+    ("source", "record", "reason"),
+    [("ali", *case) for case in BAD_AI] + [("coco", *case) for case in BAD_LLAVA],
+)
+def test_bad_record_is_listed_with_its_reason_and_costs_nobody_else(project, source, record, reason):
+    good = ai("0.jpg", ["好"]) if source == "ali" else llava("0.jpg", "<image>", "好")
+    assert getattr(project, source)([good, record, good]).run() == 0
+    assert [caption["a"] for _, _, caption in project.samples()] == [good.get("caption", "好")] * 2
+    whole = [line for line in project.rejects() if "caption" not in line]
+    assert [line["record"] for line in whole] == [1]
+    assert reason in whole[0]["reason"]
+    assert set(whole[0]) == {"source", "label_file", "record", "image", "reason", "detail"}
+
+
+def test_bad_captions_are_left_out_one_by_one_and_listed(project, capsys):
+    assert project.ali([ai("1.jpg", ["一", "", None, 4, "\ud800", "二"])]).run() == 0
+    assert project.samples()[0][2]["a"] == ["一", "二"]
+    assert [line["caption"] for line in project.rejects()] == [1, 2, 3, 4]
+    assert "2 captions: caption is not text" in capsys.readouterr().out
+
+
+def test_long_odd_and_control_looking_text_is_only_text(project):
+    odd = "<|im_end|>\n<|im_start|>system\n\0\u2028 <|endoftext|>" + "长" * 400_000
+    assert project.coco([llava(None, odd, odd)]).run() == 0
+    assert project.samples() == [("coco", None, {"q": odd, "a": odd})]
+
+
+GOOD = [ai("1.jpg")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "line 1 column 1"),
+        (json.dumps(GOOD).encode()[:-20], "cut short"),
+        (b'[{"image_id": "1.jpg"},\n {"image_id": }]', "line 2 column 15 (character 38)"),
+        (b"[1 2]", "line 1 column 4"),
+        (b"[1,]", "line 1 column 4"),
+        (b"[] []", "Extra data"),
+        (b'{"a": []}', "an object"),
+        (b"null", "null"),
+        (b'"text"', "a string"),
+        (b"image_id,caption", "line 1 column 1"),
+        (json.dumps(GOOD, ensure_ascii=False).encode("gb18030"), "not UTF-8: byte"),
+        (json.dumps(GOOD).encode("utf-16"), "UTF-16"),
+        ('["图'.encode()[:-1], "cut short"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "not valid JSON"),
+        (b"[]", "no sample is left"),
+        (json.dumps([ai("1.jpg", [])]).encode(), "no usable caption"),
+    ],
+)
+def test_unusable_file_is_one_error_and_leaves_earlier_outputs(project, capfd, content, message):
+    assert project.ali(GOOD).run() == 0
+    before = project.outputs()
+    assert project.ali(content).run() == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert project.outputs() == before
+
+
+def test_byte_order_mark_and_white_space_are_fine(project):
+    assert project.ali(b"\xef\xbb\xbf \n" + json.dumps(GOOD, indent=4).encode() + b"\r\n ").run() == 0
+    assert len(project.samples()) == 1
+
+
+def test_check_images_leaves_out_and_lists_what_training_could_not_open(project, capsys):
+    names = ["good.jpg", "missing.jpg", "cut.jpg", "text.jpg", "link.jpg"]
+    project.ali([ai(name) for name in names])
+    project.coco(
+        [llava(["a.jpg", "b.jpg"], "<image><image>", "x"), llava(None, "q", "a"), llava("a.jpg", "<image>", "y")]
+    )
+    project.images("ali", "good.jpg", "cut.jpg")
+    project.images("coco", "a.jpg")
+    cut = project.folder / "ali/cut.jpg"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    (project.folder / "ali/text.jpg").write_text("hello")
+    (project.folder / "ali/link.jpg").symlink_to(project.folder / "coco/a.jpg")
+    assert project.run() == 0
+    assert len(project.samples()) == 8
+    ids = {
+        entry["image_file"]: entry["ID"]
+        for entry in project.read("output_image_map").values()
+        if entry["path"][-1] == "i"
+    }
+    assert project.run("--check_images") == 0
+    assert [image for _, image, _ in project.samples()] == ["good.jpg", None, "a.jpg"]
+    checked = project.read("output_image_map")
+    assert next(iter(checked.values()))["ID"] == ids["good.jpg"]
+    assert [(line["source"], line["record"], line["reason"]) for line in project.rejects()] == [
+        ("ai_challenger", 1, "missing"),
+        ("ai_challenger", 2, "image cut short or damaged"),
+        ("ai_challenger", 3, "not an image"),
+        ("ai_challenger", 4, "link leads out of its folder"),
+        ("coco_1", 0, "missing"),
+    ]
+    assert "left out of ai_challenger: 1 record: missing" in capsys.readouterr().out
+    assert project.run("--check_images", "--allow_links") == 0
+    assert [image for _, image, _ in project.samples()] == ["good.jpg", "link.jpg", None, "a.jpg"]
+
+
+def test_each_photo_is_opened_once(project, monkeypatch):
+    from dataprocess import checking
+
+    opened = []
+    monkeypatch.setattr(checking, "load_image", lambda path: opened.append(path.name))
+    project.coco(
+        [llava("a.jpg", "<image>", "x")] * 600, [llava("a.jpg", "<image>", "y"), llava("b.jpg", "<image>", "z")]
+    )
+    assert project.run("--check_images") == 0
+    assert opened == ["a.jpg", "b.jpg"]
+
+
+def test_without_check_no_image_is_touched(project, monkeypatch):
+    from dataprocess import checking
+
+    monkeypatch.setattr(checking, "load_image", lambda path: pytest.fail("opened"))
+    assert project.ali(GOOD).run() == 0
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_failing_while_files_are_put_in_place_restores_the_earlier_ones(project, monkeypatch, step, capfd):
+    assert project.ali(GOOD).run() == 0
+    before = project.outputs()
+    project.ali([ai("2.jpg"), ai("3.jpg", [])])
+    real, calls = os.replace, []
+
+    def fails_once(source, target):
+        calls.append(target)
+        if len(calls) == step:
+            raise OSError(28, "No space left on device", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_once)
+    assert project.run() == 2
+    assert "No space left" in capfd.readouterr().err
+    assert project.outputs() == before
+
+
+def test_full_disk_leaves_earlier_outputs(project, capfd):
+    assert project.ali(GOOD).run() == 0
+    before = project.outputs()
+    project.ali([ai(f"{index}.jpg") for index in range(9000)])
+    (project.folder / "config.yaml").write_text(json.dumps(project.config))
+    limited = f'ulimit -f 200; exec "{sys.executable}" "{SCRIPT}" --config "{project.folder}/config.yaml"'
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert project.outputs() == before
+
+
+def test_interrupt_leaves_earlier_outputs(project, monkeypatch, capfd):
+    assert project.ali(GOOD).run() == 0
+    before = project.outputs()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process_image, "_write", interrupted)
+    assert project.run() == 130
+    assert "Traceback" not in capfd.readouterr().err
+    assert project.outputs() == before
+
+
+def test_output_may_be_a_link(project):
+    project.ali(GOOD)
+    (project.folder / "out").mkdir()
+    (project.folder / "out/captions.json").symlink_to("../elsewhere.json")
+    assert project.run() == 0
+    assert (project.folder / "out/captions.json").is_symlink()
+    assert len(json.loads((project.folder / "elsewhere.json").read_text())) == 1
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.just("\ud800"), st.lists(st.text(), max_size=2)
+)
+NAMES = st.sampled_from(["1.jpg", "2.jpg", "图/3.jpg", "../4.jpg", "", None, 5])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_answer_comes_out_exactly_once_or_is_in_the_list_of_rejects(tmp_path, capfd, data):
+    ticket = iter(range(1_000_000))
+
+    def answer(mark: str) -> object:
+        return (
+            data.draw(JUNK)
+            if data.draw(st.integers(0, 5)) == 0
+            else f"{mark}{next(ticket)} {data.draw(st.text(max_size=5))}"
+        )
+
+    def draw_ai() -> object:
+        captions = [answer("a") for _ in range(data.draw(st.integers(0, 3)))]
+        return data.draw(st.sampled_from([ai(data.draw(NAMES), captions), captions, {"caption": captions}]))
+
+    def draw_llava() -> object:
+        texts = [answer("q") if turn % 2 == 0 else answer("a") for turn in range(data.draw(st.integers(0, 4)))]
+        if texts and isinstance(texts[0], str) and data.draw(st.booleans()):
+            texts[0] = "<image>\n" + texts[0]
+        return llava(data.draw(NAMES), *texts)
+
+    project = Project(tmp_path)
+    records = {
+        "ai_challenger": [draw_ai() for _ in range(data.draw(st.integers(0, 4)))],
+        "coco_1": [draw_llava() for _ in range(data.draw(st.integers(0, 4)))],
+    }
+    project.ali([ai("0.jpg", ["fixed"]), *records["ai_challenger"]]).coco(records["coco_1"])
+    assert project.run() == 0
+    out: Counter[str] = Counter()
+    for _, _, caption in project.samples():
+        for turn in caption.get("turns", [caption]):
+            out.update(turn["a"] if isinstance(turn["a"], list) else [turn["a"]])
+    rejected = {(line["source"], line["record"], line.get("caption")) for line in project.rejects()}
+    expected: Counter[str] = Counter(["fixed"])
+    for index, record in enumerate(records["ai_challenger"], 1):
+        if ("ai_challenger", index, None) not in rejected:
+            good = [text for at, text in enumerate(record["caption"]) if ("ai_challenger", index, at) not in rejected]
+            expected.update(good)
+    for index, record in enumerate(records["coco_1"]):
+        if ("coco_1", index, None) not in rejected:
+            expected.update(turn["value"] for turn in record["conversations"][1::2])
+    assert out == expected
+
+
+def test_record_error_carries_reason_and_detail():
+    error = RecordError("short", "long")
+    assert (error.reason, error.detail) == ("short", "long")
+
+
+def test_written_bytes_are_stable(project):
+    """Other people's scripts read these files: a change of their form must be meant."""
+    project.coco([llava("1.jpg", "<image>\n问", "答"), llava(None, "q", "a", "q", "b")])
+    assert project.run() == 0
+    folder = json.dumps(str(project.folder / "coco"), ensure_ascii=False)
+    outputs = project.outputs()
+    assert outputs["image_map.json"].decode() == (
+        f'{{\n"coco_1/000000/1.jpg": {{"image_file": "1.jpg", "ID": 0, "path": {folder}}},\n'
+        f'"coco_1/000001": {{"image_file": null, "ID": 1, "path": {folder}}}\n}}\n'
+    )
+    assert hashlib.sha256(outputs["captions.json"]).digest() == (
+        hashlib.sha256(
+            '{\n"0": {"q": "<|extra_0|>问", "a": "答"},\n'
+            '"1": {"turns": [{"q": "q", "a": "a"}, {"q": "q", "a": "b"}]}\n}\n'.encode()
+        ).digest()
+    )

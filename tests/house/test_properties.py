@@ -1,0 +1,263 @@
+"""What holds for any text, conversation, batch and annotation file, tried on generated ones."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import torch
+from hostile import llava, prepare
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from dataprocess import process_image
+from dataset import ImageCaptionDataset, VLMCollator
+from dataset.prompt import count_placeholders, encode_prompt, encode_sample
+from model.asking.prompt_window import fit_prompt
+from qwen import IGNORE_INDEX
+from qwen.chatml import make_context
+from qwen.stream import decode_growing
+
+START, END, EOD, IMAGE = 151644, 151645, 151643, 151646
+SYSTEM = "你是一位图像理解助手。"
+modest = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+few = settings(modest, max_examples=25)
+CONTROL = st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|extra_0|>", "<|extra_7|>", "<|im_", "|>"])
+WORDS = st.sampled_from(["a", " the", "图像", "😀", "\n", "\n\n", "  ", "e\u0301", "12", "\0", "system\n", "<image>"])
+TEXTS = st.lists(st.one_of(CONTROL, WORDS, st.text(max_size=6)), max_size=8).map("".join)
+"""Any characters but surrogates, and what looks like control tokens."""
+PLAIN = TEXTS.map(lambda text: text.replace("<|extra_0|>", ""))
+ANSWERS = TEXTS.filter(str.strip)
+
+
+def nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+# ---- Tokenizer
+
+
+@modest
+@given(text=TEXTS)
+def test_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode_text(text)
+    assert tokenizer.decode(ids) == nfc(text)
+    assert all(0 <= index < EOD for index in ids)
+    assert tokenizer.encode_text(nfc(text)) == ids
+    assert [*decode_growing(tokenizer, ids)][-1] == nfc(text)
+    # Parsing special tokens gives the same text, and gives them wherever they stand.
+    parsed = tokenizer.encode(text)
+    assert tokenizer.decode(parsed) == nfc(text)
+    found = Counter(index for index in parsed if index >= EOD)
+    assert found[IMAGE] == nfc(text).count("<|extra_0|>")
+    assert found[END] == nfc(text).count("<|im_end|>")
+
+
+@modest
+@given(text=st.text(alphabet=st.characters(exclude_categories=()), max_size=20))
+def test_any_characters_come_back_but_lone_surrogates(tokenizer, text):
+    expected = nfc(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    assert tokenizer.decode(tokenizer.encode_text(text)) == expected
+
+
+@modest
+@given(ids=st.lists(st.integers(0, 151_935), max_size=30))
+def test_any_ids_can_be_decoded_and_streamed(tokenizer, ids):
+    pieces = [*decode_growing(tokenizer, ids)]
+    assert pieces[-1] == tokenizer.decode(ids)
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(pieces))
+    pieces[-1].encode()
+
+
+# ---- Prompts
+
+
+def chatml(system: str, turns: list[tuple[str, str]], query: str) -> str:
+    text = f"<|im_start|>system\n{nfc(system)}<|im_end|>"
+    for question, answer in turns:
+        text += f"\n<|im_start|>user\n{nfc(question)}<|im_end|>\n<|im_start|>assistant\n{nfc(answer)}<|im_end|>"
+    return text + f"\n<|im_start|>user\n{nfc(query)}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def frame(turns: int) -> list[int]:
+    """The control tokens of a prompt, however its content reads."""
+    return [START, END] + [START, END, START, END] * turns + [START, END, START]
+
+
+@modest
+@given(system=TEXTS, turns=st.lists(st.tuples(TEXTS, TEXTS), max_size=3), query=TEXTS)
+def test_a_chat_prompt_reads_as_written_and_content_gives_no_control_token(tokenizer, system, turns, query):
+    _, ids = make_context(tokenizer, query, turns, system)
+    assert tokenizer.decode(ids) == chatml(system, turns, query)
+    assert [index for index in ids if index >= EOD] == frame(len(turns))
+
+
+@modest
+@given(turns=st.lists(st.tuples(TEXTS, TEXTS), max_size=3), query=TEXTS, tokens=st.integers(1, 5))
+def test_only_placeholders_in_questions_become_image_tokens(tokenizer, turns, query, tokens):
+    ids, dropped = encode_prompt(tokenizer, query, tokens, turns, SYSTEM)
+    assert dropped == 0
+    questions = [*(question for question, _ in turns), query]
+    images = sum(map(count_placeholders, questions))
+    assert ids.count(IMAGE) == tokens * images
+    assert [index for index in ids if index >= EOD and index != IMAGE] == frame(len(turns))
+    if not images:
+        assert ids == make_context(tokenizer, query, turns, SYSTEM)[1]
+
+
+@modest
+@given(turns=st.lists(st.tuples(TEXTS, TEXTS), max_size=5), query=ANSWERS, window=st.integers(60, 200))
+def test_a_fitted_prompt_fits_with_all_its_images(tokenizer, turns, query, window):
+    images = sum(count_placeholders(question) for question in [*(question for question, _ in turns), query])
+    try:
+        ids = fit_prompt(tokenizer, query, 2, turns, SYSTEM, window)
+    except ValueError as error:
+        assert "leave no room" in str(error)  # noqa: PT017
+        return
+    assert len(ids) <= window
+    assert ids.count(IMAGE) == 2 * images
+    control = [index for index in ids if index >= EOD and index != IMAGE]
+    assert control in [frame(kept) for kept in range(len(turns) + 1)]
+
+
+# ---- Labels
+
+
+@modest
+@given(turns=st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=3), cut=st.integers(0, 12))
+def test_labels_are_the_answers_and_their_end_tokens(tokenizer, turns, cut):
+    whole = encode_sample(tokenizer, turns, 2, SYSTEM, 100_000)
+    expected: list[int] = []
+    for number, (_, answer) in enumerate(turns, start=1):
+        expected += [*tokenizer.encode_text(answer), EOD if number == len(turns) else END]
+    assert [label for label in whole.labels if label != IGNORE_INDEX] == expected
+    assert all(label in (IGNORE_INDEX, index) for index, label in zip(whole.input_ids, whole.labels, strict=True))
+    prompt, _ = encode_prompt(tokenizer, turns[-1][0], 2, turns[:-1], SYSTEM)
+    assert whole.input_ids[: len(prompt)] == prompt, "training sees what answering sees"
+    # Cut, it is the same sample but for its end.
+    last = len(tokenizer.encode_text(turns[-1][1])) + 1
+    if cut < last:
+        shorter = encode_sample(tokenizer, turns, 2, SYSTEM, len(whole.input_ids) - cut)
+        assert shorter.input_ids == whole.input_ids[: len(whole.input_ids) - cut]
+        assert shorter.labels == whole.labels[: len(whole.labels) - cut]
+        assert shorter.num_cut == cut
+
+
+# ---- Collation
+
+
+@st.composite
+def samples(draw):
+    length = draw(st.integers(1, 9))
+    ids = draw(st.lists(st.integers(0, 151_935), min_size=length, max_size=length))
+    labels = [draw(st.sampled_from([IGNORE_INDEX, index])) for index in ids]
+    sample = {
+        "input_ids": torch.tensor(ids),
+        "labels": torch.tensor(labels),
+        "id": draw(st.integers(-(2**63), 2**63 - 1)),
+    }
+    if number := draw(st.integers(0, 3)):
+        sample["pixel_values"] = torch.full((number, 3, 2, 2), float(draw(st.integers(0, 255))))
+    return sample
+
+
+@modest
+@given(
+    batch=st.lists(samples(), min_size=1, max_size=5),
+    multiple=st.sampled_from([None, 1, 8]),
+    pad=st.sampled_from([0, EOD]),
+)
+def test_unpadding_a_batch_gives_the_samples_back(batch, multiple, pad):
+    made = VLMCollator(pad, multiple)(batch)
+    images = made.get("pixel_values", torch.empty(0, 3, 2, 2))
+    for row, sample in enumerate(batch):
+        real = made["attention_mask"][row].bool()
+        length = len(sample["input_ids"])
+        assert real.tolist() == [True] * length + [False] * (len(real) - length)
+        for name in ("input_ids", "labels"):
+            assert_close(made[name][row][real], sample[name], rtol=0, atol=0)
+        assert (made["input_ids"][row][~real] == pad).all()
+        assert (made["labels"][row][~real] == IGNORE_INDEX).all()
+        assert made["ids"][row] == sample["id"]
+        own = sample.get("pixel_values", torch.empty(0, 3, 2, 2))
+        assert_close(images[: len(own)], own, rtol=0, atol=0)
+        images = images[len(own) :]
+    assert len(images) == 0
+    longest = max(len(sample["input_ids"]) for sample in batch)
+    width = made["input_ids"].shape[1]
+    assert longest <= width < longest + (multiple or 1)
+    assert width % (multiple or 1) == 0
+
+
+# ---- From annotations to labels
+
+JUNK = st.sampled_from([None, 5, "", " \n", "\ud800", [], {}, True, "q <|extra_0|>", ["a"]])
+RECORDS = st.one_of(
+    JUNK,
+    st.builds(
+        llava,
+        st.sampled_from([None, "1.png", ["1.png"], "../1.png", 5]),
+        st.one_of(PLAIN, JUNK),
+        st.one_of(TEXTS, JUNK),
+    ),
+    st.builds(lambda q, a: llava("1.png", "<image>\n" + q, a), PLAIN.filter(lambda text: "<image>" not in text), TEXTS),
+)
+
+
+@few
+@given(records=st.lists(RECORDS, max_size=6))
+def test_every_answer_comes_out_once_as_labels_or_is_in_the_list_of_rejects(tokenizer, capfd, records):
+    folder = Path(tempfile.mkdtemp())
+    try:
+        records = [llava(None, "q", "fixed"), *records]
+        status, captions, rejects = prepare(folder, json.dumps(records).encode())
+        assert status == 0
+        rejected = {line["record"] for line in rejects}
+        assert len(rejected) == len(rejects)
+        kept = [record for index, record in enumerate(records) if index not in rejected]
+        assert [caption["a"] for caption in captions] == [record["conversations"][1]["value"] for record in kept]
+        dataset = ImageCaptionDataset(
+            *(folder / "image_map.json", folder / "captions.json", tokenizer, lambda image: torch.zeros(3, 1, 1), 2)
+        )
+        learnt = []
+        for index in range(len(dataset)):
+            sample = dataset._annotations[index]
+            encoded = encode_sample(tokenizer, [(q, a[0]) for q, a in sample.turns], 2)
+            learnt.append(tokenizer.decode([label for label in encoded.labels if label != IGNORE_INDEX]))
+        assert learnt == [nfc(caption["a"]) + "<|endoftext|>" for caption in captions]
+    finally:
+        shutil.rmtree(folder)
+
+
+@few
+@given(captions=st.lists(st.lists(st.one_of(TEXTS, JUNK), max_size=4), max_size=4))
+def test_every_caption_of_a_photo_comes_out_once_or_is_in_the_list_of_rejects(capfd, captions):
+    folder = Path(tempfile.mkdtemp())
+    try:
+        captions = [["fixed"], *captions]
+        records = [{"image_id": f"{index}.jpg", "caption": texts} for index, texts in enumerate(captions)]
+        (folder / "label.json").write_text(json.dumps(records))
+        config = {"ali_image_path": "images", "ali_image_path_label_file": "label.json"}
+        config |= {"output_image_map": "image_map.json", "output_captions": "captions.json"}
+        (folder / "config.yaml").write_text(json.dumps(config))
+        assert process_image.main(["--config", str(folder / "config.yaml")]) == 0
+        lines = (folder / "captions_rejects.jsonl").read_text(encoding="utf-8").splitlines()
+        rejected = {(line["record"], line.get("caption")) for line in map(json.loads, lines)}
+        out = {int(key): value["a"] for key, value in json.loads((folder / "captions.json").read_text("utf-8")).items()}
+        for index, texts in enumerate(captions):
+            good = [text for at, text in enumerate(texts) if (index, at) not in rejected]
+            if (index, None) in rejected:
+                assert index not in out
+                assert not [text for text in texts if isinstance(text, str) and text.strip() and text != "\ud800"]
+            else:
+                assert out[index] == good
+    finally:
+        shutil.rmtree(folder)

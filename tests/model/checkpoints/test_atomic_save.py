@@ -1,0 +1,409 @@
+"""A checkpoint appears whole or not at all, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from stopped_runs import (
+    STATE,
+    WEIGHTS,
+    KillAt,
+    Killed,
+    assert_same_end,
+    checkpoints,
+    go_on,
+    new_trainer,
+)
+from tiny_run import (
+    MIXED_CAPTIONS,
+    losses,
+    make_bases,
+    make_pictures,
+    one_line_error,
+    trained_weights,
+    write_data,
+)
+from transformers import TrainerCallback
+
+import model.checkpoints.checkpoint
+import model.trainer
+import train
+from model.runs.run_folder import (
+    delete_old_checkpoints,
+    lacks_to_resume,
+    leftovers,
+    newest_resumable,
+    put_in_place,
+    restore_replaced,
+)
+
+
+class Faults:
+    """Lets the n-th step of writing fail, of those that touch the disk; `after` it was done, or in place of it.
+
+    A RuntimeError is PyTorch's, for a file that it could not write.
+    """
+
+    WRITERS = (
+        (model.checkpoints.checkpoint, "save_file"),
+        (peft.LoraConfig, "save_pretrained"),
+        (torch, "save"),
+        (transformers.TrainerState, "save_to_json"),
+        (os, "fsync"),
+        (Path, "write_text"),
+        (Path, "mkdir"),
+        (Path, "rename"),
+        (Path, "replace"),
+        (Path, "unlink"),
+        (shutil, "rmtree"),
+    )
+
+    def __init__(self, monkeypatch) -> None:
+        self.count, self.fail_at, self.after = 0, 0, False
+        self.error: BaseException = Killed()
+        for owner, name in self.WRITERS:
+            monkeypatch.setattr(owner, name, self._wrapped(getattr(owner, name), name))
+
+    def _wrapped(self, function, name):
+        def write(*args, **kwargs):
+            self.count += 1
+            due = self.count == self.fail_at and (name == "save" or not isinstance(self.error, RuntimeError))
+            due = due and not (isinstance(self.error, OSError) and kwargs.get("ignore_errors"))
+            if due and not self.after:
+                raise self.error
+            result = function(*args, **kwargs)
+            if due and self.after:
+                raise self.error
+            return result
+
+        return write
+
+    def arm(self, fail_at: int, error: BaseException, after: bool) -> None:
+        self.count, self.fail_at, self.error, self.after = 0, fail_at, error, after
+
+
+@pytest.fixture
+def trained(tiny_bases, tmp_path):
+    """A trainer after two steps, with a checkpoint of the first."""
+    trainer = new_trainer(tiny_bases, tmp_path / "run", callbacks=[KillAt("on_step_end", 2)], save_total_limit=1)
+    with pytest.raises(Killed):
+        trainer.train()
+    assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
+    return trainer
+
+
+def all_points(trainer, monkeypatch, again):
+    """Faults that are armed for each step of writing a checkpoint in turn, before and after it is done.
+
+    `again` makes what is there as it was.
+    """
+    faults = Faults(monkeypatch)
+    trainer._save_checkpoint(trainer.model, None)
+    number = faults.count
+    assert number > 20
+    for point in range(1, number + 1):
+        for after in (False, True):
+            faults.arm(0, Killed(), False)
+            again()
+            yield faults, point, after
+    faults.arm(0, Killed(), False)
+
+
+@pytest.mark.parametrize("same_step", [False, True])
+def test_a_kill_at_any_point_of_saving_loses_nothing(trained, tmp_path, monkeypatch, same_step):
+    """With `same_step`, the only checkpoint is of the step that is saved, and `save_total_limit` is 1."""
+    run, backup = tmp_path / "run", tmp_path / "backup"
+    if same_step:
+        trained._save_checkpoint(trained.model, None)
+        assert checkpoints(run) == ["checkpoint-2"]
+    shutil.copytree(run, backup)
+
+    def again():
+        shutil.rmtree(run)
+        shutil.copytree(backup, run)
+
+    found = set()
+    for faults, point, after in all_points(trained, monkeypatch, again):
+        faults.arm(point, Killed(), after)
+        with pytest.raises(Killed):
+            trained._save_checkpoint(trained.model, None)
+        faults.arm(0, Killed(), False)
+        restore_replaced(run)
+        newest = newest_resumable(run)
+        assert newest is not None, (point, after)
+        assert lacks_to_resume(newest) == []
+        trained.model.load_checkpoint(newest)
+        found.add(newest.name)
+        assert all(not lacks_to_resume(run / name) for name in checkpoints(run) if name.startswith("checkpoint"))
+        for path in leftovers(run):
+            shutil.rmtree(path)
+        assert not list(run.glob("tmp-*"))
+    assert found == ({"checkpoint-2"} if same_step else {"checkpoint-1", "checkpoint-2"})
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
+def test_an_error_at_any_point_of_saving_is_told_and_survived(trained, tmp_path, monkeypatch, caplog, error):
+    run, backup = tmp_path / "run", tmp_path / "backup"
+    shutil.copytree(run, backup)
+
+    def again():
+        shutil.rmtree(run)
+        shutil.copytree(backup, run)
+        caplog.clear()
+
+    failed = 0
+    for faults, point, after in all_points(trained, monkeypatch, again):
+        faults.arm(point, error, after)
+        trained._save_checkpoint(trained.model, None)
+        faults.arm(0, Killed(), False)
+        restore_replaced(run)
+        there = [name for name in checkpoints(run) if name.startswith("checkpoint")]
+        if trained.save_failure:
+            failed += 1
+            # Where only the folder's entry may not be on the disk yet, the new one is there as well.
+            assert there[:1] == ["checkpoint-1"], (point, after)
+            (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+            assert "checkpoint-2 could not be written: " in told
+            assert "older checkpoints are as they were" in told
+        else:
+            assert "checkpoint-2" in there, (point, after)
+        assert all(not lacks_to_resume(run / name) for name in there)
+    assert failed >= (6 if isinstance(error, RuntimeError) else 40)
+
+
+def test_training_goes_on_behind_a_save_that_failed(tiny_bases, tmp_path, monkeypatch, caplog):
+    """And the last good checkpoint stays, though `save_total_limit` is 1; what is saved later is exact."""
+    whole = new_trainer(tiny_bases, tmp_path / "whole", save_strategy="no")
+    whole.train()
+    there = {}
+    real = model.trainer.put_in_place
+
+    def put(staging, target):
+        if target.name in ("checkpoint-4", "checkpoint-5"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(staging, target)
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            there[state.global_step] = checkpoints(Path(args.output_dir))
+
+    monkeypatch.setattr(model.trainer, "put_in_place", put)
+    stop = KillAt("on_step_end", 9)
+    with pytest.raises(Killed):
+        new_trainer(tiny_bases, tmp_path / "run", callbacks=[Look(), stop], save_total_limit=1).train()
+    assert there == {n: [f"checkpoint-{3 if n in (4, 5) else n}"] for n in range(1, 9)}
+    assert_same_end(go_on(tiny_bases, tmp_path / "run"), whole)
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_not_missed(tiny_bases, tmp_path, monkeypatch):
+    def put(staging, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model.trainer, "put_in_place", put)
+    trainer = new_trainer(
+        tiny_bases,
+        tmp_path,
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        num_train_epochs=2,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is None
+    assert "checkpoint-6: " in trainer.save_failure
+    assert checkpoints(tmp_path) == []
+
+
+def test_what_a_checkpoint_holds(trained, tmp_path):
+    folder = tmp_path / "run/checkpoint-1"
+    assert {path.name for path in folder.iterdir()} - {"README.md", "training_args.bin"} == WEIGHTS | STATE
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTS | STATE))
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut short"])
+def test_a_broken_checkpoint_is_passed_over(trained, tmp_path, caplog, name, damage):
+    run = tmp_path / "run"
+    trained._save_checkpoint(trained.model, None)
+    if not (run / "checkpoint-1").exists():
+        shutil.copytree(run / "checkpoint-2", run / "checkpoint-1")
+    file = run / "checkpoint-2" / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(b"" if damage == "empty" else content[: len(content) * 2 // 3])
+    assert newest_resumable(run) == run / "checkpoint-1"
+    assert name in caplog.text or name == "run_state.json"  # without it, a checkpoint is not the one furthest on
+    # Nor is it what stays, where only one may.
+    shutil.copytree(run / "checkpoint-1", run / "checkpoint-3")
+    delete_old_checkpoints(run, 2, {run / "checkpoint-3"})
+    assert checkpoints(run) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_deleting_old_checkpoints(tmp_path):
+    for number in (1, 2, 3, 10, 20):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{number}", (1000 + number, 1000 + number))
+    (tmp_path / "checkpoint-notes").mkdir()
+    for limit in (None, 0, 5):
+        delete_old_checkpoints(tmp_path, limit, {tmp_path / "checkpoint-10"})
+        assert len(checkpoints(tmp_path)) == 6
+    delete_old_checkpoints(tmp_path, 3, {tmp_path / "checkpoint-10", tmp_path / "checkpoint-1"})
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-10", "checkpoint-20", "checkpoint-notes"]
+    delete_old_checkpoints(tmp_path, 1, {tmp_path / "checkpoint-10", tmp_path / "checkpoint-1"})
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-10", "checkpoint-notes"]
+
+
+def test_what_a_rename_that_fails_replaced_is_put_back(tmp_path, monkeypatch):
+    staging, target = tmp_path / "tmp-checkpoint-4", tmp_path / "checkpoint-4"
+    for folder in (staging, target):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    real = Path.rename
+
+    def rename(path, to):
+        if path == staging:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="Input/output"):
+        put_in_place(staging, target)
+    assert (target / "name").read_text() == "checkpoint-4"
+
+
+# ---- Disks that are full, through the command line
+
+QUICK = [
+    *("--lora_rank", "4", "--lora_alpha", "8", "--learning_rate", "1e-2", "--logging_steps", "1", "--save_steps", "1"),
+    *("--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--num_train_epochs", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, qwen_tiktoken) -> list[str]:
+    """All flags but the output folder; 6 steps of 4 samples."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_pictures(folder / "pictures")
+    data = write_data(folder / "data", MIXED_CAPTIONS, folder / "pictures")
+    return [*make_bases(folder, qwen_tiktoken), *data, *QUICK, "--per_device_train_batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    assert train.main([*command, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes, in pages of 4 KiB as tmpfs counts them."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 + 4096 for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path, whole):
+    """A folder with room for two and a half checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    size = int(2.5 * folder_size(whole / "checkpoint-6"))
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"a small disk can't be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up(command, whole, small_disk, capsys):
+    flags = [*command, "--output_dir", str(small_disk / "run")]
+    assert train.main(flags) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    written = len(checkpoints(small_disk / "run"))
+    assert 1 < written < 5
+    assert checkpoints(small_disk / "run") == [f"checkpoint-{n}" for n in range(1, written + 1)]
+    assert said.count("could not be written: ") == 6 - written + 1  # and once more at the end
+    assert "train.py: the run ended at step 6; its last checkpoint could not be written: " in said
+    newest = small_disk / "run" / f"checkpoint-{written}"
+    assert losses(newest) == losses(whole / "checkpoint-6")[:written]
+    shutil.rmtree(small_disk / "run/checkpoint-1")
+    again = [*flags, "--resume_from_checkpoint", "auto", "--save_total_limit", "1"]
+    assert train.main(again) == 0
+    assert losses(small_disk / "run/checkpoint-6") == losses(whole / "checkpoint-6")
+    ours, theirs = trained_weights(small_disk / "run"), trained_weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_file_size_limit(command, whole, tmp_path, capsys, monkeypatch):
+    """From the third step on, no file may be larger than half of the largest one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(path.stat().st_size for path in (whole / "checkpoint-6").iterdir())
+
+    class Limit(train.WatchBadSamples):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))
+
+    monkeypatch.setattr(train, "WatchBadSamples", Limit)
+    try:
+        assert train.main([*command, "--output_dir", str(tmp_path), "--save_total_limit", "1"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.count("could not be written: ") == 5
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+    assert lacks_to_resume(tmp_path / "checkpoint-2") == []
+
+
+def test_final_weights_that_can_not_be_written(command, whole, tmp_path, capsys, monkeypatch):
+    """An older save in the run folder stays as it was."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, ignore=lambda _, names: [n for n in names if n in [f"checkpoint-{i}" for i in (5, 6)]])
+    before = trained_weights(run)
+    real = model.checkpoints.checkpoint.save_file
+
+    def save(tensors, path):
+        if path.parent.parent == run:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(model.checkpoints.checkpoint, "save_file", save)
+    assert train.main([*command, "--output_dir", str(run), "--resume_from_checkpoint", "auto"]) == 1
+    said = one_line_error(capsys.readouterr().err, "train.py")
+    assert "the final weights could not be written" in said
+    assert "No space left on device" in said
+    after = trained_weights(run)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not list(run.glob("tmp-*"))
+
+
+@pytest.mark.parametrize(("strategy", "names"), [("no", []), ("epoch", ["checkpoint-3", "checkpoint-5"])])
+def test_the_run_folder_holds_the_last_weights_whatever_is_saved_before(command, tmp_path, strategy, names):
+    assert train.main([*command, "--output_dir", str(tmp_path), "--save_strategy", strategy, "--max_steps", "5"]) == 0
+    assert checkpoints(tmp_path) == names
+    assert trained_weights(tmp_path).keys()
+    assert all(not lacks_to_resume(tmp_path / name) for name in names)
+
+
+def test_weights_only(command, tmp_path, capsys):
+    """They can be trained on from, but not gone on from."""
+    flags = [*command, "--output_dir", str(tmp_path), "--max_steps", "2"]
+    assert train.main([*flags, "--save_only_model", "true"]) == 0
+    assert "optimizer.pt" in lacks_to_resume(tmp_path / "checkpoint-2")
+    capsys.readouterr()
+    assert train.main([*flags, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")]) == 2
+    said = one_line_error(capsys.readouterr().err, "train.py")
+    assert "optimizer.pt" in said
+    assert "--previous_lora_weights" in said

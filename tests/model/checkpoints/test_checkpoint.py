@@ -1,0 +1,756 @@
+"""Checkpoint folders: what is written, that it comes back bit for bit, and a clear error for each that does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint
+from tiny_vlm import (
+    ALPHA,
+    RANK,
+    VOCAB_SIZE,
+    collate,
+    enliven_trained,
+    logits_of,
+    make_language_model,
+    new_model,
+    sample,
+    trainable_parameters,
+)
+from torch import nn
+from torch.testing import assert_close
+
+from model import CheckpointError, LoraSettings, VisionLanguageModel, read_checkpoint
+from model.checkpoints.checkpoint import numbered_checkpoints, resolve_checkpoint
+from model.checkpoints.tensor_files import check_finite, check_weights, read_tensors
+from qwen import MultimodalQWenLMHeadModel
+
+FILES = {"adapter_config.json", "adapter_model.safetensors", "projector.safetensors", "multimodal_config.json"}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return collate(sample(1), sample(2, seed=1), sample(0, seed=2))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_bases):
+    """A model with LoRA and projector weights that show in its answers."""
+    return enliven_trained(new_model(tiny_bases)).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(trained, tmp_path_factory):
+    """Its checkpoint; not to be written to."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoint-7"
+    trained.save_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of the checkpoint, to be spoilt."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoint-7"))
+
+
+def load(folder, *bases, **options):
+    return VisionLanguageModel.from_pretrained(*bases, model_weights=folder, device="cpu", **options)
+
+
+def rewrite(file: Path, change) -> None:
+    """Let `change` edit a file's tensors or JSON object in place."""
+    content = load_file(file) if file.suffix == ".safetensors" else json.loads(file.read_text())
+    change(content)
+    if file.suffix == ".safetensors":
+        save_file(content, file)
+    else:
+        file.write_text(json.dumps(content))
+
+
+def write_original(folder: Path, saved: Path, *, prefix: str = "", adapter: str = "adapter_model.bin") -> Path:
+    """A folder as the original project left it, with the weights of `saved`."""
+    folder.mkdir()
+    shutil.copy(saved / "adapter_config.json", folder)
+    if adapter.endswith(".bin"):
+        torch.save(load_file(saved / "adapter_model.safetensors"), folder / adapter)
+    else:
+        shutil.copy(saved / "adapter_model.safetensors", folder / adapter)
+    weights = load_file(saved / "projector.safetensors")
+    torch.save({prefix + name: value for name, value in weights.items()}, folder / "other_params.bin")
+    return folder
+
+
+# What is written
+
+
+def test_files_and_names(saved, tiny_bases, trained):
+    assert {path.name for path in saved.iterdir()} == FILES
+    assert set(load_file(saved / "adapter_model.safetensors")) == {
+        f"base_model.model.transformer.h.{i}.{target}.lora_{part}.weight"
+        for i in range(2)
+        for target in ("attn.c_attn", "mlp.w1", "mlp.w2")
+        for part in "AB"
+    }
+    assert set(load_file(saved / "projector.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    config = json.loads((saved / "multimodal_config.json").read_text())
+    prints = [config.pop(f"{base}_fingerprint") for base in ("vision_tower", "language_model")]
+    assert all(re.fullmatch("[0-9a-f]{16}", value) for value in prints)
+    assert prints[0] != prints[1]
+    assert set(config.pop("package_versions")) == {"torch", "transformers", "peft", "accelerate"}
+    assert config == {
+        "base_language_model": tiny_bases[0],
+        "base_value_model": tiny_bases[1],
+        "vision_tower": "clip",
+        "num_image_tokens": 4,
+        "vision_hidden_size": 32,
+        "language_hidden_size": 16,
+        "vocab_size": VOCAB_SIZE,
+        "projector_layers": 2,
+        "drop_first_patch": False,
+        "dtype": "float32",
+    }
+    adapter = json.loads((saved / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["base_model_name_or_path"]) == (RANK, ALPHA, tiny_bases[0])
+    assert sorted(adapter["target_modules"]) == ["c_attn", "w1", "w2"]
+
+
+def test_relative_folders_of_base_models_are_written_absolute(tiny_bases, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(tiny_bases[0]).parent)
+    new_model(("qwen", "clip")).save_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "multimodal_config.json").read_text())
+    assert (config["base_language_model"], config["base_value_model"]) == tiny_bases
+    monkeypatch.chdir("/")
+    load(tmp_path)
+
+
+def test_a_model_without_lora_cannot_be_saved(tiny_bases, tmp_path):
+    model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
+    with pytest.raises(ValueError, match="no LoRA layers to save"):
+        model.save_checkpoint(tmp_path)
+
+
+def test_the_folders_above_a_checkpoint_are_made(trained, tmp_path):
+    trained.save_checkpoint(tmp_path / "new" / "folder")
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == FILES
+
+
+def test_the_configuration_stays_readable_with_names_in_any_script(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained, "base_language_model", "通义/千问")
+    trained.save_checkpoint(tmp_path)
+    text = (tmp_path / "multimodal_config.json").read_text(encoding="utf-8")
+    assert '  "base_language_model": "通义/千问",' in text.splitlines()
+    assert text.endswith("}\n")
+    assert read_checkpoint(tmp_path).config.base_language_model == "通义/千问"
+
+
+def test_what_stands_in_the_way_of_a_save_is_named(trained, saved, folder):
+    (folder / "tmp-weights").write_text("a file")
+    with pytest.raises(FileExistsError, match="tmp-weights"):
+        trained.save_checkpoint(folder)
+    for path in saved.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_a_killed_save_left_behind_is_cleared(trained, saved, folder):
+    (folder / "tmp-weights").mkdir()
+    (folder / "tmp-weights" / "adapter_model.safetensors").write_bytes(b"half")
+    trained.save_checkpoint(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in saved.iterdir()
+    }
+
+
+def test_weights_that_cannot_be_written_leave_the_old_ones(trained, saved, folder, monkeypatch):
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("model.checkpoints.checkpoint.save_file", full)
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors: No space left on device"):
+        trained.save_checkpoint(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in saved.iterdir()
+    }
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_new_weights_half_in_place_are_no_checkpoint(trained, folder, monkeypatch, done):
+    replace, calls = Path.replace, []
+
+    def fail_later(path, target):
+        calls.append(target)
+        if len(calls) > done:
+            raise OSError("Input/output error")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail_later)
+    with pytest.raises(OSError, match="Input/output error"):
+        trained.save_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"multimodal_config\.json missing"):
+        resolve_checkpoint(folder)
+
+
+# What comes back
+
+
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(trained, saved, batch):
+    loaded = load(saved)
+    assert_close(logits_of(loaded, batch), logits_of(trained, batch), rtol=0, atol=0)
+    assert not trainable_parameters(loaded)
+    assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {torch.float32}
+
+
+def test_training_goes_on_from_a_checkpoint_with_everything_trainable(trained, saved, tmp_path):
+    loaded = load(saved, trainable=True, lora_dropout=0.25)
+    before, after = trainable_parameters(trained), trainable_parameters(loaded)
+    assert {name: p.shape for name, p in before.items()} == {name: p.shape for name, p in after.items()}
+    assert loaded.training
+    assert loaded.language_model.peft_config["default"].lora_dropout == 0.25
+    loaded.save_checkpoint(tmp_path)
+    for name in ("adapter_model.safetensors", "projector.safetensors"):
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_lora_is_loaded_in_fp32_over_a_half_precision_base(saved, tmp_path):
+    loaded = load(saved, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    loaded.save_checkpoint(tmp_path)
+    for name in ("adapter_model.safetensors", "projector.safetensors"):
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+    assert json.loads((tmp_path / "multimodal_config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_peft_itself_reads_the_adapter(saved, tiny_bases, trained):
+    base = MultimodalQWenLMHeadModel.from_pretrained(tiny_bases[0])
+    ids = torch.arange(9)[None]
+    wrapped = PeftModel.from_pretrained(base, str(saved)).eval()
+    with torch.no_grad():
+        assert_close(wrapped(input_ids=ids).logits, trained.language_model(input_ids=ids).logits, rtol=0, atol=0)
+
+
+def test_weights_go_back_into_a_model_that_is_there(tiny_bases, saved, trained, batch):
+    model = enliven_trained(new_model(tiny_bases), seed=5)
+    assert not torch.equal(logits_of(model, batch), logits_of(trained, batch))
+    model.load_checkpoint(saved)
+    assert_close(logits_of(model, batch), logits_of(trained, batch), rtol=0, atol=0)
+
+
+def test_a_projector_of_one_layer_comes_back(tiny_bases, tmp_path, batch):
+    model = enliven_trained(new_model(tiny_bases, layers=1))
+    model.save_checkpoint(tmp_path)
+    assert read_checkpoint(tmp_path).config.projector_layers == 1
+    loaded = load(tmp_path)
+    assert len(loaded.projector) == 1
+    assert_close(logits_of(loaded, batch), logits_of(model, batch), rtol=0, atol=0)
+
+
+def test_saving_and_loading_ask_no_hub(tiny_bases, saved, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", refuse)
+    model = new_model(tiny_bases)
+    model.language_model.peft_config["default"].base_model_name_or_path = "somebody/something"
+    model.load_checkpoint(saved)
+    model.save_checkpoint(tmp_path)
+
+
+# Which folder is meant
+
+
+def make_run(run: Path, saved: Path, *steps: int) -> list[Path]:
+    return [Path(shutil.copytree(saved, run / f"checkpoint-{step}")) for step in steps]
+
+
+def test_a_run_folder_means_its_newest_complete_checkpoint(saved, tmp_path):
+    (*_, second, newest) = make_run(tmp_path, saved, 2, 30, 100)
+    (tmp_path / "tmp-checkpoint-200").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-300").write_text("a file")
+    assert resolve_checkpoint(tmp_path) == newest
+    for missing in FILES:
+        spoilt = Path(shutil.copytree(saved, tmp_path / "checkpoint-400"))
+        (spoilt / missing).unlink()
+        assert resolve_checkpoint(tmp_path) == newest, missing
+        shutil.rmtree(spoilt)
+    shutil.rmtree(newest)
+    assert resolve_checkpoint(str(tmp_path) + os.sep) == second
+
+
+def test_the_checkpoints_of_a_run_come_before_what_lies_in_its_folder(saved, tmp_path):
+    run = Path(shutil.copytree(saved, tmp_path / "run"))
+    assert resolve_checkpoint(run) == run
+    (newest,) = make_run(run, saved, 5)
+    assert resolve_checkpoint(run) == newest
+    (newest / "projector.safetensors").unlink()
+    assert resolve_checkpoint(run) == run
+
+
+def test_a_folder_without_any_complete_checkpoint(saved, tmp_path):
+    for child in make_run(tmp_path, saved, 1, 2):
+        (child / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"none of its 2 checkpoint-\* folders is complete"):
+        resolve_checkpoint(tmp_path)
+
+
+def test_the_checkpoint_furthest_in_the_data_comes_first(tmp_path):
+    """Where the batch size changed, steps were counted anew."""
+    states = {
+        "checkpoint-9": {"epoch": 1, "position": 0},
+        "checkpoint-20": {"epoch": 0, "position": 64},
+        "checkpoint-3": {"epoch": 1, "position": 8},
+        "checkpoint-100": {"epoch": 0, "position": 0},
+        "checkpoint-30": {"epoch": 0, "position": 64},
+        "checkpoint-500": None,
+        "checkpoint-1000": {"epoch": 1},
+    }
+    for name, state in states.items():
+        (tmp_path / name).mkdir()
+        if state is not None:
+            (tmp_path / name / "run_state.json").write_text(json.dumps(state))
+    numbers = [int(path.name.removeprefix("checkpoint-")) for path in numbered_checkpoints(tmp_path)]
+    assert numbers == [3, 9, 30, 20, 100, 1000, 500]
+
+
+def test_a_link_that_leads_out_of_the_newest_checkpoint_of_a_run(saved, tmp_path):
+    (newest,) = make_run(tmp_path / "run", saved, 5)
+    (tmp_path / "secret").write_text("")
+    (newest / "notes").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="notes is a link that leads out"):
+        resolve_checkpoint(tmp_path / "run")
+
+
+def test_all_that_is_missing_is_named(tmp_path):
+    expected = (
+        r"adapter_config\.json and adapter_model\.safetensors or adapter_model\.bin and "
+        r"projector\.safetensors or other_params\.bin missing$"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        load(folder)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere: no such folder"):
+        load(tmp_path / "nowhere")
+
+
+# Folders of the original project
+
+
+@pytest.mark.parametrize("prefix", ["", "feature_proj.", "base_model.model.transformer.feature_proj."])
+@pytest.mark.parametrize("adapter", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_a_folder_of_the_original_project_loads(saved, trained, tiny_bases, tmp_path, batch, prefix, adapter):
+    folder = write_original(tmp_path / "original", saved, prefix=prefix, adapter=adapter)
+    assert read_checkpoint(folder).config is None
+    loaded = load(folder, *tiny_bases)
+    assert_close(logits_of(loaded, batch), logits_of(trained, batch), rtol=0, atol=0)
+    assert not loaded.vision_tower.drop_first_patch  # CLIP's class token went, and that is all
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "language_model."])
+def test_adapter_names_of_the_original_project_may_hold_the_adapter_s_own(saved, trained, tiny_bases, tmp_path, prefix):
+    folder = write_original(tmp_path / "original", saved)
+    weights = torch.load(folder / "adapter_model.bin", weights_only=True)
+    longer = {prefix + re.sub(r"(lora_[AB])", r"\1.default", name): value for name, value in weights.items()}
+    assert all(name.endswith(".default.weight") for name in longer)
+    torch.save(longer, folder / "adapter_model.bin")
+    loaded = load(folder, *tiny_bases)
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+def test_a_projector_of_one_layer_that_the_original_project_trained(tiny_bases, tmp_path, batch):
+    model = enliven_trained(new_model(tiny_bases, layers=1))
+    model.save_checkpoint(tmp_path / "ours")
+    loaded = load(write_original(tmp_path / "original", tmp_path / "ours"), *tiny_bases)
+    assert len(loaded.projector) == 1
+    assert_close(logits_of(loaded, batch), logits_of(model, batch), rtol=0, atol=0)
+
+
+def test_what_the_original_project_wrote_on_a_gpu_is_read_to_the_cpu(tmp_path):
+    file, tensor = tmp_path / "other_params.bin", torch.arange(6.0).view(2, 3)
+    torch.save({"0.weight": tensor}, tmp_path / "cpu.bin")
+    with zipfile.ZipFile(tmp_path / "cpu.bin") as archive, zipfile.ZipFile(file, "w") as written:
+        for name in archive.namelist():
+            content = archive.read(name)
+            if name.endswith("data.pkl"):
+                assert content.count(b"X\x03\0\0\0cpu") == 1
+                content = content.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0")
+            written.writestr(name, content)
+    (found,) = read_tensors(file).values()
+    assert found.device.type == "cpu"
+    assert torch.equal(found, tensor)
+
+
+def test_a_folder_of_the_original_project_needs_its_base_models_named(saved, tiny_bases, tmp_path):
+    folder = write_original(tmp_path / "original", saved)
+    with pytest.raises(CheckpointError, match="give --base_language_model and --base_value_model: "):
+        load(folder)
+    with pytest.raises(CheckpointError, match="give --base_value_model: "):
+        load(folder, tiny_bases[0])
+
+
+def test_siglip_loses_its_first_patch_in_what_the_original_trained_and_only_there(
+    saved, tiny_bases, tiny_siglip, tmp_path
+):
+    bases = tiny_bases[0], tiny_siglip
+    original = write_original(tmp_path / "original", saved)
+    old, new = load(original, *bases), VisionLanguageModel.from_pretrained(*bases, device="cpu")
+    assert (old.num_image_tokens, new.num_image_tokens) == (3, 4)  # as 728 and 729 of SigLIP's own
+    pixels = sample(2)["pixel_values"]
+    assert_close(old.vision_tower(pixels), new.vision_tower(pixels)[:, 1:])
+
+    # Training goes on from it, and what is saved then says so.
+    further = load(original, *bases, trainable=True)
+    assert further.num_image_tokens == 3
+    further.save_checkpoint(tmp_path / "further")
+    config = json.loads((tmp_path / "further" / "multimodal_config.json").read_text())
+    assert (config["drop_first_patch"], config["num_image_tokens"], config["vision_tower"]) == (True, 3, "siglip")
+    again = load(tmp_path / "further")
+    assert (again.num_image_tokens, again.vision_tower.drop_first_patch) == (3, True)
+
+    # What this project trains from the start keeps it.
+    fresh = new_model(bases)
+    fresh.save_checkpoint(tmp_path / "fresh")
+    assert read_checkpoint(tmp_path / "fresh").config.drop_first_patch is False
+    assert load(tmp_path / "fresh").num_image_tokens == 4
+
+
+# What does not fit
+
+
+class Poison:
+    """A pickle that would write a file when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "other_params.bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_poisoned_pickle_is_refused_and_does_not_run(saved, tiny_bases, tmp_path, name, zipped):
+    folder, proof = write_original(tmp_path / "original", saved), tmp_path / "it ran"
+    weights = torch.load(folder / name, weights_only=True)
+    torch.save({**weights, "extra": Poison(proof)}, folder / name, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError) as error:
+        load(folder, *tiny_bases)
+    assert not proof.exists()
+    assert name in str(error.value)
+    assert "trust" not in str(error.value)  # no advice to switch the protection off
+    torch.load(folder / name, weights_only=False)  # it is a poison indeed
+    assert proof.exists()
+
+
+def test_no_environment_variable_lets_a_pickle_run(tmp_path, monkeypatch):
+    torch.save({"0.weight": torch.ones(1), "extra": Poison(tmp_path / "it ran")}, tmp_path / "other_params.bin")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(CheckpointError, match=r"other_params\.bin: .* could run code"):
+        read_tensors(tmp_path / "other_params.bin")
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError("Input/output error\nfurther lines"), "Input/output error"), (EOFError(), "EOFError")],
+)
+def test_the_reason_why_a_file_cannot_be_read_is_one_line(tmp_path, monkeypatch, error, reason):
+    def fail(*args, **kwargs):
+        raise error
+
+    (tmp_path / "other_params.bin").write_bytes(b"anything")
+    monkeypatch.setattr("torch.load", fail)
+    with pytest.raises(CheckpointError, match=rf"other_params\.bin: can't be read as a file of tensors: {reason}$"):
+        read_tensors(tmp_path / "other_params.bin")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "other_params.bin"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04 cut off",
+        b"\x80\x02}q\x00(X\x05",
+        b"plain text",
+        pickle.dumps({"0.weight": [1, 2]}, protocol=2),
+        pickle.dumps([1, 2], protocol=2),
+        bytes(range(256)),
+    ],
+    ids=["empty", "cut archive", "cut pickle", "text", "list as tensor", "list", "bytes"],
+)
+def test_a_broken_file_of_the_original_is_named(saved, tiny_bases, tmp_path, name, content):
+    folder = write_original(tmp_path / "original", saved)
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=name):
+        load(folder, *tiny_bases)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"0.weight": [1.0]}, {"0.weight": torch.ones(1), "step": 5}, 5])
+def test_a_pickle_of_something_else_than_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "other_params.bin")
+    with pytest.raises(CheckpointError, match=r"other_params\.bin: names and tensors are expected"):
+        read_tensors(tmp_path / "other_params.bin")
+
+
+def test_a_pickle_whose_names_are_no_text(saved, tiny_bases, tmp_path):
+    folder = write_original(tmp_path / "original", saved)
+    torch.save({0: torch.ones(1)}, folder / "other_params.bin")
+    with pytest.raises(CheckpointError, match=r"other_params\.bin"):
+        load(folder, *tiny_bases)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "projector.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.7])
+def test_a_cut_file_is_named(folder, name, share):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(CheckpointError, match=name):
+        load(folder)
+
+
+ADAPTER, PROJECTOR = "adapter_model.safetensors", "projector.safetensors"
+LORA_A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (ADAPTER, lambda w: w.pop(LORA_A), f"missing {LORA_A}"),
+        (ADAPTER, lambda w: w.update(other=torch.ones(1)), "unexpected other"),
+        (ADAPTER, lambda w: w.update({LORA_A: torch.ones(RANK, 17)}), rf"{LORA_A} is \(4, 17\), expected \(4, 16\)"),
+        (ADAPTER, lambda w: w[LORA_A].fill_(float("nan")), f"{LORA_A} holds values that are not finite"),
+        (ADAPTER, lambda w: w.update({LORA_A: torch.ones(RANK, 16).int()}), f"{LORA_A} is torch.int32"),
+        (ADAPTER, lambda w: w.clear(), "missing"),
+        (PROJECTOR, lambda w: w.pop("2.bias"), "missing 2.bias"),
+        (PROJECTOR, lambda w: (w.pop("2.bias"), w.pop("2.weight")), "missing 2.bias; missing 2.weight"),
+        (PROJECTOR, lambda w: w.update({"4.weight": torch.ones(1)}), "unexpected 4.weight"),
+        (PROJECTOR, lambda w: w.update({"0.bias": torch.ones(3)}), r"0.bias is \(3,\), expected \(16,\)"),
+        (PROJECTOR, lambda w: w["2.bias"].fill_(float("inf")), "2.bias holds values that are not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, trained, file, change, message):
+    rewrite(folder / file, change)
+    part, likely = {ADAPTER: ("adapter", "base language model or rank"), PROJECTOR: ("projector", "vision tower")}[file]
+    message = rf"{part} in {re.escape(str(folder))} does not fit \(was it trained for another {likely}.*{message}"
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
+    with pytest.raises(CheckpointError, match=message):
+        trained.load_checkpoint(folder)
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_many_faults_make_a_short_message(folder):
+    rewrite(folder / ADAPTER, lambda w: w.clear())
+    with pytest.raises(CheckpointError, match="and 8 more") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(("number", "shown", "more"), [(1, 1, None), (4, 4, None), (5, 4, 1), (6, 4, 2)])
+def test_the_first_four_differences_are_shown(number, shown, more):
+    expected = {f"{i}.weight": torch.ones(2) for i in range(number)}
+    with pytest.raises(CheckpointError) as error:
+        check_weights(expected, {}, "the file", "another tower")
+    names = "; ".join(f"missing {i}.weight" for i in range(shown)) + (f"; and {more} more" if more else "")
+    assert str(error.value) == f"the file does not fit (was it trained for another tower?): {names}"
+    check_weights(expected, {name: torch.zeros(2) for name in expected}, "the file", "another tower")
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_the_first_three_weights_that_are_not_finite_are_shown(bad, value):
+    model = nn.ParameterDict({f"w{i}": torch.ones(2, 3) for i in range(5)})
+    with torch.no_grad():
+        for i in range(bad):
+            model[f"w{i}"][1, i % 3] = value
+    if not bad:
+        check_finite(model, "the tower")
+        return
+    names = ", ".join(f"w{i}" for i in range(min(bad, 3))) + (", …" if bad > 3 else "")
+    expected = rf"^the weights of the tower .*not finite, in {bad} tensors? \({names}\);"
+    with pytest.raises(CheckpointError, match=expected):
+        check_finite(model, "the tower")
+
+
+def test_a_rank_that_the_configuration_does_not_say(folder):
+    rewrite(folder / "adapter_config.json", lambda config: config.update(r=8))
+    with pytest.raises(CheckpointError, match=r"is \(48, 4\), expected \(48, 8\)|is \(4, 16\), expected \(8, 16\)"):
+        load(folder)
+
+
+def test_a_rank_beyond_all_that_the_weights_hold_is_refused_before_room_is_made(folder):
+    for rank in (4097, 10**12):
+        rewrite(folder / "adapter_config.json", lambda config, rank=rank: config.update(r=rank))
+        with pytest.raises(CheckpointError, match=rf"adapter_config\.json: r is {rank}, but its weights have no"):
+            load(folder)
+
+
+def test_a_large_rank_that_the_weights_have_is_read(tiny_bases, tmp_path):
+    model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
+    model.add_lora(LoraSettings(rank=4200, target_modules=("c_attn",)))
+    model.save_checkpoint(tmp_path)
+    assert load(tmp_path).language_model.peft_config["default"].r == 4200
+
+
+def test_targets_that_the_base_model_does_not_have(folder):
+    rewrite(folder / "adapter_config.json", lambda config: config.update(target_modules=["q_proj"]))
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"peft_type": "LORA", "r": "four"}',
+        '{"peft_type": "LORA", "r": 0}',
+        '{"peft_type": "IA3"}',
+        '{"peft_type": "NONSENSE"}',
+        '{"r": 4, "target_modules": 5}',
+    ],
+)
+def test_an_adapter_configuration_that_is_none(folder, content):
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="adapter"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("num_image_tokens"), "num_image_tokens missing"),
+        (lambda c: c.update(base_language_model=5), "base_language_model"),
+        (lambda c: c.update(base_value_model=None), "base_value_model"),
+        (lambda c: c.update(drop_first_patch="no"), "drop_first_patch"),
+        (lambda c: c.update(projector_layers=3), "projector_layers"),
+        (lambda c: c.update(projector_layers=1), "unexpected 2.bias"),
+        (lambda c: c.update(num_image_tokens=729), "num_image_tokens is 4, the checkpoint was trained with 729"),
+    ],
+)
+def test_a_multimodal_configuration_that_is_none(folder, change, message):
+    rewrite(folder / "multimodal_config.json", change)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_a_later_field_of_the_multimodal_configuration_is_left_alone(folder):
+    rewrite(folder / "multimodal_config.json", lambda c: c.update(something_new=1))
+    load(folder)
+
+
+def test_another_tower_is_refused(folder, tiny_bases, tiny_siglip, tmp_path):
+    with pytest.raises(CheckpointError, match="vision_tower is siglip, the checkpoint was trained with clip"):
+        load(folder, tiny_bases[0], tiny_siglip)
+    with pytest.raises(CheckpointError, match="vision_tower is dinov2"):
+        load(folder, None, make_dinov2_checkpoint(tmp_path / "dino"))
+    wider = make_clip_checkpoint(tmp_path / "wider", hidden_size=48)
+    with pytest.raises(CheckpointError, match="vision_hidden_size is 48, the checkpoint was trained with 32"):
+        load(folder, None, wider)
+    larger = make_clip_checkpoint(tmp_path / "larger", image_size=42)
+    with pytest.raises(CheckpointError, match="num_image_tokens is 9, the checkpoint was trained with 4"):
+        load(folder, None, larger)
+
+
+def test_another_tower_is_refused_where_the_first_patch_was_left_out(saved, tiny_bases, tiny_siglip, tmp_path):
+    original = write_original(tmp_path / "original", saved)
+    load(original, tiny_bases[0], tiny_siglip).save_checkpoint(tmp_path / "further")
+    with pytest.raises(CheckpointError, match="vision_tower is clip, the checkpoint was trained with siglip"):
+        load(tmp_path / "further", *tiny_bases)
+
+
+def test_every_difference_of_the_base_models_is_named(folder, tmp_path):
+    other = make_clip_checkpoint(tmp_path / "other", hidden_size=48, image_size=42)
+    expected = (
+        f"{re.escape(str(folder))} does not fit the base models: num_image_tokens is 9, the checkpoint was trained "
+        "with 4; vision_hidden_size is 48, the checkpoint was trained with 32$"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        load(folder, None, other)
+
+
+def test_another_tower_of_the_same_shape_is_refused_where_it_is_known(folder, tiny_bases, tmp_path):
+    other = Path(shutil.copytree(tiny_bases[1], tmp_path / "other"))
+    patches = "vision_model.embeddings.patch_embedding.weight"
+    rewrite(other / "model.safetensors", lambda weights: weights[patches].add_(1))
+    expected = f"weights or settings of --base_value_model are others than those of {re.escape(tiny_bases[1])}, which"
+    with pytest.raises(CheckpointError, match=expected):
+        load(folder, None, str(other))
+    rewrite(folder / "multimodal_config.json", lambda config: config.update(vision_tower_fingerprint=""))
+    load(folder, None, str(other))
+
+
+def test_other_weights_are_refused_in_fp16_too(folder, tiny_bases, tmp_path):
+    load(folder, dtype=torch.float16).save_checkpoint(tmp_path / "half")
+    other = Path(shutil.copytree(tiny_bases[0], tmp_path / "other"))
+    (weights,) = other.glob("*.safetensors")
+    rewrite(weights, lambda tensors: tensors["transformer.h.0.attn.c_attn.weight"].add_(1))
+    load(tmp_path / "half", dtype=torch.float16)
+    load(tmp_path / "half", dtype=torch.bfloat16)  # whose fingerprint says nothing of fp16's
+    with pytest.raises(CheckpointError, match="settings of --base_language_model are others than those"):
+        load(tmp_path / "half", str(other), dtype=torch.float16)
+
+
+def test_lora_on_an_embedding_is_refused(folder):
+    rewrite(folder / "adapter_config.json", lambda config: config.update(target_modules=["c_attn", "w1", "w2", "wte"]))
+    with pytest.raises(CheckpointError, match=r"wte is of class Embedding; LoRA is for linear layers"):
+        load(folder)
+
+
+def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):
+    wider = make_language_model(tmp_path / "wider", hidden_size=32, kv_channels=16)
+    with pytest.raises(CheckpointError, match="language_hidden_size is 32, the checkpoint was trained with 16"):
+        load(folder, wider)
+    deeper = make_language_model(tmp_path / "deeper", num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match="weights or settings of --base_language_model are others"):
+        load(folder, deeper)
+    same_shape = make_language_model(tmp_path / "same_shape", seed=99)
+    with pytest.raises(CheckpointError, match="weights or settings of --base_language_model are others"):
+        load(folder, same_shape)
+    original = write_original(tmp_path / "original", saved)  # which does not say what it was trained on
+    with pytest.raises(CheckpointError, match=r"missing base_model.model.transformer.h.2.attn.c_attn.lora_A.weight"):
+        load(original, deeper, tiny_bases[1])
+    with pytest.raises(CheckpointError, match=r"projector .* does not fit.*0.bias is \(16,\), expected \(32,\)"):
+        load(original, wider, tiny_bases[1])
+
+
+def test_weights_go_into_no_model_with_another_scale_or_tower(saved, tiny_bases, tiny_siglip):
+    other_tower = new_model((tiny_bases[0], tiny_siglip))  # of the same width and number of tokens
+    with pytest.raises(CheckpointError, match="vision_tower is siglip, the checkpoint was trained with clip"):
+        other_tower.load_checkpoint(saved)
+    other_scale = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
+    other_scale.add_lora(LoraSettings(rank=RANK, alpha=ALPHA + 1))
+    with pytest.raises(CheckpointError, match="trained with lora_alpha 8, the model has 9"):
+        other_scale.load_checkpoint(saved)
+
+
+def test_a_base_model_that_has_gone_is_named(folder, tiny_bases, tmp_path):
+    gone = str(tmp_path / "gone")
+    rewrite(folder / "multimodal_config.json", lambda c: c.update(base_language_model=gone))
+    with pytest.raises(ValueError, match=r"base language model '.*gone' is no local folder"):
+        load(folder)
+    load(folder, tiny_bases[0])  # it may be named anew

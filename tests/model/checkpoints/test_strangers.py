@@ -1,0 +1,451 @@
+"""Checkpoints and base models from strangers: nothing in them is run, leads elsewhere, or passes for what it isn't."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import (
+    MIXED_CAPTIONS,
+    ROOT,
+    environment,
+    load_test_py,
+    make_bases,
+    make_language_model,
+    make_pictures,
+    one_line_error,
+    write_as_the_original,
+    write_data,
+)
+
+import train
+from model import CheckpointError, VisionLanguageModel
+from model.checkpoints.checkpoint import read_checkpoint
+
+QUICK = shlex.split(
+    "--lora_rank 4 --lora_alpha 8 --lora_dropout 0 --logging_steps 1 --save_steps 2 --max_steps 4 --use_cpu true "
+    "--report_to none --disable_tqdm true --per_device_train_batch_size 4"
+)
+LORA_A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+ask = load_test_py()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, qwen_tiktoken) -> list[str]:
+    return make_bases(tmp_path_factory.mktemp("bases"), qwen_tiktoken)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    make_pictures(folder / "pictures")
+    return write_data(folder, MIXED_CAPTIONS, folder / "pictures")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, bases, data) -> Path:
+    """A run of four steps, with checkpoints 2 and 4; not to be written to."""
+    folder = tmp_path_factory.mktemp("run")
+    assert train.main([*QUICK, *bases, *data, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def stranger(run, tmp_path) -> Path:
+    """A copy of the run, to be spoilt; its checkpoint 4 is gone."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoint-4")
+    return folder / "checkpoint-2"
+
+
+@pytest.fixture
+def refused(bases, data, capsys):
+    """Go on from a checkpoint; gives the one line that says why not."""
+
+    def go_on(checkpoint: Path, *flags: str) -> str:
+        capsys.readouterr()
+        flags = flags or ("--resume_from_checkpoint", str(checkpoint))
+        output = checkpoint.parent if "--resume_from_checkpoint" in flags else checkpoint.parent.parent / "new"
+        assert train.main([*QUICK, *bases, *data, "--output_dir", str(output), *flags]) == 2
+        return one_line_error(capsys.readouterr().err, "train.py")
+
+    return go_on
+
+
+class Poison:
+    """A pickle that would write a file when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+def load(folder, *bases, **options):
+    return VisionLanguageModel.from_pretrained(*bases, model_weights=folder, device="cpu", **options)
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+# ---- Pickles
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_poisoned_training_state_is_refused_and_does_not_run(stranger, refused, tmp_path, name, zipped):
+    proof = tmp_path / "it ran"
+    state = torch.load(stranger / name, weights_only=False) if (stranger / name).exists() else {}
+    torch.save({**state, "extra": Poison(proof)}, stranger / name, _use_new_zipfile_serialization=zipped)
+    said = refused(stranger)
+    assert name in said
+    assert "weights_only" not in said  # no advice to switch the protection off
+    assert not proof.exists()
+    torch.load(stranger / name, weights_only=False)  # it is a poison indeed
+    assert proof.exists()
+
+
+def test_poison_in_files_that_nobody_reads_stays_there(stranger, bases, data, tmp_path, capsys):
+    proof = tmp_path / "it ran"
+    for name in ("training_args.bin", "pytorch_model.bin", "optimizer.bin", "trainer.pkl", "model.pt"):
+        torch.save(Poison(proof), stranger / name)
+    (stranger / "modeling_qwen.py").write_text(f"open({str(proof)!r}, 'w')")
+    (stranger / "sitecustomize.py").write_text(f"open({str(proof)!r}, 'w')")
+    load(stranger)
+    flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", str(stranger)]
+    assert train.main([*QUICK, *bases, *data, *flags]) == 0, capsys.readouterr().err
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "other_params.bin"])
+def test_poison_of_the_original_is_refused_by_both_programs(run, bases, tmp_path, refused, capsys, name):
+    folder = write_as_the_original(run / "checkpoint-2", tmp_path / "folder" / "original")
+    proof = tmp_path / "it ran"
+    torch.save({"0.weight": torch.ones(1), "extra": Poison(proof)}, folder / name)
+    assert name in refused(folder, "--previous_lora_weights", str(folder))
+    assert ask.main(["--model_weights", str(folder), *bases, "--prompt", "What?", "--device", "cpu"]) == 2
+    assert name in one_line_error(capsys.readouterr().err, "test.py")
+    assert not proof.exists()
+
+
+def test_poison_in_a_base_language_model(bases, tmp_path, qwen_tiktoken):
+    folder, proof = tmp_path / "qwen", tmp_path / "it ran"
+    shutil.copytree(bases[1], folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": torch.ones(1), "extra": Poison(proof)}, folder / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"(?i)unpickl|weights.only|plain|unsafe|code"):
+        VisionLanguageModel.from_pretrained(str(folder), bases[3], device="cpu")
+    assert not proof.exists()
+
+
+def test_a_compressed_archive_is_refused_unopened(run, bases, tmp_path):
+    """Ten gigabytes of zeros are ten megabytes."""
+    folder = write_as_the_original(run / "checkpoint-2", tmp_path / "original")
+    with zipfile.ZipFile(folder / "other_params.bin") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / "other_params.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match=r"other_params\.bin: .*compressed"):
+        load(folder, bases[1], bases[3])
+
+
+# ---- Remote code
+
+
+def test_no_remote_code_is_run_whatever_auto_map_says(stranger, bases, tmp_path, capfd):
+    """In a process of its own: an import that has happened can't be told from one that is refused."""
+    proof = tmp_path / "it ran"
+    poison = f"open({str(proof)!r}, 'w').close()\n"
+    auto_map = {
+        "AutoConfig": "evil.Config",
+        "AutoModel": "evil.Model",
+        "AutoModelForCausalLM": "evil.Model",
+        "AutoTokenizer": ["evil.Tokenizer", None],
+        "AutoImageProcessor": "evil.Processor",
+        "AutoProcessor": "evil.Processor",
+    }
+    copies = [Path(shutil.copytree(base, tmp_path / name)) for base, name in ((bases[1], "qwen"), (bases[3], "clip"))]
+    for folder in (*copies, stranger):
+        (folder / "evil.py").write_text(poison)
+        (folder / "custom_generate").mkdir()
+        (folder / "custom_generate/generate.py").write_text(poison)
+        for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
+            if (folder / name).is_file():
+                edit(folder / name, auto_map=auto_map, trust_remote_code=True, custom_generate="./custom_generate")
+    edit(
+        stranger / "adapter_config.json",
+        auto_mapping={"base_model_class": "Model", "parent_library": "evil"},
+        task_type=None,
+    )
+    edit(stranger / "multimodal_config.json", auto_map=auto_map, trust_remote_code=True)
+    bases_flags = ["--base_language_model", str(copies[0]), "--base_value_model", str(copies[1])]
+    flags = ["--model_weights", str(stranger), *bases_flags, "--prompt", "What?", "--device", "cpu", "--greedy"]
+    command = [sys.executable, str(ROOT / "test.py"), *flags]
+    # From the checkpoint's own folder, where evil.py would be found by its name.
+    done = subprocess.run(command, cwd=stranger, env=environment(), capture_output=True, text=True, input="y\n" * 9)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"megatron_config": {"a": 1}, "megatron_core": "evil"},
+        {"target_modules": "(a+)+$"},
+        {"target_modules": "all-linear"},
+        {"rank_pattern": {"(a+)+$": 1}},
+        {"alpha_pattern": {"c_attn": 1e30}},
+        {"modules_to_save": ["lm_head"]},
+        {"layer_replication": [[0, 1000000]]},
+        {"use_dora": True},
+        {"loftq_config": {"loftq_bits": 4}},
+        {"bias": "all"},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": "8"},
+        {"lora_dropout": 1.5},
+        {"r": 10**9},
+        {"r": -4},
+        {"r": True},
+        {"target_modules": []},
+        {"target_modules": ["c_attn", 5]},
+        {"target_modules": [".*"]},
+    ],
+    ids=str,
+)
+def test_an_adapter_that_asks_for_more_than_plain_lora_is_refused(stranger, changes):
+    edit(stranger / "adapter_config.json", **changes)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json") as error:
+        load(stranger)
+    assert re.search(rf"\b{next(iter(changes))}\b", str(error.value))
+    assert "\n" not in str(error.value)
+
+
+def test_how_layers_were_initialised_does_not_matter_any_more(stranger):
+    """PEFT would compute, or download, for `init_lora_weights`; the weights come from the file."""
+    edit(stranger / "adapter_config.json", init_lora_weights="eva", base_model_name_or_path="somebody/else", new_key=1)
+    load(stranger)
+
+
+# ---- Paths
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "projector.safetensors", "adapter_config.json", "optimizer.pt", "extra.txt"]
+)
+def test_a_link_out_of_a_checkpoint_is_refused(stranger, refused, tmp_path, name):
+    secret = tmp_path / "secret"
+    if (stranger / name).exists():
+        (stranger / name).rename(secret)
+    else:
+        secret.write_text("secret")
+    (stranger / name).symlink_to(secret)
+    with pytest.raises(CheckpointError, match=f"{name} is a link that leads out of it"):
+        load(stranger)
+    assert f"{name} is a link" in refused(stranger)
+    assert f"{name} is a link" in refused(stranger, "--previous_lora_weights", str(stranger))
+    assert not (stranger.parent / "tmp-resume").exists()
+
+
+def test_links_inside_and_to_a_checkpoint_are_fine(stranger, tmp_path):
+    (stranger / "adapter_model.safetensors").rename(stranger / "weights")
+    (stranger / "adapter_model.safetensors").symlink_to("weights")
+    (tmp_path / "link").symlink_to(stranger)
+    load(tmp_path / "link")
+
+
+def test_a_linked_folder_and_a_pipe_are_refused(stranger, tmp_path):
+    (stranger / "more").symlink_to("/etc")
+    with pytest.raises(CheckpointError, match="more is a link that leads out"):
+        load(stranger)
+    (stranger / "more").unlink()
+    os.mkfifo(stranger / "pipe")
+    with pytest.raises(CheckpointError, match="pipe is not a regular file"):
+        load(stranger)
+
+
+def test_the_base_models_may_lie_elsewhere_and_are_printed(stranger, bases, caplog):
+    with caplog.at_level(logging.INFO, logger="model"):
+        load(stranger)
+    assert f"base language model: {bases[1]}; base vision model: {bases[3]}" in caplog.text
+
+
+def test_the_best_checkpoint_is_one_of_this_run(stranger, bases, data, tmp_path, capsys):
+    """trainer_state.json names a folder, which could be anywhere."""
+    edit(stranger / "trainer_state.json", best_model_checkpoint="/etc/checkpoint-2", best_global_step=2, best_metric=-9)
+    flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", "auto"]
+    evaluation = ["--eval_image_map", data[1], "--eval_captions_file", data[3], "--eval_strategy", "steps"]
+    best = ["--load_best_model_at_end", "true", "--eval_steps", "2", "--save_strategy", "steps"]
+    capsys.readouterr()
+    status = train.main([*QUICK, *bases, *data, *flags, *evaluation, *best])
+    err = capsys.readouterr().err
+    assert status == 0, err
+    assert f"loading the best checkpoint {stranger}" in err
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (stranger, stranger.parent))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ---- What is damaged, oversized or of something else
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "multimodal_config.json", "trainer_state.json", "run_state.json"]
+)
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"{" + b'"a":{' * 100_000, b"9" * 5000, b"\xff\xfe", b"[]", b"", None]
+)
+def test_json_that_is_none_or_huge_is_one_line(stranger, refused, name, content):
+    if content is None:
+        with (stranger / name).open("r+b") as file:
+            file.truncate(1 << 40)  # a terabyte of nothing
+    else:
+        (stranger / name).write_bytes(content)
+    said = refused(stranger)
+    assert name in said
+    assert len(said) < 600
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"epoch": -1}, {"epoch": "0"}, {"position": 1.5}, {"geometry": {}}, {"geometry": {"batch_size": 0}}),
+        *(
+            {"loss_sums": []},
+            {"loss_sums": ["a"]},
+            {"identity": []},
+            {"bad": 5},
+            {"bad": [-1]},
+            {"bad": [10**6]},
+            {"more": 1},
+        ),
+    ],
+    ids=str,
+)
+def test_a_run_state_that_is_none(stranger, refused, changes):
+    edit(stranger / "run_state.json", **changes)
+    assert "run_state.json" in refused(stranger)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "projector.safetensors"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("<Q", 1 << 62) + b"{}",
+        struct.pack("<Q", 99_000_000) + b" " * 1000,
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 100)
+        + b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'.ljust(100),
+        struct.pack("<Q", 100) + b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[-8,8]}}'.ljust(100) + bytes(16),
+    ],
+    ids=[
+        "longer than any file",
+        "longer than its file",
+        "no object",
+        "tensors beyond the end",
+        "tensors before the start",
+    ],
+)
+def test_a_header_bomb_is_one_line(stranger, name, header):
+    (stranger / name).write_bytes(header)
+    with pytest.raises(CheckpointError, match=name) as error:
+        load(stranger)
+    assert len(str(error.value)) < 400
+
+
+def test_dtype_shape_name_and_numbers_are_listed_together(stranger):
+    file = stranger / "adapter_model.safetensors"
+    weights = load_file(file)
+    names = sorted(weights)
+    weights[names[0]] = weights[names[0]].int()
+    weights[names[1]] = weights[names[1]][:-1]
+    weights[names[2]] = weights[names[2]] * float("nan")
+    weights["evil"] = weights.pop(names[3])
+    save_file(weights, file)
+    with pytest.raises(CheckpointError) as error:
+        load(stranger)
+    for part in (f"{names[0]} is torch.int32", "expected (", f"{names[2]} holds values", "and 1 more"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("which", [1, 3])
+def test_base_models_with_weights_that_are_not_finite_are_reported(bases, tmp_path, which):
+    folder = Path(shutil.copytree(bases[which], tmp_path / "base"))
+    file = next(folder.glob("*.safetensors"))
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith(("wte.weight", "patch_embedding.weight")))
+    weights[name].view(-1)[-7] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    both = [bases[1], bases[3]]
+    both[which // 2] = str(folder)
+    with pytest.raises(CheckpointError, match=r"base hold values that are not finite, in 1 tensor \(.*weight\)"):
+        VisionLanguageModel.from_pretrained(*both, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["state"].pop(0), ""),
+        (lambda state: state["param_groups"].pop(), "groups of"),
+        (lambda state: state["state"][0].update(exp_avg=torch.ones(3)), "exp_avg of parameter 0 is (3,), expected ("),
+        (lambda state: state["state"][1].update(exp_avg_sq="x"), "exp_avg_sq of parameter 1 is str"),
+        (lambda state: state["state"][0]["exp_avg"].fill_(float("nan")), "exp_avg of parameter 0 holds values"),
+        (lambda state: state.clear(), "not the state of an optimizer"),
+    ],
+)
+def test_an_optimizer_state_of_something_else(stranger, bases, data, refused, change, message):
+    state = torch.load(stranger / "optimizer.pt", weights_only=True)
+    change(state)
+    torch.save(state, stranger / "optimizer.pt")
+    if message:
+        assert message in refused(stranger)
+    else:  # a parameter that was never trained has no state
+        flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", str(stranger)]
+        assert train.main([*QUICK, *bases, *data, *flags]) == 0
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_training_state_that_is_missing_or_none(stranger, refused, name):
+    torch.save([1, 2], stranger / name)
+    assert f"{name}: a dictionary is expected, got list" in refused(stranger)
+    (stranger / name).write_bytes(pickle.dumps({"last_epoch": 1}))
+    assert name in refused(stranger)
+    (stranger / name).unlink()
+    assert f"no {name}, so training can't go on from it" in refused(stranger)
+    if name == "scheduler.pt":
+        torch.save({"last_epoch": "x"}, stranger / name)
+        assert "last_epoch must be a whole number" in refused(stranger)
+
+
+def test_an_adapter_for_another_base_of_the_same_shapes(stranger, bases, qwen_tiktoken, tmp_path):
+    other = make_language_model(tmp_path / "other", qwen_tiktoken, seed=7)
+    with pytest.raises(CheckpointError, match="weights or settings of --base_language_model are others"):
+        load(stranger, other)
+
+
+def test_another_vocabulary_size(stranger, tmp_path):
+    from tiny_vlm import VOCAB_SIZE
+    from tiny_vlm import make_language_model as small_vocabulary
+
+    other = small_vocabulary(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=f"vocab_size is {VOCAB_SIZE}, the checkpoint was trained with 151936"):
+        load(stranger, other)
+
+
+def test_what_is_written_is_plain_lora(run):
+    assert read_checkpoint(run).lora_config.r == 4

@@ -1,0 +1,316 @@
+"""The same mathematics however a step is split, in one process and in two; and steps that are not finite."""
+
+from __future__ import annotations
+
+import os
+import signal
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from stopped_runs import (
+    Answers,
+    KillAt,
+    Killed,
+    answer_lengths,
+    assert_same_end,
+    checkpoints,
+    go_on,
+    logged,
+    new_trainer,
+    weights,
+)
+from tiny_run import ROOT, one_line_error, start
+from tiny_vlm import trainable_parameters
+from torch import Tensor
+from transformers import TrainerCallback
+from two_processes import GROUPED, POISON, Poisoned
+
+import train
+from dataset.epoch_order import EpochOrder
+from model.runs.callbacks import MOST_SKIPPED, NotFiniteError
+from model.runs.run_folder import lacks_to_resume, newest_resumable
+
+
+@pytest.fixture(scope="module")
+def bases(tiny_bases):
+    return tiny_bases
+
+
+@pytest.fixture(scope="module")
+def two(bases, tmp_path_factory) -> tuple[Path, list[dict]]:
+    """The folder in which two processes did it all, and what each of them saw."""
+    out = tmp_path_factory.mktemp("two")
+    script = Path(__file__).parents[2] / "two_processes.py"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = start("torchrun", "--nproc_per_node=2", "--master_port=25747", script, out, *bases, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    return out, [torch.load(out / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def one_process(bases, folder, batch_size, accumulation, **changes):
+    cut = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    settings = {"dropout": 0.0, "size": 12, "num_train_epochs": 4, "logging_steps": 1, "save_strategy": "no"}
+    trainer = new_trainer(bases, folder, **{**settings, **cut, **changes})
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def as_one(bases, tmp_path_factory):
+    trainer = one_process(bases, tmp_path_factory.mktemp("one"), 4, 1)
+    trainer.train()
+    return trainer
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+def test_one_batch_or_several_accumulated(as_one, bases, tmp_path):
+    for batch_size, accumulation in ((2, 2), (1, 4)):
+        split = one_process(bases, tmp_path, batch_size, accumulation)
+        split.train()
+        assert [loss for _, _, loss, *_ in logged(split)] == pytest.approx(
+            [loss for _, _, loss, *_ in logged(as_one)], abs=1e-5
+        )
+        assert_close(weights(split), weights(as_one))
+        assert split.seen == as_one.seen
+
+
+def test_one_process_or_two(as_one, two):
+    """Of 1 to 7 supervised tokens a sample, with batches that have no image on one of the processes."""
+    ranks = [found["split"] for found in two[1]]
+    assert ranks[0]["step"] == 12
+    assert [loss for _, _, loss, *_ in ranks[0]["log"]] == pytest.approx(
+        [loss for _, _, loss, *_ in logged(as_one)], abs=1e-5
+    )
+    assert_close(ranks[0]["weights"], weights(as_one))
+    for name, tensor in ranks[0]["weights"].items():
+        assert torch.equal(tensor, ranks[1]["weights"][name]), name
+    together = [sorted(a + b) for a, b in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)]
+    assert together == [sorted(step) for step in as_one.seen]
+    images = [[number % 3 for number in step] for rank in ranks for step in rank["seen"]]
+    assert any(not any(step) for step in images), "a step in which one process sees no image"
+
+
+def test_every_sample_of_an_epoch_is_seen_once_but_for_the_padding(two):
+    """11 samples on 2 processes: the last step is filled up with the epoch's first sample."""
+    ranks = [found["whole"]["seen"] for found in two[1]]
+    order = EpochOrder(Answers(11), 3)
+    for epoch in range(3):
+        order.set_epoch(epoch)
+        wanted = [order[i]["id"] for i in range(11)]
+        seen = [number for rank in ranks for step in rank[3 * epoch : 3 * epoch + 3] for number in step]
+        assert sorted(seen) == sorted([*wanted, wanted[0]])
+
+
+def test_two_processes_killed_and_resumed(two):
+    for found in two[1]:
+        whole, resumed = found["whole"], found["resumed"]
+        assert resumed["log"] == whole["log"]
+        assert resumed["seen"] == whole["seen"][4:]
+        for name, tensor in whole["weights"].items():
+            assert torch.equal(resumed["weights"][name], tensor), name
+    assert checkpoints(two[0] / "run") == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-8",
+        "checkpoint-9",
+    ]
+    files = {path.name for path in (two[0] / "run/checkpoint-4").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= files
+
+
+def test_two_processes_take_their_batches_from_one_grouped_order(two):
+    """In turn, sample by sample, each exactly once an epoch: both work on samples of similar length in every step."""
+    order = EpochOrder(Answers(GROUPED), 3, answer_lengths(GROUPED))
+    for rank, found in enumerate(two[1]):
+        seen = [*chain(*found["grouped split"]["seen"])]
+        wanted = []
+        for epoch in (0, 1):
+            order.set_epoch(epoch)
+            wanted += [order[i]["id"] for i in range(GROUPED)][rank::2]
+        assert seen == wanted
+    ranks = [found["grouped split"]["seen"] for found in two[1]]
+    first_epoch = [number for rank in ranks for step in rank[:6] for number in step]
+    assert sorted(first_epoch) == list(range(GROUPED))
+    assert not torch.equal(order.permutation(0), EpochOrder(Answers(GROUPED), 3).permutation(0))
+
+
+def test_grouped_one_process_or_two(two, bases, tmp_path):
+    """The epoch ends in a step of 2 samples, so that its loss and gradient are means over fewer."""
+    lengths = answer_lengths(GROUPED)
+    alone = one_process(bases, tmp_path, 4, 1, size=GROUPED, lengths=lengths, num_train_epochs=2)
+    alone.train()
+    ranks = [found["grouped split"] for found in two[1]]
+    assert ranks[0]["step"] == alone.state.global_step == 12
+    assert [loss for _, _, loss, *_ in ranks[0]["log"]] == pytest.approx(
+        [loss for _, _, loss, *_ in logged(alone)], abs=1e-5
+    )
+    assert_close(ranks[0]["weights"], weights(alone))
+    for name, tensor in ranks[0]["weights"].items():
+        assert torch.equal(tensor, ranks[1]["weights"][name]), name
+    together = [sorted(a + b) for a, b in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)]
+    assert together == [sorted(step) for step in alone.seen]
+
+
+def test_grouped_two_processes_killed_in_mid_epoch_and_resumed(two):
+    for found in two[1]:
+        whole, resumed = found["grouped whole"], found["grouped resumed"]
+        assert resumed["log"] == whole["log"]
+        assert resumed["seen"] == whole["seen"][3:]
+        for name, tensor in whole["weights"].items():
+            assert torch.equal(resumed["weights"][name], tensor), name
+
+
+def test_one_process_goes_on_with_what_two_began(as_one, two, bases, tmp_path, caplog):
+    """At the same samples; with steps of the same size, to the same weights."""
+    folder = two[0] / "for one"
+    assert newest_resumable(folder).name == "checkpoint-4"
+    same = {"dropout": 0.0, "size": 12, "num_train_epochs": 4, "logging_steps": 1}
+    rest = go_on(bases, folder, **same)
+    assert rest.seen == as_one.seen[4:]
+    assert_close(weights(rest), weights(as_one))
+    assert not [r for r in caplog.records if "samples now" in r.getMessage()], "steps are what they were"
+    smaller = go_on(bases, tmp_path, folder / "checkpoint-4", **same, gradient_accumulation_steps=1)
+    assert "steps are of 2 samples now, they were of 4" in caplog.text
+    assert [*chain(*smaller.seen)] == [*chain(*as_one.seen[4:])]
+
+
+def test_one_process_that_is_told_to_stop_stops_all(two):
+    for found in two[1]:
+        assert found["signal"]["received"] == signal.SIGTERM
+        assert found["signal"]["step"] == 5
+        assert found["after signal"]["log"] == found["whole"]["log"]
+        for name, tensor in found["whole"]["weights"].items():
+            assert torch.equal(found["after signal"]["weights"][name], tensor), name
+
+
+def test_one_process_that_can_not_write_keeps_the_checkpoint_from_appearing(two):
+    for found in two[1]:
+        assert "No space left on device" in found["full"]["failure"]
+        assert found["full"]["there"] == []
+
+
+def test_a_loss_of_one_process_that_is_not_finite_stops_all(two):
+    messages = {found["poisoned"]["message"] for found in two[1]}
+    assert len(messages) == 1
+    steps = {found["poisoned"]["step"] for found in two[1]}
+    (step,) = steps
+    had_it = [POISON in found["poisoned"]["seen"][-1] for found in two[1]]
+    assert sorted(had_it) == [False, True], "one of them had it"
+    ids = sorted({number for found in two[1] for number in found["poisoned"]["seen"][-1]})
+    (message,) = messages
+    assert f"the loss of step {step + 1} is not finite; the step was not taken" in message
+    assert f"IDs {', '.join(map(str, ids))}." in message
+    assert not lacks_to_resume(two[0] / "poisoned" / f"checkpoint-{step}")
+
+
+# ---- In one process
+
+
+class Spoil(TrainerCallback):
+    """Makes a trained weight or a gradient not finite before the third step."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2 and self.what == "weight":
+            next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("nan")
+        if state.global_step == 2 and self.what != "weight":
+            factor = {"infinite gradient": float("inf"), "huge gradient": 1e30}[self.what]
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda gradient: torch.full_like(gradient, factor))
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("what", "called"),
+    [("weight", "loss"), ("infinite gradient", "gradient"), ("huge gradient", "gradient")],
+)
+def test_a_step_that_is_not_finite_is_not_taken(bases, tmp_path, monkeypatch, capsys, what, called, clip):
+    """Also where every number of the gradient is finite, but its norm is too large for fp32: clipping would zero it."""
+    trainer = new_trainer(bases, tmp_path, callbacks=[Spoil(what)], max_grad_norm=clip, size=12)
+    monkeypatch.setattr(train, "build_trainer", lambda argv: trainer)
+    assert train.main([]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    ids = sorted(trainer.seen[2])
+    assert len(ids) == 4
+    assert said.startswith(f"train.py: the {called} of step 3 is not finite; the step was not taken.")
+    assert f"IDs {', '.join(map(str, ids))}." in said
+    assert trainer.state.global_step == 2
+    assert newest_resumable(tmp_path).name == "checkpoint-2"
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    fresh = new_trainer(bases, tmp_path / "again", size=12)
+    fresh.model.load_checkpoint(tmp_path / "checkpoint-2")
+    assert all(tensor.isfinite().all() for tensor in weights(fresh).values())
+
+
+@pytest.mark.parametrize("logs", [1, 100])
+def test_an_image_that_is_not_finite(bases, tmp_path, logs):
+    """In the second of two accumulated batches or the first; where it is left out, the run goes on from before it."""
+    trainer = new_trainer(bases, tmp_path, logging_steps=logs)
+    trainer.train_dataset = EpochOrder(Poisoned(11), 3)
+    with pytest.raises(NotFiniteError, match="the loss of step"):
+        trainer.train()
+    assert POISON in trainer.seen[-1]
+    assert len(trainer.seen) == trainer.state.global_step + 1
+    whole = new_trainer(bases, tmp_path / "whole", logging_steps=logs, save_strategy="no", num_train_epochs=3)
+    whole.train()
+    healed = go_on(bases, tmp_path, logging_steps=logs)
+    if logs == 1:
+        assert_same_end(healed, whole)
+
+
+def test_a_killed_step_leaves_nothing_behind(bases, tmp_path):
+    """A trainer that is asked again after an error counts the samples of its new step only."""
+    trainer = new_trainer(bases, tmp_path, callbacks=[KillAt("on_substep_end", 1)], size=12)
+    with pytest.raises(Killed):
+        trainer.train()
+    trainer.seen.clear()
+    trainer.add_callback(Spoil("weight"))
+    with pytest.raises(NotFiniteError) as caught:
+        trainer.train()
+    ids = str(caught.value).split("IDs ")[1].split(".")[0].split(", ")
+    assert len(ids) == 4
+
+
+def fp16_trainer(bases, folder, num_bad: int, **changes):
+    """A trainer whose gradients go through a scaler, as fp16 has it on a GPU; those of the first steps are infinite."""
+    trainer = new_trainer(bases, folder, size=4, save_strategy="no", **changes)
+    trainer.args.fp16 = True  # too late for accelerate, which would refuse it on a CPU
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    calls = [0]
+
+    def spoil(gradient):
+        calls[0] += 1
+        return gradient * float("inf") if calls[0] <= num_bad else gradient
+
+    next(iter(trainable_parameters(trainer.model).values())).register_hook(spoil)
+    return trainer
+
+
+def test_fp16_that_overflows_for_ever_is_an_error(bases, tmp_path, monkeypatch, capsys):
+    trainer = fp16_trainer(bases, tmp_path, 10**9, num_train_epochs=200, gradient_accumulation_steps=1)
+    before = weights(trainer)
+    monkeypatch.setattr(train, "build_trainer", lambda argv: trainer)
+    assert train.main([]) == 1
+    said = one_line_error(capsys.readouterr().err, "train.py")
+    assert f"the gradients of {MOST_SKIPPED} steps in a row, up to step {MOST_SKIPPED}, were not finite in fp16" in said
+    assert "The last samples have the IDs " in said
+    assert "checkpoints since step 0 hold the same weights" in said
+    assert all(torch.equal(before[name], weight) for name, weight in weights(trainer).items())
+
+
+def test_fp16_that_overflows_at_first_goes_on(bases, tmp_path):
+    trainer = fp16_trainer(bases, tmp_path, MOST_SKIPPED - 1, num_train_epochs=30, gradient_accumulation_steps=1)
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 60
+    assert not all(torch.equal(before[name], weight) for name, weight in weights(trainer).items())

@@ -1,0 +1,147 @@
+"""Image transforms: the pixels are those of the checkpoint's own processor, in workers too."""
+
+import json
+import multiprocessing
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_towers import (
+    CLIP_MEAN,
+    CLIP_STD,
+    make_clip_checkpoint,
+    make_dinov2_checkpoint,
+    make_siglip_checkpoint,
+    make_vit_checkpoint,
+)
+from transformers import AutoImageProcessor
+
+from visual import build_vision_tower
+
+SIZES = [(28, 28), (61, 37), (17, 90), (1, 1), (300, 3), (13, 13)]
+MAKERS = [make_clip_checkpoint, make_siglip_checkpoint, make_dinov2_checkpoint, make_vit_checkpoint]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def picture(size, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_pixels_equal_the_checkpoints_own_processor(make, tmp_path):
+    folder = make(tmp_path)
+    transform = build_vision_tower(folder).image_transform
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    for size in SIZES:
+        pixels = transform(picture(size))
+        assert pixels.shape == (3, 28, 28)
+        assert pixels.dtype == torch.float32
+        assert torch.equal(pixels, processor(images=picture(size), return_tensors="pt")["pixel_values"][0])
+
+
+def test_a_long_strip_costs_no_more_than_its_middle(tmp_path):
+    """The processor alone would enlarge all of it first: 3 GB for 1 × 5000 pixels, and no end for more."""
+    folder = make_clip_checkpoint(tmp_path)
+    transform = build_vision_tower(folder).image_transform
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    for size, shift in [((1, 3000), 0), ((300, 3), 0), ((2, 500), 0), ((2000, 3), 0.3), ((999, 7), 0.3)]:
+        # Where the long edge is no multiple of the short one, its resized length is rounded: a part of a pixel.
+        expected = processor(images=picture(size), return_tensors="pt")["pixel_values"][0]
+        assert (transform(picture(size)) - expected).abs().max() <= shift, size
+    seen: list[tuple[int, ...]] = []
+    whole = transform.processor.resize
+    transform.processor.resize = lambda image, *args, **how: seen.append(image.shape) or whole(image, *args, **how)
+    assert transform(Image.new("RGB", (1, 1_000_000), (9, 9, 9))).shape == (3, 28, 28)
+    assert max(seen[0]) <= 34
+
+
+def test_clip_pixels_by_hand(tmp_path):
+    """Short edge to 32 by bicubic, middle 28 × 28, to [0, 1], less mean, by deviation."""
+    transform = build_vision_tower(make_clip_checkpoint(tmp_path)).image_transform
+    image = picture((64, 96))
+    resized = image.resize((32, 48), Image.Resampling.BICUBIC).crop((2, 10, 30, 38))
+    expected = (np.asarray(resized) / 255 - CLIP_MEAN) / CLIP_STD
+    np.testing.assert_allclose(transform(image).numpy(), expected.transpose(2, 0, 1), atol=1e-5)
+
+
+def _transformed(transform, image):
+    return transform(image)
+
+
+def test_it_travels_to_a_spawned_process(tmp_path):
+    transform = build_vision_tower(make_siglip_checkpoint(tmp_path)).image_transform
+    assert len(pickle.dumps(transform)) < 10_000  # settings, no weights
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.apply(_transformed, (transform, picture((40, 50))))
+    assert torch.equal(there, transform(picture((40, 50))))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])
+def test_other_modes_are_refused(mode, tmp_path):
+    transform = build_vision_tower(make_clip_checkpoint(tmp_path)).image_transform
+    with pytest.raises(ValueError, match=mode):
+        transform(Image.new(mode, (30, 30)))
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (make_siglip_checkpoint, {"size": {"height": 42, "width": 42}}, "42×42 px .*model takes 28×28"),
+        (make_clip_checkpoint, {"do_center_crop": False}, "32×42 and 42×32 px"),
+        (make_clip_checkpoint, {"do_resize": False, "do_center_crop": False}, "30×40 and 40×30"),
+        (make_dinov2_checkpoint, {"do_center_crop": False}, "takes one square"),
+        (make_dinov2_checkpoint, {"crop_size": {"height": 28, "width": 42}}, "28×42 px .* takes one square"),
+    ],
+)
+def test_a_processor_of_another_size_is_refused(make, changes, message, tmp_path):
+    make(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        build_vision_tower(tmp_path)
+
+
+def test_dinov2s_size_is_its_processors(tmp_path):
+    """Its positions, trained for 4 × 4 patches here, are interpolated."""
+    make_dinov2_checkpoint(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    larger = {"size": {"shortest_edge": 42}, "crop_size": {"height": 42, "width": 42}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | larger))
+    tower = build_vision_tower(tmp_path)
+    assert (tower.image_size, tower.num_image_tokens) == (42, 9)
+    assert tower(tower.image_transform(picture((50, 60)))[None]).shape == (1, 9, 32)
+
+
+def test_an_unknown_processor_is_one_clear_error(tmp_path):
+    make_clip_checkpoint(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
+    with pytest.raises(ValueError, match=r"image processor of .* cannot be used"):
+        build_vision_tower(tmp_path)
+
+
+def test_it_works_without_torchvision(tmp_path):
+    folder = make_clip_checkpoint(tmp_path)
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "from PIL import Image; from visual import build_vision_tower\n"
+        f"tower = build_vision_tower({folder!r})\n"
+        "print(tuple(tower(tower.image_transform(Image.new('RGB', (50, 40)))[None]).shape))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "(1, 4, 32)\n", done.stderr
+
+
+def test_the_picture_of_test_img_is_the_scripts(tmp_path):
+    subprocess.run([sys.executable, str(ROOT / "test_img" / "draw.py"), str(tmp_path / "1.jpg")], check=True)
+    kept, drawn = Image.open(ROOT / "test_img" / "1.jpg"), Image.open(tmp_path / "1.jpg")
+    difference = np.abs(np.asarray(kept, dtype=int) - np.asarray(drawn, dtype=int))
+    assert difference.mean() < 1  # another libjpeg may round otherwise
+    centres = [kept.getpixel((x, y)) for y in (155, 475) for x in (110, 330, 550)]
+    named = [(220, 20, 30), (20, 160, 50), (25, 70, 220), (255, 215, 0), (0, 0, 0), (255, 130, 0)]
+    np.testing.assert_allclose(centres, named, atol=6)
+    assert min(kept.getpixel((5, 5))) > 250
