@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
+from dataprocess.messages import format_count
 from qwen import IGNORE_INDEX
 from qwen.tokenization_qwen import QWenTokenizer
 
@@ -21,7 +22,6 @@ from .annotations import Annotations, Sample
 from .bad_samples import BadSamples
 from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
 from .sample_sizes import estimated_lengths, padding_shares
-from .wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._cuts = torch.zeros(_MAX_WORKERS, 2, dtype=torch.long).share_memory_()
         self._logged_cuts = 0
-        logger.info("%s: %s", captions_file, counted(len(self), "sample"))
+        logger.info("%s: %s", captions_file, format_count(len(self), "sample"))
 
     def __len__(self) -> int:
         return len(self._annotations)
@@ -192,7 +192,12 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         if total > self._logged_cuts:
             logger.warning(
                 "%s: %s, an answer was cut at %d tokens; %s lost so far",
-                *(self.captions_file, counted(total, "time"), self.max_length, counted(self.num_cut_tokens, "token")),
+                *(
+                    self.captions_file,
+                    format_count(total, "time"),
+                    self.max_length,
+                    format_count(self.num_cut_tokens, "token"),
+                ),
             )
             self._logged_cuts = total
 

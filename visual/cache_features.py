@@ -32,10 +32,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
+from dataprocess.messages import format_count
 from dataset.annotations import images_of
 from model.checkpoints.base_models import drops_first_patch
 from model.checkpoints.checkpoint import read_checkpoint
-from model.console import OneLineErrors, counted, in_one_line, set_up_logging
+from model.console import OneLineErrors, in_one_line, set_up_logging
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.memory import is_out_of_memory, out_of_memory
 from model.runs.data_workers import with_calm_workers
@@ -178,7 +179,7 @@ def check_space(cache: FeatureCache, names: list[tuple[str, str]], args: argpars
     tokens, width = cache.shape
     logger.info(
         "%s, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
-        *(counted(len(names), "image"), tokens, width, args.feature_cache_dtype, in_gb(len(names) * space.each)),
+        *(format_count(len(names), "image"), tokens, width, args.feature_cache_dtype, in_gb(len(names) * space.each)),
         *(f"{there:,}", in_gb(space.free), space.place),
     )
     missing = len(names)
@@ -190,7 +191,7 @@ def check_space(cache: FeatureCache, names: list[tuple[str, str]], args: argpars
             missing = sum(count_missing(items, bar) for items in looked)
     if missing * space.each > space.free:
         raise ValueError(
-            f"--feature_cache {args.feature_cache}: {counted(missing, 'image')} to be stored will take "
+            f"--feature_cache {args.feature_cache}: {format_count(missing, 'image')} to be stored will take "
             f"{in_gb(missing * space.each)}, and {in_gb(space.free)} are free; make room, give another "
             "folder, or say --skip_space_check"
         )
@@ -268,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     logger.info(
         "%s: %s stored now, %s were there, %s bad; %s stored in all",
-        counted(len(part), "image"),
+        format_count(len(part), "image"),
         *(f"{number:,}" for number in (cache.num_stored, len(part) - cache.num_stored - num_unusable)),
         *(f"{number:,}" for number in (num_unusable + num_bad, len(cache))),
     )

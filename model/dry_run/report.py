@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from dataprocess.messages import format_count
 from visual.cache_space import in_gb, space_for, stored_before
 from visual.feature_cache import DTYPES, FeatureCache
 
 from ..arguments import DataArguments, ModelArguments
-from ..console import counted
 from ..training_arguments import VLMTrainingArguments
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_evaluation, estimate_memory
 from .planned_model import largest
@@ -109,17 +109,18 @@ def length_table(num_samples: int, data: SizesOfData, image_tokens: int, what: s
         [name, f"{min(values):,}", f"{sum(values) / len(values):,.1f}", f"{max(values):,}"]
         for name, values in counts.items()
     ]
-    looked = f"looked at: {len(samples):,} of {counted(num_samples, 'sample')}"
+    looked = f"looked at: {len(samples):,} of {format_count(num_samples, 'sample')}"
     if data.num_bad:
-        looked += f"; {counted(data.num_bad, 'bad one')} left out"
+        looked += f"; {format_count(data.num_bad, 'bad one')} left out"
     return "\n".join([_table([[f"{what}tokens per sample", "least", "mean", "most"], *rows]), looked])
 
 
 def steps_line(plan: Plan) -> str:
     """The steps that the data make."""
-    batches, processes = counted(plan.accumulation, "batch", "batches"), counted(plan.processes, "process", "processes")
-    per_step = f"{counted(plan.rows, 'sample')} × {batches} × {processes}"
-    return f"{counted(plan.steps_per_epoch, 'step')} per epoch, {plan.steps:,} in all; {per_step} a step"
+    batches = format_count(plan.accumulation, "batch", "batches")
+    processes = format_count(plan.processes, "process", "processes")
+    per_step = f"{format_count(plan.rows, 'sample')} × {batches} × {processes}"
+    return f"{format_count(plan.steps_per_epoch, 'step')} per epoch, {plan.steps:,} in all; {per_step} a step"
 
 
 def padding_line(grouped: float, ungrouped: float) -> str:
@@ -129,8 +130,8 @@ def padding_line(grouped: float, ungrouped: float) -> str:
 
 def evaluation_line(plan: EvaluationPlan) -> str:
     """How long an evaluation is, and how many there will be."""
-    per_step = f"{counted(plan.rows, 'sample')} × {counted(plan.processes, 'process', 'processes')}"
-    return f"{counted(plan.steps, 'step')} in an evaluation, {counted(plan.times, 'time')}; {per_step} a step"
+    per_step = f"{format_count(plan.rows, 'sample')} × {format_count(plan.processes, 'process', 'processes')}"
+    return f"{format_count(plan.steps, 'step')} in an evaluation, {format_count(plan.times, 'time')}; {per_step} a step"
 
 
 def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, images: Collection[tuple[str, str]]) -> str:
@@ -150,8 +151,8 @@ def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, images: Col
     size = (shape.image_tokens, shape.tower_width)
     space = space_for(FeatureCache(Path(asked.feature_cache).absolute() / "tower", size, DTYPES[dtype]))
     lines = [
-        f"feature cache: {counted(len(images), 'distinct image')}, {size[0]:,} × {size[1]:,} {dtype} each: at most "
-        f"{in_gb(len(images) * space.each)} on the disk; {in_gb(space.free)} free in {space.place}"
+        f"feature cache: {format_count(len(images), 'distinct image')}, {size[0]:,} × {size[1]:,} {dtype} each: "
+        f"at most {in_gb(len(images) * space.each)} on the disk; {in_gb(space.free)} free in {space.place}"
     ]
     there = stored_before(asked.feature_cache, tower, size, dtype)
     lines += [f"there already, of a tower called {tower}: {number:,} in {name}" for name, number in there.items()]
