@@ -11,8 +11,7 @@ from dataprocess.messages import format_count
 from visual.cache_space import in_gb, space_for, stored_before
 from visual.feature_cache import DTYPES, FeatureCache
 
-from ..arguments import DataArguments, ModelArguments
-from ..training_arguments import VLMTrainingArguments
+from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_evaluation, estimate_memory
 from .planned_model import largest
 from .run_length import EvaluationPlan, Plan
