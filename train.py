@@ -125,10 +125,6 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
     train_set, eval_set = build_datasets(model, tokenizer, data_args, args)
-    if data_args.feature_cache is not None:
-        complete_feature_cache(
-            data_args.feature_cache, data_args.feature_cache_dtype, model, (train_set, eval_set), args
-        )
     identity = run_identity(model, train_set, args)
     if resume is not None:
         check_identity(RunState.read(Path(resume)), identity, Path(resume))
@@ -148,6 +144,10 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
         callbacks=[*watches, ClearOnFirstStep(in_the_way)],
     )
     trainer.create_optimizer()  # flags that it does not like are found before anything is written
+    if data_args.feature_cache is not None:
+        complete_feature_cache(
+            data_args.feature_cache, data_args.feature_cache_dtype, model, (train_set, eval_set), args
+        )
     args.resume_from_checkpoint = resume
     if args.process_index == 0:
         save_run_config(model_args, data_args, args, identity["order"])

@@ -24,10 +24,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataprocess.image_io import ImageError, resolve_image_path
+from dataprocess.messages import format_count
 from dataset.annotations import images_of
 from model.checkpoints.base_models import drops_first_patch
 from model.checkpoints.checkpoint import read_checkpoint
-from model.console import OneLineErrors, counted, in_one_line, set_up_logging
+from model.console import OneLineErrors, in_one_line, set_up_logging
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.feature_caching.fill import BATCH_SIZE, fill_feature_cache, lack_of_space
 from model.memory import is_out_of_memory, out_of_memory
@@ -130,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
     problem = lack_of_space(cache, find_files(images, args.allow_links)[0])
     if problem and not args.skip_space_check:
         raise ValueError(
-            f"--feature_cache {args.feature_cache}: {problem}; make room, give another folder, or say --skip_space_check"
+            f"--feature_cache {args.feature_cache}: {problem}; make room, give another folder, or "
+            "say --skip_space_check"
         )
     part = images[args.shard :: args.num_shards]
     paths, problems = find_files(part, args.allow_links)
@@ -147,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     num_unusable = filled.num_bad + len(problems)
     logger.info(
         "%s: %s stored now, %s were there, %s bad; %s stored in all",
-        counted(len(part), "image"),
+        format_count(len(part), "image"),
         *(f"{number:,}" for number in (filled.num_stored, len(part) - filled.num_stored - num_unusable)),
         *(f"{number:,}" for number in (num_unusable + num_bad, cache.num_pictures())),
     )

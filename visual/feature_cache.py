@@ -233,7 +233,9 @@ def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dt
     return cache
 
 
-def pictures_stored(directory: str | os.PathLike[str], tower: str, shape: tuple[int, int], dtype: str) -> dict[str, int]:
+def pictures_stored(
+    directory: str | os.PathLike[str], tower: str, shape: tuple[int, int], dtype: str
+) -> dict[str, int]:
     """Count the pictures stored for towers of a name and shape, by folder of the cache; the tower is not needed.
 
     Only the loaded tower tells which of the folders is its own: weights, precision and image transform may differ.

@@ -1,7 +1,7 @@
 """Fill a feature cache: show each picture to the frozen tower once, and store its features.
 
-`train.py --feature_cache` does so before its first step, `visual/cache_features.py` without any training. Pictures whose
-features are stored are left alone, so filling may be stopped at any time, and starts again where it was.
+`train.py --feature_cache` does so before its first step, `visual/cache_features.py` without
+training. Pictures whose features are stored are left alone, so filling may be stopped and started again at any time.
 
 Shape legend: N pictures of a batch, P tokens per image, D width of the tower.
 """
@@ -23,11 +23,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataprocess.image_io import ImageError, load_image
+from dataprocess.messages import format_count
 from dataset import ImageCaptionDataset
 from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
 
-from ..console import counted
 from ..runs.collectives import gather_objects
 from ..runs.data_workers import with_calm_workers
 from ..training_arguments import VLMTrainingArguments
@@ -209,12 +209,12 @@ def lack_of_space(cache: FeatureCache, paths: Sequence[Path]) -> str:
     """Log how much room the pictures' features take at most, and what is free.
 
     Returns:
-        How much room is missing, or an empty string. Where not all would fit, pictures are hashed to see what is stored.
+        How much room is missing, or an empty string. If not all would fit, pictures are hashed to see what is stored.
     """
     space, stored = cache.disk_space(), cache.num_pictures()
     logger.info(
         "%s, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
-        *(counted(len(paths), "image"), *cache.shape, str(cache.dtype).removeprefix("torch.")),
+        *(format_count(len(paths), "image"), *cache.shape, str(cache.dtype).removeprefix("torch.")),
         *(in_gb(len(paths) * space.per_image), f"{stored:,}", in_gb(space.free), space.folder),
     )
     missing = len(paths)
@@ -224,7 +224,7 @@ def lack_of_space(cache: FeatureCache, paths: Sequence[Path]) -> str:
     needed = missing * space.per_image
     if needed <= space.free:
         return ""
-    return f"{counted(missing, 'image')} to be stored will take {in_gb(needed)}, and {in_gb(space.free)} are free"
+    return f"{format_count(missing, 'image')} to be stored will take {in_gb(needed)}, and {in_gb(space.free)} are free"
 
 
 def in_gb(number: int) -> str:
