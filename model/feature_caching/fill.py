@@ -28,9 +28,9 @@ from dataset import ImageCaptionDataset
 from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
 
+from ..arguments import VLMTrainingArguments
 from ..runs.collectives import gather_objects
 from ..runs.data_workers import with_calm_workers
-from ..training_arguments import VLMTrainingArguments
 from ..vision_language_model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
