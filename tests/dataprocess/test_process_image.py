@@ -223,7 +223,7 @@ def test_command_needs_no_torch_and_keeps_stdout_for_the_table(project):
         "except SystemExit as end: assert end.code == 0\n"
         "ours = {'qwen', 'model', 'visual', 'torch', 'transformers'} & set(sys.modules)\n"
         "assert not ours, ours\n"
-        "assert {m for m in sys.modules if m.startswith('dataset.')} == {'dataprocess.image_io'}\n"
+        "assert 'dataset' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
