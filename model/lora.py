@@ -69,14 +69,13 @@ def merge_lora(language_model: PeftModel) -> Any:
         The base model without LoRA layers.
     """
     base: Any = language_model.get_base_model()
-    head: Any = base.get_output_embeddings()
     embedding = base.get_input_embeddings()
-    if isinstance(head, LoraLayer) and head.get_base_layer().weight is embedding.weight:
-        # Tied weights: the update is the head's alone, so the embedding keeps the old ones.
-        head.get_base_layer().weight = nn.Parameter(embedding.weight.clone(), requires_grad=False)
-        base.config.tie_word_embeddings = False
-    lora_layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
-    for layer in lora_layers:
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        if layer.get_base_layer().weight is embedding.weight:
+            # A tied language head: the update is the head's alone, and the embedding keeps the old weights.
+            layer.get_base_layer().weight = nn.Parameter(embedding.weight.clone(), requires_grad=False)
+            base.config.tie_word_embeddings = False
         name = layer.active_adapters[0]
         W, A, B = layer.get_base_layer().weight, layer.lora_A[name].weight, layer.lora_B[name].weight
         W.copy_(W.float().addmm_(B.float(), A.float(), alpha=layer.scaling[name]))  # (N, K) + (N, r) (r, K)

@@ -201,7 +201,7 @@ class VisionLanguageModel(nn.Module):
             features = self.encode_images(pixel_values, vision_features) if num_images else None  # (N, P, D)
             # Only answers are supervised, so the language head with its 151,936 rows, and what follows the last
             # block's attention, run at S positions instead of B · T. The loss is the same.
-            kwargs |= {"image_features": features, "counted": True, "keep": positions}
+            kwargs |= {"image_features": features, "already_checked": True, "positions": positions}
             hidden = self.qwen.transformer(input_ids, attention_mask, **kwargs).last_hidden_state  # (S, D)
             out = CausalLMOutputWithPast(loss=head_loss(hidden, self.qwen.lm_head, targets, num_items_in_batch))
         if not num_images and out.loss is not None and self.training:

@@ -143,7 +143,7 @@ def test_flags_exist(readme: str) -> None:
     known |= {f"--{name}" for name in train_fields()}
     for parse in OTHERS.values():
         known |= {option for action in parser_actions(parse) for option in action.option_strings}
-    for script in (ROOT / "benchmarks").glob("*.py"):
+    for script in (ROOT / "benchmarks").rglob("*.py"):
         known |= set(re.findall(r"""\badd(?:_argument)?\(\s*["'](--\w+)""", script.read_text(encoding="utf-8")))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z]\w+", text_of(readme)))
     assert mentioned - known == {"--help"}
