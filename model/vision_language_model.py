@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
 from qwen.loss import head_loss
-from qwen.positions import padded_behind
+from qwen.positions import is_right_padded
 from visual import build_vision_tower
 from visual.base import VisionTower
 
@@ -215,7 +215,7 @@ class VisionLanguageModel(nn.Module):
             return attention_mask
         # Past the trained length, dynamic NTK reads each row's length from the mask; training does not use it.
         needs_lengths = not self.training and attention_mask.shape[1] > self.qwen.config.seq_length
-        return None if not needs_lengths and padded_behind(attention_mask) else attention_mask
+        return None if not needs_lengths and is_right_padded(attention_mask) else attention_mask
 
     @torch.no_grad()
     def generate(
