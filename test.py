@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from dataprocess.image_io import ImageError, pictures_in
+from dataprocess.messages import format_count
 from dataset import SYSTEM_PROMPT, load_image
 from dataset.prompt import count_placeholders, with_placeholders
 from model import VisionLanguageModel
@@ -36,7 +37,7 @@ from model.asking.batch_answers import Asked, answer_all
 from model.asking.generation_flags import add_generation_flags, generation_options
 from model.asking.prompt_window import fit_prompt
 from model.asking.question_file import Question, read_questions
-from model.console import OneLineErrors, counted, in_one_line, one_line, set_up_logging, show, use_utf8
+from model.console import OneLineErrors, in_one_line, one_line, set_up_logging, show, use_utf8
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.language_model import load_tokenizer
 from model.memory import is_out_of_memory, out_of_memory
@@ -98,7 +99,7 @@ def answer_file(args: argparse.Namespace) -> int:
         logger.error("test.py: %s", one_line(line))
     if answers.failed:
         lack = "has" if len(answers.failed) == 1 else "have"
-        all_questions = counted(len(questions), "question")
+        all_questions = format_count(len(questions), "question")
         logger.error("test.py: %d of %s %s no answer", len(answers.failed), all_questions, lack)
     return 2 if answers.failed else 0
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from dataprocess.records import PLACEHOLDER, LeftOut, RecordError, Sample, check_image, check_text, shorten
+from dataprocess.messages import shorten
+from dataprocess.records import PLACEHOLDER, LeftOut, RecordError, Sample, check_image, check_text
 
 PROMPTS = (f"这幅图像描述了什么？{PLACEHOLDER}", f"{PLACEHOLDER}这幅图像中有什么？")
 """The two questions asked about these photos, each about half of them."""

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-from dataprocess.records import DataError, shorten
+from dataprocess.messages import shorten
+from dataprocess.records import DataError
 
 DEFAULT_SEED = 42
 _ALI = ("ali_image_path", "ali_image_path_label_file")

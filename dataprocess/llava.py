@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dataprocess.records import PLACEHOLDER, RecordError, Sample, check_image, check_text, shorten
+from dataprocess.messages import shorten
+from dataprocess.records import PLACEHOLDER, RecordError, Sample, check_image, check_text
 
 _IMAGE = re.compile(r"(?:\r\n|\n|\r)?<image>(?:\r\n|\n|\r)?")
 

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataprocess import ai_challenger, llava
 from dataprocess.checking import ImageChecker
 from dataprocess.config import Config, Source, load_config
-from dataprocess.records import DataError, RecordError, Sample, read_records, shorten
+from dataprocess.messages import shorten
+from dataprocess.records import DataError, RecordError, Sample, read_records
 from dataprocess.reporting import Counts, table
 from dataprocess.writing import Outputs
 

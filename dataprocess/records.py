@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataprocess.image_io import check_image_name
+from dataprocess.messages import shorten
 
 PLACEHOLDER = "<|extra_0|>"
 """Marks an image's place in a question. The language model's own constant; repeated because nothing of it is imported
@@ -51,15 +52,6 @@ class Sample:
     """(question, answer) pairs; a list holds alternative answers to the same question."""
     left_out: tuple[LeftOut, ...] = ()
     """Alternatives that were not usable."""
-
-
-def shorten(value: object, limit: int = 80) -> str:
-    """Show a value in a message: its type's notation, cut to ``limit`` characters, in ASCII-safe form."""
-    try:
-        text = ascii(value[:limit]) if isinstance(value, str) else ascii(value)
-    except RecursionError:
-        text = f"{type(value).__name__}, deeply nested"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def check_text(value: object, what: str) -> str:

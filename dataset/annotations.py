@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from dataprocess.image_io import check_image_name
+from dataprocess.messages import format_count
 
 from .prompt import SampleError, count_placeholders
-from .wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Annotations:
         self.errors = errors
         self.fingerprint = digest.hexdigest()[:16]
         if max_samples is None and len(captions) > len(seen):
-            surplus = counted(len(captions) - len(seen), "entry has", "entries have")
+            surplus = format_count(len(captions) - len(seen), "entry has", "entries have")
             logger.warning("%s: %s no image_map entry", captions_file, surplus)
         self._packed = torch.frombuffer(packed, dtype=torch.uint8)
         self._ends = torch.tensor([0, *ends], dtype=torch.long)
@@ -196,7 +196,9 @@ def _raise_errors(errors: list[str], image_map: str | Path, captions_file: str |
     if errors:
         shown = "; ".join(errors[:_MAX_ERRORS_SHOWN])
         more = f"; and {len(errors) - _MAX_ERRORS_SHOWN} more" if len(errors) > _MAX_ERRORS_SHOWN else ""
-        raise SampleError(f"{counted(len(errors), 'bad sample')} in {image_map} and {captions_file}: {shown}{more}")
+        raise SampleError(
+            f"{format_count(len(errors), 'bad sample')} in {image_map} and {captions_file}: {shown}{more}"
+        )
 
 
 def _parse_entry(key: str, entry: Any, captions: dict[str, Any], folders: _Folders) -> Sample:
@@ -218,8 +220,8 @@ def _parse_entry(key: str, entry: Any, captions: dict[str, Any], folders: _Folde
         placeholders = sum(count_placeholders(question) for question, _ in turns)
         if placeholders != len(files):
             raise SampleError(
-                f"its questions have {counted(placeholders, 'image placeholder')} <|extra_0|> but it has "
-                f"{counted(len(files), 'image')}; "
+                f"its questions have {format_count(placeholders, 'image placeholder')} <|extra_0|> but it has "
+                f"{format_count(len(files), 'image')}; "
                 "write one for each image"
             )
     except SampleError as error:

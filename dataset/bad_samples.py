@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from .wording import counted
+from dataprocess.messages import format_count
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class BadSamples:
             verb = "is" if len(self) == 1 else "are"
             which = f"the first: {self.unreadable[0]}" if where is None else f"{where} lists them"
             raise TooManyBadSamplesError(
-                f"{len(self):,} of {counted(total, 'sample')} {verb} bad, more than --max_bad_fraction "
+                f"{len(self):,} of {format_count(total, 'sample')} {verb} bad, more than --max_bad_fraction "
                 f"{self.max_fraction:g} allows; {which}; "
                 "mend the data (or --max_length, if it is too small), or raise the fraction"
             )

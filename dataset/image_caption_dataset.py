@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
+from dataprocess.messages import format_count
 from qwen import IGNORE_INDEX
 from qwen.tokenization_qwen import QWenTokenizer
 
@@ -21,7 +23,6 @@ from .annotations import Annotations, Sample
 from .bad_samples import BadSamples
 from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
 from .sample_sizes import estimated_lengths, padding_shares
-from .wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._cuts = torch.zeros(_MAX_WORKERS, 2, dtype=torch.long).share_memory_()
         self._logged_cuts = 0
-        logger.info("%s: %s", captions_file, counted(len(self), "sample"))
+        logger.info("%s: %s", captions_file, format_count(len(self), "sample"))
 
     def __len__(self) -> int:
         return len(self._annotations)
@@ -153,6 +154,14 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         """
         self.log_cuts()
         self._epoch.fill_(epoch)
+
+    def image_files(self) -> Iterator[Path]:
+        """Yield the file of every image of every sample, those left out whose links lead out of their folder."""
+        for index in range(len(self)):
+            sample = self._annotations[index]
+            for name in sample.image_files:
+                with contextlib.suppress(ImageError):
+                    yield resolve_image_path(sample.image_folder, name, self.allow_links)
 
     def estimated_lengths(self) -> torch.Tensor:
         """About how many tokens each sample has, (samples,) int32; nothing is tokenised and no image is opened."""
@@ -192,7 +201,12 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         if total > self._logged_cuts:
             logger.warning(
                 "%s: %s, an answer was cut at %d tokens; %s lost so far",
-                *(self.captions_file, counted(total, "time"), self.max_length, counted(self.num_cut_tokens, "token")),
+                *(
+                    self.captions_file,
+                    format_count(total, "time"),
+                    self.max_length,
+                    format_count(self.num_cut_tokens, "token"),
+                ),
             )
             self._logged_cuts = total
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dataprocess.messages import format_count
 from qwen import IGNORE_INDEX
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, build_prompt, question_ids, system_ids
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
-
-from .wording import counted
 
 SYSTEM_PROMPT = "你是一位图像理解助手。"
 
@@ -50,8 +49,8 @@ def with_placeholders(prompt: str, num_images: int) -> str:
         return IMAGE_TOKEN * num_images + prompt
     if found != num_images:
         raise ValueError(
-            f"the prompt has {counted(found, 'placeholder')} {IMAGE_TOKEN}, but "
-            f"{counted(num_images, 'image is', 'images are')} given; "
+            f"the prompt has {format_count(found, 'placeholder')} {IMAGE_TOKEN}, but "
+            f"{format_count(num_images, 'image is', 'images are')} given; "
             "write one placeholder for each image, or none at all"
         )
     return prompt

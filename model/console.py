@@ -59,17 +59,6 @@ def one_line(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
-def counted(number: int, one: str, many: str = "") -> str:
-    """A number and what it counts: `1 sample`, `1,200 samples`.
-
-    Args:
-        number: how many.
-        one: the noun for one.
-        many: for several; by default with an s.
-    """
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
 def show(texts: Iterator[str], *, may_be_stopped: bool = False) -> str:
     """Print a growing text as it grows, and a line break at its end; returns what was printed.
 

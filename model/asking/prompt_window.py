@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from dataprocess.messages import format_count
 from dataset.prompt import SYSTEM_PROMPT, count_placeholders, encode_prompt, encode_question
-from dataset.wording import counted
 from qwen.chatml import Turn, question_ids, system_ids
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
 
@@ -56,7 +56,7 @@ def fit_prompt(
     begin = f"{name}: " if name else ""
     longer = f"longer than the window of {max_window_size} tokens"
     if num_dropped:
-        left_out = counted(num_dropped, "turn was", "turns were")
+        left_out = format_count(num_dropped, "turn was", "turns were")
         logger.warning("%sthe conversation is %s: the oldest %s left out", begin, longer, left_out)
     excess = len(ids) - max_window_size
     if excess <= 0:
@@ -65,10 +65,10 @@ def fit_prompt(
     kept, num_cut = _cut_beginning(tokenizer, content, excess)
     if len(content) - num_cut == content.count(tokenizer.image_token_id):
         raise ValueError(
-            f"system prompt and {counted(count_placeholders(query), 'image')} leave no room for a question in the "
+            f"system prompt and {format_count(count_placeholders(query), 'image')} leave no room for a question in the "
             f"window of {max_window_size} tokens; shorten the system prompt or give fewer images"
         )
-    left_out = counted(num_cut, "token of its text was", "tokens of its text were")
+    left_out = format_count(num_cut, "token of its text was", "tokens of its text were")
     logger.warning("%sthe question is %s: the first %s left out", begin, longer, left_out)
     return [*system_ids(tokenizer, system), *question_ids(tokenizer, kept)]
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..console import counted
+from dataprocess.messages import format_count
 
 
 class CheckpointError(ValueError):
@@ -63,7 +63,7 @@ def check_finite(model: nn.Module, name: str) -> None:
     if bad:
         shown = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
         raise CheckpointError(
-            f"the weights of {name} hold values that are not finite, in {counted(len(bad), 'tensor')} ({shown}); "
+            f"the weights of {name} hold values that are not finite, in {format_count(len(bad), 'tensor')} ({shown}); "
             "download or copy it again"
         )
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from visual.cache_space import in_gb, space_for, stored_before
-from visual.feature_cache import DTYPES, FeatureCache
+from dataprocess.messages import format_count
+from dataset.annotations import Annotations
+from dataset.bad_samples import BadSamples
+from dataset.sample_sizes import DataSizes, data_sizes
+from visual.feature_cache import DTYPES, FeatureCache, pictures_stored
 
 from ..arguments import DataArguments, ModelArguments
-from ..console import counted
+from ..console import set_up_logging
+from ..feature_caching.fill import in_gb
+from ..language_model import load_tokenizer
 from ..training_arguments import VLMTrainingArguments
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_evaluation, estimate_memory
-from .planned_model import largest
+from .planned_model import largest, planned_model, settings_to_show
 from .run_length import EvaluationPlan, Plan
 
 _MEMORY_ROWS = {
@@ -77,6 +83,38 @@ class SizesOfData(Protocol):
         """Samples that the two files show to be bad; they are left out."""
 
 
+def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> int:
+    """Print to stdout what a run would be and take, from configurations and texts; nothing is loaded or written.
+
+    What the run would refuse, as far as these files tell, is refused in the same words. Returns the exit status.
+
+    Raises:
+        ValueError: for whatever the user can fix.
+        OSError: for files that are missing or can't be read.
+    """
+    set_up_logging(args.process_index, args.world_size)
+    shape, lora = planned_model(model_args)
+    tokenizer = load_tokenizer(model_args.base_language_model)
+    order_seed = args.seed if args.data_seed is None else args.data_seed
+
+    def look(files: tuple[str, str], most: int | None, rows: int, strategy: str) -> DataSizes:
+        samples = Annotations(*files, most, skip_bad=data_args.on_bad_sample == "skip", need_folders=False)
+        BadSamples(len(samples), samples.errors, data_args.max_bad_fraction).check(None)
+        how: dict[str, Any] = {"seed": args.seed, "order_seed": order_seed, "strategy": strategy}
+        return data_sizes(samples, tokenizer, shape.image_tokens, max_length=data_args.max_length, rows=rows, **how)
+
+    rows, strategy = args.per_device_train_batch_size, str(args.train_sampling_strategy)
+    data = look((data_args.image_map, data_args.captions_file), data_args.max_train_samples, rows, strategy)
+    evaluation = None
+    if data_args.eval_image_map is not None and data_args.eval_captions_file is not None:
+        eval_files = data_args.eval_image_map, data_args.eval_captions_file
+        evaluation = look(eval_files, None, args.per_device_eval_batch_size, "sequential")
+    if args.process_index == 0:
+        settings = settings_to_show(lora, args, args.frozen_dtype)
+        sys.stdout.write(report((model_args, data_args, args), shape, settings, data, evaluation))
+    return 0
+
+
 def parameter_table(shape: ModelShape) -> str:
     """Parameters of each part, all, trainable and frozen."""
     parts = {
@@ -109,17 +147,18 @@ def length_table(num_samples: int, data: SizesOfData, image_tokens: int, what: s
         [name, f"{min(values):,}", f"{sum(values) / len(values):,.1f}", f"{max(values):,}"]
         for name, values in counts.items()
     ]
-    looked = f"looked at: {len(samples):,} of {counted(num_samples, 'sample')}"
+    looked = f"looked at: {len(samples):,} of {format_count(num_samples, 'sample')}"
     if data.num_bad:
-        looked += f"; {counted(data.num_bad, 'bad one')} left out"
+        looked += f"; {format_count(data.num_bad, 'bad one')} left out"
     return "\n".join([_table([[f"{what}tokens per sample", "least", "mean", "most"], *rows]), looked])
 
 
 def steps_line(plan: Plan) -> str:
     """The steps that the data make."""
-    batches, processes = counted(plan.accumulation, "batch", "batches"), counted(plan.processes, "process", "processes")
-    per_step = f"{counted(plan.rows, 'sample')} × {batches} × {processes}"
-    return f"{counted(plan.steps_per_epoch, 'step')} per epoch, {plan.steps:,} in all; {per_step} a step"
+    batches = format_count(plan.accumulation, "batch", "batches")
+    processes = format_count(plan.processes, "process", "processes")
+    per_step = f"{format_count(plan.rows, 'sample')} × {batches} × {processes}"
+    return f"{format_count(plan.steps_per_epoch, 'step')} per epoch, {plan.steps:,} in all; {per_step} a step"
 
 
 def padding_line(grouped: float, ungrouped: float) -> str:
@@ -129,8 +168,8 @@ def padding_line(grouped: float, ungrouped: float) -> str:
 
 def evaluation_line(plan: EvaluationPlan) -> str:
     """How long an evaluation is, and how many there will be."""
-    per_step = f"{counted(plan.rows, 'sample')} × {counted(plan.processes, 'process', 'processes')}"
-    return f"{counted(plan.steps, 'step')} in an evaluation, {counted(plan.times, 'time')}; {per_step} a step"
+    per_step = f"{format_count(plan.rows, 'sample')} × {format_count(plan.processes, 'process', 'processes')}"
+    return f"{format_count(plan.steps, 'step')} in an evaluation, {format_count(plan.times, 'time')}; {per_step} a step"
 
 
 def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, images: Collection[tuple[str, str]]) -> str:
@@ -148,12 +187,12 @@ def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, images: Col
         return ""
     dtype = asked.feature_cache_dtype
     size = (shape.image_tokens, shape.tower_width)
-    space = space_for(FeatureCache(Path(asked.feature_cache).absolute() / "tower", size, DTYPES[dtype]))
+    space = FeatureCache(Path(asked.feature_cache).absolute() / "tower", size, DTYPES[dtype]).disk_space()
     lines = [
-        f"feature cache: {counted(len(images), 'distinct image')}, {size[0]:,} × {size[1]:,} {dtype} each: at most "
-        f"{in_gb(len(images) * space.each)} on the disk; {in_gb(space.free)} free in {space.place}"
+        f"feature cache: {format_count(len(images), 'distinct image')}, {size[0]:,} × {size[1]:,} {dtype} each: "
+        f"at most {in_gb(len(images) * space.per_image)} on the disk; {in_gb(space.free)} free in {space.folder}"
     ]
-    there = stored_before(asked.feature_cache, tower, size, dtype)
+    there = pictures_stored(asked.feature_cache, tower, size, dtype)
     lines += [f"there already, of a tower called {tower}: {number:,} in {name}" for name, number in there.items()]
     lines.append("The tower is loaded all the same, but sees no image that is stored.")
     return "\n".join(lines)

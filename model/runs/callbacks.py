@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..console import counted
+from dataprocess.messages import format_count
+
 from .collectives import gather_objects, gather_rows, is_distributed
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ class WatchBadSamples(TrainerCallback):
             except OSError as error:  # a full disk, say; that is no reason to lose the run
                 logger.error("%s could not be written: %s", path, error)
             verb = "was" if self._known == 1 else "were"
-            logger.warning("%s %s left out so far; see %s", counted(self._known, "bad sample"), verb, path)
+            logger.warning("%s %s left out so far; see %s", format_count(self._known, "bad sample"), verb, path)
         self.dataset.bad.check(str(path))
 
 

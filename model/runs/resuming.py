@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from dataprocess.messages import format_count
+
 from ..arguments import DataArguments
 from ..checkpoints.checkpoint import numbered_checkpoints
 from ..checkpoints.folders import read_json
 from ..checkpoints.tensor_files import CheckpointError
-from ..console import counted
 from ..training_arguments import VLMTrainingArguments
 from .collectives import gather_objects
 from .run_folder import files_of_a_run, lacks_to_resume, newest_resumable, restore_replaced
@@ -69,7 +70,7 @@ def checkpoint_to_resume(args: VLMTrainingArguments) -> str | None:
     if lacking:
         inside = numbered_checkpoints(folder)
         what = (
-            f"its {counted(len(inside), 'checkpoint is', 'checkpoints are')} not complete"
+            f"its {format_count(len(inside), 'checkpoint is', 'checkpoints are')} not complete"
             if inside
             else f"no {', no '.join(lacking)}"
         )

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
+from dataprocess.messages import format_count
+
 from ..checkpoints.checkpoint import RUN_STATE
 from ..checkpoints.folders import read_json
 from ..checkpoints.tensor_files import CheckpointError
-from ..console import counted
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +153,13 @@ def place_in_run(folder: Path, state: RunState, geometry: Geometry, staging: Pat
     logger.warning(
         "steps are of %s now, they were of %d: the run goes on behind sample %d of epoch %d, in the same "
         "order; step %d counts as step %d, and the learning rates go on from there in a schedule of %s an epoch",
-        *(counted(geometry.samples_per_step, "sample"), state.geometry.samples_per_step, state.position, state.epoch),
-        *(old_step, new_step, counted(geometry.steps_per_epoch, "step")),
+        *(
+            format_count(geometry.samples_per_step, "sample"),
+            state.geometry.samples_per_step,
+            state.position,
+            state.epoch,
+        ),
+        *(old_step, new_step, format_count(geometry.steps_per_epoch, "step")),
     )
     if not write:
         return staging, skipped

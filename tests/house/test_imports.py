@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "qwen": set(),
     "dataset": {
         "dataprocess.image_io",
+        "dataprocess.messages",
         "qwen.tokenization_qwen",
         "qwen.chatml",
         "qwen.configuration_qwen.IGNORE_INDEX",
@@ -100,11 +101,3 @@ def test_preparing_data_loads_no_torch():
     assert done.returncode == 0, done.stderr
     for file in (ROOT / "dataprocess").rglob("*.py"):
         assert not {n for n in imported(file.read_text(encoding="utf-8"), "dataprocess") if n.startswith("torch")}
-
-
-def test_packages_that_do_not_know_each_other_count_alike():
-    from dataset import wording
-    from model import console
-
-    for words, said in (((1, "sample"), "1 sample"), ((2000, "sample"), "2,000 samples"), ((0, "is", "are"), "0 are")):
-        assert wording.counted(*words) == console.counted(*words) == said

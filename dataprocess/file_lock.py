@@ -1,0 +1,105 @@
+"""One writer for one output: a lock that ends with its process, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_held: set[int] = set()
+"""Descriptors of the locks of this process."""
+
+
+class FileLockError(ValueError):
+    """The output belongs to another process."""
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Hold the lock of an output for as long as the block runs.
+
+    The lock of a folder is the file `.lock` in it, that of a file NAME is `.NAME.lock` next to it. It is deleted at the
+    end; the one that a killed process leaves behind is free.
+
+    Args:
+        path: the file or folder that is about to be written; a folder must exist.
+
+    Raises:
+        FileLockError: if another process holds it, or something that is no lock file has its name.
+        OSError: if the lock can't be created.
+    """
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    descriptor = _lock(path, lock)
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor in _held:  # not so in a forked process that leaves the block
+            _held.remove(descriptor)
+            with contextlib.suppress(OSError):
+                lock.unlink()  # while it is still held: who opened it meanwhile sees that it is gone, see `_lock`
+            os.close(descriptor)
+
+
+def _lock(path: Path, lock: Path) -> int:
+    """Create the lock file and lock it; return its descriptor."""
+    # O_NONBLOCK: opening a pipe would wait for a reader.
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    while True:
+        try:
+            descriptor = os.open(lock, flags, 0o666)
+        except OSError as error:
+            if lock.is_symlink():
+                raise FileLockError(f"{lock}: a link where the lock of {path} belongs; delete it") from error
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise FileLockError(f"{lock}: no regular file, but the lock of {path} belongs there; delete it")
+            _flock(path, descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder has deleted it between the opening and the locking
+
+
+def _flock(path: Path, descriptor: int) -> None:
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+        raise FileLockError(f"{path}: {holder} is writing to it; wait until it has ended, or stop it") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s: no locks here (%s); make sure that no other process writes to it", path, error.strerror)
+
+
+def _forget_locks() -> None:
+    """Close the locks in a forked process: data workers that outlive a killed run would hold them on."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
