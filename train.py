@@ -24,13 +24,13 @@ from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.bad_samples import TooManyBadSamplesError
 from dataset.epoch_order import EpochOrder
 from model import CheckpointError, VisionLanguageModel, VLMTrainer, VLMTrainingArguments
-from model.arguments import DataArguments, is_dry_run, parse_arguments
-from model.building import build_model
-from model.console import in_one_line, set_up_logging
+from model.argument_checks import check_previous
+from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arguments
+from model.checkpoints.checkpoint import read_checkpoint
+from model.console import in_one_line, is_out_of_memory, out_of_memory, set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
 from model.language_model import load_tokenizer
-from model.memory import is_out_of_memory, out_of_memory
 from model.runs.callbacks import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
 from model.runs.resuming import checkpoint_to_resume, files_in_the_way, say_how_features_differ
 from model.runs.run_config import RUN_CONFIG, save_run_config
@@ -44,6 +44,26 @@ _LESS_MEMORY = (
     "they are, or try --gradient_checkpointing true, --bf16 true, a smaller --max_length or --lora_rank; "
     "--resume_from_checkpoint auto goes on from the last checkpoint"
 )
+
+
+def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> VisionLanguageModel:
+    """Load both base models and add LoRA layers and projector: fresh ones, or those of `--previous_lora_weights`."""
+    previous = model_args.previous_lora_weights
+    if previous is not None:
+        check_previous(model_args, read_checkpoint(previous))
+    model = VisionLanguageModel.from_pretrained(
+        model_args.base_language_model,
+        model_args.base_value_model,
+        previous,
+        dtype=args.frozen_dtype,
+        device=args.device,
+        trainable=True,
+        lora_dropout=model_args.lora_dropout,
+        projector_layers=model_args.projector_layers or 2,
+    )
+    if previous is None:
+        model.add_lora(model_args.lora_settings)
+    return model
 
 
 def build_datasets(

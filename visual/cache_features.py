@@ -28,10 +28,9 @@ from dataprocess.messages import format_count
 from dataset.annotations import images_of
 from model.checkpoints.base_models import drops_first_patch
 from model.checkpoints.checkpoint import read_checkpoint
-from model.console import OneLineErrors, in_one_line, set_up_logging
+from model.console import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory, set_up_logging
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.feature_caching.fill import BATCH_SIZE, fill_feature_cache, lack_of_space
-from model.memory import is_out_of_memory, out_of_memory
 from visual import build_vision_tower
 from visual.feature_cache import DTYPES, open_feature_cache
 

@@ -14,11 +14,10 @@ from dataset.bad_samples import BadSamples
 from dataset.sample_sizes import DataSizes, data_sizes
 from visual.feature_cache import DTYPES, FeatureCache, pictures_stored
 
-from ..arguments import DataArguments, ModelArguments
+from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
 from ..console import set_up_logging
 from ..feature_caching.fill import in_gb
 from ..language_model import load_tokenizer
-from ..training_arguments import VLMTrainingArguments
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_evaluation, estimate_memory
 from .planned_model import largest, planned_model, settings_to_show
 from .run_length import EvaluationPlan, Plan

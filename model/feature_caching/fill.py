@@ -28,9 +28,9 @@ from dataset import ImageCaptionDataset
 from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
 
+from ..arguments import VLMTrainingArguments
 from ..runs.collectives import gather_objects
 from ..runs.data_workers import with_calm_workers
-from ..training_arguments import VLMTrainingArguments
 from ..vision_language_model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,8 @@ def fill_feature_cache(
     filled = Filled()
     device, dtype = tower.model.device, tower.model.dtype
     pictures = MissingPictures(paths, cache, tower.image_transform)
-    loader: Any = DataLoader(pictures, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    own = torch.Generator()  # training draws the same numbers whether or not a cache was filled before
+    loader: Any = DataLoader(pictures, batch_size, num_workers=num_workers, collate_fn=list, generator=own)
     bar = tqdm(total=len(paths), desc="images", unit="", mininterval=0.5, disable=not show_progress)
     with logging_redirect_tqdm(), bar:
         for batch in with_calm_workers(loader):
