@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID
 from qwen.loss import head_loss
-from qwen.positions import padded_behind
+from qwen.positions import is_right_padded
 
 from .assembly import AssembledModel
 from .tower_features import tower_features
@@ -72,8 +72,8 @@ class VisionLanguageModel(AssembledModel):
                 the place of pixels. None if there are none.
             has_features: (N + K,) bool, which of all images these are; needed where there are some of each kind.
             image_keys: (N, 32), on the host, what the features of `pixel_values` are stored under in `feature_cache`.
-            kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …), less `keep`. With labels
-                nothing is cached unless asked for.
+            kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …), less `positions`. With
+                labels nothing is cached unless asked for.
 
         Raises:
             ValueError: if image tokens and features differ in number, in all or by rows.
@@ -110,15 +110,15 @@ class VisionLanguageModel(AssembledModel):
         """The loss alone. What the host has to know of the batch it asks before an accelerator has work to wait for."""
         self._check_image_tokens(input_ids, num_images)
         is_long = not self.training and input_ids.shape[1] > self.qwen.config.seq_length  # dynamic NTK asks the mask
-        if attention_mask is not None and attention_mask.dim() == 2 and not is_long and padded_behind(attention_mask):
+        if attention_mask is not None and attention_mask.dim() == 2 and not is_long and is_right_padded(attention_mask):
             attention_mask = None  # causal attention is enough, and positions are the same
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # of every position
-        keep = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        positions = (targets != IGNORE_INDEX).nonzero()[:, 0]
         features = self.encode_images(**images) if num_images else None
         out = self.qwen.transformer(
-            input_ids, attention_mask, image_features=features, counted=True, keep=keep, **kwargs
+            input_ids, attention_mask, image_features=features, already_checked=True, positions=positions, **kwargs
         )
-        return head_loss(out.last_hidden_state, self.qwen.lm_head, targets[keep], num_items)
+        return head_loss(out.last_hidden_state, self.qwen.lm_head, targets[positions], num_items)
 
     @torch.no_grad()
     def generate(

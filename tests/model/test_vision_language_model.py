@@ -24,7 +24,7 @@ from torch.testing import assert_close
 
 from model import LoraSettings, VisionLanguageModel, vision_language_model
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, layers, loss, modeling_qwen, positions
-from qwen.positions import padded_behind
+from qwen.positions import is_right_padded
 
 MIXED = (sample(1), sample(0, num_words=9, seed=1), sample(2, num_words=2, num_answer=6, seed=2))
 
@@ -138,8 +138,10 @@ def test_padding_behind_needs_no_mask(model, monkeypatch, side):
     )
     found = []
     for need in (False, True):
-        monkeypatch.setattr(vision_language_model, "padded_behind", lambda mask, n=need: not n and padded_behind(mask))
-        monkeypatch.setattr(positions, "padded_behind", lambda mask, n=need: not n and padded_behind(mask))
+        monkeypatch.setattr(
+            vision_language_model, "is_right_padded", lambda mask, n=need: not n and is_right_padded(mask)
+        )
+        monkeypatch.setattr(positions, "is_right_padded", lambda mask, n=need: not n and is_right_padded(mask))
         model.zero_grad()
         out = model.train()(**batch, return_logits=False)
         out.loss.backward()
