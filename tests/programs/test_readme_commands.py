@@ -64,7 +64,10 @@ def checkout(tmp_path_factory, qwen_tiktoken):
         hub(folder / "home", name, language)
     hub(folder / "home", "openai/clip-vit-large-patch14", make_clip_checkpoint(folder / "clip"))
     hub(folder / "home", "google/siglip-so400m-patch14-384", make_siglip_checkpoint(folder / "siglip"))
-    questions = [{"id": 1, "image": "test_img/1.jpg", "prompt": "Which colour?"}, {"id": 2, "image": None, "prompt": "?"}]
+    questions = [
+        {"id": 1, "image": "test_img/1.jpg", "prompt": "Which colour?"},
+        {"id": 2, "image": None, "prompt": "?"},
+    ]
     (copy / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with socket.socket() as free:
