@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import re
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -83,7 +84,7 @@ def parser_actions(parse) -> list[argparse.Action]:
 
 def train_fields() -> dict[str, dataclasses.Field]:
     """Our own flags of train.py."""
-    own = VLMTrainingArguments.__dict__["__annotations__"]
+    own = inspect.get_annotations(VLMTrainingArguments)
     fields = [*dataclasses.fields(ModelArguments), *dataclasses.fields(DataArguments)]
     fields += [field for field in dataclasses.fields(VLMTrainingArguments) if field.name in own]
     return {field.name: field for field in fields}
