@@ -21,9 +21,9 @@ from transformers import set_seed
 from dataset import ImageCaptionDataset, VLMCollator
 from dataset.epoch_order import EpochOrder
 from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
-from model.argument_checks import check_previous
-from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arguments
+from model.arguments import DataArguments, ModelArguments
 from model.checkpoints.checkpoint import read_checkpoint
+from model.command_line import check_previous, is_dry_run, parse_arguments
 from model.console import set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache

@@ -23,7 +23,7 @@ from PIL import Image
 
 import train
 from dataset.sample_sizes import SampleSize, batch_size_of, data_sizes
-from model.arguments import parse_arguments
+from model.command_line import parse_arguments
 from model.dry_run.memory_estimate import BatchShape
 from model.dry_run.planned_model import largest, planned_model, settings_to_show
 
