@@ -10,7 +10,7 @@ from stopped_runs import Answers, KillAt, Killed, answer_lengths, assert_same_en
 from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, write_data
 
 import train
-from benchmarks.grouped import padding_share
+from benchmarks.training.grouped import padding_share
 from dataset import ImageCaptionDataset
 from dataset.epoch_order import EpochOrder, epoch_permutation, grouped_permutation
 

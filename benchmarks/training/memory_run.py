@@ -1,6 +1,6 @@
 """One training run of `memory.py`, in a process of its own: prints what it took, and what was estimated, as JSON.
 
-    python -m benchmarks.memory_run --size vocabulary-true --dtype float32 --steps 3 --folder FOLDER
+    python -m benchmarks.training.memory_run --size vocabulary-true --dtype float32 --steps 3 --folder FOLDER
 
 The peak is `VmHWM`, the most memory that was ever resident, less what was resident once train.py had been imported.
 """
@@ -25,10 +25,10 @@ from model.dry_run.data_sizes import data_sizes
 from model.dry_run.memory_estimate import BatchShape
 from model.dry_run.planned_model import largest, planned_model, settings_to_show
 
-from .folding import FoldedLabels, fold
-from .made_data import QUESTION, Answers, write_files
-from .random_weights import SEED, write_language_model, write_tower
-from .same_size import Size
+from ..peers import Size
+from ..random_weights import SEED, write_language_model, write_tower
+from ..small_vocabulary import FoldedLabels, fold
+from ..synthetic_data import QUESTION, Answers, write_files
 
 RANK, BATCH = 128, 4
 SIZES = {
