@@ -11,9 +11,9 @@ Every picture becomes 8-bit RGB, as a person would see it in a viewer:
   likewise where they fit in 16; other integers, and floats, stretched from their smallest to their largest value;
 * in the format that its content says, whatever the extension of its name.
 
-Refused are pictures of more than `MAX_PIXELS` pixels or `MAX_BYTES` bytes, JPEG files of more than `MAX_SEGMENTS`
-segments, and pictures that are cut short or damaged. Two kinds of damage cannot be told: wrong bits in formats without checksums
-(JPEG, BMP), and a progressive JPEG that lacks its last scans, which looks blurred.
+Pictures of more than `MAX_PIXELS` pixels or `MAX_BYTES` bytes and JPEG files of more than `MAX_SEGMENTS` segments are
+refused, and so are pictures that are cut short or damaged. Two kinds of damage go unnoticed: wrong bits in formats
+without checksums (JPEG, BMP), and a progressive JPEG that lacks its last scans, which looks blurred.
 """
 
 from __future__ import annotations
