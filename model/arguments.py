@@ -1,28 +1,30 @@
-"""The command line of train.py: its flags, defaults that depend on the machine, and values that can't be.
+"""The flags of train.py.
 
-Beside the flags here, every flag of transformers' `TrainingArguments` is taken.
+`VLMTrainingArguments` extends transformers' `TrainingArguments`, so every flag of Trainer exists here too.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
-from transformers.integrations import get_available_reporting_integrations
+from transformers import TrainingArguments
 
 from visual.feature_cache import DTYPES
 
-from .console import OneLineErrors
-from .device import has_accelerator, pick_device, pick_dtype
-from .training_arguments import VLMTrainingArguments
+from .lora import LoraSettings
+
+_NOT_SUPPORTED = {
+    # Trainer shifts the labels of language models in its own list only; here it would smooth the wrong tokens.
+    "label_smoothing_factor": "leave it out",
+    "dataloader_drop_last": "no sample of an epoch is left out; leave the flag out",
+    "ignore_data_skip": "a run resumes after the last sample it was given, at no cost; leave the flag out",
+    "auto_find_batch_size": "give a smaller --per_device_train_batch_size, with --gradient_accumulation_steps",
+    "fsdp": "every GPU holds the whole model; leave it out",
+    "deepspeed": "every GPU holds the whole model; leave it out",
+    "push_to_hub": "leave it out, and upload the finished checkpoint folder yourself",
+}
 
 
 @dataclass
@@ -47,181 +49,167 @@ class ModelArguments:
     target_modules: str | None = field(
         default=None,
         metadata={
-            "help": "Linear layers that get LoRA: last parts of their names, with bars. "
+            "help": "Linear layers that get LoRA: last parts of their names, separated by bars. "
             "Default: c_attn|w1|w2, or those of --previous_lora_weights."
         },
     )
     projector_layers: int | None = field(
         default=None,
-        metadata={"help": "2 (Linear, GELU, Linear) or 1 (Linear). Default: 2, or those of --previous_lora_weights."},
+        metadata={"help": "2 (Linear, GELU, Linear) or 1 (Linear). Default: 2, or that of --previous_lora_weights."},
     )
     previous_lora_weights: str | None = field(
         default=None,
-        metadata={"help": "Checkpoint (the original project's too) whose LoRA and projector training starts from."},
+        metadata={"help": "Checkpoint (also of the original project) whose LoRA and projector training starts from."},
     )
+
+    @property
+    def lora_settings(self) -> LoraSettings:
+        """Return the settings of fresh LoRA layers."""
+        default = LoraSettings()
+        targets = self.target_modules
+        return LoraSettings(
+            rank=self.lora_rank or default.rank,
+            alpha=self.lora_alpha or default.alpha,
+            dropout=self.lora_dropout,
+            target_modules=default.target_modules if targets is None else LoraSettings.parse_targets(targets),
+        )
 
 
 @dataclass
 class DataArguments:
-    """What is trained and evaluated on."""
+    """Which data the run trains and evaluates on."""
 
     image_map: str = field(metadata={"help": "image_map.json, as dataprocess/process_image.py writes it."})
-    captions_file: str = field(metadata={"help": "captions.json, likewise."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many samples only."})
+    captions_file: str = field(metadata={"help": "captions.json, as dataprocess/process_image.py writes it."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many samples only."})
     max_length: int = field(
         default=2048, metadata={"help": "Tokens per sample, image tokens included; longer answers are cut."}
     )
-    eval_image_map: str | None = field(default=None, metadata={"help": "As --image_map, for evaluation."})
-    eval_captions_file: str | None = field(default=None, metadata={"help": "As --captions_file, for evaluation."})
+    eval_image_map: str | None = field(default=None, metadata={"help": "Like --image_map, for evaluation."})
+    eval_captions_file: str | None = field(default=None, metadata={"help": "Like --captions_file, for evaluation."})
     on_bad_sample: str = field(
         default="skip",
-        metadata={"help": "What a sample that can't be used does.", "choices": ["error", "skip"]},
+        metadata={"help": "What a sample that cannot be used does.", "choices": ["error", "skip"]},
     )
     max_bad_fraction: float = field(
-        default=0.01, metadata={"help": "With --on_bad_sample skip: more bad samples than this share stop the run."}
+        default=0.01, metadata={"help": "With --on_bad_sample skip: a larger share of bad samples stops the run."}
     )
     allow_links: bool = field(default=False, metadata={"help": "Follow links in the image folder that lead out of it."})
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Print parameters, tokens, steps and the memory to expect, and stop. No weights are needed."},
+        metadata={"help": "Print parameters, tokens, steps and expected memory, then stop. No weights are needed."},
     )
     feature_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder in which the tower's features are kept, so that it sees no image twice."},
+        metadata={"help": "Folder that stores the tower's features, so that it sees every image only once."},
     )
     feature_cache_dtype: str = field(
         default="bfloat16",
-        metadata={"help": "What they are stored in; float32 changes no result.", "choices": list(DTYPES)},
+        metadata={"help": "Dtype of the stored features; float32 changes no result.", "choices": list(DTYPES)},
     )
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says defaults, but for None: what happens then stands in the flag's own words."""
+@dataclass
+class VLMTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the projector's learning rate, and defaults that fit this model."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class _Parser(OneLineErrors, HfArgumentParser):
-    """Takes the flags of several dataclasses."""
-
-
-def with_machine_defaults(argv: Sequence[str]) -> list[str]:
-    """Add the flags whose default depends on the machine, where the user said nothing.
-
-    They go in before `TrainingArguments` is built: it sets the process group up, and two processes that learn of the
-    CPU later each believe they are alone.
-    """
-    given = {word.split("=", 1)[0].replace("-", "_").removeprefix("__") for word in argv if word.startswith("--")}
-    defaults: dict[str, str] = {}
-    if not has_accelerator():
-        defaults["use_cpu"] = "true"
-    asked = OneLineErrors(add_help=False, allow_abbrev=False)
-    asked.add_argument(
-        "--use_cpu", "--use-cpu", type=string_to_bool, nargs="?", const=True, default=not has_accelerator()
+    feature_proj_lr: float = field(
+        default=1e-4, metadata={"help": "Learning rate of the projector; --learning_rate is that of LoRA."}
     )
-    device = torch.device("cpu") if asked.parse_known_args(argv)[0].use_cpu else pick_device()
-    if device.type != "cpu":
-        defaults["dataloader_num_workers"] = "4"
-    if not given & {"bf16", "fp16"}:
-        autocast = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(pick_dtype(device))
-        if autocast is not None:
-            defaults[autocast] = "true"
-    if find_spec("tensorboard") is not None:
-        defaults["report_to"] = "tensorboard"
-    if "eval_image_map" in given:
-        defaults["eval_strategy"] = "epoch"
-    added = [word for name, value in defaults.items() if name not in given for word in (f"--{name}", value)]
-    return [*added, *argv]
+    learning_rate: float = field(default=3e-5, metadata={"help": "Learning rate of the LoRA layers."})
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples per optimizer step over all processes; sets --gradient_accumulation_steps to fit, so that "
+            "a run can resume with another number of GPUs."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the data set returns exactly what the model takes."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the run that --output_dir holds, and start a new one."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Not needed: LoRA and projector get a gradient in every step, also without an image."},
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what Trainer would accept and this project does not do; derive the accumulation.
+
+        Raises:
+            ValueError: for flags that are not supported, with what to do instead.
+        """
+        check_supported(self)
+        super().__post_init__()
+        check_optimizer(self)
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
+
+    def _accumulation(self, global_batch_size: int) -> int:
+        """Return how many batches of all processes make up one optimizer step of `global_batch_size` samples."""
+        per_batch = self.per_device_train_batch_size * self.world_size
+        batch = f"{self.per_device_train_batch_size} rows (--per_device_train_batch_size) × {self.world_size} processes"
+        steps, rest = divmod(global_batch_size, max(per_batch, 1))
+        if rest or steps < 1:
+            raise ValueError(
+                f"--global_batch_size {global_batch_size}: must be a multiple of {batch} = {per_batch}; change one of "
+                "them"
+            )
+        if self.gradient_accumulation_steps not in (1, steps):  # 1 is the default, and what train.sh gives
+            raise ValueError(
+                f"--global_batch_size {global_batch_size} over {batch} takes --gradient_accumulation_steps {steps}, "
+                f"got {self.gradient_accumulation_steps}; leave one of the two flags out"
+            )
+        return steps
+
+    @property
+    def n_gpu(self) -> int:
+        """Return at most 1: torchrun starts a process per GPU, and DataParallel would split images from their rows."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Return the dtype of the frozen weights: that of autocast, or fp32 without autocast."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
 
-def is_dry_run(argv: Sequence[str]) -> bool:
-    """Whether the command line asks for `--dry_run`."""
-    asked = OneLineErrors(add_help=False, allow_abbrev=False)
-    asked.add_argument("--dry_run", "--dry-run", type=string_to_bool, nargs="?", const=True, default=False)
-    return bool(asked.parse_known_args(argv)[0].dry_run)
-
-
-def parse_arguments(
-    argv: Sequence[str], description: str | None = None
-) -> tuple[ModelArguments, DataArguments, VLMTrainingArguments]:
-    """Read the command line.
-
-    Args:
-        argv: its words.
-        description: what `--help` says first.
+def check_supported(args: VLMTrainingArguments) -> None:
+    """Refuse flags that Trainer accepts, but that would train something else than they say.
 
     Raises:
-        ValueError: for flags that do not exist, and for values that are impossible or contradict each other.
+        ValueError: naming all of them, with what to do instead.
     """
-    parser = _Parser(
-        (ModelArguments, DataArguments, VLMTrainingArguments),  # type: ignore[arg-type]
-        description=description,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        args=with_machine_defaults(argv), look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        parser.error(f"not understood: {' '.join(unknown)}")
-    model_args, data_args, training_args = parsed
-    check_values(model_args, data_args, training_args)
-    if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
-        raise ValueError("--eval_image_map and --eval_captions_file go together; one of them is missing")
-    if training_args.eval_strategy != "no" and data_args.eval_image_map is None:
-        raise ValueError(
-            f"--eval_strategy {training_args.eval_strategy.value} needs --eval_image_map and --eval_captions_file; "
-            "give both, or leave it out"
-        )
-    if training_args.remove_unused_columns:
-        raise ValueError("--remove_unused_columns must be false: the data set gives just what the model takes")
-    for name in ("image_map", "captions_file", "eval_image_map", "eval_captions_file"):
-        path = getattr(data_args, name)
-        if path is not None and not Path(path).is_file():  # found now, not after the base models are loaded
-            raise ValueError(f"--{name} {path}: there is no such file; dataprocess/process_image.py writes it")
-    absent = set(training_args.report_to) - set(get_available_reporting_integrations())
-    if absent:
-        raise ValueError(f"--report_to {' '.join(sorted(absent))}: not installed here; install it, or say none")
-    if Path(str(training_args.output_dir)).is_file():
-        raise ValueError(f"--output_dir {training_args.output_dir} is a file; give a folder, which is made if need be")
-    cache = Path(data_args.feature_cache or ".")
-    if cache.exists() and not cache.is_dir():
-        raise ValueError(f"--feature_cache {cache} is a file; give a folder, which is made if need be")
-    return model_args, data_args, training_args
-
-
-def check_values(*arguments: object) -> None:
-    """Hold numbers against their ranges, which would else come to light deep inside a library, if at all.
-
-    Raises:
-        ValueError: with every value that is out of its range.
-    """
-    at_least_1: tuple[Callable[[Any], bool], str] = (lambda value: value >= 1, "at least 1")
-    not_negative: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < math.inf, "0 or more")
-    ranges = {
-        "lora_rank": at_least_1,
-        "lora_alpha": at_least_1,
-        "lora_dropout": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
-        "projector_layers": (lambda value: value in (1, 2), "1 or 2"),
-        "max_train_samples": at_least_1,
-        "max_length": at_least_1,
-        "max_bad_fraction": (lambda value: 0 <= value <= 1, "0 to 1"),
-        "learning_rate": not_negative,
-        "feature_proj_lr": not_negative,
-        "per_device_train_batch_size": at_least_1,
-        "per_device_eval_batch_size": at_least_1,
-        "gradient_accumulation_steps": at_least_1,
-        "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1: by epochs"),
-        "max_grad_norm": not_negative,
-        "weight_decay": not_negative,
-        "num_train_epochs": (lambda value: 0 < value < math.inf, "above 0"),
-    }
-    values = {name: value for group in arguments for name, value in vars(group).items()}
-    wrong = [
-        f"--{name} {values[name]}: must be {wanted}"
-        for name, (is_valid, wanted) in ranges.items()
-        if values[name] is not None and not is_valid(values[name])
+    given = [
+        f"--{name} {getattr(args, name)} is not supported: {why}"
+        for name, why in _NOT_SUPPORTED.items()
+        if getattr(args, name)
     ]
-    if wrong:
-        raise ValueError("; ".join(wrong))
+    if given:
+        raise ValueError("; ".join(given))
+
+
+def check_optimizer(args: VLMTrainingArguments) -> None:
+    """Refuse settings that Trainer has parsed by now and that do not fit this model.
+
+    Raises:
+        ValueError: for optimizers that need the model itself, and for batches that one process splits for all.
+    """
+    accelerator: Any = args.accelerator_config
+    if accelerator.dispatch_batches:
+        raise ValueError(
+            '--accelerator_config {"dispatch_batches": true} is not supported: images would be split like rows, and '
+            "arrive in other rows; leave it out"
+        )
+    kind = choice(args.optim)
+    if kind.startswith(("galore", "apollo", "lomo", "adalomo")):
+        raise ValueError(
+            f"--optim {kind} is not supported: it groups the model's parameters itself, and LoRA and projector need "
+            "two learning rates; leave it out for AdamW, or take adafactor or sgd"
+        )
+
+
+def choice(value: Any) -> str:
+    """Return what the user typed for a flag that transformers turns into an enumeration."""
+    return str(getattr(value, "value", value))

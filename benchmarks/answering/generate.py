@@ -1,0 +1,176 @@
+"""Time to the first token, and tokens per second, beside transformers' LLaVA of the same size and weights.
+
+    python -m benchmarks.answering.generate
+    python -m benchmarks.answering.generate --dtypes float32 --batches 1 --rounds 3 --tokens 16
+
+Peers run in turn, each in a process of its own, on the same prompts and pictures: an image, 20 to 41 words, and as many
+greedy tokens as asked for. Prints a table of medians; writes generate.json and generate.png into the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import measure
+
+DTYPES = ("float32", "bfloat16")
+PEERS = ("ours", "llava")
+
+
+def make_inputs(size: Any, batch: int, dtype: str) -> tuple[list[list[int]], Any]:
+    """Prompts of several lengths with an image in each, and the images' pixels (batch, 3, S, S)."""
+    import torch
+
+    from qwen import IMAGE_TOKEN_ID
+
+    generator = torch.Generator().manual_seed(batch)
+    prompts = []
+    for row in range(batch):
+        words = torch.randint(0, size.vocabulary - 1000, (20 + 3 * (row % 8),), generator=generator).tolist()
+        prompts.append([*words[:5], *[IMAGE_TOKEN_ID] * size.num_image_tokens, *words[5:]])
+    pixels = torch.randn(batch, 3, size.image_size, size.image_size, generator=generator)
+    return prompts, pixels.to(getattr(torch, dtype))
+
+
+def prepare(peer: str, size: Any, prompts: Sequence[Sequence[int]], pixels: Any) -> Callable[[int, Any], list[int]]:
+    """Build a peer; gives a function from a number of tokens, and a call after each, to the first answer's ids."""
+    import torch
+
+    from qwen.batch import generate_batch, pad_left
+
+    from ..peers import build_ours, build_peer, copy_weights
+
+    ours = build_ours(size, pixels.dtype)
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if peer == "ours":
+
+        def answer(number: int, after_each: Any) -> list[int]:
+            features = list(ours.encode_images(pixels))
+            calls = {"max_new_tokens": number, "stopping_criteria": [after_each]}
+            return generate_batch(ours.qwen, prompts, features, **calls, **settings)[0]
+
+        return answer
+    llava = build_peer(size, pixels.dtype)
+    copy_weights(ours, llava)
+    ids, mask = pad_left(prompts, torch.device("cpu"))
+
+    def answer_llava(number: int, after_each: Any) -> list[int]:
+        calls = {"max_new_tokens": number, "stopping_criteria": [after_each]}
+        made = llava.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, **calls, **settings)
+        return made[0, ids.shape[1] :].tolist()
+
+    return answer_llava
+
+
+def run_one(peer: str, args: argparse.Namespace, size: Any) -> dict[str, Any]:
+    """Measure one peer in this process.
+
+    Returns:
+        `first` (seconds to the first token, images included), `rate` (tokens per second of all rows, after the first),
+        `whole` (seconds for all of it), and the ids of the first answer.
+    """
+    import torch
+
+    batch, tokens = args.batches[0], args.tokens
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    times: list[float] = []
+
+    def after_each(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """A criterion to stop by, which never does: generation calls it when a token has been drawn."""
+        times.append(clock())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with torch.inference_mode():
+        prompts, pixels = make_inputs(size, batch, args.dtypes[0])
+        answer = prepare(peer, size, prompts, pixels)
+        answer(2, after_each)  # what is set up once is not measured
+        firsts, wholes = [], []
+        for _ in range(args.repeats):
+            times.clear()
+            start = clock()
+            ids = answer(tokens, after_each)
+            firsts.append(times[0] - start)
+            wholes.append(times[-1] - start)
+    first, whole = min(firsts), min(wholes)
+    steps = min(whole - first for whole, first in zip(wholes, firsts, strict=True))
+    return {"first": first, "whole": whole, "rate": (tokens - 1) * batch / steps, "ids": ids}
+
+
+def compare(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """Medians by setting, peer and figure; and on the way, whether both give the same tokens in fp32."""
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for dtype in args.dtypes:
+        for batch in args.batches:
+            flags = ["--dtypes", dtype, "--batches", str(batch), "--tokens", str(args.tokens)]
+            flags += ["--clock", args.clock, "--repeats", str(args.repeats)]
+            tiny = ["--tiny"] if args.tiny else []
+            commands = {peer: [*measure.itself(__file__), "--one", peer, *flags, *tiny] for peer in PEERS}
+            runs = measure.run_in_turn(commands, args.rounds)
+            setting = f"{'fp32' if dtype == 'float32' else 'bf16'}, batch {batch}"
+            figures[setting] = {peer: measure.medians(done) for peer, done in runs.items()}
+            if dtype == "float32":
+                same = runs["ours"][0].values["ids"] == runs["llava"][0].values["ids"]
+                print(f"{setting}: {'the same tokens' if same else 'OTHER TOKENS'} from both", file=sys.stderr)
+    return figures
+
+
+def show(figures: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The table; ratios above 1 mean that ours is faster."""
+    heads = ("", "first token, s", "LLaVA", "ratio", "tokens/s", "LLaVA", "ratio", "whole answer, s", "LLaVA", "ratio")
+    rows = []
+    for setting, by_peer in figures.items():
+        ours, llava = by_peer["ours"], by_peer["llava"]
+        row = [setting]
+        for name, form in (("first", "{:.3f}"), ("rate", "{:.1f}"), ("whole", "{:.2f}")):
+            ratio = ours[name] / llava[name] if name == "rate" else llava[name] / ours[name]
+            row += [form.format(ours[name]), form.format(llava[name]), f"{ratio:.2f}x"]
+        rows.append(row)
+    return measure.text_table(heads, rows)
+
+
+def main() -> None:
+    """Compare, or measure one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="precisions (%(default)s)")
+    add("--batches", nargs="+", type=int, default=[1, 8], help="questions at once (%(default)s)")
+    add("--tokens", type=int, default=64, help="tokens of an answer (%(default)s)")
+    add("--repeats", type=int, default=2, help="measurements in a process; the fastest counts (%(default)s)")
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time, on a shared machine (%(default)s)",
+    )
+    add("--rounds", type=int, default=5, help="processes of each peer (%(default)s)")
+    add("--output", type=Path, default=measure.RESULTS, help="folder for JSON and PNG (%(default)s)")
+    add("--tiny", action="store_true", help="a model of no size, to try the script")
+    add("--one", choices=PEERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        from ..peers import TINY, Size
+
+        size = TINY if args.tiny else Size()
+        print(json.dumps(run_one(args.one, args, size)))
+        return
+    figures = compare(args)
+    print(show(figures))
+    results = {"machine": measure.machine(), "settings": vars(args) | {"output": None}, "medians": figures}
+    measure.write_results(args.output / "generate.json", results)
+    panels = {
+        unit: {
+            setting: {peer: values[name] for peer, values in by_peer.items()} for setting, by_peer in figures.items()
+        }
+        for unit, name in (("seconds to the first token", "first"), ("tokens per second", "rate"))
+    }
+    measure.draw_bars(args.output / "generate.png", "Answering: ours and transformers' LLaVA", panels)
+
+
+if __name__ == "__main__":
+    main()
