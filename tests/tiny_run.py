@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,13 @@ def start(*command: object, stdin: str = "", cwd: Path = ROOT, **env: str) -> su
     return subprocess.run(
         words, input=stdin, cwd=cwd, env=environment(**env), text=True, capture_output=True, timeout=300
     )
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def printed_steps(output: str) -> list[dict[str, float]]:
