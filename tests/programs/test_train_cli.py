@@ -22,6 +22,7 @@ from tiny_run import (
     one_line_error,
     printed_steps,
     start,
+    too_much_memory,
     trained_weights,
     write_as_the_original,
     write_data,
@@ -491,3 +492,15 @@ def test_a_mistake_ends_plain_python_with_2(data, tmp_path):
     assert "Qwen/Qwen-7B-Chat" in one_line_error(done.stderr, "train.py")
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["forward", "from_pretrained"])
+def test_out_of_memory_gives_advice(bases, data, tmp_path, monkeypatch, capsys, where):
+    def fail(*args, **kwargs):
+        raise too_much_memory()
+
+    monkeypatch.setattr(VisionLanguageModel, where, fail)
+    assert quick_run(*bases, *data, "--output_dir", tmp_path / "run", "--disable_tqdm", "true") == 1
+    said = one_line_error(capsys.readouterr().err, "train.py")
+    for advice in ("out of memory (", "--per_device_train_batch_size", "--gradient_accumulation_steps"):
+        assert advice in said
