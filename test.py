@@ -50,7 +50,7 @@ from model.console import (
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.language_model import load_tokenizer
 from qwen import IMAGE_TOKEN
-from qwen.stream import complete_config
+from qwen.answering import complete_config
 
 logger = logging.getLogger("test")
 

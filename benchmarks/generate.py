@@ -45,7 +45,8 @@ def prepare(peer: str, size: Any, prompts: Sequence[Sequence[int]], pixels: Any)
     import torch
 
     from benchmarks.same_size import build_ours, build_peer, copy_weights
-    from qwen.batch import generate_batch, pad_left
+    from qwen.answering import generate_batch
+    from qwen.decoding import pad_left
 
     ours = build_ours(size, pixels.dtype)
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -104,7 +104,7 @@ def decode(cached: int, given: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from benchmarks.same_size import build_ours
-    from qwen.growing_cache import GrowingCache
+    from qwen.cache import GrowingCache
 
     size = size_of({}, tiny=given.tiny)
     torch.set_num_threads(given.threads)

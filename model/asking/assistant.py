@@ -10,10 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from qwen import QWenTokenizer
-from qwen.batch import answer_batch, check_settings
+from qwen.answering import answer_batch, answer_ids, check_settings, complete_config, stream_ids
+from qwen.cache import PromptCache
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
-from qwen.prompt_cache import PromptCache
-from qwen.stream import answer_ids, complete_config, stream_ids
 
 from ..vision_language_model import VisionLanguageModel
 

@@ -343,7 +343,7 @@ def test_streaming_prints_no_broken_character(weights, tokenizer, monkeypatch, c
     ids = [*bytewise, *tokenizer.encode_text(text), EOD]
     pieces: list[str] = []
     monkeypatch.setattr("builtins.print", lambda *args, **how: pieces.append("".join(args) + how.get("end", "\n")))
-    from qwen.stream import decode_growing
+    from qwen.answering import decode_growing
 
     assert ask.show(decode_growing(tokenizer, ids[:-1])) == text * 2
     assert "".join(pieces) == text * 2 + "\n"
