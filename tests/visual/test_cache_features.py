@@ -28,6 +28,7 @@ from tiny_run import (
 )
 
 import train
+from model.feature_caching import fill
 from visual import build_vision_tower, cache_features
 from visual.base import VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
@@ -286,3 +287,21 @@ def test_siglip_without_its_first_patch_as_training_on_from_the_original_project
     further = [*flags, "--base_value_model", tiny_siglip, "--previous_lora_weights", str(tmp_path / "on")]
     assert cache_features.main(further) == 0
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name], "and what was trained on from it"
+
+
+def test_a_picture_that_changes_while_it_is_read_is_not_stored(tmp_path, flags, pictures, monkeypatch, capsys):
+    def load_and_replace(path):
+        image = load_image(path)
+        if path.name == "red.png":
+            Image.new("RGB", (40, 30), "pink").save(path)
+        return image
+
+    load_image = fill.load_image
+    with monkeypatch.context() as patch:
+        patch.setattr(fill, "load_image", load_and_replace)
+        assert cache_features.main(flags) == 0
+    (bad,) = [line for line in capsys.readouterr().err.splitlines() if "bad: " in line]
+    assert "red.png" in bad
+    assert len(stored(tmp_path)) == 5
+    assert cache_features.main(flags) == 0
+    assert len(stored(tmp_path)) == 6
