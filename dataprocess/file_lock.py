@@ -50,7 +50,7 @@ def hold(path: Path) -> Iterator[None]:
         if descriptor in _held:  # not so in a forked process that leaves the block
             _held.remove(descriptor)
             with contextlib.suppress(OSError):
-                lock.unlink()  # while it is still held: a process that has just opened it sees that it was deleted, see `_lock`
+                lock.unlink()  # while it is held, so that a process that waits for it notices, see `_lock`
             os.close(descriptor)
 
 
