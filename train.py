@@ -220,7 +220,7 @@ def finish(trainer: VLMTrainer) -> int:
     folder, step = trainer.args.output_dir, trainer.state.global_step
     train_set = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
     if isinstance(train_set, ImageCaptionDataset):
-        train_set.log_cuts()
+        train_set.cuts.log()
     if trainer.save_failure:
         logger.error(
             "train.py: the run ended at step %d; its last checkpoint could not be written: %s",
