@@ -23,6 +23,7 @@ from dataprocess.image_io import ImageError
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
 from dataset.bad_samples import TooManyBadSamplesError
 from dataset.epoch_order import EpochOrder
+from dataset.sample_lengths import estimated_lengths, padding_shares
 from model import CheckpointError, VisionLanguageModel, VLMTrainer, VLMTrainingArguments
 from model.argument_checks import check_previous
 from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arguments
@@ -120,9 +121,9 @@ def in_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> Epoc
     seed = args.seed if args.data_seed is None else args.data_seed
     if strategy != "group_by_length":
         return EpochOrder(train_set, seed, shuffled=strategy == "random")
-    lengths = train_set.estimated_lengths()
+    lengths = estimated_lengths(train_set)
     if args.process_index == 0:  # the one that says it; it takes a second or two
-        shares = [100 * share for share in train_set.padding_shares(lengths, args.train_batch_size, seed)]
+        shares = [100 * share for share in padding_shares(train_set, lengths, args.train_batch_size, seed)]
         logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
     return EpochOrder(train_set, seed, lengths)
 

@@ -138,6 +138,10 @@ class Annotations:
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
+    def images(self) -> list[tuple[str, str]]:
+        """List (folder, file name) of every image once."""
+        return list(dict.fromkeys((sample.image_folder, name) for sample in self for name in sample.image_files))
+
 
 @contextmanager
 def _garbage_collection_paused() -> Iterator[None]:
@@ -249,7 +253,7 @@ def _turn(turn: Any, where: str) -> tuple[str, list[str]]:
     question, answer = turn.get("q"), turn.get("a")
     if not isinstance(question, str):
         raise SampleError(f'{where}"q" must be a string, got {_short(question)}')
-    answers = answer if isinstance(answer, list) else [answer]
+    answers: list[Any] = answer if isinstance(answer, list) else [answer]
     if not answers or not all(isinstance(text, str) for text in answers):
         raise SampleError(f'{where}"a" must be a string or a list of them, got {_short(answer)}')
     if not all(text.strip() for text in answers):

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from dataprocess.messages import format_count
 from qwen import IGNORE_INDEX
+from qwen.chatml import Turn
 from qwen.tokenization_qwen import QWenTokenizer
 
 from .annotations import Annotations, Sample
@@ -164,16 +165,21 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             raise type(error)(f"sample {sample.id}: {error}") from None
         return item, encoded.num_cut
 
+    def choose_answers(self, sample: Sample) -> list[Turn]:
+        """Return a sample's (question, answer) pairs, one answer of each turn as the current epoch draws it."""
+        turns = []
+        for turn, (question, answers) in enumerate(sample.turns):
+            drawn = draw_alternative(self.seed, self.epoch, sample.id, turn, len(answers)) if self.training else 0
+            turns.append((question, answers[drawn]))
+        return turns
+
     def encode(self, sample: Sample) -> EncodedSample:
         """Turn a sample's text into token ids and labels, with the answers of the current epoch.
 
         Raises:
             SampleError: its questions leave no room for an answer.
         """
-        turns = []
-        for turn, (question, answers) in enumerate(sample.turns):
-            drawn = draw_alternative(self.seed, self.epoch, sample.id, turn, len(answers)) if self.training else 0
-            turns.append((question, answers[drawn]))
+        turns = self.choose_answers(sample)
         return encode_sample(self.tokenizer, turns, self.num_image_tokens, self.system, self.max_length)
 
     def _features(self, path: Path) -> Tensor:
@@ -202,8 +208,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
 
     def image_files(self) -> Iterator[Path]:
         """Yield the file of every image once, except those that would be refused for leading out of their folder."""
-        images = dict.fromkeys((sample.image_folder, name) for sample in self.annotations for name in sample.image_files)
-        for folder, name in images:
+        for folder, name in self.annotations.images():
             with contextlib.suppress(ImageError):
                 yield resolve_image_path(folder, name, self.allow_links)
 

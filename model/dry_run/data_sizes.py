@@ -10,7 +10,7 @@ import torch
 from dataset import ImageCaptionDataset
 from dataset.annotations import Sample
 from dataset.epoch_order import EpochOrder
-from dataset.prompt import EncodedSample, SampleError, encode_sample
+from dataset.prompt import SampleError, encode_sample
 from dataset.sample_lengths import MOST_COUNTED, draw_some, estimated_lengths, padding_shares
 from qwen import IGNORE_INDEX
 
@@ -41,7 +41,7 @@ class DataSizes:
     samples: list[list[SampleSize]]
     """Samples drawn from all of them, counted exactly, each with every alternative answer."""
     batches: list[SampleSize]
-    """The longest batches of the first epoch, counted exactly with the answers drawn for it."""
+    """The longest batches of the first epoch, counted exactly: each sample with its longest answers."""
     rows: int
     """Samples of a batch, if there are so many."""
     padding: tuple[float, float]
@@ -67,59 +67,53 @@ def data_sizes(
     """
     lengths = estimated_lengths(dataset)
     grouped_by = lengths if strategy == "group_by_length" else None
-    order = EpochOrder(dataset, order_seed, grouped_by, shuffled=strategy != "sequential").permutation(0)
-    batches = order.split(rows)
+    order = EpochOrder(dataset, order_seed, grouped_by, shuffled=strategy != "sequential")
+    batches = order.permutation(0).split(rows)
     longest = torch.stack([lengths[batch].max() for batch in batches]).argsort(descending=True, stable=True)
-    drawn = [dataset.annotations[index] for index in draw_some(len(dataset), most, dataset.seed)]
-    samples = [sizes for sample in drawn if (sizes := _sizes_of_alternatives(dataset, sample))]
-    counted = [_sizes_in(dataset, batches[number].tolist()) for number in longest[:_LONGEST_BATCHES].tolist()]
+    samples = _sizes_of(dataset, draw_some(len(dataset), most, dataset.seed))
+    counted = [_sizes_of(dataset, batches[number].tolist()) for number in longest[:_LONGEST_BATCHES].tolist()]
     if not samples or not any(counted):
         raise SampleError(f"none of {len(dataset)} samples fits into --max_length {dataset.max_length}; raise it")
     return DataSizes(
         num_samples=len(dataset),
         num_bad=len(dataset.bad),
         samples=samples,
-        batches=[batch_size_of(sizes) for sizes in counted if sizes],
+        batches=[_batch_size(batch) for batch in counted if batch],
         rows=min(rows, len(dataset)),
         padding=padding_shares(dataset, lengths, rows, order_seed),
-        images=frozenset((sample.image_folder, name) for sample in dataset.annotations for name in sample.image_files),
+        images=frozenset(dataset.annotations.images()),
     )
 
 
-def batch_size_of(samples: Sequence[SampleSize]) -> SampleSize:
-    """Return a batch's tokens, those of its longest sample, and the supervised tokens and images of all."""
-    return SampleSize(
-        max(size.tokens for size in samples), sum(size.supervised for size in samples), sum(s.images for s in samples)
-    )
+def _sizes_of(dataset: ImageCaptionDataset, indices: Iterable[int]) -> list[list[SampleSize]]:
+    """Count some samples, leaving out those that do not fit."""
+    return list(filter(None, (_sizes(dataset, dataset.annotations[index]) for index in indices)))
 
 
-def _sizes_in(dataset: ImageCaptionDataset, batch: Iterable[int]) -> list[SampleSize]:
-    """Count the samples of a batch with the answers of the data set's epoch; those that do not fit are left out."""
+def _sizes(dataset: ImageCaptionDataset, sample: Sample) -> list[SampleSize]:
+    """Count a sample with each answer that training may draw, the longest of all turns first."""
+    turns = [(question, sorted(answers, key=len, reverse=True)) for question, answers in sample.turns]
+    if not dataset.training:  # an evaluation takes the first
+        turns = [(question, answers[:1]) for question, answers in sample.turns]
     sizes = []
-    for index in batch:
-        sample = dataset.annotations[index]
-        try:
-            sizes.append(_size(sample, dataset.encode(sample)))
-        except SampleError:
-            continue
-    return sizes
-
-
-def _sizes_of_alternatives(dataset: ImageCaptionDataset, sample: Sample) -> list[SampleSize]:
-    """Count a sample with the first alternative of each turn, with the second, and so on, as far as they fit."""
-    sizes = []
-    for number in range(max(len(answers) for _, answers in sample.turns) if dataset.training else 1):
-        turns = [(question, answers[number % len(answers)]) for question, answers in sample.turns]
+    for number in range(max(len(answers) for _, answers in turns)):
+        chosen = [(question, answers[number % len(answers)]) for question, answers in turns]
         try:
             encoded = encode_sample(
-                dataset.tokenizer, turns, dataset.num_image_tokens, dataset.system, dataset.max_length
+                dataset.tokenizer, chosen, dataset.num_image_tokens, dataset.system, dataset.max_length
             )
         except SampleError:
             continue
-        sizes.append(_size(sample, encoded))
+        supervised = sum(label != IGNORE_INDEX for label in encoded.labels)
+        sizes.append(SampleSize(len(encoded.input_ids), supervised, len(sample.image_files)))
     return sizes
 
 
-def _size(sample: Sample, encoded: EncodedSample) -> SampleSize:
-    supervised = sum(label != IGNORE_INDEX for label in encoded.labels)
-    return SampleSize(len(encoded.input_ids), supervised, len(sample.image_files))
+def _batch_size(samples: Sequence[Sequence[SampleSize]]) -> SampleSize:
+    """Return the size of a batch in which every sample has its longest answers."""
+    longest = [max(sizes, key=lambda size: size.tokens) for sizes in samples]
+    return SampleSize(
+        tokens=max(size.tokens for size in longest),
+        supervised=sum(size.supervised for size in longest),
+        images=sum(size.images for size in longest),
+    )

@@ -229,7 +229,7 @@ def test_every_answer_comes_out_once_as_labels_or_is_in_the_list_of_rejects(toke
         )
         learnt = []
         for index in range(len(dataset)):
-            sample = dataset._annotations[index]
+            sample = dataset.annotations[index]
             encoded = encode_sample(tokenizer, [(q, a[0]) for q, a in sample.turns], 2)
             learnt.append(tokenizer.decode([label for label in encoded.labels if label != IGNORE_INDEX]))
         assert learnt == [nfc(caption["a"]) + "<|endoftext|>" for caption in captions]
