@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import train
-from model.arguments import parse_arguments
+from model.command_line import parse_arguments
 from model.dry_run.data_sizes import data_sizes
 from model.dry_run.memory_estimate import BatchShape
 from model.dry_run.planned_model import largest, planned_model, settings_to_show
