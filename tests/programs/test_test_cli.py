@@ -30,7 +30,7 @@ SYSTEM = "你是一位图像理解助手。"
 
 
 @pytest.fixture
-def answer(trained, capsys):
+def answer(trained, loaded_once, capsys):
     """Call test.py in this process; return stdout, and fail unless the exit status is the one said.
 
     `answer.err` holds stderr of the last call.
