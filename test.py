@@ -37,10 +37,18 @@ from model.asking.batch_answers import Asked, answer_all
 from model.asking.generation_flags import add_generation_flags, generation_options
 from model.asking.prompt_window import fit_prompt
 from model.asking.question_file import Question, read_questions
-from model.console import OneLineErrors, in_one_line, one_line, set_up_logging, show, use_utf8
+from model.console import (
+    OneLineErrors,
+    in_one_line,
+    is_out_of_memory,
+    one_line,
+    out_of_memory,
+    set_up_logging,
+    show,
+    use_utf8,
+)
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.language_model import load_tokenizer
-from model.memory import is_out_of_memory, out_of_memory
 from qwen import IMAGE_TOKEN
 from qwen.stream import complete_config
 

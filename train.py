@@ -21,24 +21,21 @@ from transformers import set_seed
 
 from dataprocess.image_io import ImageError
 from dataset import ImageCaptionDataset, SampleError, VLMCollator
-from dataset.annotations import Annotations
-from dataset.bad_samples import BadSamples, TooManyBadSamplesError
+from dataset.bad_samples import TooManyBadSamplesError
 from dataset.epoch_order import EpochOrder
-from dataset.sample_sizes import DataSizes, data_sizes
 from model import CheckpointError, VisionLanguageModel, VLMTrainer, VLMTrainingArguments
-from model.arguments import DataArguments, is_dry_run, parse_arguments
-from model.building import build_model
-from model.console import in_one_line, set_up_logging
-from model.dry_run.planned_model import planned_model, settings_to_show
-from model.dry_run.report import report
+from model.argument_checks import check_previous
+from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arguments
+from model.checkpoints.checkpoint import read_checkpoint
+from model.console import in_one_line, is_out_of_memory, out_of_memory, set_up_logging
+from model.dry_run.report import dry_run
+from model.feature_caching.fill import complete_feature_cache
 from model.language_model import load_tokenizer
-from model.memory import is_out_of_memory, out_of_memory
 from model.runs.callbacks import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
 from model.runs.resuming import checkpoint_to_resume, files_in_the_way, say_how_features_differ
 from model.runs.run_config import RUN_CONFIG, save_run_config
 from model.runs.run_state import RunState, check_identity
 from qwen import QWenTokenizer
-from visual.feature_cache import open_feature_cache
 
 logger = logging.getLogger("train")
 
@@ -47,6 +44,26 @@ _LESS_MEMORY = (
     "they are, or try --gradient_checkpointing true, --bf16 true, a smaller --max_length or --lora_rank; "
     "--resume_from_checkpoint auto goes on from the last checkpoint"
 )
+
+
+def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> VisionLanguageModel:
+    """Load both base models and add LoRA layers and projector: fresh ones, or those of `--previous_lora_weights`."""
+    previous = model_args.previous_lora_weights
+    if previous is not None:
+        check_previous(model_args, read_checkpoint(previous))
+    model = VisionLanguageModel.from_pretrained(
+        model_args.base_language_model,
+        model_args.base_value_model,
+        previous,
+        dtype=args.frozen_dtype,
+        device=args.device,
+        trainable=True,
+        lora_dropout=model_args.lora_dropout,
+        projector_layers=model_args.projector_layers or 2,
+    )
+    if previous is None:
+        model.add_lora(model_args.lora_settings)
+    return model
 
 
 def build_datasets(
@@ -62,7 +79,6 @@ def build_datasets(
         "allow_links": data_args.allow_links,
         "on_bad_sample": data_args.on_bad_sample,
         "max_bad_fraction": data_args.max_bad_fraction,
-        "feature_cache": model.feature_cache,
     }
     train_set = ImageCaptionDataset(
         data_args.image_map, data_args.captions_file, max_samples=data_args.max_train_samples, **common
@@ -128,10 +144,6 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
-    if data_args.feature_cache is not None:
-        model.feature_cache = open_feature_cache(
-            data_args.feature_cache, model.vision_tower, data_args.feature_cache_dtype
-        )
     train_set, eval_set = build_datasets(model, tokenizer, data_args, args)
     identity = run_identity(model, train_set, args)
     if resume is not None:
@@ -152,43 +164,14 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
         callbacks=[*watches, ClearOnFirstStep(in_the_way)],
     )
     trainer.create_optimizer()  # flags that it does not like are found before anything is written
+    if data_args.feature_cache is not None:
+        complete_feature_cache(
+            data_args.feature_cache, data_args.feature_cache_dtype, model, (train_set, eval_set), args
+        )
     args.resume_from_checkpoint = resume
     if args.process_index == 0:
         save_run_config(model_args, data_args, args, identity["order"])
     return trainer
-
-
-def dry_run(argv: Sequence[str]) -> int:
-    """Print to stdout what a run would be and take, from configurations and texts; nothing is loaded or written.
-
-    What the run would refuse, knowing no more, is refused in the same words.
-
-    Raises:
-        ValueError: for whatever the user can mend.
-        OSError: for files that are missing or can't be read.
-    """
-    model_args, data_args, args = parse_arguments(argv, __doc__)
-    set_up_logging(args.process_index, args.world_size)
-    shape, lora = planned_model(model_args)
-    tokenizer = load_tokenizer(model_args.base_language_model)
-    order_seed = args.seed if args.data_seed is None else args.data_seed
-
-    def look(files: tuple[str, str], most: int | None, rows: int, strategy: str) -> DataSizes:
-        samples = Annotations(*files, most, skip_bad=data_args.on_bad_sample == "skip", need_folders=False)
-        BadSamples(len(samples), samples.errors, data_args.max_bad_fraction).check(None)
-        how: dict[str, Any] = {"seed": args.seed, "order_seed": order_seed, "strategy": strategy}
-        return data_sizes(samples, tokenizer, shape.image_tokens, max_length=data_args.max_length, rows=rows, **how)
-
-    rows, strategy = args.per_device_train_batch_size, str(args.train_sampling_strategy)
-    data = look((data_args.image_map, data_args.captions_file), data_args.max_train_samples, rows, strategy)
-    evaluation = None
-    if data_args.eval_image_map is not None and data_args.eval_captions_file is not None:
-        eval_files = data_args.eval_image_map, data_args.eval_captions_file
-        evaluation = look(eval_files, None, args.per_device_eval_batch_size, "sequential")
-    if args.process_index == 0:
-        settings = settings_to_show(lora, args, args.frozen_dtype)
-        sys.stdout.write(report((model_args, data_args, args), shape, settings, data, evaluation))
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,7 +193,7 @@ def run(argv: Sequence[str]) -> int:
     """Train; returns the exit status."""
     try:
         if is_dry_run(argv):
-            return dry_run(argv)
+            return dry_run(*parse_arguments(argv, __doc__))
         trainer = build_trainer(argv)
     except (ValueError, OSError, ImportError) as error:
         logger.error("train.py: %s", in_one_line(error))

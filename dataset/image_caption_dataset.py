@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -153,6 +154,14 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         """
         self.log_cuts()
         self._epoch.fill_(epoch)
+
+    def image_files(self) -> Iterator[Path]:
+        """Yield the file of every image of every sample, those left out whose links lead out of their folder."""
+        for index in range(len(self)):
+            sample = self._annotations[index]
+            for name in sample.image_files:
+                with contextlib.suppress(ImageError):
+                    yield resolve_image_path(sample.image_folder, name, self.allow_links)
 
     def estimated_lengths(self) -> torch.Tensor:
         """About how many tokens each sample has, (samples,) int32; nothing is tokenised and no image is opened."""

@@ -1,10 +1,10 @@
 """The vision-language model: projector, assembly, LoRA, checkpoints and the Trainer subclass."""
 
+from .arguments import VLMTrainingArguments
 from .checkpoints.checkpoint import Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
 from .lora import LoraSettings, LoraTargetError
 from .projector import build_projector
 from .trainer import VLMTrainer
-from .training_arguments import VLMTrainingArguments
 from .vision_language_model import VisionLanguageModel
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What the entry points say and how: to stderr, one line each, without other packages' chatter; answers to stdout."""
+"""The programs' messages: to stderr, one line each, without other packages' chatter. Answers go to stdout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
+import torch
+
 OUR_LOGGERS = ("dataset", "model", "qwen", "test", "train", "visual")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+    "bad_alloc",
+    "killed by signal: killed",  # a data worker, by the system
+)
+"""How CUDA, MPS, cuBLAS, PyTorch's CPU allocator, C++ and a killed data worker say it."""
 
 
 def use_utf8() -> None:
@@ -28,13 +40,13 @@ def set_up_logging(rank: int = 0, world_size: int = 1) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{prefix}%(message)s", force=True)
     for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # PEFT calls transformers by names that are being retired, and accelerate tells of a default it has set.
+    # PEFT uses deprecated names of transformers, and accelerate reports a default that it has set.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
 
 
 class OneLineErrors(argparse.ArgumentParser):
-    """Raises what is wrong with a command line, in place of a page of usage before it."""
+    """Raises what is wrong with a command line instead of printing a page of usage."""
 
     def error(self, message: str) -> NoReturn:
         """Report a mistake.
@@ -42,16 +54,29 @@ class OneLineErrors(argparse.ArgumentParser):
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"{message}; --help explains every flag")
+        raise ValueError(f"{message}; --help explains the flags")
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error's message without its line breaks; of one that a data worker met, its message alone."""
+    """Return an error's message without line breaks, and without the traceback of a data worker."""
     text = str(error)
     if re.match(r"Caught \w+ in DataLoader worker process", text):
         # PyTorch puts the worker's traceback into the message; its last paragraph names the class and the reason.
         text = re.split(r"\n[\w.]*Error: ", text)[-1]
     return " ".join(text.split())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a GPU or of the machine has run out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def out_of_memory(error: BaseException, advice: str) -> str:
+    """Return one line: the error without the allocator's own advice, then `advice`."""
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return f"out of memory ({text[:160] or type(error).__name__}): {advice}"
 
 
 def one_line(text: str) -> str:

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from qwen import IGNORE_INDEX
 
+from .arguments import VLMTrainingArguments
 from .checkpoints.tensor_files import CheckpointError
 from .optimizer import optimizer_groups
 from .runs.callbacks import StopOnNonFinite, StopOnSignal
@@ -35,7 +36,6 @@ from .runs.run_folder import (
 )
 from .runs.run_state import TRAINER_STATE, Geometry, RunState, check_identity, place_in_run
 from .runs.state_files import check_optimizer_state, check_state_files
-from .training_arguments import VLMTrainingArguments
 from .vision_language_model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)

@@ -1,20 +1,36 @@
-"""Fixtures that several test files share."""
+"""Settings of the whole suite, its slow tier, and the fixtures that several test files share."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from model.console import OUR_LOGGERS
+# Set before anything imports torch or transformers: no test may reach for a model hub, and tiny models are fastest with
+# one thread. Programs that the tests start inherit these.
+for _name, _value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}.items():
+    os.environ.setdefault(_name, _value)
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and programs inherit that; the tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked as slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests out, unless --all, a -m expression or a test's own name (file::test) asks for them."""
+    if config.getoption("--all") or config.option.markexpr or any("::" in arg for arg in config.args):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +42,8 @@ def logging_as_before() -> Iterator[None]:
 
 
 def _forget_entry_points() -> None:
+    from model.console import OUR_LOGGERS
+
     root = logging.getLogger()
     root.setLevel(logging.WARNING)
     root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
@@ -58,6 +76,14 @@ def tiny_bases(tmp_path_factory) -> tuple[str, str]:
 
     folder = tmp_path_factory.mktemp("bases")
     return make_language_model(folder / "qwen"), make_clip_checkpoint(folder / "clip")
+
+
+@pytest.fixture(scope="session")
+def base_flags(tmp_path_factory, qwen_tiktoken) -> list[str]:
+    """The flags that name a tiny CLIP and a tiny QWen with the real vocabulary and tokenizer; not to be written to."""
+    from tiny_run import make_bases
+
+    return make_bases(tmp_path_factory.mktemp("bases"), qwen_tiktoken)
 
 
 @pytest.fixture(scope="session")

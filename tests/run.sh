@@ -1,16 +1,35 @@
 #!/bin/sh
-# Set up a virtual environment on the first call, then run the linters and the test suite:
-#     sh tests/run.sh [pytest arguments]
+# Set up a virtual environment on the first call, then run the linters and the tests:
+#     sh tests/run.sh              the core tier: under 6 minutes on two cores
+#     sh tests/run.sh --all        with the slow tests: benchmarks, parts of the demo, hostile files, kills
+#     sh tests/run.sh --lowest     with the lowest supported version of each dependency, in .venv-lowest
+# Any other argument goes to pytest, for instance -k NAME, or --cov for the lines that no test reaches.
 set -eu
 cd "$(dirname "$0")/.."
-. tests/setup.sh
-set_up requirements.txt tests/requirements.txt
+
+LOWEST=""
+for word do # take --lowest out of the arguments, keep the rest in their order
+    shift
+    case $word in
+        --lowest) LOWEST=yes ;;
+        *) set -- "$@" "$word" ;;
+    esac
+done
+
+if [ -n "$LOWEST" ]; then
+    VENV=.venv-lowest
+    . tests/setup.sh
+    set_up tests/requirements-lowest.txt
+else
+    . tests/setup.sh
+    set_up requirements.txt tests/requirements.txt
+fi
 # Packages that carry real data (the Qwen vocabulary, a public VQA set); their own dependencies are not needed.
 install_data dashscope==2.0.2 easy-vqa==1.0
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# One test file per process and one thread each: tiny models gain nothing from more.
-export OMP_NUM_THREADS=1
-"$PYTHON" -m ruff check .
-"$PYTHON" -m ruff format --check .
-"$PYTHON" -m mypy
-exec "$PYTHON" -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered "$@"
+
+if [ -z "$LOWEST" ]; then
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+    "$PYTHON" -m mypy
+fi
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

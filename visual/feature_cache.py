@@ -1,59 +1,62 @@
-"""A frozen tower's features, kept on disk: a tower that never changes need not see a picture twice.
+"""Features of a frozen tower on disk: filled first, then read, so that the tower sees each picture once.
 
-    DIR/<tower>-<dtype>/tower.json             what the features are of, for people
-    DIR/<tower>-<dtype>/3f/3f…e2.safetensors   the features of one picture, by the SHA-256 of its file
-    DIR/<tower>-<dtype>/tmp/…                  what is being written
+    DIR/<tower>-<dtype>/tower.json             what the features belong to, for people
+    DIR/<tower>-<dtype>/3f/3f…e2.safetensors   the features of one picture, named by the SHA-256 of its file
+    DIR/<tower>-<dtype>/tmp/…                  files that are being written
 
-<tower> is a hash of every weight, the configuration and the image transform, so whatever changes has other names, and
-nothing is ever served stale. A file appears whole, by renaming; each holds a checksum, so that what a disk or a power
-cut did to it is found when it is read. Any number of processes may read and write at once: at worst, one does what
-another has done already.
+<tower> is a hash of the tower's weights, of its settings and of the image transform, so a cache never serves anything
+stale: whatever changes has another name. A file appears whole, by renaming, and holds a checksum that finds what a disk
+or a power cut did to it. Any number of processes may fill a folder at once: at worst, one repeats another's work.
 
-Shape legend: N images, T image tokens, D width of the tower.
+Shape legend: P tokens per image, D width of the tower.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import secrets
+import shutil
 import stat
 import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from visual.base import VisionTower
+from .base import VisionTower
+from .loading import published_weights
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-"""What features can be stored in, by name."""
+"""The dtypes that features can be stored in, by name."""
 KEY_BYTES = 32
-"""Length of an image's key."""
+"""Length of a picture's key."""
 NOTE = "tower.json"
-"""Name of the file that says to people what a folder's features are of."""
+"""The file that tells people what a folder's features belong to."""
 
-_FORMAT = 1
-"""Raised when what is stored changes: the files' form, or what `load_image` and `ImageTransform` make of a picture."""
+_FORMAT = 2
+"""Raised when the stored bytes change: the files' form, or what `load_image` and `ImageTransform` make of a picture."""
 _LARGEST_IMAGE_FILE = 1 << 30
-"""Bytes. Larger files are not looked up; hashing one would take longer than to see that it is no picture."""
+"""Bytes. Hashing a larger file would take longer than finding out that it is no picture."""
 _LEFT_BEHIND = 3600.0
-"""Seconds after which a file that is still being written belongs to a process that was killed."""
-_NO_NUMBERS = "features that are infinite or no numbers are not stored; does the tower run in too small a dtype?"
-_IGNORED_SETTINGS = ("architectures", "dtype", "torch_dtype", "transformers_version")
+"""Seconds after which a file in `tmp` belongs to a process that was killed."""
+_TOWER_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
+_IMAGE_SETTINGS = (
+    *("image_processor_type", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
 
 
 def tower_key(tower: VisionTower) -> str:
-    """Hash everything that a tower's features depend on beside the picture: weights, configuration, image transform.
+    """Hash everything that a tower's features depend on, apart from the picture.
 
-    Every value of every weight counts, as it is loaded: a tower in bf16 has another key than the same one in fp32.
+    Each value of each weight counts, as it is loaded: a tower in bf16 has another key than the same one in fp32. Names
+    are those of the published files, so an upgrade of transformers keeps the key.
 
     Args:
         tower: the tower; 300 million parameters take some seconds.
@@ -61,16 +64,12 @@ def tower_key(tower: VisionTower) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    config = {
-        name: value
-        for name, value in tower.config.to_dict().items()
-        if not name.startswith("_") and name not in _IGNORED_SETTINGS
-    }
-    processor = tower.image_transform.processor
-    images = {"class": type(processor).__name__, **processor.to_dict()}
+    config = {name: getattr(tower.config, name, None) for name in _TOWER_SETTINGS}
+    processor = tower.image_transform.processor.to_dict()
+    images = {name: processor.get(name) for name in _IMAGE_SETTINGS}
     shape = [tower.kind, tower.image_size, tower.num_image_tokens, tower.hidden_size, tower.num_skipped]
     digest = hashlib.sha256(json.dumps([_FORMAT, shape, config, images], sort_keys=True, default=str).encode())
-    for name, value in sorted(tower.state_dict().items()):
+    for name, value in sorted(published_weights(tower.model).items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(_bytes_of(value))
     return digest.hexdigest()[:16]
@@ -80,32 +79,33 @@ def _bytes_of(value: Tensor) -> memoryview:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
+@dataclass(frozen=True)
+class DiskSpace:
+    """The room that a cache's files take and have."""
+
+    folder: Path
+    """The cache's folder, or the nearest one above it that exists."""
+    per_image: int
+    """Bytes that one picture's features take, in whole blocks of the file system."""
+    free: int
+    """Bytes that are free."""
+
+
 class FeatureCache:
     """The features of pictures seen through one tower, stored in one dtype.
 
-    Cheap to pickle into data workers, which read; the process that runs the tower writes.
+    Cheap to pickle into data workers.
 
     Args:
-        folder: where they lie; see the module's docstring. It need not exist.
-        shape: (T, D).
-        dtype: what they are stored in.
+        folder: the folder of one tower and dtype; see the module's docstring. It need not exist.
+        shape: (P, D).
+        dtype: the dtype of the stored features.
     """
-
-    failure: str
-    """Why nothing can be stored any more, or an empty string."""
-    num_stored: int
-    """How many pictures this process has stored."""
-    misfits: dict[bytes, str]
-    """Pictures of the batch that was remembered last whose features can't be stored, by key, and why."""
 
     def __init__(self, folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.folder = folder
         self.shape = shape
         self.dtype = dtype
-        self.failure = ""
-        self.num_stored = 0
-        self.misfits = {}
-        self._warned: set[str] = set()
         self.file_bytes = len(self._serialise(bytes(KEY_BYTES), torch.zeros(shape, dtype=dtype)))
         """Size of every file."""
 
@@ -113,10 +113,10 @@ class FeatureCache:
 
     @staticmethod
     def key_of(path: str | os.PathLike[str]) -> bytes | None:
-        """Hash a file's content: equal pictures share their features, whatever they are called.
+        """Hash a file's content: equal pictures share their features, whatever their names.
 
         Returns:
-            `KEY_BYTES` bytes, or None if it can't be read: `load_image` says why.
+            `KEY_BYTES` bytes, or None if the file cannot be read; `load_image` says why.
         """
         digest = hashlib.sha256()
         try:
@@ -131,26 +131,18 @@ class FeatureCache:
         return digest.digest()
 
     def path_of(self, key: bytes) -> Path:
-        """Where the features of a picture lie, or would."""
+        """Return the file of a picture's features, whether or not it exists."""
         name = key.hex()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def has(self, key: bytes) -> bool:
-        """Whether there is a file of the right size; only `read` tells whether it is whole."""
-        try:
-            status = self.path_of(key).stat()
-        except OSError:
-            return False
-        return stat.S_ISREG(status.st_mode) and status.st_size == self.file_bytes
-
     def read(self, key: bytes) -> Tensor | None:
-        """The features of a picture.
+        """Read the features of a picture.
 
         Args:
             key: as `key_of` gives it.
 
         Returns:
-            (T, D) in the cache's dtype; None if they are not there, or damaged, which is logged.
+            (P, D) in the cache's dtype; None if they are missing, or damaged, which is logged.
         """
         path = self.path_of(key)
         try:
@@ -158,7 +150,7 @@ class FeatureCache:
             if not stat.S_ISREG(status.st_mode) or status.st_size != self.file_bytes:
                 raise ValueError(f"{status.st_size} bytes, expected {self.file_bytes}")
             tensors = safetensors.torch.load(path.read_bytes())
-            features = tensors["features"]
+            features = tensors["features"]  # (P, D)
             if tuple(features.shape) != self.shape or features.dtype != self.dtype:
                 raise ValueError(f"{tuple(features.shape)} {features.dtype}, expected {self.shape} {self.dtype}")
             if tensors["check"].tolist() != [self._checksum(key, features)]:
@@ -167,116 +159,47 @@ class FeatureCache:
         except FileNotFoundError:
             return None
         except Exception as error:  # a damaged file makes its reader raise nearly anything
-            logger.warning("%s is damaged (%s); its features are computed anew", path, " ".join(str(error).split()))
+            logger.warning("%s is damaged (%s): the next filling replaces it", path, " ".join(str(error).split()))
             return None
 
     def _checksum(self, key: bytes, features: Tensor) -> int:
-        """CRC-32 over key and features, begun with the tower's key: a file under another's name is found too."""
+        """CRC-32 over the tower's key, the picture's and the features: a file under another's name is found too."""
         return zlib.crc32(_bytes_of(features), zlib.crc32(self.folder.name.encode() + key))
 
     def _serialise(self, key: bytes, features: Tensor) -> bytes:
         check = torch.tensor([self._checksum(key, features)])
         return safetensors.torch.save({"features": features.contiguous(), "check": check})
 
-    # ---- Writing
+    # ---- Filling
 
     def write(self, key: bytes, features: Tensor) -> None:
         """Store the features of a picture, whole or not at all.
 
         Args:
             key: as `key_of` gives it.
-            features: (T, D) in the cache's dtype, on the CPU.
+            features: (P, D) in the cache's dtype, on the CPU.
 
         Raises:
-            OSError: if the disk is full, or the folder can't be written to. Nothing is left behind then.
+            OSError: if the disk is full, or the folder cannot be written to. No part of a file is left then.
         """
         target = self.path_of(key)
-        part = self.folder / "tmp" / secrets.token_hex(16)
-        try:
-            try:
-                file = part.open("xb")
-            except FileNotFoundError:
-                part.parent.mkdir(parents=True, exist_ok=True)
-                file = part.open("xb")
-            with file:
-                file.write(self._serialise(key, features))
-            try:
-                part.replace(target)
-            except FileNotFoundError:
-                target.parent.mkdir(exist_ok=True)
-                part.replace(target)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(self.folder, target, self._serialise(key, features))
 
-    @torch.compiler.disable
-    def remember(self, features: Tensor, keys: NDArray[np.uint8]) -> Tensor:
-        """Store a batch. Where that fails, it is logged once, and nothing is stored from then on.
-
-        Args:
-            features: (N, T, D), as the tower gives them.
-            keys: (N, KEY_BYTES); a row of zeros stands for a picture that is not to be stored.
-
-        Returns:
-            (N, T, D): the features rounded as they will be when they are read back, so that results do not depend on
-            what was there already. Those that the dtype can't hold stay as they are, and are `misfits`.
-        """
-        stored = features.detach().to(self.dtype)
-        on_cpu = stored.cpu()
-        fits = on_cpu.flatten(1).isfinite().all(dim=1)
-        self.misfits = {}
-        for row, key in enumerate(keys):
-            if fits[row] and key.any() and not self.failure:
-                try:
-                    self.write(key.tobytes(), on_cpu[row])
-                    self.num_stored += 1
-                except OSError as error:
-                    self.failure = f"{error.strerror or error}"
-                    logger.warning("%s: features can't be stored any more (%s)", self.folder, self.failure)
-        if fits.all():
-            return stored
-        name = str(self.dtype).removeprefix("torch.")
-        too_large = f"features that {name} can't hold are not stored; bfloat16 has a wider range"
-        finite = features.detach().flatten(1).isfinite().all(dim=1).tolist()
-        for row in (~fits).nonzero()[:, 0].tolist():
-            reason = too_large if finite[row] else _NO_NUMBERS
-            self.misfits[keys[row].tobytes()] = reason
-            if reason not in self._warned:
-                self._warned.add(reason)
-                logger.warning(reason)
-        return torch.where(fits.to(features.device)[:, None, None], stored.to(features.dtype), features)
-
-    def prepare(self, description: dict[str, object]) -> None:
-        """Make the folder, say in it what it holds, and delete what killed processes left in `tmp`.
-
-        Raises:
-            OSError: if it can't be written to.
-        """
-        temporary = self.folder / "tmp"
-        temporary.mkdir(parents=True, exist_ok=True)
-        for path in temporary.iterdir():
-            try:
-                if path.stat().st_mtime < time.time() - _LEFT_BEHIND:
-                    path.unlink(missing_ok=True)
-            except FileNotFoundError:  # just renamed, or deleted by another process
-                continue
-        note = self.folder / NOTE
-        if not note.exists():
-            part = temporary / secrets.token_hex(16)
-            try:
-                part.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                part.replace(note)
-            finally:
-                part.unlink(missing_ok=True)
-
-    def __len__(self) -> int:
-        """How many pictures there are, by a look at the folders."""
+    def num_pictures(self) -> int:
+        """Count the stored pictures by listing the folder."""
         folders = [path for path in self.folder.glob("??") if path.is_dir()]
         return sum(name.endswith(".safetensors") for folder in folders for name in os.listdir(folder))  # noqa: PTH208
 
+    def disk_space(self) -> DiskSpace:
+        """Look at the disk that the cache is on, or will be."""
+        folder = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
+        block = os.statvfs(folder).f_frsize
+        return DiskSpace(folder, -(-self.file_bytes // block) * block, shutil.disk_usage(folder).free)
+
 
 def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dtype: str) -> FeatureCache:
-    """The cache of a tower's features in a folder, which may hold those of other towers too.
+    """Open the cache of a tower's features in a folder, which may hold those of other towers too.
 
     Args:
         directory: the folder; made if need be.
@@ -284,19 +207,77 @@ def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dt
         dtype: a name in `DTYPES`.
 
     Raises:
-        ValueError: the folder can't be made. One that is there and can't be written to is read.
+        ValueError: if the folder cannot be made. An existing one that cannot be written to is read.
     """
     root = Path(directory).absolute()
     if root.exists() and not root.is_dir():
         raise ValueError(f"--feature_cache {directory} is a file; give a folder, which is made if need be")
     shape = (tower.num_image_tokens, tower.hidden_size)
+    others = pictures_stored(root, tower.name_or_path, shape, dtype)
     cache = FeatureCache(root / f"{tower_key(tower)}-{dtype}", shape, DTYPES[dtype])
+    note = {"tower": tower.name_or_path, "kind": tower.kind, "shape": shape, "dtype": dtype}
     try:
-        cache.prepare({"tower": tower.name_or_path, "kind": tower.kind, "shape": shape, "dtype": dtype})
-    except OSError as error:  # the first write will say so again, should there be one
-        if not root.is_dir() and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        _prepare(cache.folder, json.dumps(note, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        if not cache.folder.is_dir():
             raise ValueError(
                 f"--feature_cache {directory} can't be made ({error.strerror}); give a folder that can be written to"
             ) from None
     logger.info("features of images are kept in %s", cache.folder)
+    if others and cache.folder.name not in others:
+        logger.warning(
+            "%s in %s are of a tower of this name, but of other weights, precision or settings, or stored by an older "
+            "version of this program: they are not used",
+            *(f"{sum(others.values()):,} pictures", ", ".join(str(root / name) for name in others)),
+        )
     return cache
+
+
+def pictures_stored(
+    directory: str | os.PathLike[str], tower: str, shape: tuple[int, int], dtype: str
+) -> dict[str, int]:
+    """Count the pictures stored for towers of a name and shape, by folder of the cache; the tower is not needed.
+
+    Only the loaded tower tells which of the folders is its own: weights, precision and image transform may differ.
+
+    Args:
+        directory: as `--feature_cache` names it; it need not exist.
+        tower: the tower's name, as it was given when they were stored.
+        shape: (P, D).
+        dtype: a name in `DTYPES`.
+    """
+    found: dict[str, int] = {}
+    for note in sorted(Path(directory).glob(f"*/{NOTE}")):
+        try:
+            said = json.loads(note.read_text(encoding="utf-8"))
+            same = (said["tower"], tuple(said["shape"]), said["dtype"]) == (tower, shape, dtype)
+        except (OSError, ValueError, KeyError, TypeError):  # notes are for people; without one, nothing is known
+            continue
+        if same:
+            found[note.parent.name] = FeatureCache(note.parent, shape, DTYPES[dtype]).num_pictures()
+    return found
+
+
+def _prepare(folder: Path, note: str) -> None:
+    """Make a tower's folder with its note, and delete what killed processes left in `tmp`."""
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    for path in (folder / "tmp").iterdir():
+        try:
+            if path.stat().st_mtime < time.time() - _LEFT_BEHIND:
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:  # just renamed or deleted by another process
+            continue
+    if not (folder / NOTE).exists():
+        _write_whole(folder, folder / NOTE, note.encode())
+
+
+def _write_whole(folder: Path, target: Path, content: bytes) -> None:
+    part = folder / "tmp" / secrets.token_hex(16)
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("xb") as file:
+            file.write(content)
+        part.replace(target)
+    except BaseException:  # an interrupt too
+        part.unlink(missing_ok=True)
+        raise

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 # A block of the vision half that the configuration does not know; of other keys a file may have more than is needed.
@@ -146,6 +147,12 @@ def load_image_processor(name_or_path: str) -> Any:
         ) from error
     except Exception as error:
         raise ValueError(f"the image processor of {name_or_path} cannot be used: {_reason(error)}") from error
+
+
+def published_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return a model's weights by the names of its published file, whatever this version of transformers calls them."""
+    weights = revert_weight_conversion(model, model.state_dict())
+    return {name.removeprefix("vision_model."): value for name, value in weights.items()}  # the prefix comes and goes
 
 
 @contextmanager

@@ -12,14 +12,13 @@ from qwen import QWenConfig, QWenLMHeadModel
 from qwen.loss import CHUNK_LOGITS
 from visual import TowerShape, read_tower_shape
 
-from ..arguments import ModelArguments
-from ..building import check_previous
+from ..argument_checks import check_previous
+from ..arguments import ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import drops_first_patch, num_projector_layers
 from ..checkpoints.checkpoint import read_checkpoint
 from ..language_model import read_language_config
 from ..lora import LoraSettings, check_targets
 from ..projector import build_projector
-from ..training_arguments import VLMTrainingArguments
 from .memory_estimate import BatchShape, MemoryEstimate, ModelShape, Setting, estimate_memory
 
 
@@ -38,14 +37,12 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     drop = drops_first_patch(previous, asked.base_value_model)
     tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
     config = read_language_config(asked.base_language_model)
-    default, layers = LoraSettings(), 2
-    targets = default.target_modules if asked.target_modules is None else default.parse_targets(asked.target_modules)
-    rank = asked.lora_rank or default.rank
+    lora, layers = asked.lora_settings, 2
     if previous is not None:
-        rank, layers = previous.lora_config.r, num_projector_layers(previous)
         there = previous.lora_config.target_modules
         targets = (there,) if isinstance(there, str) else tuple(there or ())
-    lora = LoraSettings(rank=rank, dropout=asked.lora_dropout, target_modules=targets)
+        lora = replace(lora, rank=previous.lora_config.r, target_modules=targets)
+        layers = num_projector_layers(previous)
     return model_shape(config, tower, lora, asked.projector_layers or layers), lora
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from dataprocess.messages import format_count
-from visual.cache_space import in_gb, space_for, stored_before
-from visual.feature_cache import DTYPES, FeatureCache
+from dataset.annotations import Annotations
+from dataset.bad_samples import BadSamples
+from dataset.sample_sizes import DataSizes, data_sizes
+from visual.feature_cache import DTYPES, FeatureCache, pictures_stored
 
-from ..arguments import DataArguments, ModelArguments
-from ..training_arguments import VLMTrainingArguments
+from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
+from ..console import set_up_logging
+from ..feature_caching.fill import in_gb
+from ..language_model import load_tokenizer
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_evaluation, estimate_memory
-from .planned_model import largest
+from .planned_model import largest, planned_model, settings_to_show
 from .run_length import EvaluationPlan, Plan
 
 _MEMORY_ROWS = {
@@ -75,6 +80,38 @@ class SizesOfData(Protocol):
     @property
     def num_bad(self) -> int:
         """Samples that the two files show to be bad; they are left out."""
+
+
+def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> int:
+    """Print to stdout what a run would be and take, from configurations and texts; nothing is loaded or written.
+
+    What the run would refuse, as far as these files tell, is refused in the same words. Returns the exit status.
+
+    Raises:
+        ValueError: for whatever the user can fix.
+        OSError: for files that are missing or can't be read.
+    """
+    set_up_logging(args.process_index, args.world_size)
+    shape, lora = planned_model(model_args)
+    tokenizer = load_tokenizer(model_args.base_language_model)
+    order_seed = args.seed if args.data_seed is None else args.data_seed
+
+    def look(files: tuple[str, str], most: int | None, rows: int, strategy: str) -> DataSizes:
+        samples = Annotations(*files, most, skip_bad=data_args.on_bad_sample == "skip", need_folders=False)
+        BadSamples(len(samples), samples.errors, data_args.max_bad_fraction).check(None)
+        how: dict[str, Any] = {"seed": args.seed, "order_seed": order_seed, "strategy": strategy}
+        return data_sizes(samples, tokenizer, shape.image_tokens, max_length=data_args.max_length, rows=rows, **how)
+
+    rows, strategy = args.per_device_train_batch_size, str(args.train_sampling_strategy)
+    data = look((data_args.image_map, data_args.captions_file), data_args.max_train_samples, rows, strategy)
+    evaluation = None
+    if data_args.eval_image_map is not None and data_args.eval_captions_file is not None:
+        eval_files = data_args.eval_image_map, data_args.eval_captions_file
+        evaluation = look(eval_files, None, args.per_device_eval_batch_size, "sequential")
+    if args.process_index == 0:
+        settings = settings_to_show(lora, args, args.frozen_dtype)
+        sys.stdout.write(report((model_args, data_args, args), shape, settings, data, evaluation))
+    return 0
 
 
 def parameter_table(shape: ModelShape) -> str:
@@ -149,12 +186,12 @@ def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, images: Col
         return ""
     dtype = asked.feature_cache_dtype
     size = (shape.image_tokens, shape.tower_width)
-    space = space_for(FeatureCache(Path(asked.feature_cache).absolute() / "tower", size, DTYPES[dtype]))
+    space = FeatureCache(Path(asked.feature_cache).absolute() / "tower", size, DTYPES[dtype]).disk_space()
     lines = [
         f"feature cache: {format_count(len(images), 'distinct image')}, {size[0]:,} × {size[1]:,} {dtype} each: "
-        f"at most {in_gb(len(images) * space.each)} on the disk; {in_gb(space.free)} free in {space.place}"
+        f"at most {in_gb(len(images) * space.per_image)} on the disk; {in_gb(space.free)} free in {space.folder}"
     ]
-    there = stored_before(asked.feature_cache, tower, size, dtype)
+    there = pictures_stored(asked.feature_cache, tower, size, dtype)
     lines += [f"there already, of a tower called {tower}: {number:,} in {name}" for name, number in there.items()]
     lines.append("The tower is loaded all the same, but sees no image that is stored.")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..training_arguments import VLMTrainingArguments
+from ..arguments import VLMTrainingArguments
 
 
 @dataclass(frozen=True)

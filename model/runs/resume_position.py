@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -11,14 +11,11 @@ from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, T
 from .collectives import gather_objects
 from .run_state import RunState
 
-if TYPE_CHECKING:
-    from ..trainer import VLMTrainer
-
 
 class PlaceInRun(TrainerCallback):
     """Keeps the place in the epoch and the losses since the last log, and puts both back when a run goes on."""
 
-    def __init__(self, trainer: VLMTrainer) -> None:
+    def __init__(self, trainer: Any) -> None:  # a VLMTrainer, which imports this file
         self.trainer = trainer
         self.resumed: RunState | None = None
         self.skipped = 0

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from dataprocess.messages import format_count
 
-from ..arguments import DataArguments
+from ..arguments import DataArguments, VLMTrainingArguments
 from ..checkpoints.checkpoint import numbered_checkpoints
 from ..checkpoints.folders import read_json
 from ..checkpoints.tensor_files import CheckpointError
-from ..training_arguments import VLMTrainingArguments
 from .collectives import gather_objects
 from .run_folder import files_of_a_run, lacks_to_resume, newest_resumable, restore_replaced
 

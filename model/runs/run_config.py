@@ -6,9 +6,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from ..arguments import DataArguments, ModelArguments
+from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
 from ..checkpoints.multimodal_config import package_versions
-from ..training_arguments import VLMTrainingArguments
 
 RUN_CONFIG = "train_config.json"
 

@@ -72,7 +72,7 @@ def parser_actions(parse) -> list[argparse.Action]:
 
 
 def train_fields() -> dict[str, dataclasses.Field]:
-    own = ast.parse(text_of("model/training_arguments.py"))
+    own = ast.parse(text_of("model/arguments.py"))
     names = {
         node.target.id
         for class_ in ast.walk(own)

@@ -31,7 +31,7 @@ from tiny_towers import make_siglip_checkpoint
 import train
 from dataset import ImageCaptionDataset, VLMCollator
 from model import VisionLanguageModel
-from qwen import QWenTokenizer
+from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
 
 PUBLISHED = shlex.split(
     "--nproc_per_node=1 --master_port=25642 train.py --lora_rank 128 --lora_dropout 0.10 "
@@ -150,6 +150,16 @@ def test_help_explains_every_flag(capsys):
     text = capsys.readouterr().out
     for flag in (*(word for word in PUBLISHED[3:] if word.startswith("--")), "--previous_lora_weights", "--optim"):
         assert f"\n  {flag}" in text
+
+
+def test_the_language_model_is_built_once(bases, data, tmp_path, monkeypatch):
+    built = []
+    init = MultimodalQWenLMHeadModel.__init__
+    monkeypatch.setattr(
+        MultimodalQWenLMHeadModel, "__init__", lambda self, *a, **k: (built.append(1), init(self, *a, **k))[1]
+    )
+    train.build_trainer([*bases, *data, *QUICK, "--output_dir", str(tmp_path / "run")])
+    assert len(built) == 1
 
 
 # ---- train.sh

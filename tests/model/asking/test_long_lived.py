@@ -27,7 +27,7 @@ import train
 from dataset.prompt import SYSTEM_PROMPT, encode_prompt
 from model import LoraSettings, VisionLanguageModel
 from model.asking.prompt_window import fit_prompt
-from model.memory import is_out_of_memory
+from model.console import is_out_of_memory
 from qwen.chatml import system_ids
 
 ask = load_test_py()

@@ -15,7 +15,6 @@ from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, one_line_error, 
 import train
 from dataset.annotations import Annotations
 from dataset.sample_sizes import data_sizes
-from visual.cache_space import stored_before
 
 QUICK = [
     *("--lora_rank", "4", "--lora_dropout", "0", "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true"),
@@ -185,14 +184,6 @@ def test_what_a_feature_cache_takes_and_what_is_there(inputs, tmp_path, planned)
     assert f"there already, of a tower called {inputs / 'clip'}: {images} in {folder.name}\n" in said
     assert "there already" not in planned(*flags, "--feature_cache_dtype", "bfloat16", bare=False)
     assert "there already" not in planned(*flags, bare=True), "a tower of another name"
-
-
-def test_notes_that_can_not_be_read_say_nothing(tmp_path):
-    for name, content in (("a", "{"), ("b", "[]"), ("c", '{"tower": "x"}'), ("d", '{"tower": "x", "shape": 3}')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tower.json").write_text(content)
-    assert stored_before(tmp_path, "x", (4, 32), "float32") == {}
-    assert stored_before(tmp_path / "nowhere", "x", (4, 32), "float32") == {}
 
 
 def test_bad_samples_are_counted_or_refused_as_by_the_run(inputs, tmp_path, planned, capsys):

@@ -1,0 +1,1 @@
+"""Side room: `--feature_cache`, filled before the first step."""

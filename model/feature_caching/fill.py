@@ -1,0 +1,232 @@
+"""Fill a feature cache: show each picture to the frozen tower once, and store its features.
+
+`train.py --feature_cache` does so before its first step, `visual/cache_features.py` without
+training. Pictures whose features are stored are left alone, so filling may be stopped and started again at any time.
+
+Shape legend: N pictures of a batch, P tokens per image, D width of the tower.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dataprocess.image_io import ImageError, load_image
+from dataprocess.messages import format_count
+from dataset import ImageCaptionDataset
+from visual.base import ImageTransform, VisionTower
+from visual.feature_cache import FeatureCache, open_feature_cache
+
+from ..arguments import VLMTrainingArguments
+from ..runs.collectives import gather_objects
+from ..runs.data_workers import with_calm_workers
+from ..vision_language_model import VisionLanguageModel
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 32
+"""Pictures that go through the tower together."""
+
+
+@dataclass
+class Filled:
+    """What became of the pictures."""
+
+    num_stored: int = 0
+    """Pictures whose features were stored now."""
+    num_bad: int = 0
+    """Pictures that cannot be used; each was logged."""
+    failure: str = ""
+    """Why the disk took no more, or an empty string."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One picture, as a data worker hands it over."""
+
+    path: Path
+    """Its file."""
+    key: bytes = b""
+    """Hash of its content."""
+    pixels: NDArray[np.float32] | None = None
+    """(3, H, W); None if there is nothing to do. No tensor: those travel by threads that complain when stopped."""
+    problem: str = ""
+    """Why it cannot be used, or an empty string."""
+
+
+class MissingPictures(Dataset[Opened]):
+    """Pictures for the tower, opened only if their features are missing or damaged."""
+
+    def __init__(self, paths: Sequence[Path], cache: FeatureCache, transform: ImageTransform) -> None:
+        self.paths = paths
+        self.cache = cache
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Opened:
+        path = self.paths[index]
+        key = self.cache.key_of(path)
+        if key is not None and self.cache.read(key) is not None:
+            return Opened(path, key)
+        try:
+            pixels = self.transform(load_image(path))  # (3, H, W)
+        except ImageError as error:
+            return Opened(path, problem=str(error))
+        if key is None or key != self.cache.key_of(path):  # else the pixels could belong to another key
+            return Opened(path, problem=f"'{path}': it changed while it was read, or is too large to be looked up")
+        return Opened(path, key, pixels.numpy())
+
+
+def complete_feature_cache(
+    folder: str,
+    dtype: str,
+    model: VisionLanguageModel,
+    datasets: Iterable[ImageCaptionDataset | None],
+    args: VLMTrainingArguments,
+) -> FeatureCache:
+    """Store the features of all pictures of the data sets, and let the data sets read them from now on.
+
+    Each process of the run takes its share; none returns before all pictures are stored.
+
+    Args:
+        folder: as `--feature_cache` names it.
+        dtype: of the stored features, a name in `DTYPES`.
+        model: its tower is used.
+        datasets: the data sets; None is passed over.
+        args: tell processes, data workers and whether to show progress.
+
+    Raises:
+        ValueError: if the folder cannot be made, or the disk is too small.
+        OSError: if the disk was full, or cannot be written to; what is stored stays.
+    """
+    cache = open_feature_cache(folder, model.vision_tower, dtype)
+    used = [dataset for dataset in datasets if dataset is not None]
+    paths = list(dict.fromkeys(path for dataset in used for path in dataset.image_files()))
+    problem = lack_of_space(cache, paths) if args.process_index == 0 else ""
+    if problem := "".join(gather_objects(problem)):
+        raise ValueError(f"--feature_cache {folder}: {problem}; make room, or give another folder")
+    filled = fill_feature_cache(
+        model.vision_tower,
+        cache,
+        paths[args.process_index :: args.world_size],
+        num_workers=args.dataloader_num_workers,
+        show_progress=args.process_index == 0 and not args.disable_tqdm,
+    )
+    failures = list(filter(None, gather_objects(filled.failure)))  # waits for all processes, too
+    if failures:
+        raise OSError(f"--feature_cache {folder}: features can't be stored ({failures[0]}); those stored are kept")
+    for dataset in used:
+        dataset.feature_cache = cache
+    return cache
+
+
+@torch.no_grad()
+def fill_feature_cache(
+    tower: VisionTower,
+    cache: FeatureCache,
+    paths: Sequence[Path],
+    *,
+    batch_size: int = BATCH_SIZE,
+    num_workers: int = 0,
+    show_progress: bool = True,
+) -> Filled:
+    """Run the tower over the pictures whose features are missing, and store them.
+
+    Args:
+        tower: the tower, on the device where it is to run.
+        cache: its cache.
+        paths: the pictures.
+        batch_size: pictures that go through the tower together.
+        num_workers: processes that open pictures; 0: this one.
+        show_progress: whether to draw a bar.
+    """
+    filled = Filled()
+    device, dtype = tower.model.device, tower.model.dtype
+    pictures = MissingPictures(paths, cache, tower.image_transform)
+    loader: Any = DataLoader(pictures, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    bar = tqdm(total=len(paths), desc="images", unit="", mininterval=0.5, disable=not show_progress)
+    with logging_redirect_tqdm(), bar:
+        for batch in with_calm_workers(loader):
+            problems = [opened.problem for opened in batch if opened.problem]
+            fresh = [opened for opened in batch if opened.pixels is not None]
+            if fresh:
+                pixels = torch.stack([torch.from_numpy(opened.pixels) for opened in fresh])  # (N, 3, H, W)
+                # As train.py runs the tower: under autocast where its weights are of half precision.
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    features = tower(pixels)  # (N, P, D)
+                problems += store(cache, fresh, features, filled)
+            for problem in problems:
+                logger.warning("bad: %s", problem)
+            filled.num_bad += len(problems)
+            bar.update(len(batch))
+            if filled.failure:
+                break
+    return filled
+
+
+def store(cache: FeatureCache, pictures: Sequence[Opened], features: Tensor, filled: Filled) -> list[str]:
+    """Write the features (N, P, D) of a batch, and count them; where the disk fails, that is noted in `filled`.
+
+    Returns:
+        What is wrong with the pictures whose features cannot be stored.
+    """
+    rounded = features.to(cache.dtype).cpu()  # (N, P, D)
+    fits = rounded.flatten(1).isfinite().all(dim=1).tolist()  # N
+    finite = features.flatten(1).isfinite().all(dim=1).tolist()  # N
+    problems = []
+    for row, picture in enumerate(pictures):
+        if not finite[row]:
+            problems.append(
+                f"'{picture.path}': its features are infinite or no numbers; does the tower run in too small a dtype?"
+            )
+        elif not fits[row]:
+            name = str(cache.dtype).removeprefix("torch.")
+            problems.append(f"'{picture.path}': {name} can't hold its features; bfloat16 has a wider range")
+        else:
+            try:
+                cache.write(picture.key, rounded[row])
+            except OSError as error:
+                filled.failure = error.strerror or str(error)
+                break
+            filled.num_stored += 1
+    return problems
+
+
+def lack_of_space(cache: FeatureCache, paths: Sequence[Path]) -> str:
+    """Log how much room the pictures' features take at most, and what is free.
+
+    Returns:
+        How much room is missing, or an empty string. If not all would fit, pictures are hashed to see what is stored.
+    """
+    space, stored = cache.disk_space(), cache.num_pictures()
+    logger.info(
+        "%s, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
+        *(format_count(len(paths), "image"), *cache.shape, str(cache.dtype).removeprefix("torch.")),
+        *(in_gb(len(paths) * space.per_image), f"{stored:,}", in_gb(space.free), space.folder),
+    )
+    missing = len(paths)
+    if stored and missing * space.per_image > space.free:
+        keys = (cache.key_of(path) for path in tqdm(paths, desc="looking for stored images", mininterval=0.5))
+        missing = sum(key is None or not cache.path_of(key).is_file() for key in keys)
+    needed = missing * space.per_image
+    if needed <= space.free:
+        return ""
+    return f"{format_count(missing, 'image')} to be stored will take {in_gb(needed)}, and {in_gb(space.free)} are free"
+
+
+def in_gb(number: int) -> str:
+    """Format bytes in powers of ten, as disks are sold."""
+    return f"{number / 1e9:,.2f} GB" if number >= 1e7 else f"{number:,} bytes"
