@@ -10,6 +10,7 @@ Beside the flags below, every flag of transformers' `TrainingArguments` is taken
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
@@ -31,10 +32,10 @@ from model.console import in_one_line, is_out_of_memory, out_of_memory, set_up_l
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
 from model.language_model import load_tokenizer
-from model.runs.callbacks import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
-from model.runs.resuming import checkpoint_to_resume, files_in_the_way, say_how_features_differ
-from model.runs.run_config import RUN_CONFIG, save_run_config
-from model.runs.run_state import RunState, check_identity
+from model.runs.callbacks import NotFiniteError, WatchBadEvalSamples, WatchBadSamples
+from model.runs.resuming import check_identity, checkpoint_to_resume, files_in_the_way
+from model.runs.run_folder import hold_run_folder, run_config
+from model.runs.run_state import RunState
 from qwen import QWenTokenizer
 
 logger = logging.getLogger("train")
@@ -127,8 +128,12 @@ def in_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> Epoc
     return EpochOrder(train_set, seed, lengths)
 
 
-def build_trainer(argv: Sequence[str]) -> VLMTrainer:
+def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack) -> VLMTrainer:
     """Everything before the first step; nothing that was there is deleted or changed.
+
+    Args:
+        argv: the command line.
+        lock: holds the output folder, until it is closed.
 
     Returns:
         The trainer; `resume_from_checkpoint` among its arguments is the checkpoint to go on from, or None.
@@ -139,6 +144,7 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     """
     model_args, data_args, args = parse_arguments(argv, __doc__)
     set_up_logging(args.process_index, args.world_size)
+    lock.enter_context(hold_run_folder(args))
     resume = checkpoint_to_resume(args)
     in_the_way = files_in_the_way(args, resume)
     set_seed(args.seed)
@@ -148,8 +154,6 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     identity = run_identity(model, train_set, args)
     if resume is not None:
         check_identity(RunState.read(Path(resume)), identity, Path(resume))
-        if args.process_index == 0:
-            say_how_features_differ(Path(resume).parent / RUN_CONFIG, data_args)
     ordered = in_order(train_set, args)
     watches = [WatchBadSamples(train_set)]
     if eval_set is not None:
@@ -158,10 +162,12 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
         model=model,
         args=args,
         identity=identity,
+        run_config=run_config(model_args, data_args, args, identity["order"]),
+        overwritten=in_the_way,
         train_dataset=ordered,
         eval_dataset=eval_set,
         data_collator=VLMCollator(tokenizer.pad_token_id),
-        callbacks=[*watches, ClearOnFirstStep(in_the_way)],
+        callbacks=watches,
     )
     trainer.create_optimizer()  # flags that it does not like are found before anything is written
     if data_args.feature_cache is not None:
@@ -169,8 +175,6 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
             data_args.feature_cache, data_args.feature_cache_dtype, model, (train_set, eval_set), args
         )
     args.resume_from_checkpoint = resume
-    if args.process_index == 0:
-        save_run_config(model_args, data_args, args, identity["order"])
     return trainer
 
 
@@ -191,28 +195,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Train; returns the exit status."""
-    try:
-        if is_dry_run(argv):
-            return dry_run(*parse_arguments(argv, __doc__))
-        trainer = build_trainer(argv)
-    except (ValueError, OSError, ImportError) as error:
-        logger.error("train.py: %s", in_one_line(error))
-        return 2
-    try:
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except (SampleError, ImageError, TooManyBadSamplesError, CheckpointError, ImportError) as error:
-        logger.error("train.py: %s", in_one_line(error))
-        return 2
-    except NotFiniteError as error:
-        logger.error("train.py: %s", in_one_line(error))
-        return 1
-    except OSError as error:
-        logger.error(
-            "train.py: %s; mend that, and go on with the same command and --resume_from_checkpoint auto",
-            in_one_line(error),
-        )
-        return 1
-    return finish(trainer)
+    with contextlib.ExitStack() as lock:
+        try:
+            if is_dry_run(argv):
+                return dry_run(*parse_arguments(argv, __doc__))
+            trainer = build_trainer(argv, lock)
+        except (ValueError, OSError, ImportError) as error:
+            logger.error("train.py: %s", in_one_line(error))
+            return 2
+        try:
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        except (SampleError, ImageError, TooManyBadSamplesError, CheckpointError, ImportError) as error:
+            logger.error("train.py: %s", in_one_line(error))
+            return 2
+        except NotFiniteError as error:
+            logger.error("train.py: %s", in_one_line(error))
+            return 1
+        except OSError as error:
+            logger.error(
+                "train.py: %s; fix that, and resume with the same command and --resume_from_checkpoint auto",
+                in_one_line(error),
+            )
+            return 1
+        return finish(trainer)
 
 
 def finish(trainer: VLMTrainer) -> int:
@@ -227,9 +232,10 @@ def finish(trainer: VLMTrainer) -> int:
             step,
             trainer.save_failure,
         )
-        return 1
     received = trainer.stop_on_signal.received
     if received and step < trainer.state.max_steps:
+        if trainer.save_failure:
+            return 1
         logger.info(
             "stopped by %s after step %d, which is saved; go on with the same command and "
             "--resume_from_checkpoint auto",
@@ -240,6 +246,9 @@ def finish(trainer: VLMTrainer) -> int:
         trainer.save_model()
     except OSError as error:
         logger.error("train.py: the final weights could not be written to %s: %s", folder, in_one_line(error))
+        return 1
+    if trainer.save_failure:
+        logger.error("train.py: the final weights are in %s", folder)
         return 1
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         folder = trainer.state.best_model_checkpoint  # of a run folder, the newest would be taken

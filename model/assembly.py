@@ -18,7 +18,13 @@ from visual import build_vision_tower
 from visual.base import VisionTower
 from visual.feature_cache import FeatureCache
 
-from .checkpoints.base_models import base_models, check_bases, drops_first_patch, num_projector_layers
+from .checkpoints.base_models import (
+    base_fingerprints,
+    base_models,
+    check_bases,
+    drops_first_patch,
+    num_projector_layers,
+)
 from .checkpoints.checkpoint import (
     CheckpointError,
     load_adapter_weights,
@@ -27,9 +33,7 @@ from .checkpoints.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from .checkpoints.fingerprint import base_fingerprints
-from .checkpoints.multimodal_config import MultimodalConfig, package_versions
-from .checkpoints.tensor_files import check_finite
+from .checkpoints.configs import MultimodalConfig, package_versions
 from .device import pick_device, pick_dtype
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora
@@ -106,8 +110,6 @@ class AssembledModel(nn.Module):
         tower = build_vision_tower(vision_name, dtype, drop_first_patch=drops_first_patch(checkpoint, vision_name))
         language_model: Any = load_language_model(language_name, dtype)
         language_model.requires_grad_(False)
-        check_finite(tower, vision_name)
-        check_finite(language_model, language_name)
         fingerprints = base_fingerprints(tower, language_model)
         if checkpoint is not None:
             check_bases(checkpoint, tower, language_model, fingerprints)

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.adapter_config import ADAPTER_CONFIG
 from ..checkpoints.checkpoint import (
     ADAPTER_WEIGHTS,
     ORIGINAL_ADAPTER_WEIGHTS,
@@ -24,6 +23,7 @@ from ..checkpoints.checkpoint import (
     PROJECTOR_WEIGHTS,
     resolve_checkpoint,
 )
+from ..checkpoints.configs import ADAPTER_CONFIG
 from .batch_answers import Outcome
 
 try:

@@ -128,7 +128,7 @@ def base_fingerprints(tower: VisionTower, language_model: QWenLMHeadModel) -> di
     images = _read_published(tower.name_or_path, "preprocessor_config.json") or {}
     prepared = {name: images.get(name) for name in _IMAGE_SETTINGS}
     config = {name: getattr(language_model.config, name) for name in _LANGUAGE_SETTINGS}
-    vision, language = (_published_weights(name) for name in (tower.name_or_path, language_model.name_or_path))
+    vision, language = (_published_weights(name) for name in (tower.name_or_path, str(language_model.name_or_path)))
     return {
         "vision_tower_fingerprint": fingerprint(vision, {"kind": tower.kind}, prepared),
         "language_model_fingerprint": fingerprint(language, config),

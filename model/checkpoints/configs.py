@@ -42,8 +42,10 @@ def read_lora_config(folder: Path) -> LoraConfig:
         raise CheckpointError(
             f"{path}: not a LoRA configuration: peft_type is {shorten(values.get('peft_type'))}, expected 'LORA'"
         )
-    r, alpha, targets = (values.get(name) for name in ("r", "lora_alpha", "target_modules"))
-    dropout = values.get("lora_dropout", 0.0)
+    r: Any = values.get("r")
+    alpha: Any = values.get("lora_alpha")
+    dropout: Any = values.get("lora_dropout", 0.0)
+    targets: Any = values.get("target_modules")
     expected = {
         "r": (r, "a whole number from 1 to 65536", type(r) is int and 1 <= r <= 1 << 16),
         "lora_alpha": (alpha, "a number above 0", _is_number(alpha) and 0 < alpha < 1e9),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -103,7 +103,7 @@ class StopOnNonFinite(TrainerCallback):
         self._num_skipped = 0
 
     def remember(self, loss: Tensor, ids: list[int] | None) -> None:
-        """Take note of a batch that the step consists of."""
+        """Note a batch of the step."""
         self._losses.append(loss.detach())
         self._ids += ids or []
 
@@ -138,26 +138,6 @@ class StopOnNonFinite(TrainerCallback):
             f"the {what} of step {step} is not finite; the step was not taken. Its samples {named}. Look at them, or "
             f"lower --learning_rate and --feature_proj_lr; checkpoints in {args.output_dir} are as they were"
         )
-
-
-class ClearOnFirstStep(TrainerCallback):
-    """Deletes what a new run overwrites, once it has taken a step: a run that can't begin takes nothing away.
-
-    Args:
-        paths: files and folders of the old run.
-    """
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Delete them."""
-        paths, self.paths = self.paths, []
-        for path in paths if args.process_index == 0 else []:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
 
 
 class WatchBadSamples(TrainerCallback):
@@ -223,3 +203,34 @@ class WatchBadEvalSamples(WatchBadSamples):
 
     def __init__(self, dataset: Any) -> None:
         super().__init__(dataset, BAD_EVAL_SAMPLES)
+
+
+class RatesAndSpeed(TrainerCallback):
+    """Remembers what the log adds to Trainer's: the projector's learning rate, and samples per second."""
+
+    def __init__(self) -> None:
+        self._projector_rate = 0.0
+        self._samples_per_step = 0
+        self._step, self._time = 0, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._step, self._time = state.global_step, time.perf_counter()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the rates that this step was taken with."""
+        rates = {group["name"].split()[0]: group["lr"] for group in kwargs["optimizer"].param_groups}
+        self._projector_rate = rates["projector"]
+
+    def since_last_log(self, step: int) -> dict[str, float]:
+        """Return the projector's learning rate in the last step, and samples per second since the last call."""
+        now = time.perf_counter()
+        samples = (step - self._step) * self._samples_per_step
+        speed = samples / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return {"feature_proj_lr": self._projector_rate, "samples_per_second": round(speed, 3)}
