@@ -2,7 +2,7 @@
 
 A benchmark is a script that starts itself again, once for each measurement:
 
-    runs = run_in_turn({"ours": [sys.executable, __file__, "--one", "ours"], "peer": [...]}, rounds=5)
+    runs = run_in_turn({"ours": [*itself(__file__), "--one", "ours"], "peer": [...]}, rounds=5)
     figures = {name: medians(measured) for name, measured in runs.items()}
     write_results(RESULTS / "name.json", {"machine": machine(), "figures": figures})
 
@@ -29,7 +29,8 @@ from typing import Any
 from tqdm import tqdm
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 """Where tables and pictures go, from whatever folder a benchmark is started."""
 
 
@@ -56,8 +57,13 @@ class RunFailedError(RuntimeError):
     """A measured process that did not end with status 0."""
 
 
+def itself(file: str) -> list[str]:
+    """Return the command that runs a benchmark's file again."""
+    return [sys.executable, "-m", ".".join(Path(file).resolve().relative_to(ROOT).with_suffix("").parts)]
+
+
 def run_once(command: Sequence[str], env: Mapping[str, str] | None = None) -> Run:
-    """Run a command to its end; what it writes to stderr is shown only if it fails.
+    """Run a command to its end, from the repository's root; what it writes to stderr is shown only if it fails.
 
     Args:
         command: program and arguments.
@@ -68,7 +74,8 @@ def run_once(command: Sequence[str], env: Mapping[str, str] | None = None) -> Ru
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         start = time.perf_counter()
-        process = subprocess.Popen(list(command), stdout=out, stderr=err, env={**os.environ, **(env or {})})
+        environment = {**os.environ, **(env or {})}
+        process = subprocess.Popen(list(command), stdout=out, stderr=err, cwd=ROOT, env=environment)
         try:
             _, status, usage = os.wait4(process.pid, 0)  # `Popen.wait` does not tell what the process used
         except BaseException:

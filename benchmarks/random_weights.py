@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
 
-from benchmarks.vocabulary import vocabulary_file
 from qwen import QWenConfig, QWenLMHeadModel
+
+from .vocabulary import vocabulary_file
 
 SEED = 42
 SHARD_BYTES = 1_000_000_000

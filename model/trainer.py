@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
+from dataset.epoch_order import EpochOrder
 from qwen import IGNORE_INDEX
 
 from .arguments import VLMTrainingArguments
@@ -117,7 +119,7 @@ class VLMTrainer(Trainer):
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Take the batches of one optimizer step; none if a resumed run was finished, where Trainer takes a step more."""
+        """Take the batches of one step; none if a resumed run had finished, for Trainer would take one step more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
@@ -155,11 +157,21 @@ class VLMTrainer(Trainer):
         """Return Trainer's loader, whose workers leave signals to the process they work for."""
         return with_calm_workers(super().get_train_dataloader())
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Read an `EpochOrder` from first to last, whatever `--train_sampling_strategy` says: it is in that order."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, EpochOrder):
+            return SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
+
     # ---- Evaluating: the mean over all supervised tokens, however they are split into batches
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return Trainer's loader, whose workers leave signals to the process they work for."""
         return with_calm_workers(super().get_eval_dataloader(eval_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)  # Trainer's would read all of it first, to group it by length
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -239,7 +251,7 @@ class VLMTrainer(Trainer):
         state = RunState.read(folder)
         check_same_steps(state, self.args, folder)
         if self.identity is not None:
-            check_identity(state, self.identity, folder)
+            check_identity(folder, self.identity)
         for index in state.bad if self.bad_samples is not None else ():
             self.bad_samples.mark(index)
         self._resume.loading, self._resume.saved = folder, state

@@ -54,7 +54,7 @@ class QWenAttention(nn.Module):
         rotation: Rotation,
         visible: Tensor | None,
         past_key_values: Cache | None,
-        keep: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over what is cached and over `x`.
 
@@ -63,10 +63,10 @@ class QWenAttention(nn.Module):
             rotation: rotary tables and log-n factors of these positions.
             visible: (B or 1, 1, T, K), True where a key may be seen; None where plain causal attention is meant.
             past_key_values: cache that the new keys and values are added to, or None.
-            keep: (S,) positions b · T + t whose output is wanted; None: all.
+            positions: (S,) positions b · T + t whose output is wanted; None: all.
 
         Returns:
-            (B, T, D), or (S, D) with `keep`, and the attention weights (B, H, T, K) in eager mode, else None.
+            (B, T, D), or (S, D) with `positions`, and the attention weights (B, H, T, K) in eager mode, else None.
         """
         query, key, value = rearrange(
             self.c_attn(x), "b t (three h c) -> three b h t c", three=3, h=self.config.num_attention_heads
@@ -82,7 +82,7 @@ class QWenAttention(nn.Module):
         attend = _eager_attention if self.config._attn_implementation == "eager" else _sdpa_attention
         out, weights = attend(query, key, value, visible, self.scale, dropout)
         out = rearrange(out, "b h t c -> b t (h c)")
-        return self.c_proj(out if keep is None else out.flatten(0, 1)[keep]), weights
+        return self.c_proj(out if positions is None else out.flatten(0, 1)[positions]), weights
 
 
 def _sdpa_attention(
@@ -150,9 +150,9 @@ class QWenBlock(GradientCheckpointingLayer):
         rotation: Rotation,
         visible: Tensor | None,
         past_key_values: Cache | None = None,
-        keep: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Take and give (B, T, D), or give (S, D) with `keep`; see `QWenAttention.forward` for the rest."""
-        attended, weights = self.attn(self.ln_1(x), rotation, visible, past_key_values, keep)
-        x = (x if keep is None else x.flatten(0, 1)[keep]) + attended
+        """Take and give (B, T, D), or give (S, D) with `positions`; see `QWenAttention.forward` for the rest."""
+        attended, weights = self.attn(self.ln_1(x), rotation, visible, past_key_values, positions)
+        x = (x if positions is None else x.flatten(0, 1)[positions]) + attended
         return x + self.mlp(self.ln_2(x)), weights

@@ -83,7 +83,7 @@ class QWenModel(QWenPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        keep: Tensor | None = None,
+        positions: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -97,8 +97,8 @@ class QWenModel(QWenPreTrainedModel):
             use_cache: whether to give back a cache; by default as configured, and never while training.
             output_attentions: whether to give back attention weights (needs `attn_implementation="eager"`).
             output_hidden_states: whether to give back every layer's input, and the final output.
-            keep: (S,) positions b · T + t. `last_hidden_state` is (S, D) then: behind the attention of the last block,
-                nothing mixes positions, so the others are left out. None: (B, T, D).
+            positions: (S,) the positions b · T + t that are wanted; None: all. `last_hidden_state` is (S, D) then:
+                after the attention of the last block nothing mixes positions, so the others are left out.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if attention weights
@@ -124,8 +124,8 @@ class QWenModel(QWenPreTrainedModel):
         for number, block in enumerate(self.h, start=1):
             if output_hidden_states:  # else it would outlive its last use
                 hidden_states.append(x)
-            last = number == len(self.h)
-            x, weights = block(x, rotation, visible, past_key_values=past_key_values, keep=keep if last else None)
+            wanted = positions if number == len(self.h) else None  # the last block
+            x, weights = block(x, rotation, visible, past_key_values=past_key_values, positions=wanted)
             if output_attentions and weights is not None:
                 attentions.append(weights)
         x = self.ln_f(x)
@@ -217,7 +217,7 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run decoder and head; the arguments not named here are those of `QWenModel.forward`, less `keep`.
+        """Run decoder and head; the arguments not named here are those of `QWenModel.forward`, less `positions`.
 
         Args:
             labels: (B, T), `IGNORE_INDEX` where no loss is taken; position t is predicted from the tokens before t.
@@ -232,9 +232,10 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
         if inputs is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        keep = None
+        positions = None
         if not (kwargs.get("output_hidden_states") or self.config.output_hidden_states):
-            keep = _positions(inputs, columns)  # reading a prompt, the last block has little to do behind its attention
+            # When a prompt is read, the last block has little to do after its attention.
+            positions = _positions(inputs, columns)
         out = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -242,11 +243,11 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            keep=keep,
+            positions=positions,
             **kwargs,
         )
         hidden = out.last_hidden_state
-        logits = self._head(hidden[:, columns] if keep is None else hidden.unflatten(0, (len(inputs), -1)))
+        logits = self._head(hidden[:, columns] if positions is None else hidden.unflatten(0, (len(inputs), -1)))
         loss = None
         if labels is not None:
             if logits.shape[1] != labels.shape[1]:

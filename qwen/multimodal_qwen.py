@@ -24,7 +24,7 @@ def place_image_features(
     image_features: Tensor | None,
     num_by_row: Sequence[int] | None = None,
     *,
-    counted: bool = False,
+    already_checked: bool = False,
 ) -> Tensor:
     """Put image features where the image token stands, in reading order (row by row, left to right).
 
@@ -34,7 +34,7 @@ def place_image_features(
         image_features: (..., D), all images of the batch one after the other; None means none.
         num_by_row: how many of each row's image tokens stand for features; any behind those are ordinary ids, which
             the model drew. By default all of them do.
-        counted: whether the numbers are known to agree. Counting makes the host wait for an accelerator.
+        already_checked: whether the numbers are known to agree. Counting makes the host wait for an accelerator.
 
     Returns:
         (B, T, D). Gradients reach `image_features`; `inputs_embeds` is not changed in place.
@@ -49,7 +49,7 @@ def place_image_features(
     width = inputs_embeds.shape[-1]
     if image_features is not None and image_features.shape[-1] != width:
         raise ValueError(f"image features have {image_features.shape[-1]} channels, the embedding {width}")
-    if not counted:
+    if not already_checked:
         _check_counts(is_image, 0 if image_features is None else image_features.numel() // width)
     if image_features is None:
         return inputs_embeds
@@ -91,7 +91,7 @@ class MultimodalQWenModel(QWenModel):
         inputs_embeds: Tensor | None = None,
         *args: Any,
         image_features: Tensor | None = None,
-        counted: bool = False,
+        already_checked: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Embed `input_ids`, put `image_features` at the image tokens, and run the decoder.
@@ -104,7 +104,7 @@ class MultimodalQWenModel(QWenModel):
                 image token as any other id: a model may sample it.
             inputs_embeds: (B, T, D) in place of `input_ids`; image features can't be placed then.
             image_features: (..., D), D the language model's width; None where there is no image.
-            counted: whether features and image tokens are known to be as many.
+            already_checked: whether features and image tokens are known to be as many.
             args: handed on.
             kwargs: handed on.
 
@@ -115,7 +115,9 @@ class MultimodalQWenModel(QWenModel):
             inputs_embeds = self.wte(input_ids)
             goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
             if image_features is not None or not goes_on:
-                inputs_embeds = place_image_features(input_ids, inputs_embeds, image_features, counted=counted)
+                inputs_embeds = place_image_features(
+                    input_ids, inputs_embeds, image_features, already_checked=already_checked
+                )
             input_ids = None
         elif image_features is not None:
             raise ValueError("image_features need input_ids, which say where they belong; inputs_embeds do not")

@@ -150,12 +150,12 @@ def attention_mask_4d(
     return (visible & attention_mask[:, None, None, :]) | itself
 
 
-def padded_behind(mask: Tensor) -> bool:
+def is_right_padded(mask: Tensor) -> bool:
     """Whether every row of a mask (B, T) has its padding behind its real tokens, or none."""
     return bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 
 def _causal_is_enough(mask: Tensor, num_tokens: int, num_keys: int) -> bool:
     if num_tokens == num_keys and num_keys > 1:
-        return padded_behind(mask)
+        return is_right_padded(mask)
     return bool(mask.all())

@@ -10,13 +10,13 @@ import os
 
 import torch
 
-from visual.base import ImageTransform, VisionTower
-from visual.clip_vit import CLIPTower
-from visual.dinov2 import Dinov2Tower, Dinov2WithRegistersTower
-from visual.loading import read_config
-from visual.shape import TowerShape, input_size, shape_of_tower
-from visual.siglip_vit import SiglipTower
-from visual.vit import ViTTower
+from .base import ImageTransform, VisionTower
+from .clip_vit import CLIPTower
+from .dinov2 import Dinov2Tower, Dinov2WithRegistersTower
+from .loading import read_config
+from .shape import TowerShape, input_size, shape_of_tower
+from .siglip_vit import SiglipTower
+from .vit import ViTTower
 
 __all__ = [
     "TOWERS",
@@ -37,7 +37,7 @@ TOWERS: dict[str, type[VisionTower]] = {
     "dinov2_with_registers": Dinov2WithRegistersTower,
     "vit": ViTTower,
 }
-"""From the `model_type` in a checkpoint's config.json to its class."""
+"""The class for each `model_type` that a checkpoint's config.json may name."""
 
 
 def build_vision_tower(
@@ -46,28 +46,29 @@ def build_vision_tower(
     """Load the vision tower that a checkpoint holds, chosen by the `model_type` in its config.json.
 
     Args:
-        name_or_path: A local folder or a hub name. Of a CLIP or SigLIP checkpoint only the vision half is loaded.
-        dtype: Data type of the weights and the features; None is float32.
-        drop_first_patch: Leave SigLIP's first patch out, for models that the original project trained (728 tokens
+        name_or_path: a local folder or a hub name. Of a CLIP or SigLIP checkpoint only the vision half is loaded.
+        dtype: data type of the weights and the features; None is float32.
+        drop_first_patch: leave SigLIP's first patch out, for models that the original project trained (728 tokens
             where there are 729).
 
     Returns:
         The tower on the CPU, frozen and in `eval()`.
 
     Raises:
-        FileNotFoundError: No such checkpoint, or one of its files is missing.
-        ValueError: A `model_type` that is not in `TOWERS`, or files that do not fit each other.
+        FileNotFoundError: if there is no such checkpoint, or one of its files is missing.
+        ValueError: for a `model_type` that is not in `TOWERS`, or files that do not fit each other.
     """
     name = os.fspath(name_or_path)
     return tower_class_of(name)(name, dtype, drop_first_patch=drop_first_patch)
 
 
 def read_tower_shape(name_or_path: str | os.PathLike[str], *, drop_first_patch: bool = False) -> TowerShape:
-    """The sizes of the tower that a checkpoint holds. Of its files only config.json is needed.
+    """Read the sizes of the tower that a checkpoint holds; no weights are needed.
 
     Raises:
-        FileNotFoundError: No such checkpoint, or no config.json.
-        ValueError: A `model_type` that is not in `TOWERS`, or values that can't be those of a tower.
+        FileNotFoundError: if there is no such checkpoint, or no config.json; without preprocessor_config.json only
+            where that decides the size (DINOv2).
+        ValueError: for a `model_type` that is not in `TOWERS`, or files that do not fit each other.
     """
     name = os.fspath(name_or_path)
     tower_class = tower_class_of(name)
@@ -77,11 +78,11 @@ def read_tower_shape(name_or_path: str | os.PathLike[str], *, drop_first_patch: 
 
 
 def tower_class_of(name: str) -> type[VisionTower]:
-    """The class for the `model_type` in a checkpoint's config.json.
+    """Return the class for the `model_type` in a checkpoint's config.json.
 
     Raises:
-        FileNotFoundError: No such checkpoint, or no config.json.
-        ValueError: A `model_type` that is not in `TOWERS`.
+        FileNotFoundError: if there is no such checkpoint, or no config.json.
+        ValueError: for a `model_type` that is not in `TOWERS`.
     """
     model_type = read_config(name).get("model_type")
     tower_class = TOWERS.get(model_type) if isinstance(model_type, str) else None

@@ -1,6 +1,6 @@
-"""What every vision tower has in common: frozen, always in `eval()`, images in, patch features out.
+"""The frozen vision tower: images in, one feature vector per patch out.
 
-Shape legend: N images, S image size in pixels, T image tokens, D width of the tower.
+Shape legend: N images, S side of the input in pixels, P image tokens (patches), D width of the tower.
 """
 
 import logging
@@ -11,20 +11,22 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from visual.loading import load_config, load_image_processor, load_model
+from .loading import load_config, load_image_processor, load_model
 
 logger = logging.getLogger(__name__)
 
 
-_LONGEST = 32
-"""How many times longer than wide a picture may be before its far ends, which a centre crop drops, are not enlarged."""
+_LONGEST = 256
+"""How many times longer than wide a picture may be for the image processor to see all of it."""
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """What a centre crop can see of a picture that is very long or very tall.
+    """Return the part of a very long picture that a centre crop can see; other pictures as they are.
 
     Processors resize the short edge first: a strip of 1 × 5000 pixels would become 224 × 1,120,000, some gigabytes, of
-    which 224 × 224 are kept.
+    which 224 × 224 are kept. Cropping first moves the pixels by a part of a pixel, since the processor rounds the
+    resized length of the whole strip, so pictures that take less than some 200 MB (13 megapixels at 224 px) are left
+    alone.
     """
     width, height = image.size
     short, long = sorted(image.size)
@@ -43,6 +45,9 @@ class ImageTransform:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
+        settings = processor.to_dict()
+        # A picture resized to a fixed height and width is not enlarged beyond them, however long it is.
+        self.enlarges_strips = bool(settings.get("do_center_crop")) and "shortest_edge" in (settings.get("size") or {})
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Resize, crop, rescale and normalise one image.
@@ -51,14 +56,15 @@ class ImageTransform:
             image: A PIL image of any size in mode RGB.
 
         Returns:
-            (3, H, W), float32, equal to the image processor's `pixel_values`.
+            (3, H, W), float32, equal to the image processor's `pixel_values`; only where a picture is more than 256
+            times longer than wide, its pixels may be shifted by a part of a pixel.
 
         Raises:
             ValueError: The image is in another mode: what becomes of alpha or palettes is for the caller to say.
         """
         if image.mode != "RGB":
             raise ValueError(f"the image transform takes RGB images, got mode {image.mode!r}: convert the image first")
-        if self.processor.to_dict().get("do_center_crop"):
+        if self.enlarges_strips:
             image = _middle(image)
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels.to(torch.float32)
@@ -67,44 +73,44 @@ class ImageTransform:
 class VisionTower(nn.Module):
     """A frozen vision transformer that turns images into one feature vector per patch.
 
-    Features are the last hidden state of transformers' own model, less the tokens that stand for no patch. A new
+    Features are the last hidden state of transformers' own model, without the tokens that stand for no patch. A new
     backbone is a subclass that sets the class attributes below, and a line in `visual.TOWERS`.
 
     Args:
-        name_or_path: A local folder or a hub name, with config.json, weights and preprocessor_config.json. Of a
+        name_or_path: a local folder or a hub name, with config.json, weights and preprocessor_config.json. Of a
             CLIP-like checkpoint only the vision half is loaded.
-        dtype: Data type of the weights and the features; None is float32.
-        drop_first_patch: Leave the first patch out too, as checkpoints of the original project were trained; only
-            where the class allows it.
+        dtype: data type of the weights and the features; None is float32.
+        drop_first_patch: leave the first patch out, as checkpoints of the original project were trained; only where
+            the class allows it.
 
     Raises:
-        FileNotFoundError: The weights' or the image processor's file is missing.
-        ValueError: Files that do not fit each other, or `drop_first_patch` where the tower does not allow it.
+        FileNotFoundError: if the weights' or the image processor's file is missing.
+        ValueError: if files do not fit each other, or for `drop_first_patch` where the tower does not allow it.
     """
 
     kind: ClassVar[str]
-    """The family's `model_type`, as saved beside a trained model."""
+    """The family's `model_type`, as saved with a trained model."""
     model_class: ClassVar[type[PreTrainedModel]]
-    """transformers' vision model."""
+    """The vision model of transformers."""
     model_kwargs: ClassVar[dict[str, Any]] = {}
     """Further arguments of the model's `__init__`."""
     config_overrides: ClassVar[dict[str, Any]] = {}
     """Configuration values to set, such as switching off a head whose output is not used."""
     any_image_size: ClassVar[bool] = False
-    """Whether the model interpolates its positions, so that the image processor rules the size."""
+    """Whether the model interpolates its positions, so that the image processor decides the size."""
     may_drop_first_patch: ClassVar[bool] = False
     """Whether `drop_first_patch` is allowed."""
 
     name_or_path: str
-    """What the tower was loaded from, as it was given."""
+    """The folder or hub name that the tower was loaded from, as it was given."""
     drop_first_patch: bool
     """Whether SigLIP's first patch is left out."""
     image_size: int
-    """S: height and width of its input in pixels."""
+    """S: height and width of the input in pixels."""
     hidden_size: int
     """D: width of a feature."""
     num_image_tokens: int
-    """T: features per image."""
+    """P: features per image."""
     image_transform: ImageTransform
     """(PIL RGB image) -> (3, S, S)."""
 
@@ -115,7 +121,7 @@ class VisionTower(nn.Module):
         self.name_or_path = name_or_path
         config = self.read_vision_config(name_or_path)
         self.image_transform = ImageTransform(load_image_processor(name_or_path))
-        self.image_size = self._check_image_size(config)
+        self.image_size = self.input_size(name_or_path, config, self.image_transform)
         self.hidden_size = config.hidden_size
         self.drop_first_patch = drop_first_patch
         self.num_skipped = self.num_prefix_tokens(config) + int(drop_first_patch)
@@ -130,7 +136,7 @@ class VisionTower(nn.Module):
 
     @classmethod
     def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """How many tokens (class, registers) come before the patches in the last hidden state."""
+        """Return how many tokens (class, registers) come before the patches in the last hidden state."""
         raise NotImplementedError
 
     @property
@@ -139,22 +145,22 @@ class VisionTower(nn.Module):
         return self.model.config
 
     def train(self, mode: bool = True) -> "VisionTower":
-        """Stay in `eval()`, whatever the model around it does: a frozen tower must give the same features always."""
+        """Stay in `eval()`, whatever the model around it does: dropout would change the features."""
         del mode
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features of a batch of images, without gradients.
+        """Return the features of a batch of images, without gradients.
 
         Args:
             pixel_values: (N, 3, S, S), floating point; moved to the tower's device and data type. N may be 0.
 
         Returns:
-            (N, T, D) in the tower's data type.
+            (N, P, D) in the tower's data type.
 
         Raises:
-            ValueError: Another shape, or integers (images that did not go through `image_transform`).
+            ValueError: for another shape, or integers (images that did not go through `image_transform`).
         """
         expected = (3, self.image_size, self.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
@@ -164,18 +170,20 @@ class VisionTower(nn.Module):
             )
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be floating point, got {pixel_values.dtype}: use image_transform")
-        pixel_values = pixel_values.to(device=self.model.device, dtype=self.model.dtype)
+        pixel_values = pixel_values.to(device=self.model.device, dtype=self.model.dtype)  # (N, 3, S, S)
         if pixel_values.shape[0] == 0:  # the attention of transformers cannot reshape an empty batch
             return pixel_values.new_empty(0, self.num_image_tokens, self.hidden_size)
-        return self.model(pixel_values=pixel_values).last_hidden_state[:, self.num_skipped :]
+        hidden = self.model(pixel_values=pixel_values).last_hidden_state  # (N, prefix + patches, D)
+        # The class token sums up the whole image; the language model gets one token for each place in it instead.
+        return hidden[:, self.num_skipped :]  # (N, P, D)
 
     @classmethod
     def read_vision_config(cls, name_or_path: str) -> PreTrainedConfig:
-        """The vision half's configuration, with this class's overrides.
+        """Read the vision half's configuration, with this class's overrides.
 
         Raises:
-            FileNotFoundError: there is no config.json.
-            ValueError: its values can't be those of such a tower.
+            FileNotFoundError: if there is no config.json.
+            ValueError: if its values can't be those of such a tower.
         """
         config = load_config(cls.model_class, name_or_path)
         for name, value in cls.config_overrides.items():
@@ -188,15 +196,20 @@ class VisionTower(nn.Module):
                 raise ValueError(f"{name_or_path}: {name} must be one positive integer, got {value!r}")
         return config
 
-    def _check_image_size(self, config: PreTrainedConfig) -> int:
-        """Try the transform on a wide and a tall image; both must give the square that the model takes."""
-        shapes = {tuple(self.image_transform(Image.new("RGB", size)).shape) for size in ((40, 30), (30, 40))}
-        side = next(iter(shapes))[-1] if self.any_image_size else config.image_size
+    @classmethod
+    def input_size(cls, name_or_path: str, config: PreTrainedConfig, transform: ImageTransform) -> int:
+        """Return S, after trying the transform on a wide and a tall image: both must give the square the model takes.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        shapes = {tuple(transform(Image.new("RGB", size)).shape) for size in ((40, 30), (30, 40))}
+        side = next(iter(shapes))[-1] if cls.any_image_size else config.image_size
         if shapes != {(3, side, side)}:
             made = " and ".join("×".join(map(str, shape[1:])) for shape in sorted(shapes))
-            wanted = "one square" if self.any_image_size else f"{side}×{side}"
+            wanted = "one square" if cls.any_image_size else f"{side}×{side}"
             raise ValueError(
-                f"{self.name_or_path}: its preprocessor_config.json makes images of {made} px (height×width), but the "
+                f"{name_or_path}: its preprocessor_config.json makes images of {made} px (height×width), but the "
                 f"model takes {wanted}: use the preprocessor_config.json that belongs to this model"
             )
         return side

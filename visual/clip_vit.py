@@ -2,7 +2,7 @@
 
 from transformers import CLIPVisionModel, PreTrainedConfig
 
-from visual.base import VisionTower
+from .base import VisionTower
 
 
 class CLIPTower(VisionTower):
@@ -16,5 +16,5 @@ class CLIPTower(VisionTower):
 
     @classmethod
     def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """One: the class token."""
+        """Return 1, for the class token."""
         return 1

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedConfig, PreTrainedModel
 
-from visual.base import VisionTower
+from .base import VisionTower
 
 
 class Dinov2Tower(VisionTower):
@@ -19,7 +19,7 @@ class Dinov2Tower(VisionTower):
 
     @classmethod
     def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """One: the class token."""
+        """Return 1, for the class token."""
         return 1
 
 
@@ -31,5 +31,5 @@ class Dinov2WithRegistersTower(Dinov2Tower):
 
     @classmethod
     def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """The class token, and the registers after it."""
+        """Count the class token and the registers after it."""
         return 1 + config.num_register_tokens

@@ -1,15 +1,14 @@
-"""What a tower will be, told from its configuration: nothing is loaded, the model is made of shapes alone."""
+"""The sizes of a vision tower without its weights, for `--dry_run`: read from its configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from transformers import PreTrainedConfig
 
-from visual.base import ImageTransform, VisionTower
-from visual.loading import load_image_processor
+from .base import ImageTransform, VisionTower
+from .loading import load_image_processor
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class TowerShape:
     intermediate_size: int
     """Channels inside the MLP of a block."""
     image_size: int
-    """Height and width of its input in pixels."""
+    """Height and width of the input in pixels."""
     num_image_tokens: int
     """Features per image."""
     num_parameters: int
@@ -33,12 +32,12 @@ class TowerShape:
 def shape_of_tower(
     tower_class: type[VisionTower], config: PreTrainedConfig, image_size: int, *, drop_first_patch: bool = False
 ) -> TowerShape:
-    """Read the sizes off a configuration, and count the parameters of a model on the meta device.
+    """Read the sizes from a configuration, and count the parameters of a model without storage.
 
     Args:
         tower_class: one of `visual.TOWERS`.
         config: the vision half's configuration, with the class's overrides.
-        image_size: pixels.
+        image_size: height and width of the input in pixels.
         drop_first_patch: as `build_vision_tower` takes it.
     """
     with torch.device("meta"):
@@ -56,12 +55,16 @@ def shape_of_tower(
 
 
 def input_size(tower_class: type[VisionTower], name_or_path: str, config: PreTrainedConfig) -> int:
-    """Pixels of a tower's input: where the image processor rules (DINOv2), what it makes, if its file is there."""
-    if tower_class.any_image_size:
-        try:
-            transform = ImageTransform(load_image_processor(name_or_path))
-        except FileNotFoundError:
-            pass
-        else:
-            return transform(Image.new("RGB", (40, 30))).shape[-1]
-    return int(config.image_size)
+    """Return the height and width of a tower's input in pixels, refusing an image processor as loading the tower does.
+
+    Raises:
+        FileNotFoundError: if its file is missing and only it tells the size (DINOv2).
+        ValueError: if it cannot be used, or makes images that the tower does not take.
+    """
+    try:
+        transform = ImageTransform(load_image_processor(name_or_path))
+    except FileNotFoundError:
+        if tower_class.any_image_size:
+            raise
+        return int(config.image_size)
+    return tower_class.input_size(name_or_path, config, transform)

@@ -2,22 +2,22 @@
 
 from transformers import PreTrainedConfig, SiglipVisionModel
 
-from visual.base import VisionTower
+from .base import VisionTower
 
 
 class SiglipTower(VisionTower):
     """Any SigLIP ViT, e.g. google/siglip-so400m-patch14-384: 384 px, 729 tokens of 1152.
 
-    The last hidden state has gone through the final layer norm. There is no class token, so every token is a patch;
-    the original project removed the first one none the less, and what it trained needs `drop_first_patch`.
+    The last hidden state has gone through the final layer norm. There is no class token, so every token is a patch.
+    The original project removed the first one nevertheless: what it trained needs `drop_first_patch`.
     """
 
     kind = "siglip"
     model_class = SiglipVisionModel
-    config_overrides = {"vision_use_head": False}  # the pooling head sees no use here, and has weights of its own
+    config_overrides = {"vision_use_head": False}  # the pooling head has weights of its own and is not used here
     may_drop_first_patch = True
 
     @classmethod
     def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """None."""
+        """Return 0: every token is a patch."""
         return 0

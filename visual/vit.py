@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig, ViTModel
 
-from visual.base import VisionTower
+from .base import VisionTower
 
 
 class ViTTower(VisionTower):
@@ -14,5 +14,5 @@ class ViTTower(VisionTower):
 
     @classmethod
     def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """One: the class token."""
+        """Return 1, for the class token."""
         return 1

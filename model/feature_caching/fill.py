@@ -156,7 +156,8 @@ def fill_feature_cache(
     filled = Filled()
     device, dtype = tower.model.device, tower.model.dtype
     pictures = MissingPictures(paths, cache, tower.image_transform)
-    loader: Any = DataLoader(pictures, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    own = torch.Generator()  # training draws the same numbers whether or not a cache was filled before
+    loader: Any = DataLoader(pictures, batch_size, num_workers=num_workers, collate_fn=list, generator=own)
     bar = tqdm(total=len(paths), desc="images", unit="", mininterval=0.5, disable=not show_progress)
     with logging_redirect_tqdm(), bar:
         for batch in with_calm_workers(loader):

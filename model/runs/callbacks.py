@@ -152,11 +152,14 @@ class WatchBadSamples(TrainerCallback):
         self.dataset = dataset
         self.list_name = list_name
         self._known = 0
+        self._listed: set[str] = set()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """List what the two files already showed to be bad."""
+        """Begin the list with what the two files already showed to be bad, and with what a resumed run had found."""
+        if args.process_index == 0:
+            Path(str(args.output_dir), self.list_name).unlink(missing_ok=True)
         self._look(args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -184,22 +187,28 @@ class WatchBadSamples(TrainerCallback):
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             self.dataset.bad.flags.copy_(flags)
         self._known = len(self.dataset.bad)
-        path = Path(str(args.output_dir)) / self.list_name
+        path = Path(str(args.output_dir), self.list_name)
         if args.process_index == 0:
-            messages = self.dataset.bad_sample_messages()
-            lines = [json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in messages]
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+                self._append_new(path)
             except OSError as error:  # a full disk, say; that is no reason to lose the run
                 logger.error("%s could not be written: %s", path, error)
             verb = "was" if self._known == 1 else "were"
             logger.warning("%s %s left out so far; see %s", format_count(self._known, "bad sample"), verb, path)
         self.dataset.bad.check(str(path))
 
+    def _append_new(self, path: Path) -> None:
+        new = [message for message in self.dataset.bad_sample_messages() if message not in self._listed]
+        self._listed.update(new)
+        text = "".join(json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in new)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # never through a link
+        with open(os.open(path, flags, 0o666), "w", encoding="utf-8", errors="backslashreplace") as file:  # noqa: PTH123
+            file.write(text)
+
 
 class WatchBadEvalSamples(WatchBadSamples):
-    """Does so for the evaluation set; a class of its own, for Trainer warns of two callbacks of one class."""
+    """Does the same for the evaluation set; Trainer warns of two callbacks of one class."""
 
     def __init__(self, dataset: Any) -> None:
         super().__init__(dataset, BAD_EVAL_SAMPLES)

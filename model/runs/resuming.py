@@ -155,12 +155,13 @@ def check_same_steps(state: RunState, args: VLMTrainingArguments, folder: Path) 
     )
 
 
-def check_identity(state: RunState, identity: dict[str, Any], folder: Path) -> None:
+def check_identity(folder: str | Path, identity: dict[str, Any]) -> None:
     """Refuse to resume a run on other data or models than it was started with.
 
     Raises:
         CheckpointError: naming every difference.
     """
+    state = RunState.read(Path(folder))
     differences = []
     for name in {**state.identity, **identity}:
         before, now = state.identity.get(name), identity.get(name)
@@ -189,6 +190,8 @@ def use_settings(optimizer: Any, schedule: Any, own: list[dict[str, Any]]) -> No
     Raises:
         ValueError: if the state can't be one of these parameters.
     """
+    if schedule.optimizer is not optimizer:  # a schedule takes any attribute from its file
+        raise ValueError("the schedule's state holds an optimizer")
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if not isinstance(value, (Tensor, int, float)):

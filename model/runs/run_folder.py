@@ -142,14 +142,12 @@ def files_of_a_run(folder: Path) -> list[Path]:
     return [*numbered_checkpoints(folder), *(folder / name for name in WEIGHTS if (folder / name).is_file())]
 
 
-def run_config(
-    model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments, order: str
-) -> dict[str, Any]:
-    """Return every flag as it was understood; `order` is the sampling strategy that was asked for."""
+def run_config(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> dict[str, Any]:
+    """Return every flag as it was understood, for `train_config.json`."""
     resolved = {
         "model": asdict(model_args),
         "data": asdict(data_args),
-        "training": {**args.to_dict(), "train_sampling_strategy": order},
+        "training": args.to_dict(),
         "package_versions": package_versions(),
     }
     values: dict[str, Any] = json.loads(json.dumps(resolved, default=str))

@@ -9,9 +9,9 @@ import sys
 import torch
 from tiny_run import ROOT, environment
 
-from benchmarks import generate, load
+from benchmarks.answering import generate, load
 from benchmarks.measure import Run
-from benchmarks.same_size import TINY, build_ours, build_peer, copy_weights
+from benchmarks.peers import TINY, build_ours, build_peer, copy_weights
 
 
 def test_both_peers_are_the_same_function():
@@ -28,9 +28,9 @@ def test_both_peers_are_the_same_function():
 def test_the_comparison_prints_and_writes_what_it_measured(tmp_path):
     flags = ["--tiny", "--dtypes", "float32", "--batches", "2", "--tokens", "4", "--rounds", "1", "--clock", "cpu"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/generate.py"), *flags, "--output", str(tmp_path)],
+        [sys.executable, "-m", "benchmarks.answering.generate", *flags, "--output", str(tmp_path)],
         env=environment(),
-        cwd=tmp_path,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

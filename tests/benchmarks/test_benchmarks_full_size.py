@@ -12,7 +12,9 @@ from safetensors import safe_open
 from tiny_run import ROOT, environment, start
 from transformers import CLIPVisionModel
 
-from benchmarks import full_size, memory, memory_run, prepare, random_weights
+from benchmarks import random_weights
+from benchmarks.data import prepare
+from benchmarks.training import full_size, memory, memory_run
 from qwen import QWenLMHeadModel
 
 
@@ -43,7 +45,7 @@ def test_a_tower_in_shards_loads_as_published(tmp_path):
 
 
 def test_full_size_at_a_small_scale(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.full_size", "--folder", str(tmp_path), "--scale", "0.03"]
+    command = [sys.executable, "-m", "benchmarks.training.full_size", "--folder", str(tmp_path), "--scale", "0.03"]
     done = subprocess.run(
         [*command, "--lora_rank", "2", "--output", str(tmp_path / "results")],
         cwd=ROOT,
@@ -74,7 +76,7 @@ def test_shapes_are_the_published_ones():
 
 def test_prepare_at_a_small_scale(tmp_path):
     done = start(
-        *(sys.executable, "-m", "benchmarks.prepare", "--scale", "0.01", "--output", tmp_path, "--pictures", "12")
+        *(sys.executable, "-m", "benchmarks.data.prepare", "--scale", "0.01", "--output", tmp_path, "--pictures", "12")
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3,100 samples")

@@ -7,16 +7,27 @@ import json
 
 import pytest
 import torch
-from tiny_run import ROOT, start
+from tiny_run import start
 
-from benchmarks import grouped, growth, workers
-from benchmarks.same_size import Size
+from benchmarks.peers import Size
+from benchmarks.training import grouped, growth, workers
 
 
 def run(name: str, tmp_path, *flags: object):
     """Run a benchmark's command; returns what it printed and what it wrote."""
-    command = ["python", ROOT / f"benchmarks/{name}.py", "--tiny", "--rounds", 1, "--threads", 1, "--output", tmp_path]
-    done = start(*command, *flags, cwd=tmp_path)
+    command = [
+        "python",
+        "-m",
+        f"benchmarks.training.{name}",
+        "--tiny",
+        "--rounds",
+        1,
+        "--threads",
+        1,
+        "--output",
+        tmp_path,
+    ]
+    done = start(*command, *flags)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / f"{name}.png").stat().st_size > 1000
     return done.stdout, json.loads((tmp_path / f"{name}.json").read_text())
@@ -37,7 +48,7 @@ def test_grouped_compares_the_same_samples(tmp_path):
 
 
 def test_too_few_samples_for_a_batch_are_one_line(tmp_path):
-    command = ("python", ROOT / "benchmarks/grouped.py", "--tiny", "--output", tmp_path, "--samples", 3)
+    command = ("python", "-m", "benchmarks.training.grouped", "--tiny", "--output", tmp_path, "--samples", 3)
     done = start(*command, "--batches", 2, 4)
     assert done.returncode == 2
     assert done.stderr == "grouped.py: --samples 3 make no batch of 4; give more\n"

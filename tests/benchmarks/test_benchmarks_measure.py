@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 
 import pytest
 from PIL import Image
-from tiny_run import ROOT
 
 from benchmarks import measure
 
@@ -74,11 +72,3 @@ def test_table_json_and_picture(tmp_path):
         assert picture.format == "PNG"
         assert picture.width > picture.height
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bars.png", "new"]
-
-
-def test_results_go_to_one_folder_from_wherever_a_benchmark_is_started():
-    assert measure.RESULTS == ROOT / "benchmarks" / "results"
-    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")]
-    flags = [line for text in texts for line in text.splitlines() if '--output"' in line]
-    assert len(flags) == 10
-    assert all(re.search(r"default=(measure\.)?RESULTS,", flag) for flag in flags)

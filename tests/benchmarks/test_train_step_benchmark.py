@@ -12,12 +12,12 @@ from tiny_vlm import collate, enliven_trained, new_model, sample
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import train_step
-from benchmarks.folding import fold, fold_labels
-from benchmarks.same_size import TINY
-from benchmarks.step_inputs import write_data, write_ours
-from benchmarks.step_runs import build_ours
-from benchmarks.step_work import counted_work, gemm_seconds
+from benchmarks.peers import TINY
+from benchmarks.small_vocabulary import fold, fold_labels
+from benchmarks.training import train_step
+from benchmarks.training.step_inputs import write_data, write_ours
+from benchmarks.training.step_runs import build_ours
+from benchmarks.training.step_work import counted_work, gemm_seconds
 
 
 def flops(work: Counter) -> int:

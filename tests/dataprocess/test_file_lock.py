@@ -15,16 +15,16 @@ from dataprocess import file_lock
 from dataprocess.file_lock import FileLockError, hold
 
 ROOT = Path(__file__).parents[2]
-HOLDER = """
+HOLDER = r"""
 import os, sys
 from pathlib import Path
 from dataprocess.file_lock import hold
 with hold(Path(sys.argv[1])):
     if len(sys.argv) > 2 and os.fork() == 0:
-        print("worker", os.getpid(), flush=True)
+        os.write(1, b"worker\n")
         sys.stdin.read()  # lives until the test ends it
     else:
-        print("held", flush=True)
+        os.write(1, b"held\n")
         sys.stdin.read()
 """
 
@@ -32,8 +32,11 @@ with hold(Path(sys.argv[1])):
 def start_holder(path: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", HOLDER, str(path), *more]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while process.stdout.readline().strip() != "held":
-        assert process.poll() is None
+    waited = {"held", "worker"} if more else {"held"}
+    while waited:
+        line = process.stdout.readline()
+        assert line
+        waited.discard(line.strip())
     return process
 
 

@@ -3,11 +3,17 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from tiny_run import ROOT, environment
 from tiny_towers import (
+    CLIP_MEAN,
+    CLIP_STD,
     make_clip_checkpoint,
     make_dinov2_checkpoint,
     make_siglip_checkpoint,
@@ -18,7 +24,7 @@ from tiny_towers import (
 from torch import nn
 from transformers import AutoModel, CLIPVisionModel
 
-from visual import build_vision_tower
+from visual import build_vision_tower, read_tower_shape
 
 MAKERS = {
     # name: (how the checkpoint is made, tokens before the patches)
@@ -54,14 +60,14 @@ def test_features_are_transformers_own_less_the_tokens_that_are_no_patch(checkpo
     torch.testing.assert_close(tower(pixels()), reference[:, prefix:], rtol=0, atol=1e-6)
 
 
-def test_every_patch_counts_including_siglips_first(checkpoints):
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_patch_counts_including_siglips_first(checkpoints, kind):
     """A change in the corner patch alone must show in the first token (the original project threw it away)."""
-    for kind in MAKERS:
-        tower = build_vision_tower(checkpoints[kind])
-        changed = pixels()
-        changed[:, :, :14, :14] += 1
-        difference = (tower(changed) - tower(pixels())).abs().amax(dim=(0, 2))
-        assert difference.argmax() == 0, kind
+    tower = build_vision_tower(checkpoints[kind])
+    changed = pixels()
+    changed[:, :, :14, :14] += 1
+    difference = (tower(changed) - tower(pixels())).abs().amax(dim=(0, 2))
+    assert difference.argmax() == 0
 
 
 def test_token_counts_where_the_image_is_no_multiple_of_the_patch(tmp_path):
@@ -126,6 +132,50 @@ def test_only_the_vision_half_is_held(checkpoints):
     assert not any("head" in name for name in build_vision_tower(checkpoints["siglip"]).state_dict())
 
 
+PUBLISHED = {"openai/clip-vit-large-patch14": "clip", "google/siglip-so400m-patch14-384": "siglip"}
+# As openai/clip-vit-large-patch14 has it: whole numbers for sizes, and the name of the class as it was once called.
+OLD_PREPROCESSOR = {
+    "crop_size": 28,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "resample": 3,
+    "size": 32,
+}
+
+
+def test_published_names_are_found_in_the_hubs_cache(checkpoints, tmp_path):
+    for name, kind in PUBLISHED.items():
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(checkpoints[kind], folder / "snapshots" / "0123")
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0123")
+    code = f"""
+from visual import build_vision_tower, read_tower_shape
+for name in {list(PUBLISHED)}:
+    tower = build_vision_tower(name)
+    assert tower.name_or_path == name
+    assert tower.num_image_tokens == read_tower_shape(name).num_image_tokens
+    print(tower.kind)
+"""
+    env = environment(HF_HOME=str(tmp_path))
+    env = {key: value for key, value in env.items() if key != "HF_HUB_CACHE"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == list(PUBLISHED.values()), done.stderr
+
+
+def test_the_published_old_style_preprocessor_of_clip_is_read(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["clip"], tmp_path / "clip")
+    (folder / "preprocessor_config.json").write_text(json.dumps(OLD_PREPROCESSOR))
+    image = Image.linear_gradient("L").resize((61, 37)).convert("RGB")
+    transforms = [build_vision_tower(path).image_transform for path in (folder, checkpoints["clip"])]
+    assert torch.equal(transforms[0](image), transforms[1](image))
+    assert read_tower_shape(folder).image_size == 28
+
+
 def test_checkpoints_of_the_vision_half_alone_in_both_layouts(checkpoints, tmp_path):
     """Files with and without the `vision_model.` prefix, as transformers 4 and 5 write them; `.bin` files too."""
     expected = build_vision_tower(checkpoints["clip"])(pixels())
@@ -178,25 +228,48 @@ def test_a_checkpoint_in_half_precision_is_held_in_float32_unless_asked(checkpoi
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_no_images_give_no_features(checkpoints, kind):
-    assert build_vision_tower(checkpoints[kind])(pixels(0)).shape == (0, 4, 32)
-
-
-def test_features_do_not_depend_on_the_batch(checkpoints):
-    tower = build_vision_tower(checkpoints["siglip"])
+def test_features_do_not_depend_on_the_batch(checkpoints, kind):
+    tower = build_vision_tower(checkpoints[kind])
     together = tower(pixels(3))
     for index, image in enumerate(pixels(3)):
         torch.testing.assert_close(tower(image[None])[0], together[index])
+    assert tower(pixels(0)).shape == (0, 4, 32)
 
 
 @pytest.mark.parametrize("shape", [(3, 28, 28), (1, 3, 28, 42), (1, 1, 28, 28), (1, 28, 28, 3), (0, 3, 14, 14)])
 def test_pixels_of_another_shape_are_refused(checkpoints, shape):
-    for kind in ("clip", "dinov2"):
-        with pytest.raises(ValueError, match=r"\(N, 3, 28, 28\), got") as error:
-            build_vision_tower(checkpoints[kind])(torch.zeros(shape))
-        assert str(shape) in str(error.value)
+    with pytest.raises(ValueError, match=r"28, 28") as error:
+        build_vision_tower(checkpoints["clip"])(torch.zeros(shape))
+    assert str(shape) in str(error.value)
 
 
 def test_bytes_are_refused_as_pixels(checkpoints):
     with pytest.raises(ValueError, match="uint8"):
         build_vision_tower(checkpoints["clip"])(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_shape_of_a_tower_needs_no_weights(checkpoints, tmp_path, kind):
+    tower = build_vision_tower(checkpoints[kind])
+    folder = shutil.copytree(checkpoints[kind], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = read_tower_shape(folder)
+    for name in ("kind", "hidden_size", "num_image_tokens", "image_size"):
+        assert getattr(shape, name) == getattr(tower, name)
+    assert shape.num_parameters == sum(parameter.numel() for parameter in tower.parameters())
+    (folder / "preprocessor_config.json").unlink()
+    if kind.startswith("dinov2"):  # only that file tells its size, so it is refused as loading the tower refuses it
+        with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
+            read_tower_shape(folder)
+    else:
+        assert read_tower_shape(folder).image_size == tower.image_size
+
+
+def test_the_shape_is_refused_where_the_tower_would_be(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["clip"], tmp_path / "clip")
+    (folder / "preprocessor_config.json").write_text(json.dumps(OLD_PREPROCESSOR | {"crop_size": 42, "size": 42}))
+    said = []
+    for load in (build_vision_tower, read_tower_shape):
+        with pytest.raises(ValueError, match="42×42") as error:
+            load(folder)
+        said.append(str(error.value))
+    assert said[0] == said[1]

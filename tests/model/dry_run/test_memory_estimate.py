@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from benchmarks import memory_table
-from benchmarks.memory_run import drawn_batches
+from benchmarks.training import memory_table
+from benchmarks.training.memory_run import drawn_batches
 from dataset.sample_sizes import SampleSize
 from model import LoraSettings, VisionLanguageModel
 from model.dry_run.memory_estimate import (

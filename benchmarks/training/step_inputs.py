@@ -1,11 +1,11 @@
 """What both peers of `train_step.py` train: pictures and captions, and one model in our format and in transformers'.
 
-    python -m benchmarks.step_inputs --folder FOLDER --size vocabulary-true
+    python -m benchmarks.training.step_inputs --folder FOLDER --size vocabulary-true
 
 *Vocabulary-true* has Qwen's vocabulary over a trunk of 8 × 512, so that the language head is three quarters of the
 matrices that multiply. *Proportional* has the same trunk and a head of 4,748 rows: in Qwen-7B, head to trunk is as
 151,936 rows to 32 layers of width 4096, and rows = 151,936 · (8 · 512) / (32 · 4096) keeps that share (8.8%). Token ids
-stay Qwen's; `folding.py` maps them onto the rows that there are.
+stay Qwen's; `small_vocabulary.py` maps them onto the rows that there are.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks.vocabulary import vocabulary_file
 from model import VisionLanguageModel
 
-from .made_data import ANSWER_TOKENS, QUESTION, Answers, write_files
-from .same_size import SEED, Size, build_ours, build_peer, copy_weights, save_tower
+from ..peers import SEED, Size, build_ours, build_peer, copy_weights, save_tower
+from ..synthetic_data import ANSWER_TOKENS, QUESTION, Answers, write_files
+from ..vocabulary import vocabulary_file
 
 SIZES = {"vocabulary-true": Size(), "proportional": Size(vocabulary=4748)}
 PICTURE = (640, 480)

@@ -1,7 +1,7 @@
 """A whole training step, beside the same model built and trained with transformers, PEFT and the stock Trainer.
 
-    python benchmarks/train_step.py                                     # both sizes, fp32 and bf16
-    python benchmarks/train_step.py --sizes proportional --dtypes float32
+    python -m benchmarks.training.train_step                                     # both sizes, fp32 and bf16
+    python -m benchmarks.training.train_step --sizes proportional --dtypes float32
 
 Loading, tower, model, loss, backward pass and optimizer, in batches of 4; the first steps are left out.
 `step_inputs.py` says what is trained, `step_runs.py` who the peers are; `grouped.py` has batches of similar length.
@@ -22,11 +22,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from ..measure import RESULTS, draw_bars, machine, medians, run_in_turn, text_table, write_results
 
-from benchmarks.measure import RESULTS, draw_bars, machine, medians, run_in_turn, text_table, write_results
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = ("vocabulary-true", "proportional")
 DTYPES = ("float32", "bfloat16")
 LOSSES_AGREE = {"float32": 1e-5, "bfloat16": 2e-3}
@@ -47,14 +45,14 @@ def measure(size: str, dtypes: list[str], given: argparse.Namespace) -> dict[str
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         module = [sys.executable, "-m"]
-        words = ["benchmarks.step_inputs", "--folder", str(folder), "--size", size]
+        words = ["benchmarks.training.step_inputs", "--folder", str(folder), "--size", size]
         subprocess.run([*module, *words], check=True, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment(given))
         for dtype in dtypes:
             common = ["--folder", str(folder), "--dtype", dtype, "--steps", str(given.steps)]
             common += ["--skipped", str(given.skipped), "--threads", str(given.threads)]
             commands = {
-                "peer": [*module, "benchmarks.step_runs", "peer", *common],
-                "ours": [*module, "benchmarks.step_runs", "ours", *common],
+                "peer": [*module, "benchmarks.training.step_runs", "peer", *common],
+                "ours": [*module, "benchmarks.training.step_runs", "ours", *common],
             }
             runs = run_in_turn(commands, given.rounds, environment(given))
             figures[dtype] = {name: medians(measured) for name, measured in runs.items()}

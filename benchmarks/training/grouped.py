@@ -1,7 +1,7 @@
 """Batches of similar length beside random ones: the padding of each, seconds by the sample, and what packing could add.
 
-    python benchmarks/grouped.py
-    python benchmarks/grouped.py --dtype bfloat16 --batches 4 --samples 96
+    python -m benchmarks.training.grouped
+    python -m benchmarks.training.grouped --dtype bfloat16 --batches 4 --samples 96
 
 The samples are those of `prepare.py`: as many as the real ones, of their lengths (210,000 Chinese captions, 23,000 long
 and 77,000 longer English answers), 256 image tokens each. The first table counts the tokens of an epoch of all of them
@@ -25,14 +25,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.measure import RESULTS, draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
+from ..measure import RESULTS, draw_bars, itself, machine, medians, run_in_turn, run_once, text_table, write_results
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IMAGE_TOKENS = 256
 STRATEGIES = {"random": "random", "grouped": "sequential"}
 """The flag of each run: the samples stand in the order of a grouped epoch, which is gone through as it is."""
@@ -43,10 +41,11 @@ STRATEGIES = {"random": "random", "grouped": "sequential"}
 
 def lengths_of(folder: Path, scale: float) -> tuple[Any, Tensor, Tensor]:
     """Make annotations and open them; returns the data set, and estimated and true tokens of each sample."""
-    from benchmarks.prepare import write_annotations
-    from benchmarks.prepare_run import open_dataset
-    from benchmarks.vocabulary import vocabulary_file
     from qwen import QWenTokenizer
+
+    from ..data.prepare import write_annotations
+    from ..data.prepare_run import open_dataset
+    from ..vocabulary import vocabulary_file
 
     write_annotations(folder, scale, pictures=1)
     command = [sys.executable, str(ROOT / "dataprocess/process_image.py"), "--config", str(folder / "config.yaml")]
@@ -86,8 +85,9 @@ def attention_share(lengths: Tensor, batch: int) -> float:
 
 def count(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Padding of an epoch in each order; writes samples to train, as many whole batches of the grouped order."""
-    from benchmarks.same_size import SEED
     from dataset.epoch_order import epoch_permutation, grouped_permutation
+
+    from ..peers import SEED
 
     dataset, estimated, true = lengths_of(folder, given.scale)
     orders = {
@@ -119,8 +119,8 @@ def count(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 def write_samples(folder: Path, dataset: Any, chosen: list[int], *, tiny: bool) -> None:
     """Write pictures and both files of some samples, in this order, and the model that trains on them."""
-    from benchmarks.same_size import TINY
-    from benchmarks.step_inputs import SIZES, write_data, write_ours
+    from ..peers import TINY
+    from .step_inputs import SIZES, write_data, write_ours
 
     inputs = folder / "inputs"
     write_data(inputs, len(chosen))
@@ -141,7 +141,7 @@ def measure(folder: Path, batch: int, given: argparse.Namespace) -> dict[str, di
     common = ["--folder", str(folder / "inputs"), "--dtype", given.dtype, "--steps", str(number // batch)]
     common += ["--skipped", "0", "--threads", str(given.threads), "--no_products"]
     common += ["--per_device_train_batch_size", str(batch)]
-    ours = [sys.executable, "-m", "benchmarks.step_runs", "ours", *common]
+    ours = [sys.executable, "-m", "benchmarks.training.step_runs", "ours", *common]
     commands = {name: [*ours, "--train_sampling_strategy", flag] for name, flag in STRATEGIES.items()}
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(given.threads), "PYTHONPATH": str(ROOT)}
     return {name: medians(runs) for name, runs in run_in_turn(commands, given.rounds, environment).items()}
@@ -194,7 +194,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        counted = run_once([sys.executable, __file__, *sys.argv[1:], "--count", temporary]).values
+        counted = run_once([*itself(__file__), *sys.argv[1:], "--count", temporary]).values
         print(f"{counted['samples']:,} samples of {counted['text_tokens']['mean']:.0f} tokens of text in the mean")
         print(share_table(counted), end="\n\n", flush=True)
         found = {batch: measure(folder, batch, given) for batch in given.batches}

@@ -1,7 +1,7 @@
 """Does loading starve a training step? Seconds of a step, how long it waits for its batch, and pictures a second.
 
-    python benchmarks/workers.py
-    python benchmarks/workers.py --workers 0 2 --dtype bfloat16 --rounds 5
+    python -m benchmarks.training.workers
+    python -m benchmarks.training.workers --workers 0 2 --dtype bfloat16 --rounds 5
 
 Our Trainer and its data loader over JPEG files of 640 × 480 pixels with grain, as large as photographs of that size
 (the last line says how large), at the *proportional* size of `train_step.py` in batches of 4. *Waits* is the part of a
@@ -17,17 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ..measure import RESULTS, draw_bars, itself, machine, medians, run_in_turn, run_once, text_table, write_results
 
-from benchmarks.measure import RESULTS, draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BATCH = 4
 READ_AHEAD = 8
 """Batches that are read before the loader is timed alone."""
@@ -41,8 +38,8 @@ def write_inputs(folder: Path, *, pictures: int, tiny: bool) -> None:
     import numpy as np
     from PIL import Image
 
-    from benchmarks.same_size import SEED, TINY
-    from benchmarks.step_inputs import PICTURE, SIZES, write_data, write_ours
+    from ..peers import SEED, TINY
+    from .step_inputs import PICTURE, SIZES, write_data, write_ours
 
     write_data(folder, pictures)
     generator = np.random.default_rng(SEED)
@@ -79,7 +76,7 @@ def train_once(folder: Path, workers: int, given: argparse.Namespace) -> dict[st
     """Train with so many workers, then read all pictures through the same loader without training."""
     import torch
 
-    from benchmarks.step_runs import Clock, build_ours
+    from .step_runs import Clock, build_ours
 
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as output:
@@ -108,7 +105,7 @@ def train_once(folder: Path, workers: int, given: argparse.Namespace) -> dict[st
 
 def measure(given: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Medians by the number of workers."""
-    script = [sys.executable, str(Path(__file__).resolve()), *(["--tiny"] if given.tiny else [])]
+    script = [*itself(__file__), *(["--tiny"] if given.tiny else [])]
     script += ["--dtype", given.dtype, "--steps", str(given.steps), "--skipped", str(given.skipped)]
     script += ["--threads", str(given.threads), "--pictures", str(given.pictures)]
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(given.threads)}

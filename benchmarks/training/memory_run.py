@@ -1,6 +1,6 @@
 """One training run of `memory.py`, in a process of its own: prints what it took, and what was estimated, as JSON.
 
-    python -m benchmarks.memory_run --size vocabulary-true --dtype float32 --steps 3 --folder FOLDER
+    python -m benchmarks.training.memory_run --size vocabulary-true --dtype float32 --steps 3 --folder FOLDER
 
 The peak is `VmHWM`, the most memory that was ever resident, less what was resident once train.py had been imported.
 """
@@ -23,14 +23,14 @@ from PIL import Image
 
 import train
 from dataset.sample_sizes import SampleSize, batch_size_of, data_sizes
-from model.arguments import parse_arguments
+from model.command_line import parse_arguments
 from model.dry_run.memory_estimate import BatchShape
 from model.dry_run.planned_model import largest, planned_model, settings_to_show
 
-from .folding import FoldedLabels, fold
-from .made_data import QUESTION, Answers, write_files
-from .random_weights import SEED, write_language_model, write_tower
-from .same_size import Size
+from ..peers import Size
+from ..random_weights import SEED, write_language_model, write_tower
+from ..small_vocabulary import FoldedLabels, fold
+from ..synthetic_data import QUESTION, Answers, write_files
 
 RANK, BATCH = 128, 4
 SIZES = {

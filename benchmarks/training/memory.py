@@ -1,6 +1,6 @@
 """Is the memory that `--dry_run` expects the memory that training takes? Measured on two sizes that a CPU can train.
 
-    python -m benchmarks.memory [--rounds 1] [--steps 3] [--output OUTPUT]
+    python -m benchmarks.training.memory [--rounds 1] [--steps 3] [--output OUTPUT]
 
 Each run is a process of its own (`memory_run.py`): three steps of batch 4 over samples of one picture and answers of
 15 to 90 tokens, LoRA of rank 128 with dropout. Measured is the most that was ever resident (`VmHWM`) less what was
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .measure import RESULTS, draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
+from ..measure import RESULTS, draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
 
 SIZES = ("vocabulary-true", "wide")
 DTYPES = ("float32", "bfloat16")
@@ -29,7 +29,7 @@ def measure(rounds: int, steps: int) -> dict[str, dict[str, float]]:
     for size in SIZES:
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "benchmarks.memory_run", "--size", size, "--dtype", dtype]
+                command = [sys.executable, "-m", "benchmarks.training.memory_run", "--size", size, "--dtype", dtype]
                 command += ["--steps", str(steps), "--folder", folder]
                 run_once([*command, "--write"])
                 name = f"{size}, {dtype}"

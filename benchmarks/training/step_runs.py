@@ -1,6 +1,6 @@
 """One run of one peer of `train_step.py`, in a process of its own: prints its figures as JSON.
 
-    python -m benchmarks.step_runs ours --folder FOLDER --dtype float32 --steps 10
+    python -m benchmarks.training.step_runs ours --folder FOLDER --dtype float32 --steps 10
 
 *ours* is what `train.py` builds. *peer* is what a user of transformers would write: `LlavaForConditionalGeneration`,
 LoRA by PEFT on the same layers (Qwen2 has c_attn in three pieces, so three of PEFT's layers), the projector trained
@@ -32,8 +32,8 @@ from train import build_trainer
 from visual.base import ImageTransform
 from visual.loading import load_image_processor
 
-from .folding import FoldedLabels, fold, fold_labels
-from .same_size import SEED
+from ..peers import SEED
+from ..small_vocabulary import FoldedLabels, fold, fold_labels
 from .step_work import counted_work, gemm_seconds
 
 RANK, ALPHA, RATE, BATCH = 128, 32, 1e-4, 4

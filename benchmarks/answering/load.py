@@ -1,7 +1,7 @@
 """Seconds and peak memory from the command to the first token, beside transformers' LLaVA of the same size.
 
-    python benchmarks/load.py
-    python benchmarks/load.py --layers 12 --width 1024 --rounds 3
+    python -m benchmarks.answering.load
+    python -m benchmarks.answering.load --layers 12 --width 1024 --rounds 3
 
 Checkpoints with random weights are written in the published formats (QWen in shards, CLIP, and LoRA with projector for
 ours; LLaVA's own for the peer), in bf16. Then `test.py` answers with one token, and a script of the peer does, in turn,
@@ -21,12 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from .. import measure
+from ..vocabulary import vocabulary_file
 
-from benchmarks import measure
-from benchmarks.vocabulary import vocabulary_file
-
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GB = 1e9
 QUESTION = "What is in the picture?"
 
@@ -53,9 +51,10 @@ def write_ours(size: Any, folder: Path, vocabulary: Path) -> None:
     """Write QWen and CLIP in bf16, in the published formats, and a checkpoint over them."""
     import torch
 
-    from benchmarks.same_size import save_tower
     from model import LoraSettings, VisionLanguageModel
     from qwen import QWenLMHeadModel
+
+    from ..peers import save_tower
 
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -82,7 +81,7 @@ def write_llava(size: Any, folder: Path) -> None:
     import torch
     from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
 
-    from benchmarks.same_size import llava_config
+    from ..peers import llava_config
 
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(llava_config(size))
@@ -168,7 +167,7 @@ def main() -> None:
     add("--write", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write:
-        from benchmarks.same_size import Size
+        from ..peers import Size
 
         heads = max(1, args.width // 64)
         towers = {"tower_layers": 12, "tower_width": 768} if args.width > 512 else {}
@@ -178,7 +177,7 @@ def main() -> None:
     vocabulary = args.vocabulary or vocabulary_file()
     with tempfile.TemporaryDirectory() as name:
         sizes = ["--layers", str(args.layers), "--width", str(args.width), "--vocabulary", str(vocabulary)]
-        measure.run_once([sys.executable, __file__, "--write", name, *sizes])
+        measure.run_once([*measure.itself(__file__), "--write", name, *sizes])
         runs = measure.run_in_turn(commands(Path(name)), args.rounds)
         figures = figures_of(runs)
         figures["ours"]["files"] = weight_bytes(Path(name), ("qwen", "clip", "weights"))

@@ -1,6 +1,6 @@
 """What training the published models takes on a GPU, estimated from their shapes; prints the table of the README.
 
-    python -m benchmarks.memory_table
+    python -m benchmarks.training.memory_table
 
 bf16 on CUDA, LoRA of rank 128 on `c_attn|w1|w2`, a projector of two layers, one image in each sample and 128 tokens of
 text, 64 of them answers. `model/dry_run/memory_estimate.py` says what is counted. Nothing of this ran on a GPU.

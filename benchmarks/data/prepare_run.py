@@ -1,8 +1,8 @@
 """One measurement of `prepare.py`, in a process of its own: prints its figures as JSON.
 
-    python -m benchmarks.prepare_run ready --folder FOLDER
-    python -m benchmarks.prepare_run workers --folder FOLDER
-    python -m benchmarks.prepare_run images --folder FOLDER
+    python -m benchmarks.data.prepare_run ready --folder FOLDER
+    python -m benchmarks.data.prepare_run workers --folder FOLDER
+    python -m benchmarks.data.prepare_run images --folder FOLDER
 
 *ready*: from opening the two files to the first sample, and single samples after that, in any order. *workers*: what
 two data workers have for themselves once each of them has read thousands of samples. *images*: pictures per second that
@@ -29,9 +29,9 @@ from model.runs.data_workers import with_calm_workers
 from qwen import QWenTokenizer
 from visual.base import ImageTransform
 
-from .memory_run import resident
-from .random_weights import SEED
-from .vocabulary import vocabulary_file
+from ..random_weights import SEED
+from ..training.memory_run import resident
+from ..vocabulary import vocabulary_file
 
 IMAGE_TOKENS, WORKERS, READS = 256, 2, 4000
 

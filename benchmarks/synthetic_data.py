@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.vocabulary import vocabulary_file
 from qwen import QWenTokenizer
+
+from .vocabulary import vocabulary_file
 
 ANSWER_TOKENS = (15, 90)
 """Tokens of an answer, its end included: the fewest and the most."""

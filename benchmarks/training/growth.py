@@ -1,7 +1,7 @@
 """How the cost of a training step, and of a token of an answer, grows with each thing it depends on.
 
-    python benchmarks/growth.py
-    python benchmarks/growth.py --things batch width --dtype bfloat16 --steps 6
+    python -m benchmarks.training.growth
+    python -m benchmarks.training.growth --things batch width --dtype bfloat16 --steps 6
 
 The step is that of `train_step.py` at the *vocabulary-true* size: batch 2, a picture of 224 × 224 (256 tokens), answers
 of 64 tokens, LoRA of rank 128, no checkpointing. One thing at a time is made larger. Each setting is a process of its
@@ -22,11 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ..measure import RESULTS, draw_bars, itself, machine, medians, run_in_turn, run_once, text_table, write_results
 
-from benchmarks.measure import RESULTS, draw_bars, machine, medians, run_in_turn, run_once, text_table, write_results
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, ANSWER, SAMPLES = 2, 64, 64
 
 
@@ -35,7 +33,7 @@ class Change:
     """What a training step has other than the base."""
 
     times: dict[str, float] = field(default_factory=dict)
-    """By how much fields of `same_size.Size` are multiplied."""
+    """By how much fields of `peers.Size` are multiplied."""
     answer: int = ANSWER
     """Tokens of an answer, its end included."""
     flags: tuple[str, ...] = ()
@@ -82,7 +80,7 @@ def size_of(times: dict[str, float], *, tiny: bool) -> Any:
     """The base size with some fields multiplied."""
     from dataclasses import replace
 
-    from benchmarks.same_size import TINY, Size
+    from ..peers import TINY, Size
 
     base = TINY if tiny else Size()
     return replace(base, **{name: round(getattr(base, name) * by) for name, by in times.items()})
@@ -90,7 +88,7 @@ def size_of(times: dict[str, float], *, tiny: bool) -> Any:
 
 def write_inputs(folder: Path, times: dict[str, float], *, answer: int, tiny: bool) -> None:
     """Write pictures, texts and the models of one setting."""
-    from benchmarks.step_inputs import write_data, write_ours
+    from .step_inputs import write_data, write_ours
 
     write_data(folder, SAMPLES, (answer, answer))
     write_ours(folder, size_of(times, tiny=tiny))
@@ -103,8 +101,9 @@ def decode(cached: int, given: argparse.Namespace) -> dict[str, float]:
 
     import torch
 
-    from benchmarks.same_size import build_ours
     from qwen.growing_cache import GrowingCache
+
+    from ..peers import build_ours
 
     size = size_of({}, tiny=given.tiny)
     torch.set_num_threads(given.threads)
@@ -125,7 +124,7 @@ def decode(cached: int, given: argparse.Namespace) -> dict[str, float]:
 
 def commands(root: Path, things: list[str], given: argparse.Namespace) -> dict[tuple[str, str], list[str]]:
     """What is measured, by thing and value; its inputs are written into folders of `root`."""
-    script = [sys.executable, str(Path(__file__).resolve()), *(["--tiny"] if given.tiny else [])]
+    script = [*itself(__file__), *(["--tiny"] if given.tiny else [])]
     common = ["--dtype", given.dtype, "--threads", str(given.threads)]
     changes = {(thing, value): change for thing in things for value, change in TRAINING.get(thing, {}).items()}
     found = {}
@@ -133,7 +132,16 @@ def commands(root: Path, things: list[str], given: argparse.Namespace) -> dict[t
         folder = root / change.inputs
         if not folder.exists():
             run_once([*script, "--write", str(folder), json.dumps(change.times), str(change.answer)])
-        ours = [sys.executable, "-m", "benchmarks.step_runs", "ours", "--folder", str(folder), "--no_products", *common]
+        ours = [
+            sys.executable,
+            "-m",
+            "benchmarks.training.step_runs",
+            "ours",
+            "--folder",
+            str(folder),
+            "--no_products",
+            *common,
+        ]
         steps = ["--steps", str(given.steps), "--skipped", "1", "--per_device_train_batch_size", str(BATCH)]
         found[name] = [*ours, *steps, *change.flags]
     for cached in CACHED if DECODING in things else ():

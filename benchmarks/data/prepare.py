@@ -1,6 +1,6 @@
 """Preparing and opening data of the real size: time and memory, and how both grow.
 
-    python -m benchmarks.prepare [--scale 1.0] [--output OUTPUT]
+    python -m benchmarks.data.prepare [--scale 1.0] [--output OUTPUT]
 
 Annotations as large as the real ones are made up: 210,000 AI Challenger photos of five Chinese sentences, 77,000 LLaVA
 records of complex reasoning and 23,000 of detailed description (each of one question and one answer, as the published
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from .measure import RESULTS, draw_bars, machine, run_once, text_table, write_results
+from ..measure import RESULTS, draw_bars, machine, run_once, text_table, write_results
 
 SEED = 42
 PHOTOS, REASONING, DETAIL = 210_000, 77_000, 23_000
@@ -102,7 +102,7 @@ def write_annotations(folder: Path, scale: float, pictures: int = PICTURES) -> N
 def measure(folder: Path, *, whole: bool) -> dict[str, float]:
     """Prepare and open what lies in a folder; workers and pictures only where the whole of it is asked for."""
     before = _processor_seconds()
-    script = Path(__file__).parent.parent / "dataprocess" / "process_image.py"
+    script = Path(__file__).resolve().parents[2] / "dataprocess" / "process_image.py"
     run = run_once([sys.executable, str(script), "--config", str(folder / "config.yaml")])
     figures = {
         "process_seconds": run.seconds,
@@ -110,7 +110,7 @@ def measure(folder: Path, *, whole: bool) -> dict[str, float]:
         "process_bytes": float(run.peak_bytes),
     }
     for what in ("ready", "workers", "images") if whole else ("ready",):
-        command = [sys.executable, "-m", "benchmarks.prepare_run", what, "--folder", str(folder)]
+        command = [sys.executable, "-m", "benchmarks.data.prepare_run", what, "--folder", str(folder)]
         figures |= run_once(command).values
     return figures
 

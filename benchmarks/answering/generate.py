@@ -1,7 +1,7 @@
 """Time to the first token, and tokens per second, beside transformers' LLaVA of the same size and weights.
 
-    python benchmarks/generate.py
-    python benchmarks/generate.py --dtypes float32 --batches 1 --rounds 3 --tokens 16
+    python -m benchmarks.answering.generate
+    python -m benchmarks.answering.generate --dtypes float32 --batches 1 --rounds 3 --tokens 16
 
 Peers run in turn, each in a process of its own, on the same prompts and pictures: an image, 20 to 41 words, and as many
 greedy tokens as asked for. Prints a table of medians; writes generate.json and generate.png into the output folder.
@@ -17,9 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import measure
+from .. import measure
 
 DTYPES = ("float32", "bfloat16")
 PEERS = ("ours", "llava")
@@ -44,8 +42,9 @@ def prepare(peer: str, size: Any, prompts: Sequence[Sequence[int]], pixels: Any)
     """Build a peer; gives a function from a number of tokens, and a call after each, to the first answer's ids."""
     import torch
 
-    from benchmarks.same_size import build_ours, build_peer, copy_weights
     from qwen.batch import generate_batch, pad_left
+
+    from ..peers import build_ours, build_peer, copy_weights
 
     ours = build_ours(size, pixels.dtype)
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -111,7 +110,7 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
             flags = ["--dtypes", dtype, "--batches", str(batch), "--tokens", str(args.tokens)]
             flags += ["--clock", args.clock, "--repeats", str(args.repeats)]
             tiny = ["--tiny"] if args.tiny else []
-            commands = {peer: [sys.executable, __file__, "--one", peer, *flags, *tiny] for peer in PEERS}
+            commands = {peer: [*measure.itself(__file__), "--one", peer, *flags, *tiny] for peer in PEERS}
             runs = measure.run_in_turn(commands, args.rounds)
             setting = f"{'fp32' if dtype == 'float32' else 'bf16'}, batch {batch}"
             figures[setting] = {peer: measure.medians(done) for peer, done in runs.items()}
@@ -155,7 +154,7 @@ def main() -> None:
     add("--one", choices=PEERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        from benchmarks.same_size import TINY, Size
+        from ..peers import TINY, Size
 
         size = TINY if args.tiny else Size()
         print(json.dumps(run_one(args.one, args, size)))

@@ -1,7 +1,7 @@
 """What `train.py --feature_cache` wins a training step, and what it costs on disk.
 
-    python benchmarks/feature_cache.py
-    python benchmarks/feature_cache.py --rounds 5 --dtype bfloat16
+    python -m benchmarks.data.feature_cache
+    python -m benchmarks.data.feature_cache --rounds 5 --dtype bfloat16
 
 Tower and language model are of comparable cost: a CLIP of 12 layers × 512 at 224/14 (256 image tokens), and a QWen of
 6 layers × 512 with the published vocabulary and short answers; LoRA r = 128, batch 4, JPEG pictures of 640 × 480 px.
@@ -16,15 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import measure
-from benchmarks.vocabulary import vocabulary_file
+from .. import measure
+from ..vocabulary import vocabulary_file
 
 BATCH, STEPS, WARM_UP = 4, 12, 2
 TOWER = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
@@ -44,8 +41,9 @@ def write_inputs(folder: Path) -> None:
     from PIL import Image
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-    from benchmarks.made_data import QUESTION, write_files
     from qwen import QWenConfig, QWenLMHeadModel
+
+    from ..synthetic_data import QUESTION, write_files
 
     torch.manual_seed(0)
     CLIPVisionModel(CLIPVisionConfig(**TOWER, image_size=224, patch_size=14)).save_pretrained(str(folder / "clip"))
@@ -143,7 +141,7 @@ def main() -> None:
         return write_inputs(args.folder)
     if args.one:
         return train_once(args.folder, args.one, args.dtype)
-    script = [sys.executable, str(Path(__file__).resolve()), "--dtype", args.dtype]
+    script = [*measure.itself(__file__), "--dtype", args.dtype]
     with tempfile.TemporaryDirectory() as folder:
         measure.run_once([*script, "--folder", folder, "--one", "inputs"])
         # Always in this order: the second fills the cache that the third reads.

@@ -1,6 +1,6 @@
 """The true size, once: Qwen-7B-Chat's and CLIP-L's shapes through train.py for two steps and test.py for one answer.
 
-    python -m benchmarks.full_size --folder FOLDER [--scale 1.0] [--output OUTPUT]
+    python -m benchmarks.training.full_size --folder FOLDER [--scale 1.0] [--output OUTPUT]
 
 Random bf16 weights of the published shapes are written shard by shard, 16 GB in all; then `train.py` trains LoRA of
 rank 128 on them on the CPU, in bf16, batch 1, with gradient checkpointing, and `test.py` answers from what it saved.
@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .measure import RESULTS, draw_bars, machine, text_table, write_results
+from ..measure import RESULTS, draw_bars, machine, text_table, write_results
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAYERS, HEADS, HEAD_SIZE, INNER, VOCABULARY = 32, 32, 128, 11_008, 151_936
 TOWER_LAYERS, TOWER_HEADS, TOWER_HEAD_SIZE = 24, 16, 64
 STEPS, NEW_TOKENS = 2, 4
@@ -69,8 +69,8 @@ def write_inputs(folder: Path, scale: float) -> None:
     """Write weights, pictures and annotations."""
     from PIL import Image  # not before: the process that starts others must stay small
 
-    from .made_data import write_files
-    from .random_weights import clip_config, qwen_config, write_language_model, write_tower
+    from ..random_weights import clip_config, qwen_config, write_language_model, write_tower
+    from ..synthetic_data import write_files
 
     sizes = shapes(scale)
     write_language_model(folder / "qwen", qwen_config(**sizes["qwen"]))
@@ -187,7 +187,7 @@ def main() -> int:
     if given.write_only:
         write_inputs(folder, given.scale)
         return 0
-    writing = [sys.executable, "-m", "benchmarks.full_size", "--write_only", "--folder", str(folder)]
+    writing = [sys.executable, "-m", "benchmarks.training.full_size", "--write_only", "--folder", str(folder)]
     steps = {"writing the weights": [*writing, "--scale", str(given.scale)], **commands(folder, given.lora_rank)}
     found: dict[str, Watched] = {}
     for name, command in steps.items():
