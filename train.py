@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from dataset import ImageCaptionDataset, VLMCollator
 from dataset.epoch_order import EpochOrder
+from dataset.sample_lengths import estimated_lengths, padding_shares
 from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
 from model.arguments import DataArguments, ModelArguments
 from model.checkpoints.checkpoint import read_checkpoint
@@ -85,19 +86,19 @@ def in_epoch_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -
     seed = args.seed if args.data_seed is None else args.data_seed
     if args.train_sampling_strategy != "group_by_length":
         return EpochOrder(train_set, seed, shuffled=args.train_sampling_strategy == "random")
-    lengths = train_set.estimated_lengths()
+    lengths = estimated_lengths(train_set)
     if args.process_index == 0:  # one process logs it: it takes a second or two
-        shares = [100 * share for share in train_set.padding_shares(lengths, args.train_batch_size, seed)]
+        shares = [100 * share for share in padding_shares(train_set, lengths, args.train_batch_size, seed)]
         logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
     return EpochOrder(train_set, seed, lengths)
 
 
-def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack) -> VLMTrainer:
+def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack | None = None) -> VLMTrainer:
     """Do everything that comes before the first step; no file of an earlier run is deleted or changed.
 
     Args:
         argv: the command line.
-        lock: holds the output folder until it is closed.
+        lock: keeps other runs out of the output folder until it is closed; None: nothing does.
 
     Returns:
         The trainer; `args.resume_from_checkpoint` is the checkpoint that it resumes from, or None.
@@ -111,7 +112,8 @@ def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack) -> VLMTrainer
     set_up_logging(args.process_index, args.world_size)
 
     # One run, one folder: take it, and find the checkpoint to resume from, or an old run to overwrite.
-    lock.enter_context(hold_run_folder(args))
+    if lock is not None:
+        lock.enter_context(hold_run_folder(args))
     resume = checkpoint_to_resume(args)
     old_files = files_in_the_way(args, resume)
 

@@ -15,10 +15,10 @@ from PIL import Image
 from tiny_run import load_test_py, one_line_error
 
 from dataprocess import process_image
-from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, load_image
-from dataset.prompt import encode_prompt, with_placeholders
+from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator
+from dataset.prompt import encode_prompt
 from model.asking.answer_file import AnswerFile
-from model.asking.batch_answers import Asked, answer_all
+from model.asking.batch_answers import answer_all
 from model.asking.question_file import read_questions
 
 GOOD = "good.png"
@@ -54,7 +54,7 @@ def prepare(folder: Path, label: bytes, *flags: str) -> tuple[int, list[dict], l
 
 
 def open_dataset(folder: Path, tokenizer: Any, how: str) -> ImageCaptionDataset:
-    """The data set as train.py opens it, whose files lie in a folder, with any share of bad samples."""
+    """Open the files in a folder as train.py does, with any share of bad samples allowed."""
     return ImageCaptionDataset(
         *(folder / "image_map.json", folder / "captions.json", tokenizer, whole_picture),
         num_image_tokens=2,
@@ -67,7 +67,7 @@ def train_on_all(folder: Path, tokenizer: Any) -> tuple[str, list[dict[str, Any]
     """Read every sample, with `error` and with `skip`, and see that both agree.
 
     Returns:
-        What is wrong ("" if nothing is), and the samples that can be trained on.
+        The problem ("" if there is none), and the samples that can be trained on.
     """
     try:
         strict = open_dataset(folder, tokenizer, "error")
@@ -94,7 +94,7 @@ def train_on_all(folder: Path, tokenizer: Any) -> tuple[str, list[dict[str, Any]
 
 
 class RecordingAssistant:
-    """Stands for the model behind test.py: keeps the pictures and the prompts it is asked about."""
+    """Takes the place of the model in test.py: keeps the pictures and the prompts it is asked about."""
 
     def __init__(self, tokenizer: Any, answer: str = "an answer") -> None:
         self.tokenizer = tokenizer
@@ -127,7 +127,9 @@ def answer(path: Path | str | None, prompt: str, tokenizer: Any, capsys: Any) ->
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ask, "load_assistant", lambda args: assistant)
-        flags = ["--prompt", prompt] + ([] if path is None else ["--image_path", os.fspath(path)])
+        flags = ["--model_weights", "none", "--prompt", prompt] + (
+            [] if path is None else ["--image_path", os.fspath(path)]
+        )
         status = ask.main(flags)
     out, err = capsys.readouterr()
     if status == 0:
@@ -141,8 +143,8 @@ def answer_batch(folder: Path, path: str, tokenizer: Any) -> tuple[str, Recordin
     """Ask `test.py --batch` about a picture and a good one, the model apart.
 
     Returns:
-        What is wrong with the picture, or with the whole file ("" if nothing), and what the model saw but for the good
-        one.
+        The problem with the picture or with the whole file ("" if there is none), and what the model saw, the good
+        picture apart.
     """
     good = folder / "images" / GOOD
     lines = [{"id": "hostile", "image": path, "prompt": "What?"}, {"id": "good", "image": str(good), "prompt": "What?"}]
@@ -152,12 +154,11 @@ def answer_batch(folder: Path, path: str, tokenizer: Any) -> tuple[str, Recordin
     except ValueError as error:
         return str(error), RecordingAssistant(tokenizer)
     assistant = RecordingAssistant(tokenizer)
-    asked = [Asked(with_placeholders(question.prompt, len(question.images)), question.images) for question in questions]
-    with AnswerFile(folder / "answers.jsonl", [question.id for question in questions], {}) as answers:
-        for outcome in answer_all(assistant, asked, load_image, 2, 0):
-            answers.add(outcome)
+    answers = AnswerFile(folder / "answers.jsonl", [question.id for question in questions], {})
+    for line in answer_all(assistant, questions, 2, 0):
+        answers.add(line)
     hostile, fine = (json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines())
-    assert fine == {"id": "good", "answer": "an answer"}, "the good one is answered whatever is beside it"
+    assert fine == {"id": "good", "answer": "an answer"}, "the good one is answered whatever comes with it"
     assert "\n" not in hostile.get("error", "")
     assistant.images.pop()  # the good one
     return hostile.get("error", ""), assistant

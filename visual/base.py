@@ -53,14 +53,14 @@ class ImageTransform:
         """Resize, crop, rescale and normalise one image.
 
         Args:
-            image: A PIL image of any size in mode RGB.
+            image: a PIL image of any size in mode RGB.
 
         Returns:
             (3, H, W), float32, equal to the image processor's `pixel_values`; only where a picture is more than 256
             times longer than wide, its pixels may be shifted by a part of a pixel.
 
         Raises:
-            ValueError: The image is in another mode: what becomes of alpha or palettes is for the caller to say.
+            ValueError: if the image is in another mode: what becomes of alpha or palettes is for the caller to say.
         """
         if image.mode != "RGB":
             raise ValueError(f"the image transform takes RGB images, got mode {image.mode!r}: convert the image first")

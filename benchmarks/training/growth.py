@@ -101,7 +101,7 @@ def decode(cached: int, given: argparse.Namespace) -> dict[str, float]:
 
     import torch
 
-    from qwen.growing_cache import GrowingCache
+    from qwen.cache import GrowingCache
 
     from ..peers import build_ours
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ import torch
 from PIL import Image
 
 import train
-from dataset.sample_sizes import SampleSize, batch_size_of, data_sizes
 from model.command_line import parse_arguments
+from model.dry_run.data_sizes import data_sizes
 from model.dry_run.memory_estimate import BatchShape
 from model.dry_run.planned_model import largest, planned_model, settings_to_show
 
@@ -94,10 +92,9 @@ def run(folder: Path, size: Size, dtype: torch.dtype, checkpointing: bool) -> di
     measured = resident("VmHWM") - before
     model_args, _, args = parse_arguments(argv)
     shape, lora = planned_model(model_args)
-    annotations = trainer.train_dataset.dataset._annotations
-    how: dict[str, Any] = {"max_length": 2048, "rows": BATCH, "strategy": "random", "order_seed": SEED, "seed": SEED}
-    sizes = data_sizes(annotations, trainer.train_dataset.dataset.tokenizer, shape.image_tokens, **how).samples
-    batches = [BatchShape(BATCH, b.tokens, b.supervised, b.images) for b in drawn_batches(sizes, BATCH, SEED)]
+    samples = trainer.train_dataset.dataset
+    sizes = data_sizes(samples, rows=BATCH, strategy="random", order_seed=args.seed)
+    batches = [BatchShape(sizes.rows, b.tokens, b.supervised, b.images) for b in sizes.batches]
     setting = next(iter(settings_to_show(lora, args, dtype).values()))
     found = largest(shape, replace(setting, checkpointing=checkpointing), batches)
     return {
@@ -107,18 +104,6 @@ def run(folder: Path, size: Size, dtype: torch.dtype, checkpointing: bool) -> di
         "processor_seconds": time.process_time() - start,
         **asdict(found),
     }
-
-
-def drawn_batches(sizes: Sequence[SampleSize], rows: int, seed: int) -> list[SampleSize]:
-    """Sizes of batches as an epoch would draw them: every sample once, in random order.
-
-    Args:
-        sizes: of the samples.
-        rows: samples per batch; the last one may have fewer.
-        seed: decides the order.
-    """
-    order = random.Random(seed).sample(list(sizes), len(sizes))
-    return [batch_size_of(order[start : start + rows]) for start in range(0, len(order), rows)]
 
 
 def main() -> None:

@@ -70,14 +70,14 @@ def stranger(run, tmp_path) -> Path:
 def refused(base_flags, data, capsys):
     """Go on from a checkpoint; gives the one line that says why not."""
 
-    def go_on(checkpoint: Path, *flags: str) -> str:
+    def resume(checkpoint: Path, *flags: str) -> str:
         capsys.readouterr()
         flags = flags or ("--resume_from_checkpoint", str(checkpoint))
         output = checkpoint.parent if "--resume_from_checkpoint" in flags else checkpoint.parent.parent / "new"
         assert train.main([*QUICK, *base_flags, *data, "--output_dir", str(output), *flags]) == 2
         return one_line_error(capsys.readouterr().err, "train.py")
 
-    return go_on
+    return resume
 
 
 class Poison:

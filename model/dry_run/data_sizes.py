@@ -1,0 +1,119 @@
+"""Tokens and images of a data set's samples and batches, counted without opening an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dataset import ImageCaptionDataset
+from dataset.annotations import Sample
+from dataset.epoch_order import EpochOrder
+from dataset.prompt import SampleError, encode_sample
+from dataset.sample_lengths import MOST_COUNTED, draw_some, estimated_lengths, padding_shares
+from qwen import IGNORE_INDEX
+
+_LONGEST_BATCHES = 64
+"""Batches that are counted exactly, the longest by estimate; an estimate cannot tell which of them is longest."""
+
+
+@dataclass(frozen=True)
+class SampleSize:
+    """A sample as training sees it; or a batch: the tokens of its longest sample, and the sums of the others."""
+
+    tokens: int
+    """All tokens: prompt, image tokens and answers, after cutting."""
+    supervised: int
+    """Tokens of answers and their end tokens."""
+    images: int
+    """Images."""
+
+
+@dataclass(frozen=True)
+class DataSizes:
+    """The sizes of a data set that matter to a run."""
+
+    num_samples: int
+    """Samples, without those that the two files show to be bad."""
+    num_bad: int
+    """Samples that the two files show to be bad."""
+    samples: list[list[SampleSize]]
+    """Samples drawn from all of them, counted exactly, each with every alternative answer."""
+    batches: list[SampleSize]
+    """The longest batches of the first epoch, counted exactly: each sample with its longest answers."""
+    rows: int
+    """Samples of a batch, if there are so many."""
+    padding: tuple[float, float]
+    """Shares of padding in batches, 0 to 1: grouped by length, and in random order."""
+    images: frozenset[tuple[str, str]]
+    """Folder and name of each image, once."""
+
+
+def data_sizes(
+    dataset: ImageCaptionDataset, *, rows: int, strategy: str, order_seed: int, most: int = MOST_COUNTED
+) -> DataSizes:
+    """Measure a data set: all of it by estimate, some samples and the longest batches exactly.
+
+    Args:
+        dataset: the samples.
+        rows: samples of a batch.
+        strategy: the order of an epoch, as `--train_sampling_strategy` names it.
+        order_seed: the seed of that order.
+        most: how many samples are counted exactly; the data set's seed decides which.
+
+    Raises:
+        SampleError: if none of the samples that were counted fits.
+    """
+    lengths = estimated_lengths(dataset)
+    grouped_by = lengths if strategy == "group_by_length" else None
+    order = EpochOrder(dataset, order_seed, grouped_by, shuffled=strategy != "sequential")
+    batches = order.permutation(0).split(rows)
+    longest = torch.stack([lengths[batch].max() for batch in batches]).argsort(descending=True, stable=True)
+    samples = _sizes_of(dataset, draw_some(len(dataset), most, dataset.seed))
+    counted = [_sizes_of(dataset, batches[number].tolist()) for number in longest[:_LONGEST_BATCHES].tolist()]
+    if not samples or not any(counted):
+        raise SampleError(f"none of {len(dataset)} samples fits into --max_length {dataset.max_length}; raise it")
+    return DataSizes(
+        num_samples=len(dataset),
+        num_bad=len(dataset.bad),
+        samples=samples,
+        batches=[_batch_size(batch) for batch in counted if batch],
+        rows=min(rows, len(dataset)),
+        padding=padding_shares(dataset, lengths, rows, order_seed),
+        images=frozenset(dataset.annotations.images()),
+    )
+
+
+def _sizes_of(dataset: ImageCaptionDataset, indices: Iterable[int]) -> list[list[SampleSize]]:
+    """Count some samples, leaving out those that do not fit."""
+    return list(filter(None, (_sizes(dataset, dataset.annotations[index]) for index in indices)))
+
+
+def _sizes(dataset: ImageCaptionDataset, sample: Sample) -> list[SampleSize]:
+    """Count a sample with each answer that training may draw, the longest of all turns first."""
+    turns = [(question, sorted(answers, key=len, reverse=True)) for question, answers in sample.turns]
+    if not dataset.training:  # an evaluation takes the first
+        turns = [(question, answers[:1]) for question, answers in sample.turns]
+    sizes = []
+    for number in range(max(len(answers) for _, answers in turns)):
+        chosen = [(question, answers[number % len(answers)]) for question, answers in turns]
+        try:
+            encoded = encode_sample(
+                dataset.tokenizer, chosen, dataset.num_image_tokens, dataset.system, dataset.max_length
+            )
+        except SampleError:
+            continue
+        supervised = sum(label != IGNORE_INDEX for label in encoded.labels)
+        sizes.append(SampleSize(len(encoded.input_ids), supervised, len(sample.image_files)))
+    return sizes
+
+
+def _batch_size(samples: Sequence[Sequence[SampleSize]]) -> SampleSize:
+    """Return the size of a batch in which every sample has its longest answers."""
+    longest = [max(sizes, key=lambda size: size.tokens) for sizes in samples]
+    return SampleSize(
+        tokens=max(size.tokens for size in longest),
+        supervised=sum(size.supervised for size in longest),
+        images=sum(size.images for size in longest),
+    )
