@@ -51,6 +51,7 @@ def hold_run_folder(args: VLMTrainingArguments) -> Iterator[None]:
     with contextlib.ExitStack() as lock:
 
         def take() -> None:
+            lock.callback(_remove_empty, [path for path in (folder, *folder.parents) if not path.exists()])
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 lock.enter_context(hold(folder))
@@ -62,6 +63,13 @@ def hold_run_folder(args: VLMTrainingArguments) -> Iterator[None]:
         if problem:
             raise FileLockError(f"--output_dir {problem}")
         yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders that were created for a run which was refused."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 # ---- Checkpoints
