@@ -287,6 +287,7 @@ MISTAKES = {
     "hub, offline": ("--base_language_model Qwen/Qwen-7B-Chat", "'Qwen/Qwen-7B-Chat'"),
     "length": ("--max_new_tokens 0", "--max_new_tokens 0"),
     "temperature, tiny": ("--temperature 1e-40", "--temperature 1e-40"),
+    "temperature, infinite": ("--temperature inf", "--temperature inf"),
     "no number": ("--temperature hot", "--temperature"),
     "top_p": ("--top_p 1.5", "--top_p 1.5"),
     "top_k": ("--top_k -1", "--top_k -1"),
