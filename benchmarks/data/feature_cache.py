@@ -5,9 +5,9 @@
 
 Tower and language model are of comparable cost: a CLIP of 12 layers × 512 at 224/14 (256 image tokens), and a QWen of
 6 layers × 512 with the published vocabulary and short answers; LoRA r = 128, batch 4, JPEG pictures of 640 × 480 px.
-`train.py` runs in turn without a cache, with an empty one (a first epoch), and with a full one (any other), each run a
-process of its own. Medians are taken over the steps after the second, of seconds by the clock and of the processor's,
-which other programs on the machine disturb less.
+`train.py` runs in turn without a cache and with one, which it fills before its first step, each run a process of its
+own. Medians are taken over the steps after the second, of seconds by the clock and of the processor's, which other
+programs on the machine disturb less.
 Prints a table of medians; writes feature_cache.json and feature_cache.png into the output folder.
 """
 
@@ -27,7 +27,7 @@ BATCH, STEPS, WARM_UP = 4, 12, 2
 TOWER = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
 LANGUAGE = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "kv_channels": 64}
 PICTURE = (640, 480)
-PEERS = ("tower in each step", "cache, first epoch", "cache, later epochs")
+PEERS = ("tower in each step", "features read")
 DATA_SETS = {"COCO 2017 train": 118_287, "AI Challenger train": 210_000}
 PUBLISHED = {"CLIP-L/14, 224 px": (256, 1024), "SigLIP-so400m/14, 384 px": (729, 1152)}
 BLOCK = 4096
@@ -81,8 +81,7 @@ def train_once(folder: Path, peer: str, dtype: str) -> None:
 
     output, cache = folder / "run", folder / "cache"
     shutil.rmtree(output, ignore_errors=True)
-    if peer != PEERS[2]:
-        shutil.rmtree(cache, ignore_errors=True)
+    shutil.rmtree(cache, ignore_errors=True)
     flags = [
         *("--base_language_model", folder / "qwen", "--base_value_model", folder / "clip", "--output_dir", output),
         *("--image_map", folder / "image_map.json", "--captions_file", folder / "captions.json", "--max_steps", STEPS),
@@ -144,11 +143,8 @@ def main() -> None:
     script = [*measure.itself(__file__), "--dtype", args.dtype]
     with tempfile.TemporaryDirectory() as folder:
         measure.run_once([*script, "--folder", folder, "--one", "inputs"])
-        # Always in this order: the second fills the cache that the third reads.
-        runs: dict[str, list[measure.Run]] = {peer: [] for peer in PEERS}
-        for _ in range(args.rounds):
-            for peer in PEERS:
-                runs[peer].append(measure.run_once([*script, "--folder", folder, "--one", peer]))
+        kinds = {peer: [*script, "--folder", folder, "--one", peer] for peer in PEERS}
+        runs = measure.run_in_turn(kinds, args.rounds)
     report({peer: measure.medians(measured) for peer, measured in runs.items()}, args)
     return None
 

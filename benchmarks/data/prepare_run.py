@@ -46,7 +46,7 @@ class TextsOnly(Dataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.dataset._annotations[index]
+        sample = self.dataset.annotations[index]
         turns = [(question, answers[0]) for question, answers in sample.turns]
         encoded = encode_sample(self.dataset.tokenizer, turns, IMAGE_TOKENS)
         return {
@@ -84,7 +84,7 @@ def ready(folder: Path, tokenizer: QWenTokenizer) -> dict[str, float]:
     places = random.Random(SEED).choices(range(len(dataset)), k=READS)
     processor = time.process_time()
     for place in places:
-        _ = dataset._annotations[place]
+        _ = dataset.annotations[place]
     return {**figures, "sample_seconds": (time.process_time() - processor) / READS}
 
 

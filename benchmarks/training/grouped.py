@@ -17,6 +17,7 @@ Prints both tables, writes `results/grouped.json` and `.png`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -41,6 +42,7 @@ STRATEGIES = {"random": "random", "grouped": "sequential"}
 
 def lengths_of(folder: Path, scale: float) -> tuple[Any, Tensor, Tensor]:
     """Make annotations and open them; returns the data set, and estimated and true tokens of each sample."""
+    from dataset.sample_lengths import estimated_lengths
     from qwen import QWenTokenizer
 
     from ..data.prepare import write_annotations
@@ -51,23 +53,19 @@ def lengths_of(folder: Path, scale: float) -> tuple[Any, Tensor, Tensor]:
     command = [sys.executable, str(ROOT / "dataprocess/process_image.py"), "--config", str(folder / "config.yaml")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     dataset = open_dataset(folder, QWenTokenizer(str(vocabulary_file())))
-    return dataset, dataset.estimated_lengths(), true_lengths(dataset)
+    return dataset, estimated_lengths(dataset), true_lengths(dataset)
 
 
 def true_lengths(dataset: Any) -> Tensor:
     """How many tokens samples have in the first epoch, (samples,) int32; one that can't be used has one."""
     import torch
 
-    from dataset.prompt import SampleError, encode_sample
+    from dataset import SampleError
 
     lengths = torch.ones(len(dataset), dtype=torch.int32)
-    for index in range(len(dataset)):
-        turns = dataset._choose(dataset._annotations[index])
-        try:
-            sample = encode_sample(dataset.tokenizer, turns, IMAGE_TOKENS, dataset.system, dataset.max_length)
-        except SampleError:
-            continue
-        lengths[index] = len(sample.input_ids)
+    for index, sample in enumerate(dataset.annotations):
+        with contextlib.suppress(SampleError):
+            lengths[index] = len(dataset.encode(sample).input_ids)
     return lengths
 
 
@@ -126,7 +124,7 @@ def write_samples(folder: Path, dataset: Any, chosen: list[int], *, tiny: bool) 
     write_data(inputs, len(chosen))
     captions = {}
     for number, index in enumerate(chosen):
-        ((question, answer),) = dataset._choose(dataset._annotations[index])
+        ((question, answer),) = dataset.choose_answers(dataset.annotations[index])
         captions[str(number)] = {"q": question, "a": answer}
     (inputs / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
     write_ours(inputs, TINY if tiny else SIZES["proportional"])

@@ -93,9 +93,7 @@ def run(folder: Path, size: Size, dtype: torch.dtype, checkpointing: bool) -> di
     model_args, _, args = parse_arguments(argv)
     shape, lora = planned_model(model_args)
     samples = trainer.train_dataset.dataset
-    seeds = {"order_seed": args.seed, "seed": args.seed}
-    how: dict[str, Any] = {"max_length": 2048, "rows": BATCH, "strategy": "random", **seeds}
-    sizes = data_sizes(samples._annotations, samples.tokenizer, shape.image_tokens, **how)
+    sizes = data_sizes(samples, rows=BATCH, strategy="random", order_seed=args.seed)
     batches = [BatchShape(sizes.rows, b.tokens, b.supervised, b.images) for b in sizes.batches]
     setting = next(iter(settings_to_show(lora, args, dtype).values()))
     found = largest(shape, replace(setting, checkpointing=checkpointing), batches)
