@@ -92,9 +92,9 @@ def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing, dro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--dtype float32", "--dtype bfloat16 --checkpointing"])
-def test_the_estimate_is_near_what_a_process_takes(flags):
-    done = start("python", "-m", "benchmarks.training.memory_run", "--size", "wide", *flags.split(), "--steps", 2)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_is_near_what_a_process_takes(dtype):
+    done = start("python", "-m", "benchmarks.training.memory_run", "--size", "wide", "--dtype", dtype, "--steps", 2)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["peak"] == pytest.approx(found["measured"], rel=0.15)
