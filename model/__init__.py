@@ -1,4 +1,4 @@
-"""The vision-language model: projector, assembly, LoRA, checkpoints and the Trainer subclass."""
+"""The vision-language model: its parts, their checkpoints, and the Trainer subclass."""
 
 from .arguments import VLMTrainingArguments
 from .checkpoints.checkpoint import Checkpoint, CheckpointError, read_checkpoint, save_checkpoint

@@ -57,9 +57,13 @@ def check_supported(args: VLMTrainingArguments) -> None:
     Raises:
         ValueError: naming all of them, with what to do instead.
     """
-    given = [f"--{name} {getattr(args, name)}: {why}" for name, why in _NOT_SUPPORTED.items() if getattr(args, name)]
+    given = [
+        f"--{name} {getattr(args, name)} is not supported: {why}"
+        for name, why in _NOT_SUPPORTED.items()
+        if getattr(args, name)
+    ]
     if given:
-        raise ValueError(f"not supported: {'; '.join(given)}")
+        raise ValueError("; ".join(given))
 
 
 def check_optimizer(args: VLMTrainingArguments) -> None:

@@ -1,14 +1,19 @@
-"""LoRA on the language model, by PEFT (https://arxiv.org/abs/2106.09685)."""
+"""LoRA on the language model, by PEFT (https://arxiv.org/abs/2106.09685): W becomes W + (alpha / r) · B A."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
+
+from dataprocess.messages import format_count
 
 from .lora_linear import make_lean
 
@@ -19,10 +24,10 @@ class LoraTargetError(ValueError):
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What `--lora_rank`, `--lora_alpha`, `--lora_dropout` and `--target_modules` say."""
+    """Rank, scale, dropout and places of fresh LoRA layers."""
 
     rank: int = 128
-    """Rank r of the update."""
+    """Rank r of the update: A is (r, inputs), B is (outputs, r)."""
     alpha: int = 32
     """The update is scaled by alpha / r."""
     dropout: float = 0.1
@@ -34,12 +39,6 @@ class LoraSettings:
     def parse_targets(cls, text: str) -> tuple[str, ...]:
         """Split `c_attn|w1|w2` at the bars."""
         return tuple(name.strip() for name in text.split("|") if name.strip())
-
-
-def linear_names(model: nn.Module) -> Counter[str]:
-    """Count the linear layers of a model by the last part of their name, `lm_head` left out."""
-    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return Counter(name.rsplit(".", 1)[-1] for name in names if not name.endswith("lm_head"))
 
 
 def add_lora(language_model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
@@ -62,19 +61,42 @@ def add_lora(language_model: PreTrainedModel, settings: LoraSettings) -> PeftMod
     return wrapped
 
 
+@torch.no_grad()
+def merge_lora(language_model: PeftModel) -> Any:
+    """Add every LoRA update to its base weight, in place; computed in fp32 and rounded once.
+
+    Returns:
+        The base model without LoRA layers.
+    """
+    base: Any = language_model.get_base_model()
+    embedding = base.get_input_embeddings()
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        if layer.get_base_layer().weight is embedding.weight:
+            # A tied language head: the update is the head's alone, and the embedding keeps the old weights.
+            layer.get_base_layer().weight = nn.Parameter(embedding.weight.clone(), requires_grad=False)
+            base.config.tie_word_embeddings = False
+        name = layer.active_adapters[0]
+        W, A, B = layer.get_base_layer().weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+        W.copy_(W.float().addmm_(B.float(), A.float(), alpha=layer.scaling[name]))  # (N, K) + (N, r) (r, K)
+    return language_model.unload()
+
+
 def check_targets(language_model: nn.Module, targets: tuple[str, ...]) -> None:
-    """Hold every target name against the linear layers that exist.
+    """Check that every target name is that of linear layers.
 
     Raises:
         LoraTargetError: as `add_lora` says.
     """
-    existing = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [
-        target for target in targets if not any(re.search(rf"(^|\.){re.escape(target)}$", name) for name in existing)
+        target for target in targets if not any(re.search(rf"(^|\.){re.escape(target)}$", name) for name in names)
     ]
     if unmatched or not targets:
-        counts = ", ".join(f"{name} ({count} layers)" for name, count in sorted(linear_names(language_model).items()))
+        numbers = Counter(name.rsplit(".", 1)[-1] for name in names)
+        ordered = sorted(numbers, key=lambda name: (name == "lm_head", name))
+        existing = ", ".join(f"{name} ({format_count(numbers[name], 'layer')})" for name in ordered)
         raise LoraTargetError(
             f"--target_modules {'|'.join(targets)!r}: no linear layer is called {', '.join(unmatched) or '(empty)'}; "
-            f"the language model has {counts}. Separate names with '|'."
+            f"the language model has {existing}. Separate names with '|'."
         )

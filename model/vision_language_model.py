@@ -1,47 +1,155 @@
-"""The vision-language model: a frozen vision tower, a projector, and QWen that reads image features.
+"""The vision-language model: a frozen vision tower, a projector, and a QWen that reads image features.
 
-How it is put together, loaded and saved is in `assembly.py`.
+    pixel_values (N, 3, H, W) → vision_tower → (N, P, W) → projector → (N, P, D) → language_model → logits (B, T, V)
 
-Shape legend: B rows, T tokens, N images of the whole batch, P tokens per image, D the language model's width.
+Shape legend: B rows, T tokens, N images of the whole batch, P tokens per image, W the tower's width, D the language
+model's width, V its vocabulary, S supervised positions.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID
+from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
 from qwen.loss import head_loss
 from qwen.positions import is_right_padded
+from visual import build_vision_tower
+from visual.base import VisionTower
 
-from .assembly import AssembledModel
-from .tower_features import tower_features
+from .checkpoints.base_models import base_models, check_bases, drops_first_patch, num_projector_layers
+from .checkpoints.checkpoint import (
+    CheckpointError,
+    load_adapter_weights,
+    load_lora,
+    load_projector,
+    read_checkpoint,
+    save_checkpoint,
+)
+from .checkpoints.fingerprint import base_fingerprints
+from .checkpoints.multimodal_config import MultimodalConfig, package_versions
+from .device import pick_device, pick_dtype
+from .language_model import load_language_model
+from .lora import LoraSettings, add_lora, merge_lora
+from .projector import build_projector
+
+if TYPE_CHECKING:  # Python 3.10 does not have it
+    from typing import Self
 
 
-class VisionLanguageModel(AssembledModel):
-    """Vision tower → projector → language model; `AssembledModel` says what its attributes are."""
+class VisionLanguageModel(nn.Module):
+    """Vision tower → projector → language model.
 
-    accepts_loss_kwargs = True  # tells Trainer to hand over the supervised tokens of the whole optimizer step
+    Attributes:
+        vision_tower: frozen, always in `eval()`.
+        projector: fp32, trained.
+        language_model: frozen `MultimodalQWenLMHeadModel`, or a `PeftModel` around it whose LoRA layers are fp32.
+        base_language_model: hub name or folder that the language model came from.
+        fingerprints: of both base models, under the names that `multimodal_config.json` gives them.
+    """
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the language model's token embedding, which `--neftune_noise_alpha` adds noise to."""
-        return self.qwen.get_input_embeddings()
+    accepts_loss_kwargs = True  # has Trainer pass the number of supervised tokens of the whole optimizer step
 
-    def encode_images(self, pixel_values: Tensor | None, **stored: Any) -> Tensor:
-        """Turn images (N, 3, H, W) into features (N, P, D) in the language model's space.
+    def __init__(
+        self,
+        vision_tower: VisionTower,
+        projector: nn.Sequential,
+        language_model: MultimodalQWenLMHeadModel | PeftModel,
+        base_language_model: str,
+        fingerprints: dict[str, str],
+    ) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.projector = projector
+        self.language_model: Any = language_model
+        self.base_language_model = base_language_model
+        self.fingerprints = fingerprints
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_language_model: str | None = None,
+        base_value_model: str | None = None,
+        model_weights: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        trainable: bool = False,
+        lora_dropout: float | None = None,
+        projector_layers: int = 2,
+    ) -> Self:
+        """Load both base models and, if given, a checkpoint's LoRA and projector.
 
         Args:
-            pixel_values: the images, less those whose features were stored.
-            stored: see `tower_features`.
+            base_language_model: hub name or folder of a QWen; by default the one that the checkpoint names.
+            base_value_model: hub name or folder of a vision model; by default the one that the checkpoint names.
+            model_weights: a checkpoint folder, or a run folder, which means its newest complete checkpoint. Without
+                it the projector is freshly initialised and there are no LoRA layers; see `add_lora`.
+            dtype: of the frozen weights; by default bf16 or fp16 on CUDA, fp32 elsewhere.
+            device: by default the accelerator where there is one, else the CPU.
+            trainable: whether LoRA and projector will be trained.
+            lora_dropout: replaces the checkpoint's.
+            projector_layers: 1 or 2; a checkpoint's own number rules.
+
+        Raises:
+            CheckpointError: if the checkpoint is incomplete, broken, or was trained for other base models, or if
+                neither it nor an argument names a base model.
         """
-        features: Any = tower_features(self.vision_tower, self.feature_cache, pixel_values, **stored)
-        return self.projector(features.to(self.projector[0].weight.dtype))
+        device = torch.device(device) if device is not None else pick_device()
+        dtype = dtype or pick_dtype(device)
+        checkpoint = read_checkpoint(model_weights) if model_weights is not None else None
+        language_name, vision_name = base_models(base_language_model, base_value_model, checkpoint)
+
+        # The frozen half, in the dtype that autocast computes in.
+        tower = build_vision_tower(vision_name, dtype, drop_first_patch=drops_first_patch(checkpoint, vision_name))
+        language_model: Any = load_language_model(language_name, dtype)
+        language_model.requires_grad_(False)
+        fingerprints = base_fingerprints(tower, language_model)
+
+        # The trained half, in fp32: steps of a small learning rate would be lost in bf16's 8 bits.
+        if checkpoint is not None:
+            check_bases(checkpoint, tower, language_model, fingerprints)
+            projector_layers = num_projector_layers(checkpoint)
+        projector = build_projector(tower.hidden_size, language_model.config.hidden_size, projector_layers)
+        if checkpoint is not None:
+            load_projector(projector, checkpoint.folder)
+            language_model = load_lora(language_model, checkpoint, trainable=trainable, dropout=lora_dropout)
+
+        model = cls(tower, projector, language_model, language_name, fingerprints).to(device)
+        model.projector.requires_grad_(trainable)
+        return model.train(trainable)
+
+    # ---- What it computes
+
+    def encode_images(self, pixel_values: Tensor | None, vision_features: Tensor | None = None) -> Tensor:
+        """Turn images into features in the language model's space.
+
+        Args:
+            pixel_values: (N, 3, H, W); unused if there are
+            vision_features: (N, P, W), which the tower computed earlier; see `--feature_cache`.
+
+        Returns:
+            (N, P, D).
+
+        Raises:
+            ValueError: if images or features are not of the tower's shape.
+        """
+        if vision_features is None:
+            vision_features = self.vision_tower(pixel_values)  # (N, P, W), without a graph: the tower is frozen
+        expected = (self.num_image_tokens, self.vision_tower.hidden_size)
+        if tuple(vision_features.shape[1:]) != expected:
+            got = tuple(vision_features.shape)
+            raise ValueError(f"vision_features must be (N, {expected[0]}, {expected[1]}), got {got}")
+        projector: Any = self.projector
+        features: Tensor = projector(vision_features.to(projector[0].weight.dtype))  # (N, P, D)
+        return features
 
     def forward(
         self,
@@ -52,73 +160,62 @@ class VisionLanguageModel(AssembledModel):
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = True,
         vision_features: Tensor | None = None,
-        has_features: Tensor | None = None,
-        image_keys: NDArray[np.uint8] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Predict the next token everywhere, and take the loss where labels are.
+        """Predict the next token at every position, and compute the loss where there are labels.
 
         Args:
-            input_ids: (B, T), P image tokens for each image.
+            input_ids: (B, T), with P image tokens for each image.
             attention_mask: (B, T), 0 for padding.
             labels: (B, T), `IGNORE_INDEX` where no loss is taken.
-            pixel_values: (N, 3, H, W), the images of the batch in reading order; rows may have none, one or
-                several. None if there is no image at all.
-            num_items_in_batch: what the summed loss is divided by; by default this batch's supervised tokens.
-            return_logits: False runs the language head, and the last block behind its attention, at supervised
-                positions only and gives no logits. The loss is the same; training uses it, for the head's 151,936
-                rows cost more than many a layer.
-            vision_features: (K, P, width of the tower), of K further images, whose features were stored; they take
-                the place of pixels. None if there are none.
-            has_features: (N + K,) bool, which of all images these are; needed where there are some of each kind.
-            image_keys: (N, 32), on the host, what the features of `pixel_values` are stored under in `feature_cache`.
-            kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …), less `positions`. With
-                labels nothing is cached unless asked for.
+            pixel_values: (N, 3, H, W), all images of the batch in reading order (row by row, left to right); a row
+                may have none, one or several. None if the whole batch has no image.
+            num_items_in_batch: divides the summed loss; by default the number of supervised tokens of this batch.
+            return_logits: False computes the loss alone, at a fraction of the time and memory; training does.
+            vision_features: (N, P, W), features of the tower instead of `pixel_values`.
+            kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …).
 
         Raises:
-            ValueError: if image tokens and features differ in number, in all or by rows.
+            ValueError: if image tokens and images differ in number, in the whole batch or within a row.
         """
-        stored = {"vision_features": vision_features, "has_features": has_features, "image_keys": image_keys}
-        images: dict[str, Any] = {"pixel_values": pixel_values, **stored}
-        num_images = sum(len(some) for some in (pixel_values, vision_features) if some is not None)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        if pixel_values is not None and vision_features is not None:
+            raise ValueError(
+                f"got pixel_values {tuple(pixel_values.shape)} and vision_features {tuple(vision_features.shape)}; all "
+                "images of a batch come as pixels, or all as features of the tower: give one of them"
+            )
+        images = pixel_values if vision_features is None else vision_features
+        num_images = 0 if images is None else len(images)
+        if num_images or labels is not None:
+            self._check_image_tokens(input_ids, num_images)
         if labels is not None and kwargs.get("past_key_values") is None:
-            inputs.setdefault("use_cache", False)  # evaluation would keep every layer's keys and values for nobody
-        if labels is not None and not return_logits:
-            out = CausalLMOutputWithPast(loss=self._loss(labels, num_images, images, num_items_in_batch, **inputs))
+            kwargs.setdefault("use_cache", False)  # nobody reads the cache of an evaluation
+
+        if labels is None or return_logits:
+            features = self.encode_images(pixel_values, vision_features) if num_images else None  # (N, P, D)
+            kwargs |= {"image_features": features, "labels": labels, "num_items_in_batch": num_items_in_batch}
+            out: CausalLMOutputWithPast = self.qwen(input_ids, attention_mask, **kwargs)  # logits (B, T, V)
         else:
-            if num_images:
-                self._check_image_tokens(input_ids, num_images)
-                inputs["image_features"] = self.encode_images(**images)
-            out = self.qwen(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
+            # Read before the tower starts: later, the host would have to wait for the GPU.
+            attention_mask = self._mask_if_needed(attention_mask)
+            targets, positions = _supervised(labels)  # (S,), (S,)
+            features = self.encode_images(pixel_values, vision_features) if num_images else None  # (N, P, D)
+            # Only answers are supervised, so the language head with its 151,936 rows, and what follows the last
+            # block's attention, run at S positions instead of B · T. The loss is the same.
+            kwargs |= {"image_features": features, "already_checked": True, "positions": positions}
+            hidden = self.qwen.transformer(input_ids, attention_mask, **kwargs).last_hidden_state  # (S, D)
+            out = CausalLMOutputWithPast(loss=head_loss(hidden, self.qwen.lm_head, targets, num_items_in_batch))
         if not num_images and out.loss is not None and self.training:
-            # DDP waits for a gradient of every trainable parameter, on ranks whose batch has no image too.
+            # DDP waits for a gradient of every trained parameter on every rank, also where a batch has no image.
             out.loss = out.loss + 0.0 * sum(parameter.sum() for parameter in self.projector.parameters())
         return out
 
-    def _loss(
-        self,
-        labels: Tensor,
-        num_images: int,
-        images: dict[str, Any],
-        num_items: Tensor | int | None,
-        *,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """The loss alone. What the host has to know of the batch it asks before an accelerator has work to wait for."""
-        self._check_image_tokens(input_ids, num_images)
-        is_long = not self.training and input_ids.shape[1] > self.qwen.config.seq_length  # dynamic NTK asks the mask
-        if attention_mask is not None and attention_mask.dim() == 2 and not is_long and is_right_padded(attention_mask):
-            attention_mask = None  # causal attention is enough, and positions are the same
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # of every position
-        positions = (targets != IGNORE_INDEX).nonzero()[:, 0]
-        features = self.encode_images(**images) if num_images else None
-        out = self.qwen.transformer(
-            input_ids, attention_mask, image_features=features, already_checked=True, positions=positions, **kwargs
-        )
-        return head_loss(out.last_hidden_state, self.qwen.lm_head, targets[positions], num_items)
+    def _mask_if_needed(self, attention_mask: Tensor | None) -> Tensor | None:
+        """Drop a mask that only hides padding after the text, which causal attention never sees anyway."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return attention_mask
+        # Past the trained length, dynamic NTK reads each row's length from the mask; training does not use it.
+        needs_lengths = not self.training and attention_mask.shape[1] > self.qwen.config.seq_length
+        return None if not needs_lengths and is_right_padded(attention_mask) else attention_mask
 
     @torch.no_grad()
     def generate(
@@ -131,48 +228,170 @@ class VisionLanguageModel(AssembledModel):
         """Generate answers; batches are padded on the left.
 
         Args:
-            input_ids: (B, T), P image tokens for each image.
+            input_ids: (B, T), with P image tokens for each image.
             attention_mask: (B, T), 0 for padding.
             pixel_values: (N, 3, H, W), in reading order, or None.
-            kwargs: as transformers' `generate` takes them; the base model's `generation_config.json` rules where
-                they say nothing.
+            kwargs: as transformers' `generate` takes them; the base model's `generation_config.json` supplies the
+                rest.
 
         Returns:
-            (B, T + new tokens), prompts included, as transformers' `generate` gives.
+            (B, T + new tokens), prompts included.
 
         Raises:
-            ValueError: if image tokens and features differ in number, in all or by rows.
+            ValueError: if image tokens and images differ in number, in the whole batch or within a row.
         """
         if pixel_values is not None:
             self._check_image_tokens(input_ids, len(pixel_values))
-            kwargs["image_features"] = self.encode_images(pixel_values)
+            kwargs["image_features"] = self.encode_images(pixel_values)  # (N, P, D)
         return self.language_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def _check_image_tokens(self, input_ids: Tensor, num_images: int) -> None:
-        """See to it that every image's tokens stand in one row; were only the sum right, images would move."""
-        counts = (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist()
-        wanted = num_images * self.num_image_tokens
-        if sum(counts) != wanted or any(count % self.num_image_tokens for count in counts):
+        """Check that all tokens of an image are in one row; if only the sum were right, images would change rows."""
+        counts = (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist()  # B numbers
+        expected = num_images * self.num_image_tokens
+        if sum(counts) != expected or any(count % self.num_image_tokens for count in counts):
             raise ValueError(
                 f"the prompts hold {sum(counts)} image tokens (by row: {counts}), but {num_images} images give "
-                f"{wanted}; every row must hold a multiple of {self.num_image_tokens}, so many for each of its images"
+                f"{expected}; every row must hold a multiple of {self.num_image_tokens}, so many for each of its images"
             )
+
+    # ---- LoRA
+
+    def add_lora(self, settings: LoraSettings) -> None:
+        """Give the language model freshly initialised LoRA layers and make projector and LoRA trainable.
+
+        Raises:
+            LoraTargetError: if the language model has no linear layer of one of the target names.
+            ValueError: if it has LoRA layers already.
+        """
+        if isinstance(self.language_model, PeftModel):
+            raise ValueError("the language model has LoRA layers already; train or merge those")
+        self.language_model = add_lora(self.language_model, settings)
+        self.language_model.to(self.device)
+        self.projector.requires_grad_(True)
+        self.train(self.training)  # PEFT creates its layers, their dropout too, in training mode
+
+    def merge_lora(self) -> None:
+        """Add the LoRA updates to the base weights, for inference: W becomes W + ΔW."""
+        if isinstance(self.language_model, PeftModel):
+            self.language_model = merge_lora(self.language_model)
+
+    # ---- Checkpoints
+
+    def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Write LoRA, projector and a note of the base models.
+
+        Raises:
+            ValueError: if the language model has no LoRA layers.
+        """
+        if not isinstance(self.language_model, PeftModel):
+            raise ValueError("there are no LoRA layers to save; call add_lora first")
+        save_checkpoint(folder, self.language_model, self.projector, self.multimodal_config())
+
+    def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Replace the weights of the LoRA layers and the projector by a checkpoint's.
+
+        Raises:
+            CheckpointError: if names or shapes differ, or LoRA's scale, or the base models.
+        """
+        checkpoint = read_checkpoint(folder)
+        check_bases(checkpoint, self.vision_tower, self.qwen, self.fingerprints)
+        alpha = self.language_model.peft_config["default"].lora_alpha
+        if checkpoint.lora_config.lora_alpha != alpha:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} was trained with lora_alpha {checkpoint.lora_config.lora_alpha}, the "
+                f"model has {alpha}; give the same --lora_alpha"
+            )
+        load_adapter_weights(self.language_model, checkpoint.folder)
+        load_projector(self.projector, checkpoint.folder)
+
+    def multimodal_config(self) -> MultimodalConfig:
+        """Describe the base models and the projector, as checkpoints do."""
+        return MultimodalConfig(
+            base_language_model=_absolute_if_folder(self.base_language_model),
+            base_value_model=_absolute_if_folder(self.vision_tower.name_or_path),
+            vision_tower=self.vision_tower.kind,
+            num_image_tokens=self.num_image_tokens,
+            vision_hidden_size=self.vision_tower.hidden_size,
+            language_hidden_size=self.qwen.config.hidden_size,
+            vocab_size=self.qwen.config.vocab_size,
+            projector_layers=self.projector_layers,
+            **self.fingerprints,
+            drop_first_patch=self.vision_tower.drop_first_patch,
+            dtype=str(self.dtype).removeprefix("torch."),
+            package_versions=package_versions(),
+        )
+
+    # ---- What others ask it
+
+    @property
+    def qwen(self) -> MultimodalQWenLMHeadModel:
+        """The language model itself, with or without LoRA layers inside."""
+        model = self.language_model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        return base
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return self.qwen.transformer.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the frozen weights."""
+        return self.qwen.transformer.wte.weight.dtype
+
+    @property
+    def num_image_tokens(self) -> int:
+        """The number of tokens that one image takes in the prompt (P)."""
+        return self.vision_tower.num_image_tokens
+
+    @property
+    def projector_layers(self) -> int:
+        """The number of linear layers of the projector: 1 or 2."""
+        return 1 if len(self.projector) == 1 else 2
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's token embedding, to which `--neftune_noise_alpha` adds noise."""
+        return self.qwen.get_input_embeddings()
+
+    def parameter_counts(self) -> dict[str, tuple[int, int]]:
+        """Count the parameters of each part, all and trainable; LoRA layers are a part of their own."""
+        counts = {"vision_tower": (0, 0), "projector": (0, 0), "language_model": (0, 0), "lora": (0, 0)}
+        for name, parameter in self.named_parameters():
+            part = "lora" if "lora_" in name else name.split(".", 1)[0]
+            total, trainable = counts[part]
+            counts[part] = (total + parameter.numel(), trainable + parameter.numel() * parameter.requires_grad)
+        return counts
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recompute the language model's activations in the backward pass instead of keeping them.
+        """Recompute the language model's activations in the backward pass instead of storing them.
 
         Args:
             activation_checkpointing_kwargs: as `torch.utils.checkpoint` takes them.
-            options: what else transformers' method of this name takes.
+            options: further options of transformers' method of this name.
         """
         kwargs = activation_checkpointing_kwargs or {"use_reentrant": False}
         if hasattr(self.qwen, "activation_checkpointing_enable"):
             self.qwen.activation_checkpointing_enable(kwargs, **options)
-        else:  # its name in older versions, without options
-            self.qwen.gradient_checkpointing_enable(kwargs)
+        else:  # transformers before 5.23
+            self.qwen.gradient_checkpointing_enable(kwargs, **options)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """The name by which older versions of Trainer call `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Do the same under the name by which Trainer calls it before transformers 5.23."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+
+def _supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the S supervised tokens of labels (B, T), and the flat positions b · T + t that predict them."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B · T,): position t predicts token t + 1
+    positions = (targets != IGNORE_INDEX).nonzero()[:, 0]  # (S,)
+    return targets[positions], positions
+
+
+def _absolute_if_folder(name: str) -> str:
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
