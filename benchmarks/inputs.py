@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qwen import QWenTokenizer
-
 from .vocabulary import vocabulary_file
 
 SEED = 42
@@ -23,6 +21,8 @@ PICTURE = (640, 480)
 
 def draw_answers(number: int, tokens: tuple[int, int] = ANSWER_TOKENS) -> list[str]:
     """Return so many answers of random English words, each of them one token of Qwen's."""
+    from qwen import QWenTokenizer  # not before: a process that starts others must stay small
+
     generator = np.random.default_rng(SEED)
     tokenizer = QWenTokenizer(str(vocabulary_file()))
     texts = (tokenizer.decode([index]) for index in range(1000, 20_000))

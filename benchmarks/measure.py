@@ -54,14 +54,17 @@ class RunFailedError(RuntimeError):
 # ---- Running
 
 
-def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """Return a parser with the flags that all benchmarks have."""
+def parser(doc: str | None, rounds: int, *, tiny: bool) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all benchmarks have, and `--tiny`."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rounds", type=int, default=rounds, help="runs of each, of which the median counts (%(default)s)")
+    made.add_argument(
+        "--rounds", type=int, default=rounds, help="runs of each, of which the median counts (%(default)s)"
+    )
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process (%(default)s)")
     results = ROOT / "benchmarks" / "results"
     made.add_argument("--output", type=Path, default=results, help="folder for JSON and PNG (%(default)s)")
-    made.add_argument("--tiny", action="store_true", help="a model of no size, to try the benchmark")
+    if tiny:
+        made.add_argument("--tiny", action="store_true", help="a model of no size, to try the benchmark")
     return made
 
 
@@ -108,9 +111,7 @@ def _last_object(text: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def run_in_turn(
-    commands: Mapping[str, Sequence[str]], rounds: int, threads: int | None = None
-) -> dict[str, list[Run]]:
+def run_in_turn(commands: Mapping[str, Sequence[str]], rounds: int, threads: int | None = None) -> dict[str, list[Run]]:
     """Run every command once a round, one after the other; every other round in the opposite order.
 
     What else the machine does, and how warm it is, so falls on all of them alike.
@@ -162,7 +163,10 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [list(heads), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     laid = (
-        [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
         for line in lines
     )
     return "\n".join("  ".join(cells).rstrip() for cells in laid)

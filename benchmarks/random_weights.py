@@ -21,7 +21,6 @@ from qwen import QWenConfig, QWenLMHeadModel
 from .inputs import SEED
 from .vocabulary import vocabulary_file
 
-
 SHARD_BYTES = 1_000_000_000
 _BLOCK = 1 << 20
 _STD = 0.02

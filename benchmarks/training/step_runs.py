@@ -33,7 +33,7 @@ from visual.loading import load_image_processor
 
 from ..inputs import SEED, train_flags, write_samples
 from ..measure import DTYPES, resident
-from ..peers import SIZES, write_both
+from ..peers import SIZES, TINY, write_both
 from ..small_vocabulary import fold_token_ids
 from .matrix_products import counted_products, seconds_of_products
 
@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["write", "ours", "peer"])
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--size", choices=SIZES, help="of the models that are written")
+    parser.add_argument("--size", choices=[*SIZES, "tiny"], help="of the models that are written")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--skipped", type=int, default=3)
@@ -182,7 +182,7 @@ def main() -> None:
     given, extra = parser.parse_known_args()
     if given.what == "write":
         write_samples(given.folder, 128)
-        write_both(given.folder, SIZES[given.size])
+        write_both(given.folder, SIZES.get(given.size, TINY))
         return
     build = {"ours": build_ours, "peer": build_peer}[given.what]
     with tempfile.TemporaryDirectory() as output:

@@ -39,9 +39,18 @@ def measure(size: str, dtypes: list[str], given: Any) -> dict[str, dict[str, Any
     """
     figures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run_once([*RUNS, "write", "--folder", folder, "--size", size])
+        run_once([*RUNS, "write", "--folder", folder, "--size", "tiny" if given.tiny else size])
         for dtype in dtypes:
-            common = ["--folder", folder, "--dtype", dtype, "--steps", str(given.steps), "--skipped", str(given.skipped)]
+            common = [
+                "--folder",
+                folder,
+                "--dtype",
+                dtype,
+                "--steps",
+                str(given.steps),
+                "--skipped",
+                str(given.skipped),
+            ]
             commands = {who: [*RUNS, who, *common] for who in ("peer", "ours")}
             runs = run_in_turn(commands, given.rounds, given.threads)
             figures[dtype] = {who: medians(done) | {"runs": [run.values for run in done]} for who, done in runs.items()}
@@ -73,7 +82,11 @@ def rows(size: str, dtype: str, figures: dict[str, Any]) -> list[list[str]]:
         one = figures[who]
         line = [f"{size}, {dtype}" if who == "peer" else "", who]
         line += [f"{one['samples_per_second']:.2f}", f"{4 / one['processor_seconds']:.2f}"]
-        line += [f"{one['peak_bytes_vm'] / 1e6:,.0f}", f"{_over_imports(one) / 1e6:,.0f}", f"{100 * one['padding']:.1f}%"]
+        line += [
+            f"{one['peak_bytes_vm'] / 1e6:,.0f}",
+            f"{_over_imports(one) / 1e6:,.0f}",
+            f"{100 * one['padding']:.1f}%",
+        ]
         line += [f"{100 * one['share_of_gemm_rate']:.0f}%" if "share_of_gemm_rate" in one else ""]
         line += [f"{ratio:.2f} x" for ratio in ratios(figures).values()] if who == "ours" else [""] * 4
         lines.append(line)
@@ -82,7 +95,7 @@ def rows(size: str, dtype: str, figures: dict[str, Any]) -> list[list[str]]:
 
 def main() -> None:
     """Measure, print, write."""
-    parse = parser(__doc__, rounds=3)
+    parse = parser(__doc__, rounds=3, tiny=True)
     parse.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parse.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parse.add_argument("--steps", type=int, default=10, help="of each run (%(default)s)")
