@@ -1,4 +1,4 @@
-"""What benchmarks train on: pictures, answers of real words, the two files of a data set, and the flags that name them."""
+"""What benchmarks train on: pictures, answers of real words, the two files of a data set, and train.py's flags."""
 
 from __future__ import annotations
 

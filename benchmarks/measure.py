@@ -54,16 +54,15 @@ class RunFailedError(RuntimeError):
 # ---- Running
 
 
-def parser(doc: str | None, rounds: int, *, tiny: bool) -> argparse.ArgumentParser:
-    """Return a parser with the flags that all benchmarks have, and `--tiny`."""
+def parser(doc: str | None, rounds: int | None = None, *, can_be_tiny: bool = False) -> argparse.ArgumentParser:
+    """Return a parser with the flags that benchmarks share; `rounds` is the default where runs are repeated."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
-        "--rounds", type=int, default=rounds, help="runs of each, of which the median counts (%(default)s)"
-    )
-    made.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process (%(default)s)")
+    if rounds is not None:
+        made.add_argument("--rounds", type=int, default=rounds, help="runs of each; the median counts (%(default)s)")
+        made.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process (%(default)s)")
     results = ROOT / "benchmarks" / "results"
     made.add_argument("--output", type=Path, default=results, help="folder for JSON and PNG (%(default)s)")
-    if tiny:
+    if can_be_tiny:
         made.add_argument("--tiny", action="store_true", help="a model of no size, to try the benchmark")
     return made
 
@@ -162,14 +161,11 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out a table: the first column to the left, the others to the right."""
     lines = [list(heads), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    laid = (
-        [
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in lines
-    )
-    return "\n".join("  ".join(cells).rstrip() for cells in laid)
+    laid = []
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        laid.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(laid)
 
 
 def publish(

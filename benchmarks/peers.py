@@ -1,7 +1,7 @@
 """Our model and transformers' LLaVA, of one size and over the same random weights.
 
-LLaVA is built as a user of transformers would build it: a CLIP tower, a projector of two layers, and Qwen2, whose layers
-are QWen's with the projection of queries, keys and values in three pieces.
+LLaVA is built as a user of transformers would build it: a CLIP tower, a projector of two layers, and Qwen2, which has
+QWen's layers with the projection of queries, keys and values in three pieces.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,7 +113,7 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
             figures[setting] = {peer: medians(done) for peer, done in runs.items()}
             if dtype == "float32":
                 same = runs["ours"][0].values["ids"] == runs["llava"][0].values["ids"]
-                print(f"{setting}: {'the same tokens' if same else 'OTHER TOKENS'} from both", file=sys.stderr)
+                print(f"{setting}: {'the same tokens' if same else 'OTHER TOKENS'} from both")
     return figures
 
 
@@ -134,7 +133,7 @@ def show(figures: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     """Compare, or measure one."""
-    parse = parser(__doc__, rounds=5, tiny=True)
+    parse = parser(__doc__, rounds=5, can_be_tiny=True)
     add = parse.add_argument
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="precisions (%(default)s)")
     add("--batches", nargs="+", type=int, default=[1, 8], help="questions at once (%(default)s)")

@@ -143,7 +143,7 @@ def show(figures: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     """Write the checkpoints, measure, and show."""
-    parse = parser(__doc__, rounds=3, tiny=False)
+    parse = parser(__doc__, rounds=3)
     add = parse.add_argument
     add("--layers", type=int, default=12, help="blocks of the language model (%(default)s)")
     add("--width", type=int, default=1024, help="its channels (%(default)s)")

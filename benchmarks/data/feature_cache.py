@@ -92,7 +92,7 @@ def show(figures: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     """Measure, print and write; or be the process that is measured."""
-    parse = parser(__doc__, rounds=3, tiny=True)
+    parse = parser(__doc__, rounds=3, can_be_tiny=True)
     parse.add_argument("--dtype", default="float32", choices=DTYPES, help="of training (%(default)s)")
     parse.add_argument("--one", choices=[*PEERS, "inputs"], help=argparse.SUPPRESS)
     parse.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.data.prepare [--scale 1.0] [--output OUTPUT]
 
-Annotations as large as the real ones are drawn at random: 210,000 AI Challenger photos of five Chinese sentences, 77,000 LLaVA
-records of complex reasoning and 23,000 of detailed description (each of one question and one answer, as the published
-files have it), and for comparison a tenth of each. `dataprocess/process_image.py` prepares them, and the data set of
-training opens what it wrote. Of the photos only a few hundred exist. Seconds are the clock's, and in brackets the
+Synthetic annotations are as large as the real ones: 210,000 AI Challenger photos of five Chinese sentences, 77,000
+LLaVA records of complex reasoning and 23,000 of detailed description (each of one question and one answer, as the
+published files have it); and for comparison a tenth of each. `dataprocess/process_image.py` prepares them, and the data
+set of training opens the result. Of the photos only a few hundred exist. Seconds are the clock's, and in brackets the
 processor's, which other work on the machine does not change.
 """
 
@@ -140,7 +140,7 @@ def goals(tenth: dict[str, float], whole: dict[str, float]) -> list[Goal]:
 
 def main() -> None:
     """Measure, print the table, and write it."""
-    parse = parser(__doc__, rounds=1, tiny=False)
+    parse = parser(__doc__)
     parse.add_argument("--scale", type=float, default=1.0, help="share of the real size (%(default)s)")
     parse.add_argument("--pictures", type=int, default=PICTURES, help="photos that exist (%(default)s)")
     given = parse.parse_args()
@@ -151,9 +151,8 @@ def main() -> None:
             found[name] = measure(Path(temporary), whole=name == "whole")
     rows = goals(found["a tenth"], found["whole"])
     print(f"{found['whole']['samples']:,.0f} samples; seconds in brackets are the processor's")
-    print(
-        text_table(["", "found", "at most", ""], [[g.name, f"{g.value:,.2f}", f"{g.limit:,.1f}", g.note] for g in rows])
-    )
+    cells = [[goal.name, f"{goal.value:,.2f}", f"{goal.limit:,.1f}", goal.note] for goal in rows]
+    print(text_table(["", "found", "at most", ""], cells))
     panels = {
         "processor seconds": {
             name: {

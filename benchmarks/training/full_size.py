@@ -158,7 +158,7 @@ def table(found: dict[str, Watched]) -> str:
 
 def main() -> int:
     """Write, train, ask, and print what it took; returns the exit status."""
-    parse = parser(__doc__, rounds=1, tiny=False)
+    parse = parser(__doc__)
     parse.add_argument("--folder", type=Path, required=True, help="where everything is written; 17 GB at full size")
     parse.add_argument("--scale", type=float, default=1.0, help="share of width and layers; 1 is the true size")
     parse.add_argument("--lora_rank", type=int, default=128)

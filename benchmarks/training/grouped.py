@@ -142,7 +142,7 @@ def speed_table(found: dict[int, dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     """Count, measure, print, write; or be the process that counts."""
-    parse = parser(__doc__, rounds=2, tiny=True)
+    parse = parser(__doc__, rounds=2, can_be_tiny=True)
     add = parse.add_argument
     add("--scale", type=float, default=1.0, help="share of the real number of samples (%(default)s)")
     add("--batches", nargs="+", type=int, default=[4, 8], help="batch sizes, of which the largest is a multiple")

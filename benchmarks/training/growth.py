@@ -160,7 +160,7 @@ def show(found: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     """Measure, print, write; or be a process that writes or is measured."""
-    parse = parser(__doc__, rounds=1, tiny=True)
+    parse = parser(__doc__, rounds=1, can_be_tiny=True)
     add = parse.add_argument
     every = [*TRAINING, "cache"]
     add("--things", nargs="+", choices=every, default=every, help="what is made larger (all)")

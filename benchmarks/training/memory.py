@@ -101,22 +101,17 @@ def measure(sizes: list[str], given: Any) -> dict[str, dict[str, float]]:
 def table(found: dict[str, dict[str, float]]) -> str:
     """Return what was measured and estimated, in GB, and what the estimate consists of."""
     parts = [name for name in next(iter(found.values())) if name not in ("measured", PEAK)]
-    rows = [
-        [
-            name,
-            f"{one['measured'] / 1e9:.2f}",
-            f"{one[PEAK] / 1e9:.2f}",
-            f"{100 * (one[PEAK] / one['measured'] - 1):+.0f}%",
-        ]
-        + [f"{one[part] / 1e9:.2f}" for part in parts]
-        for name, one in found.items()
-    ]
+    rows = []
+    for name, one in found.items():
+        difference = f"{100 * (one[PEAK] / one['measured'] - 1):+.0f}%"
+        row = [name, f"{one['measured'] / 1e9:.2f}", f"{one[PEAK] / 1e9:.2f}", difference]
+        rows.append(row + [f"{one[part] / 1e9:.2f}" for part in parts])
     return text_table(["", "measured", "estimated", "off by", *parts], rows)
 
 
 def main() -> None:
     """Measure, print the table, and write it; or be a process that writes or trains."""
-    parse = parser(__doc__, rounds=1, tiny=True)
+    parse = parser(__doc__, rounds=1, can_be_tiny=True)
     parse.add_argument("--steps", type=int, default=3, help="optimizer steps of a run (%(default)s)")
     for hidden in ("--folder", "--write", "--train"):
         parse.add_argument(hidden, help=argparse.SUPPRESS)

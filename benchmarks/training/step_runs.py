@@ -113,7 +113,7 @@ def build_peer(folder: Path, output: str, dtype: str, steps: int, extra: Sequenc
 
 
 def noting_shapes(collate: Callable[..., dict[str, Any]]) -> tuple[Callable[..., dict[str, Any]], list[Any]]:
-    """Return a collator that notes each batch's (rows, tokens, real tokens, supervised tokens, images), and its list."""
+    """Return a collator that notes (rows, tokens, real tokens, supervised tokens, images), and its notes."""
     seen: list[tuple[int, ...]] = []
 
     def noting(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

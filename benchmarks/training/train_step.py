@@ -95,7 +95,7 @@ def rows(size: str, dtype: str, figures: dict[str, Any]) -> list[list[str]]:
 
 def main() -> None:
     """Measure, print, write."""
-    parse = parser(__doc__, rounds=3, tiny=True)
+    parse = parser(__doc__, rounds=3, can_be_tiny=True)
     parse.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parse.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parse.add_argument("--steps", type=int, default=10, help="of each run (%(default)s)")

@@ -3,7 +3,7 @@
     python -m benchmarks.training.workers
     python -m benchmarks.training.workers --workers 0 2 --dtype bfloat16 --rounds 5
 
-Our Trainer and its data loader read JPEG files of 640 × 480 pixels with grain, as large as photographs of that size, for
+Our Trainer and its data loader read JPEG files of 640 × 480 pixels, with grain as large as photographs of that size, at
 the *proportional* size of `train_step.py` in batches of 4. *Waits* is the part of a step in which the Trainer waits for
 its batch: without workers, all of the loading. *Alone* is what the same loader delivers when nobody trains: a step that
 takes more pictures a second than that would wait. Without an accelerator the workers and the step share the cores, so
@@ -114,7 +114,7 @@ def show(found: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     """Compare, print, write; or be a process that writes or is measured."""
-    parse = parser(__doc__, rounds=3, tiny=True)
+    parse = parser(__doc__, rounds=3, can_be_tiny=True)
     add = parse.add_argument
     add("--workers", nargs="+", type=int, default=[0, 1, 2], help="numbers of data workers (%(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of training (%(default)s)")

@@ -18,8 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from benchmarks.training import memory_table
-from benchmarks.training.memory_run import drawn_batches
-from dataset.sample_sizes import SampleSize
 from model import LoraSettings, VisionLanguageModel
 from model.dry_run.memory_estimate import (
     BatchShape,
@@ -208,14 +206,6 @@ def test_steps_of_a_plan():
     plan = Plan(num_samples=1001, rows=4, accumulation=2, processes=2, epochs=2, max_steps=-1, max_length=2048)
     assert (plan.steps_per_epoch, plan.steps) == (63, 126)
     assert replace(plan, max_steps=5).steps == 5
-
-
-def test_drawn_batches_hold_every_sample_once():
-    sizes = [SampleSize(tokens, tokens // 2, 1) for tokens in range(10, 21)]
-    batches = drawn_batches(sizes, 4, seed=1)
-    assert [batch.images for batch in batches] == [4, 4, 3]
-    assert sum(batch.supervised for batch in batches) == sum(size.supervised for size in sizes)
-    assert max(batch.tokens for batch in batches) == 20
 
 
 @pytest.fixture(scope="module")
