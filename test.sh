@@ -1,9 +1,8 @@
 #!/bin/sh
-# The published question about the published picture. What is given is passed on, and the last word wins:
+# Ask the published question about the published picture. Further flags are passed on, and override these:
 #     sh test.sh --model_weights weights/train_V1_5 --image_path photo.jpg --prompt "What is this?<|extra_0|>"
 # Both base models are those that the checkpoint was trained on, unless --base_language_model and --base_value_model
-# say otherwise.
-# Without an environment that is activated, the one that sh demo.sh and sh tests/run.sh set up is used.
+# name others. If no environment is active, the one that demo.sh and tests/run.sh set up is used.
 command -v torchrun > /dev/null || PATH="$(cd "$(dirname "$0")" && pwd)/.venv/bin:$PATH"
 exec python "$(dirname "$0")/test.py" \
     --model_weights ./weights/train_V1_5/checkpoint-10000/ \

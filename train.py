@@ -5,13 +5,12 @@
         --output_dir weights/train_V1_5 --lora_rank 128 --learning_rate 3e-5 --feature_proj_lr 1e-4
 
 `train.sh` holds the full published command. Runs under torchrun or plain `python train.py`, on CUDA GPUs or the CPU.
-Beside the flags below, every flag of transformers' `TrainingArguments` is taken; `--help` explains each.
+Every flag of transformers' `TrainingArguments` is accepted too.
 """
 
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,19 +18,18 @@ from typing import Any
 
 from transformers import set_seed
 
-from dataprocess.image_io import ImageError
-from dataset import ImageCaptionDataset, SampleError, VLMCollator
-from dataset.bad_samples import TooManyBadSamplesError
+from dataset import ImageCaptionDataset, VLMCollator
 from dataset.epoch_order import EpochOrder
-from model import CheckpointError, VisionLanguageModel, VLMTrainer, VLMTrainingArguments
-from model.argument_checks import check_previous
-from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arguments
+from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
+from model.arguments import DataArguments, ModelArguments
 from model.checkpoints.checkpoint import read_checkpoint
-from model.console import in_one_line, is_out_of_memory, out_of_memory, set_up_logging
+from model.command_line import check_previous, is_dry_run, parse_arguments
+from model.console import set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
 from model.language_model import load_tokenizer
-from model.runs.callbacks import ClearOnFirstStep, NotFiniteError, WatchBadEvalSamples, WatchBadSamples
+from model.runs.callbacks import ClearOnFirstStep, WatchBadEvalSamples, WatchBadSamples
+from model.runs.program import finish, report_failure, run_identity
 from model.runs.resuming import checkpoint_to_resume, files_in_the_way, say_how_features_differ
 from model.runs.run_config import RUN_CONFIG, save_run_config
 from model.runs.run_state import RunState, check_identity
@@ -39,15 +37,9 @@ from qwen import QWenTokenizer
 
 logger = logging.getLogger("train")
 
-_LESS_MEMORY = (
-    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, which leaves the steps as "
-    "they are, or try --gradient_checkpointing true, --bf16 true, a smaller --max_length or --lora_rank; "
-    "--resume_from_checkpoint auto goes on from the last checkpoint"
-)
-
 
 def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> VisionLanguageModel:
-    """Load both base models and add LoRA layers and projector: fresh ones, or those of `--previous_lora_weights`."""
+    """Load both frozen base models and add what is trained: projector and LoRA, fresh or from earlier weights."""
     previous = model_args.previous_lora_weights
     if previous is not None:
         check_previous(model_args, read_checkpoint(previous))
@@ -85,166 +77,93 @@ def build_datasets(
     )
     if data_args.eval_image_map is None or data_args.eval_captions_file is None:
         return train_set, None
-    return train_set, ImageCaptionDataset(
-        data_args.eval_image_map, data_args.eval_captions_file, training=False, **common
-    )
+    eval_set = ImageCaptionDataset(data_args.eval_image_map, data_args.eval_captions_file, training=False, **common)
+    return train_set, eval_set
 
 
-def run_identity(
-    model: VisionLanguageModel, train_set: ImageCaptionDataset, args: VLMTrainingArguments
-) -> dict[str, Any]:
-    """What a run is about: a resumed one must have the same."""
-    lora = model.language_model.peft_config["default"]
-    return {
-        "training data": train_set.fingerprint,
-        "number of samples": len(train_set),
-        "max_length": train_set.max_length,
-        "seed": args.seed,
-        "data_seed": args.data_seed,
-        "lora_rank": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "target_modules": "|".join(sorted(lora.target_modules)),
-        "projector_layers": model.projector_layers,
-        **{name.replace("_fingerprint", ""): value for name, value in model.fingerprints.items()},
-        "order": args.train_sampling_strategy,
-    }
-
-
-def in_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> EpochOrder:
-    """The training set in the order that `--train_sampling_strategy` names, to be read one after the other.
-
-    Trainer's own samplers can't go on in mid-epoch with other batches, and its grouping reads every sample first; these
-    orders are functions of seed and epoch.
-    """
-    strategy, args.train_sampling_strategy = args.train_sampling_strategy, "sequential"
+def in_epoch_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> EpochOrder:
+    """Put the training set in the order that `--train_sampling_strategy` names: a function of seed and epoch alone."""
     seed = args.seed if args.data_seed is None else args.data_seed
-    if strategy != "group_by_length":
-        return EpochOrder(train_set, seed, shuffled=strategy == "random")
+    if args.train_sampling_strategy != "group_by_length":
+        return EpochOrder(train_set, seed, shuffled=args.train_sampling_strategy == "random")
     lengths = train_set.estimated_lengths()
-    if args.process_index == 0:  # the one that says it; it takes a second or two
+    if args.process_index == 0:  # one process logs it: it takes a second or two
         shares = [100 * share for share in train_set.padding_shares(lengths, args.train_batch_size, seed)]
         logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
     return EpochOrder(train_set, seed, lengths)
 
 
 def build_trainer(argv: Sequence[str]) -> VLMTrainer:
-    """Everything before the first step; nothing that was there is deleted or changed.
+    """Do everything that comes before the first step; no file of an earlier run is deleted or changed.
 
     Returns:
-        The trainer; `resume_from_checkpoint` among its arguments is the checkpoint to go on from, or None.
+        The trainer; `args.resume_from_checkpoint` is the checkpoint that it resumes from, or None.
 
     Raises:
-        ValueError: for whatever the user can mend; the message says how.
+        ValueError: for whatever the user can fix; the message says how.
         OSError: for files that are missing or can't be read.
     """
+    # Read the flags, and refuse at once what can't work.
     model_args, data_args, args = parse_arguments(argv, __doc__)
     set_up_logging(args.process_index, args.world_size)
+
+    # Find the checkpoint to resume from, and an old run to overwrite.
     resume = checkpoint_to_resume(args)
-    in_the_way = files_in_the_way(args, resume)
+    old_files = files_in_the_way(args, resume)
+
+    # Put tower, projector and language model together; the seed decides the first weights of what is trained.
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
+
+    # Open the data, and make sure that a resumed run trains on the same.
     train_set, eval_set = build_datasets(model, tokenizer, data_args, args)
     identity = run_identity(model, train_set, args)
     if resume is not None:
         check_identity(RunState.read(Path(resume)), identity, Path(resume))
         if args.process_index == 0:
             say_how_features_differ(Path(resume).parent / RUN_CONFIG, data_args)
-    ordered = in_order(train_set, args)
-    watches = [WatchBadSamples(train_set)]
-    if eval_set is not None:
-        watches.append(WatchBadEvalSamples(eval_set))
+
+    # Hand all of it to Trainer, with an optimizer of two learning rates.
     trainer = VLMTrainer(
         model=model,
         args=args,
         identity=identity,
-        train_dataset=ordered,
+        train_dataset=in_epoch_order(train_set, args),
         eval_dataset=eval_set,
         data_collator=VLMCollator(tokenizer.pad_token_id),
-        callbacks=[*watches, ClearOnFirstStep(in_the_way)],
+        callbacks=[
+            WatchBadSamples(train_set),
+            *([WatchBadEvalSamples(eval_set)] if eval_set is not None else []),
+            ClearOnFirstStep(old_files),
+        ],
     )
-    trainer.create_optimizer()  # flags that it does not like are found before anything is written
+    trainer.create_optimizer()  # a wrong --optim is found before anything is written
+
+    # Let the tower see every image once, if its features are to be stored.
     if data_args.feature_cache is not None:
-        complete_feature_cache(
-            data_args.feature_cache, data_args.feature_cache_dtype, model, (train_set, eval_set), args
-        )
+        cache = data_args.feature_cache, data_args.feature_cache_dtype
+        complete_feature_cache(*cache, model, (train_set, eval_set), args)
     args.resume_from_checkpoint = resume
     if args.process_index == 0:
-        save_run_config(model_args, data_args, args, identity["order"])
+        save_run_config(model_args, data_args, args)
     return trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; returns the exit status."""
+    """Train, and return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:  # before the first step or after the last; in between, signals are waited for
-        logger.error("train.py: stopped by SIGINT outside of the steps; checkpoints are as they were")
-        return 128 + signal.SIGINT
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        logger.error("train.py: %s", out_of_memory(error, _LESS_MEMORY))
-        return 1
-
-
-def run(argv: Sequence[str]) -> int:
-    """Train; returns the exit status."""
+    has_begun = False
     try:
         if is_dry_run(argv):
             return dry_run(*parse_arguments(argv, __doc__))
         trainer = build_trainer(argv)
-    except (ValueError, OSError, ImportError) as error:
-        logger.error("train.py: %s", in_one_line(error))
-        return 2
-    try:
+        has_begun = True
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except (SampleError, ImageError, TooManyBadSamplesError, CheckpointError, ImportError) as error:
-        logger.error("train.py: %s", in_one_line(error))
-        return 2
-    except NotFiniteError as error:
-        logger.error("train.py: %s", in_one_line(error))
-        return 1
-    except OSError as error:
-        logger.error(
-            "train.py: %s; mend that, and go on with the same command and --resume_from_checkpoint auto",
-            in_one_line(error),
-        )
-        return 1
-    return finish(trainer)
-
-
-def finish(trainer: VLMTrainer) -> int:
-    """Say how the run ended and what comes next; returns the exit status."""
-    folder, step = trainer.args.output_dir, trainer.state.global_step
-    train_set = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
-    if isinstance(train_set, ImageCaptionDataset):
-        train_set.log_cuts()
-    if trainer.save_failure:
-        logger.error(
-            "train.py: the run ended at step %d; its last checkpoint could not be written: %s",
-            step,
-            trainer.save_failure,
-        )
-        return 1
-    received = trainer.stop_on_signal.received
-    if received and step < trainer.state.max_steps:
-        logger.info(
-            "stopped by %s after step %d, which is saved; go on with the same command and "
-            "--resume_from_checkpoint auto",
-            *(signal.Signals(received).name, step),
-        )
-        return 128 + received
-    try:
-        trainer.save_model()
-    except OSError as error:
-        logger.error("train.py: the final weights could not be written to %s: %s", folder, in_one_line(error))
-        return 1
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        folder = trainer.state.best_model_checkpoint  # of a run folder, the newest would be taken
-    logger.info("done; ask the model with: python test.py --model_weights %s --image_path …", folder)
-    return 0
+        return finish(trainer)
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, has_begun=has_begun)
 
 
 if __name__ == "__main__":

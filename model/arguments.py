@@ -1,27 +1,30 @@
-"""The command line of train.py: its flags, and the defaults that depend on the machine.
+"""The flags of train.py.
 
 `VLMTrainingArguments` extends transformers' `TrainingArguments`, so every flag of Trainer exists here too.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import string_to_bool
+from transformers import TrainingArguments
 
 from visual.feature_cache import DTYPES
 
-from .argument_checks import check_arguments, check_optimizer, check_supported
-from .console import OneLineErrors
-from .device import has_accelerator, pick_device, pick_dtype
 from .lora import LoraSettings
+
+_NOT_SUPPORTED = {
+    # Trainer shifts the labels of language models in its own list only; here it would smooth the wrong tokens.
+    "label_smoothing_factor": "leave it out",
+    "dataloader_drop_last": "no sample of an epoch is left out; leave the flag out",
+    "ignore_data_skip": "a run resumes after the last sample it was given, at no cost; leave the flag out",
+    "auto_find_batch_size": "give a smaller --per_device_train_batch_size, with --gradient_accumulation_steps",
+    "fsdp": "every GPU holds the whole model; leave it out",
+    "deepspeed": "every GPU holds the whole model; leave it out",
+    "push_to_hub": "leave it out, and upload the finished checkpoint folder yourself",
+}
 
 
 @dataclass
@@ -172,129 +175,41 @@ class VLMTrainingArguments(TrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
 
-def parse_arguments(
-    argv: Sequence[str], description: str | None = None
-) -> tuple[ModelArguments, DataArguments, VLMTrainingArguments]:
-    """Read the command line.
-
-    Args:
-        argv: its words.
-        description: the first paragraphs of `--help`.
+def check_supported(args: VLMTrainingArguments) -> None:
+    """Refuse flags that Trainer accepts, but that would train something else than they say.
 
     Raises:
-        ValueError: for flags that do not exist, and for values that are impossible or contradict each other.
+        ValueError: naming all of them, with what to do instead.
     """
-    parser = _Parser(
-        (ModelArguments, DataArguments, VLMTrainingArguments),  # type: ignore[arg-type]
-        description=description,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    parser.add_argument("-h", "--help", action=_ShortHelp, help="Explain the flags that matter most, and stop.")
-    parser.add_argument("--help_all", "--help-all", action="help", help="Explain every flag, and stop.")
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        args=with_machine_defaults(argv), look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)}")
-    model_args, data_args, training_args = parsed[:3]
-    check_arguments(model_args, data_args, training_args)
-    return model_args, data_args, training_args
+    given = [
+        f"--{name} {getattr(args, name)} is not supported: {why}"
+        for name, why in _NOT_SUPPORTED.items()
+        if getattr(args, name)
+    ]
+    if given:
+        raise ValueError("; ".join(given))
 
 
-def with_machine_defaults(argv: Sequence[str]) -> list[str]:
-    """Add the flags whose default depends on the machine, unless the user gave them.
+def check_optimizer(args: VLMTrainingArguments) -> None:
+    """Refuse settings that Trainer has parsed by now and that do not fit this model.
 
-    They are added before `TrainingArguments` is built, because it sets up the process group: two processes that learn
-    later that they run on the CPU would each believe to be alone.
+    Raises:
+        ValueError: for optimizers that need the model itself, and for batches that one process splits for all.
     """
-    given = {word.split("=", 1)[0].replace("-", "_").removeprefix("__") for word in argv if word.startswith("--")}
-    defaults: dict[str, str] = {}
-    if not has_accelerator():
-        defaults["use_cpu"] = "true"
-    device = torch.device("cpu") if _asks_for("use_cpu", argv, default=not has_accelerator()) else pick_device()
-    if device.type != "cpu":
-        defaults["dataloader_num_workers"] = "4"
-    if not given & {"bf16", "fp16"}:
-        autocast = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(pick_dtype(device))
-        if autocast is not None:
-            defaults[autocast] = "true"
-    if find_spec("tensorboard") is not None:
-        defaults["report_to"] = "tensorboard"
-    if "eval_image_map" in given:
-        defaults["eval_strategy"] = "epoch"
-    added = [word for name, value in defaults.items() if name not in given for word in (f"--{name}", value)]
-    return [*added, *argv]
-
-
-def is_dry_run(argv: Sequence[str]) -> bool:
-    """Return whether the command line asks for `--dry_run`."""
-    return _asks_for("dry_run", argv, default=False)
-
-
-def _asks_for(flag: str, argv: Sequence[str], *, default: bool) -> bool:
-    """Read one yes-or-no flag before the others are parsed."""
-    parser = OneLineErrors(add_help=False, allow_abbrev=False)
-    parser.add_argument(
-        f"--{flag}",
-        f"--{flag.replace('_', '-')}",
-        dest=flag,
-        type=string_to_bool,
-        nargs="?",
-        const=True,
-        default=default,
-    )
-    return bool(getattr(parser.parse_known_args(argv)[0], flag))
-
-
-# ---- --help
-
-_SHOWN_FIRST = (
-    *("output_dir", "learning_rate", "feature_proj_lr", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("global_batch_size", "num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type", "optim", "bf16"),
-    *("gradient_checkpointing", "dataloader_num_workers", "train_sampling_strategy", "logging_steps", "save_steps"),
-    *("save_total_limit", "eval_strategy", "load_best_model_at_end", "seed", "report_to", "resume_from_checkpoint"),
-    *("overwrite_output_dir", "remove_unused_columns", "ddp_find_unused_parameters"),
-)
-"""Trainer's flags that `--help` explains; `--help_all` explains some 120 more."""
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults except None, whose meaning the flag's own help explains."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class _Parser(OneLineErrors, HfArgumentParser):
-    """Takes the flags of several dataclasses."""
-
-
-class _ShortHelp(argparse.Action):
-    """`--help`: this project's flags, and those of Trainer that matter most."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        """Print the help and end the program."""
-        fields = {one.name: one for one in dataclasses.fields(VLMTrainingArguments)}
-        types = get_type_hints(VLMTrainingArguments)
-        shown = dataclasses.make_dataclass(
-            "Shown", [(name, types[name], _without_name(fields[name])) for name in _SHOWN_FIRST]
+    accelerator: Any = args.accelerator_config
+    if accelerator.dispatch_batches:
+        raise ValueError(
+            '--accelerator_config {"dispatch_batches": true} is not supported: images would be split like rows, and '
+            "arrive in other rows; leave it out"
         )
-        short = _Parser(
-            (DataArguments, ModelArguments, shown),  # type: ignore[arg-type]
-            usage="train.py --image_map FILE --captions_file FILE [--FLAG VALUE …]",
-            description=parser.description,
-            epilog="--help_all explains every other flag of transformers' Trainer.",
-            formatter_class=_HelpFormatter,
+    kind = choice(args.optim)
+    if kind.startswith(("galore", "apollo", "lomo", "adalomo")):
+        raise ValueError(
+            f"--optim {kind} is not supported: it groups the model's parameters itself, and LoRA and projector need "
+            "two learning rates; leave it out for AdamW, or take adafactor or sgd"
         )
-        short.print_help()
-        parser.exit()
 
 
-def _without_name(of: dataclasses.Field[Any]) -> Any:
-    """Copy a dataclass field so that another class can take it."""
-    return field(default=of.default, default_factory=of.default_factory, metadata=of.metadata)
+def choice(value: Any) -> str:
+    """Return what the user typed for a flag that transformers turns into an enumeration."""
+    return str(getattr(value, "value", value))

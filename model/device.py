@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import torch
 
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def has_accelerator() -> bool:
+    """Return whether PyTorch sees a GPU (or the like)."""
+    return torch.accelerator.is_available()
+
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device asked for, else the accelerator where there is one, else the CPU.
+    """Return the device of this name; by default the accelerator if there is one, else the CPU.
 
     Raises:
-        ValueError: if the name is not that of a device that is present.
+        ValueError: if this machine has no such device.
     """
+    accelerator = torch.accelerator.current_accelerator() if has_accelerator() else None
     if name is None:
-        return (torch.accelerator.current_accelerator() if has_accelerator() else None) or torch.device("cpu")
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name!r}: no device has such a name; try cpu, cuda or cuda:0") from error
-    if device.type == "meta" or (device.type != "cpu" and not has_accelerator()):
+    is_there = accelerator is not None and device.type == accelerator.type
+    if device.type != "cpu" and not (is_there and (device.index or 0) < torch.accelerator.device_count()):
         raise ValueError(f"--device {name}: this machine has no such device that PyTorch can use; try --device cpu")
     return device
 
 
-def has_accelerator() -> bool:
-    """Whether PyTorch sees a GPU (or the like)."""
-    return torch.accelerator.is_available()
-
-
-def pick_dtype(device: torch.device, bf16: bool | None = None) -> torch.dtype:
-    """Dtype of frozen weights and of autocast: bf16 where CUDA has it, else fp16 on CUDA; fp32 on other devices.
-
-    Args:
-        device: where the model runs.
-        bf16: True or False overrules the choice; False means fp32.
-    """
-    if bf16 is not None:
-        return torch.bfloat16 if bf16 else torch.float32
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of frozen weights and of autocast: bf16 where CUDA has it, else fp16 on CUDA; fp32 elsewhere."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float32
@@ -47,14 +51,6 @@ def parse_dtype(name: str) -> torch.dtype:
     Raises:
         ValueError: for any other name.
     """
-    known = {
-        "float32": torch.float32,
-        "fp32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "bf16": torch.bfloat16,
-        "float16": torch.float16,
-        "fp16": torch.float16,
-    }
-    if name not in known:
-        raise ValueError(f"--dtype {name!r} is not known; choose one of {', '.join(known)}")
-    return known[name]
+    if name not in _DTYPES:
+        raise ValueError(f"--dtype {name!r} is not known; choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]

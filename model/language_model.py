@@ -1,4 +1,4 @@
-"""Loading the base language model and its tokenizer, with one clear error for what can be wrong with its name."""
+"""Load the base language model and its tokenizer; whatever is wrong with its name is one clear error."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenTokenizer
 
 
 def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWenLMHeadModel:
-    """Load QWen.
-
-    Args:
-        name_or_path: hub name or folder.
-        dtype: of the weights.
+    """Load QWen from a hub name or folder, its weights in this dtype.
 
     Raises:
-        ValueError: if there is no such folder or name, or what is there is no complete QWen.
+        ValueError: if there is no such folder or name, or no complete QWen in it.
     """
-    _qwen_config(name_or_path)
+    _qwen_config(name_or_path)  # another model's name is an error before its weights are downloaded
     try:
         model: Any = MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
     except OSError as error:
@@ -30,15 +26,12 @@ def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWen
 
 
 def load_tokenizer(name_or_path: str) -> QWenTokenizer:
-    """Load QWen's tokenizer.
-
-    Args:
-        name_or_path: hub name or folder of the language model.
+    """Load QWen's tokenizer from the hub name or folder of the language model.
 
     Raises:
         ValueError: if there is no such folder or name, or no vocabulary in it.
     """
-    _config(name_or_path)  # a name that leads nowhere is told apart from a folder without a vocabulary
+    _config(name_or_path)  # a name that leads nowhere is another mistake than a folder without a vocabulary
     try:
         return QWenTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
@@ -46,13 +39,10 @@ def load_tokenizer(name_or_path: str) -> QWenTokenizer:
 
 
 def read_language_config(name_or_path: str) -> QWenConfig:
-    """Read QWen's configuration; of its files only config.json is needed.
-
-    Args:
-        name_or_path: hub name or folder.
+    """Read QWen's configuration from a hub name or folder; no other file is needed.
 
     Raises:
-        ValueError: if there is no such folder or name, or it is no QWen's.
+        ValueError: if there is no such folder or name, or it is not a QWen's.
     """
     values = _qwen_config(name_or_path)
     try:
@@ -89,5 +79,5 @@ def _not_found(name: str, error: Exception) -> ValueError:
         return ValueError(f"base language model {name!r}: {error}")
     return ValueError(
         f"base language model {name!r} is no local folder, and the hub does not give it: {str(error).rstrip('.')}. "
-        "Give a folder (config.json, weights, qwen.tiktoken), or a name that can be downloaded or lies in the cache"
+        "Give a folder (config.json, weights, qwen.tiktoken), or a name that can be downloaded or is in the cache"
     )

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
+from dataset.epoch_order import EpochOrder
 from qwen import IGNORE_INDEX
 
 from .arguments import VLMTrainingArguments
@@ -110,6 +112,13 @@ class VLMTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As Trainer does; data workers leave signals to the process they work for."""
         return with_calm_workers(super().get_eval_dataloader(eval_dataset))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Read an `EpochOrder` from first to last, whatever `--train_sampling_strategy` says: it is in that order."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, EpochOrder):
+            return SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def compute_loss(
         self,

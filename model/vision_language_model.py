@@ -20,7 +20,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
 from qwen.loss import head_loss
-from qwen.positions import is_right_padded
 from visual import build_vision_tower
 from visual.base import VisionTower
 
@@ -132,8 +131,8 @@ class VisionLanguageModel(nn.Module):
         """Turn images into features in the language model's space.
 
         Args:
-            pixel_values: (N, 3, H, W); unused if there are
-            vision_features: (N, P, W), which the tower computed earlier; see `--feature_cache`.
+            pixel_values: (N, 3, H, W), or None where there are features.
+            vision_features: (N, P, W), which the tower computed earlier, see `--feature_cache`.
 
         Returns:
             (N, P, D).
@@ -195,27 +194,19 @@ class VisionLanguageModel(nn.Module):
             kwargs |= {"image_features": features, "labels": labels, "num_items_in_batch": num_items_in_batch}
             out: CausalLMOutputWithPast = self.qwen(input_ids, attention_mask, **kwargs)  # logits (B, T, V)
         else:
-            # Read before the tower starts: later, the host would have to wait for the GPU.
-            attention_mask = self._mask_if_needed(attention_mask)
-            targets, positions = _supervised(labels)  # (S,), (S,)
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B · T,), token t + 1 at position t
+            positions = (targets != IGNORE_INDEX).nonzero()[:, 0]  # (S,)
             features = self.encode_images(pixel_values, vision_features) if num_images else None  # (N, P, D)
             # Only answers are supervised, so the language head with its 151,936 rows, and what follows the last
             # block's attention, run at S positions instead of B · T. The loss is the same.
             kwargs |= {"image_features": features, "already_checked": True, "positions": positions}
             hidden = self.qwen.transformer(input_ids, attention_mask, **kwargs).last_hidden_state  # (S, D)
-            out = CausalLMOutputWithPast(loss=head_loss(hidden, self.qwen.lm_head, targets, num_items_in_batch))
+            loss = head_loss(hidden, self.qwen.lm_head, targets[positions], num_items_in_batch)
+            out = CausalLMOutputWithPast(loss=loss)
         if not num_images and out.loss is not None and self.training:
             # DDP waits for a gradient of every trained parameter on every rank, also where a batch has no image.
             out.loss = out.loss + 0.0 * sum(parameter.sum() for parameter in self.projector.parameters())
         return out
-
-    def _mask_if_needed(self, attention_mask: Tensor | None) -> Tensor | None:
-        """Drop a mask that only hides padding after the text, which causal attention never sees anyway."""
-        if attention_mask is None or attention_mask.dim() != 2:
-            return attention_mask
-        # Past the trained length, dynamic NTK reads each row's length from the mask; training does not use it.
-        needs_lengths = not self.training and attention_mask.shape[1] > self.qwen.config.seq_length
-        return None if not needs_lengths and is_right_padded(attention_mask) else attention_mask
 
     @torch.no_grad()
     def generate(
@@ -384,13 +375,6 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         """Do the same under the name by which Trainer calls it before transformers 5.23."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
-
-
-def _supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the S supervised tokens of labels (B, T), and the flat positions b · T + t that predict them."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B · T,): position t predicts token t + 1
-    positions = (targets != IGNORE_INDEX).nonzero()[:, 0]  # (S,)
-    return targets[positions], positions
 
 
 def _absolute_if_folder(name: str) -> str:

@@ -92,3 +92,30 @@ def tiny_siglip(tmp_path_factory) -> str:
     from tiny_towers import make_siglip_checkpoint
 
     return make_siglip_checkpoint(tmp_path_factory.mktemp("bases") / "siglip")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> dict[str, Path]:
+    """One picture of each colour, by its name; not to be written to."""
+    from tiny_run import make_pictures
+
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, base_flags) -> Path:
+    """checkpoint-10, whose LoRA and projector make a difference, in a run folder with an older and a broken one."""
+    import shutil
+
+    from tiny_vlm import enliven_trained
+
+    from model import LoraSettings, VisionLanguageModel
+
+    model = VisionLanguageModel.from_pretrained(base_flags[1], base_flags[3], device="cpu")
+    model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0))
+    run = tmp_path_factory.mktemp("run")
+    for number in (9, 10):  # as text, 9 comes last
+        enliven_trained(model, seed=number, std=0.4).save_checkpoint(run / f"checkpoint-{number}")
+    shutil.copytree(run / "checkpoint-10", run / "checkpoint-11")
+    (run / "checkpoint-11/projector.safetensors").unlink()  # as if the disk had been full
+    return run / "checkpoint-10"

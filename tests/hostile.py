@@ -15,10 +15,10 @@ from PIL import Image
 from tiny_run import load_test_py, one_line_error
 
 from dataprocess import process_image
-from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, load_image
-from dataset.prompt import encode_prompt, with_placeholders
+from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator
+from dataset.prompt import encode_prompt
 from model.asking.answer_file import AnswerFile
-from model.asking.batch_answers import Asked, answer_all
+from model.asking.batch_answers import answer_all
 from model.asking.question_file import read_questions
 
 GOOD = "good.png"
@@ -128,7 +128,9 @@ def answer(path: Path | str | None, prompt: str, tokenizer: Any, capsys: Any) ->
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ask, "load_assistant", lambda args: assistant)
-        flags = ["--prompt", prompt] + ([] if path is None else ["--image_path", os.fspath(path)])
+        flags = ["--model_weights", "none", "--prompt", prompt] + (
+            [] if path is None else ["--image_path", os.fspath(path)]
+        )
         status = ask.main(flags)
     out, err = capsys.readouterr()
     if status == 0:
@@ -153,10 +155,9 @@ def answer_batch(folder: Path, path: str, tokenizer: Any) -> tuple[str, Recordin
     except ValueError as error:
         return str(error), RecordingAssistant(tokenizer)
     assistant = RecordingAssistant(tokenizer)
-    asked = [Asked(with_placeholders(question.prompt, len(question.images)), question.images) for question in questions]
-    with AnswerFile(folder / "answers.jsonl", [question.id for question in questions], {}) as answers:
-        for outcome in answer_all(assistant, asked, load_image, 2, 0):
-            answers.add(outcome)
+    answers = AnswerFile(folder / "answers.jsonl", [question.id for question in questions], {})
+    for line in answer_all(assistant, questions, 2, 0):
+        answers.add(line)
     hostile, fine = (json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines())
     assert fine == {"id": "good", "answer": "an answer"}, "the good one is answered whatever is beside it"
     assert "\n" not in hostile.get("error", "")

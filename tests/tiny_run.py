@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -122,6 +124,13 @@ def start(*command: object, stdin: str = "", cwd: Path = ROOT, **env: str) -> su
     )
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def printed_steps(output: str) -> list[dict[str, float]]:
     """The steps that Trainer printed, rounded as they are."""
     lines = re.findall(r"\{'loss'.*?\}", output)
@@ -154,6 +163,22 @@ def one_line_error(stderr: str, program: str) -> str:
     lines = [line for line in stderr.splitlines() if line.startswith(f"{program}: ")]
     assert len(lines) == 1, stderr
     return lines[0]
+
+
+def too_much_memory() -> RuntimeError:
+    """Return what PyTorch really says on the CPU."""
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 58, dtype=torch.uint8)
+    return error.value
+
+
+def with_generation_config(base: str, folder: Path, **changes: object) -> Path:
+    """Copy a language model, and change its generation_config.json; None leaves a setting out."""
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    settings = {**json.loads((folder / "generation_config.json").read_text()), **changes}
+    kept = {name: value for name, value in settings.items() if value is not None}
+    (folder / "generation_config.json").write_text(json.dumps(kept))
+    return folder
 
 
 def load_test_py() -> ModuleType:

@@ -1,18 +1,17 @@
-"""The output of a batch: one line an answer, in the questions' order, gone on with after a stop at any point.
+"""The output of a batch: one line an answer. A run that was stopped at any point resumes after its last whole line.
 
-Beside `answers.jsonl` lies `answers.jsonl.made_with.json`: what the answers depend on. Answers of other questions,
-weights or settings are never mixed.
+Next to `answers.jsonl`, `answers.jsonl.made_with.json` notes what the answers depend on, so that answers of other
+questions, pictures, weights or settings are never mixed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Sequence
+import secrets
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +23,17 @@ from ..checkpoints.checkpoint import (
     PROJECTOR_WEIGHTS,
     resolve_checkpoint,
 )
-from .batch_answers import Outcome
 
-try:
-    import fcntl
-except ImportError:  # not on Windows; two runs into one file then are the user's to avoid
-    fcntl = None  # type: ignore[assignment]
-
-
-logger = logging.getLogger(__name__)
-
-_ADVICE = "give another --output, or delete it to answer anew"
-_COMMAND = "command"
-"""Name in the note of what is not compared: two commands can ask for the same."""
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_ADVICE = "give another --output, or delete it to start from scratch"
 
 
 def digest(value: Any) -> str:
-    """A short hash of what JSON can write."""
+    """Return a short hash of what JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _as_read(value: Any) -> Any:
-    """As it will be when it is read from JSON."""
-    return json.loads(json.dumps(value))
-
-
 def trained_digest(folder: str | os.PathLike[str]) -> str:
-    """A short hash of a checkpoint's weights and of LoRA's configuration, wherever it lies.
+    """Return a short hash of a checkpoint's weights and of LoRA's configuration, wherever the checkpoint is.
 
     Raises:
         CheckpointError: if there is no complete checkpoint.
@@ -74,7 +56,7 @@ def trained_digest(folder: str | os.PathLike[str]) -> str:
 
 
 def picture_stamp(path: Path) -> tuple[int, int] | None:
-    """Size and time of change of a picture, behind links; None if there is none. To hash them all would take long."""
+    """Return a picture's size and time of change, None if there is none. To hash all pictures would take long."""
     try:
         status = path.stat()
     except (OSError, ValueError):  # ValueError: characters that no file name can hold
@@ -83,138 +65,71 @@ def picture_stamp(path: Path) -> tuple[int, int] | None:
 
 
 class AnswerFile:
-    """Appends to an output; a context manager. Opened and looked at before there is a model; see `go_on`.
+    """The lines that an output has, and the end to which more are added. Whoever uses one holds the output's lock.
 
     Args:
         path: the output.
-        ids: the questions' ids, in order.
-        known: what is known without a model of what the answers depend on, by name; `digest` what is long. Of a
-            dictionary in it, the values that are known.
-        command: what else was asked for, by which a finished output is known again.
+        ids: the questions' ids.
+        made_with: what the answers depend on, by name, as far as it is known before the model is loaded.
 
     Raises:
-        ValueError: if the output is something else than the beginning of these answers.
-        OSError: if it can't be read or written.
+        ValueError: if the output is something else than answers to these questions, made with the same.
+        OSError: if it can't be read.
     """
 
-    def __init__(self, path: Path, ids: Sequence[str | int], known: dict[str, Any], command: Any = None) -> None:
-        self.path, self.ids, self.command = path, ids, command
-        self.num_done = 0
-        """Questions that have their line."""
-        self.failed: list[str] = []
-        """`id: reason` of those without an answer."""
+    def __init__(self, path: Path, ids: Collection[str | int], made_with: dict[str, Any]) -> None:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(f"--output {path}: not a regular file; {_ADVICE}")
+        self.path = path
+        self.lines: dict[str | int, dict[str, Any]] = {}
+        """`{"id": …, "answer": …}` or `{"id": …, "error": …}`, by id."""
         self._note = path.with_name(f"{path.name}.made_with.json")
-        self._before: dict[str, Any] = {}
-        self._size = 0
-        self._file = path.open("ab+")
-        try:
-            self._lock()
-            self._look(known)
-        except BaseException:
-            self._file.close()
-            raise
+        content = path.read_bytes() if path.exists() else b""
+        self._size = content.rfind(b"\n") + 1  # after it: a line that was cut by a kill, which is written again
+        self._before = self._read_note() if content else None
+        self._now: dict[str, Any] = {}
+        self._compare(made_with)
+        for number, raw in enumerate(content[: self._size].splitlines(), start=1):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # whatever the line is instead
+                line = json.loads(raw)
+                if line["id"] in ids and line.keys() & {"answer", "error"}:
+                    self.lines[line["id"]] = line
+                    continue
+            raise ValueError(f"--output {path}, line {number}: not the answer to one of the questions; {_ADVICE}")
 
-    def __enter__(self) -> AnswerFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, outcome: Outcome) -> None:
-        """Write the next question's line."""
-        line: dict[str, Any] = {"id": self.ids[self.num_done]}
-        if outcome.error is None:
-            line["answer"] = outcome.answer
-        else:
-            line["error"] = outcome.error
-        try:
-            raw = json.dumps(line, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and UTF-8 can't
-            raw = json.dumps(line).encode()
-        self._file.write(raw + b"\n")
-        self._file.flush()
-        self._count(line)
-
-    def _count(self, line: dict[str, Any]) -> None:
-        self.num_done += 1
-        if "error" in line:
-            self.failed.append(f"{line['id']}: {line['error']}")
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"--output {self.path}: another run is writing it; wait for it, or stop it") from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            logger.warning(
-                "--output %s: its file system has no locks (%s); see to it that no other run writes it",
-                *(self.path, error.strerror),
-            )
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether this very command has answered every question: no model is needed to see that."""
-        return self.num_done == len(self.ids) and self._before.get(_COMMAND) == _as_read(self.command)
-
-    def go_on(self, made_with: dict[str, Any]) -> None:
-        """Get ready for `add`, now that all is known.
-
-        Args:
-            made_with: all that the answers depend on, by name.
+    def begin(self, made_with: dict[str, Any]) -> None:
+        """Get ready for `add`, now that the rest of what the answers depend on is known.
 
         Raises:
-            ValueError: if what is there was made with something else; nothing is changed then.
+            ValueError: if the output was made with something else; nothing is changed then.
             OSError: if it can't be written.
         """
-        if self._before:
-            self._compare(made_with, whole=True)
-            self._file.truncate(self._size)  # a line that was cut by a kill is written again
+        self._compare(made_with)
+        if self._before is not None:
+            os.truncate(self.path, self._size)
             return
-        text = json.dumps({**made_with, _COMMAND: self.command}, indent=2, ensure_ascii=False)
-        part = self._note.with_name(f"{self._note.name}.part")
-        part.write_text(f"{text}\n", encoding="utf-8")
-        part.replace(self._note)
+        temporary = self._note.with_name(f"{self._note.name}.{secrets.token_hex(4)}")
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(self._now, indent=2, ensure_ascii=False) + "\n")
+        temporary.replace(self._note)
 
-    def _look(self, known: dict[str, Any]) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        if not content:
-            return
+    def add(self, line: dict[str, Any]) -> None:
+        """Write a line; once this returns, a kill does not take it back."""
+        self.lines[line["id"]] = line
+        # Half a surrogate pair, which JSON can hold and UTF-8 can't, becomes the escape that JSON has for it.
+        raw = json.dumps(line, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
+        with self.path.open("ab") as file:
+            file.write(raw + b"\n")
+
+    def _read_note(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
-            self._before = json.loads(self._note.read_text(encoding="utf-8"))
-        if not isinstance(self._before, dict) or not self._before:
-            raise ValueError(f"--output {self.path}: holds something, and no {self._note.name} says what; {_ADVICE}")
-        self._compare(known, whole=False)
-        self._size = content.rfind(b"\n") + 1
-        for line in content[: self._size].splitlines():
-            self._check_line(line)
+            note = json.loads(self._note.read_text(encoding="utf-8")) if self._note.is_file() else None
+            if isinstance(note, dict):
+                return note
+        raise ValueError(f"--output {self.path}: not empty, and no {self._note.name} says what made it; {_ADVICE}")
 
-    def _compare(self, values: dict[str, Any], *, whole: bool) -> None:
-        """Hold values against those noted; of a dictionary that is not whole, what it has."""
-
-        def agree(now: Any, before: Any) -> bool:
-            if whole or not isinstance(now, dict) or not isinstance(before, dict):
-                return bool(now == before)
-            return all(before.get(name) == value for name, value in now.items())
-
-        differ = [name for name, value in _as_read(values).items() if not agree(value, self._before.get(name))]
+    def _compare(self, made_with: dict[str, Any]) -> None:
+        self._now |= json.loads(json.dumps(made_with))  # as it will be read
+        differ = [name for name in made_with if self._before is not None and self._before.get(name) != self._now[name]]
         if differ:
-            raise ValueError(f"--output {self.path}: was made with other {', '.join(differ)}; {_ADVICE}")
-
-    def _check_line(self, raw: bytes) -> None:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            line = json.loads(raw)
-            if (
-                self.num_done < len(self.ids)
-                and line["id"] == self.ids[self.num_done]
-                and line.keys() & {"answer", "error"}
-            ):
-                self._count(line)
-                return
-        raise ValueError(
-            f"--output {self.path}, line {self.num_done + 1}: is not the answer to that question; {_ADVICE}"
-        )
+            raise ValueError(f"--output {self.path}: made with other {', '.join(differ)}; {_ADVICE}")

@@ -1,92 +1,97 @@
-"""A model that answers: one question, the turns of a chat, or a batch of questions."""
+"""A model that answers: one question, the turns of a chat, or a batch of questions.
+
+Shape legend: N images, P tokens per image, D the language model's width, T tokens of the prompt.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dataset.prompt import encode_prompt
 from qwen import QWenTokenizer
 from qwen.batch import answer_batch, check_settings
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
 from qwen.prompt_cache import PromptCache
-from qwen.stream import answer_ids, complete_config, stream_ids
+from qwen.stream import answer_ids, stream_ids
 
+from ..language_model import load_tokenizer
 from ..vision_language_model import VisionLanguageModel
+from .prompt_window import fit_prompt
 
 Turns = list[tuple[str, str]]
-FitPrompt = Callable[[QWenTokenizer, str, int, Turns, str, int, str], list[int]]
-"""Tokenizer, question, features per image, earlier turns, system prompt, window in tokens, the question's name (for
-what is logged, or empty) → the prompt's ids."""
+
+
+def load_assistant(args: argparse.Namespace) -> Assistant:
+    """Load model and tokenizer as the flags of test.py say.
+
+    Raises:
+        ValueError: for a checkpoint or a base model that does not fit.
+        OSError: for files that are missing.
+    """
+    model = VisionLanguageModel.from_pretrained(
+        args.base_language_model, args.base_value_model, args.model_weights, args.dtype, args.device
+    )
+    model.merge_lora()  # W + BA, once: from here on LoRA costs nothing
+    return Assistant(model, load_tokenizer(model.base_language_model), args.system, args.options)
 
 
 class Assistant:
-    """A model, its tokenizer, and how it is to answer.
+    """A model, its tokenizer, and how to answer.
 
     Args:
-        model: LoRA is merged into its base weights.
+        model: in `eval()`.
         tokenizer: QWen's tokenizer.
         system: the system prompt.
-        options: generation settings that come before the model's own `generation_config.json`.
-        fit_prompt: builds prompts, as `model.asking.prompt_window.fit_prompt` does.
+        options: generation settings; they come before those of the model's own `generation_config.json`.
     """
 
     def __init__(
-        self,
-        model: VisionLanguageModel,
-        tokenizer: QWenTokenizer,
-        system: str,
-        options: dict[str, Any],
-        fit_prompt: FitPrompt,
+        self, model: VisionLanguageModel, tokenizer: QWenTokenizer, system: str, options: dict[str, Any]
     ) -> None:
-        model.merge_lora()
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.system = system
-        self.options = options
-        self.fit_prompt = fit_prompt
-        self.max_window_size = int(
-            getattr(complete_config(model.qwen, None), "max_window_size", DEFAULT_MAX_WINDOW_SIZE)
-        )
+        self.model, self.tokenizer, self.system, self.options = model, tokenizer, system, options
+        self.max_window_size = int(getattr(model.qwen.generation_config, "max_window_size", DEFAULT_MAX_WINDOW_SIZE))
         self.chat_cache = PromptCache()
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image]) -> Tensor | None:
-        """Run the vision tower over images; (images, tokens, width), or None if there are none."""
+        """Run the vision tower and the projector over images; return (N, P, D), or None if there are no images."""
         if not images:
             return None
         transform = self.model.vision_tower.image_transform
         return self.model.encode_images(torch.stack([transform(image) for image in images]))
 
-    def stream(self, prompt: str, features: Tensor | None, history: Turns | None = None) -> Iterator[str]:
-        """Answer; gives the growing text. Nothing is done before the first is asked for.
-
-        With a history, be it empty, what is read is kept for the next turn.
-        """
-        ids, kwargs = self._inputs(prompt, features, history)
-        cache = None if history is None else self.chat_cache
-        yield from stream_ids(self.model.qwen, self.tokenizer, ids, prompt_cache=cache, **kwargs)
-
     def answer(self, prompt: str, features: Tensor | None, name: str = "") -> str:
-        """Answer; gives the whole text. What is logged begins with the name."""
-        ids, kwargs = self._inputs(prompt, features, None, name)
-        return answer_ids(self.model.qwen, self.tokenizer, ids, **kwargs)
+        """Return the whole answer; warnings begin with the name."""
+        ids, inputs = self._inputs(prompt, features, [], name)
+        return answer_ids(self.model.qwen, self.tokenizer, ids, **inputs)
+
+    def stream(self, prompt: str, features: Tensor | None, history: Turns | None = None) -> Iterator[str]:
+        """Yield the growing answer; nothing is computed before the first text is asked for.
+
+        With a history, even an empty one, keys and values are kept for the next turn.
+        """
+        ids, inputs = self._inputs(prompt, features, history or [])
+        cache = None if history is None else self.chat_cache
+        yield from stream_ids(self.model.qwen, self.tokenizer, ids, prompt_cache=cache, **inputs)
 
     def answer_rows(self, prompts: Sequence[list[int]], features: Sequence[Tensor | None], seed: int) -> list[str]:
-        """Answer prompts (token ids) together, each as it would be answered alone under this seed.
+        """Answer prompts together, each as it would be answered alone under this seed.
 
         Args:
-            prompts: as `prompt_ids` gives them.
-            features: for each its images' (images, tokens, width), or None.
-            seed: of sampling.
+            prompts: token ids, as `prompt_ids` returns them.
+            features: for each prompt its images' (N, P, D), or None.
+            seed: the seed of sampling.
         """
         return answer_batch(self.model.qwen, self.tokenizer, prompts, features, seed=seed, **self.options)
 
     def check_settings(self) -> None:
-        """See to it that answers can be generated with these settings.
+        """Check that answers can be generated with these settings.
 
         Raises:
             ValueError: if not, whatever the question.
@@ -99,19 +104,20 @@ class Assistant:
                 f"{self.model.base_language_model}, or give flags in its place"
             ) from error
 
-    def prompt_ids(self, prompt: str, history: Turns | None = None, name: str = "") -> list[int]:
-        """The prompt's ids, made to fit into the window; what is logged of that begins with the name.
+    def prompt_ids(self, prompt: str, history: Sequence[tuple[str, str]] = (), name: str = "") -> list[int]:
+        """Return the prompt's token ids, shortened if it is longer than the window; warnings begin with the name.
 
         Raises:
             ValueError: if system prompt and images leave no room for a question.
         """
-        tokens = self.model.num_image_tokens
-        return self.fit_prompt(self.tokenizer, prompt, tokens, history or [], self.system, self.max_window_size, name)
+        how = (self.tokenizer, prompt, self.model.num_image_tokens, history, self.system, self.max_window_size)
+        ids, num_dropped = encode_prompt(*how)
+        return ids if num_dropped == 0 and len(ids) <= self.max_window_size else fit_prompt(*how, name)
 
     def _inputs(
-        self, prompt: str, features: Tensor | None, history: Turns | None, name: str = ""
+        self, prompt: str, features: Tensor | None, history: Turns, name: str = ""
     ) -> tuple[Tensor, dict[str, Any]]:
-        kwargs = dict(self.options)
-        if features is not None:
-            kwargs["image_features"] = (features.flatten(0, 1),)
-        return torch.tensor([self.prompt_ids(prompt, history, name)]), kwargs
+        """Return the prompt (1, T), and the generation settings with the image features."""
+        ids = torch.tensor([self.prompt_ids(prompt, history, name)])  # (1, T)
+        images = {} if features is None else {"image_features": (features.flatten(0, 1),)}  # (N * P, D)
+        return ids, {**self.options, **images}

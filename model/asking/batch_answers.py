@@ -1,62 +1,91 @@
-"""Many questions through an assistant, in batches, and their answers in the order of the questions."""
+"""Many questions, in batches: their answers come in the order of the questions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from tqdm import tqdm
 
-from .assistant import Assistant
+from dataprocess.file_lock import hold
+from dataprocess.image_io import load_image
+from dataprocess.messages import format_count
+from dataset.prompt import with_placeholders
+
+from ..console import one_line
+from .answer_file import AnswerFile, digest, picture_stamp, trained_digest
+from .assistant import Assistant, load_assistant
+from .question_file import Question, read_questions
+
+logger = logging.getLogger(__name__)
 
 _WINDOW = 4
 """Batches that are sorted by the length of their prompts together, so that little of a batch is padding."""
+_SHOWN = 20
+"""Questions without an answer that are listed at the end; the output names them all."""
+
+Outcome = str | ValueError
+"""An answer, or why there is none."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question as it goes to the model."""
+def answer_file(args: argparse.Namespace) -> int:
+    """Answer the questions in the file `--batch` that have no line in `--output` yet; return the exit status.
 
-    prompt: str
-    """With a placeholder for every image."""
-    images: tuple[Path, ...]
-    """Its pictures, in the order of the placeholders."""
-    name: str = ""
-    """What it is called in the log."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a question: an answer, or why there is none."""
-
-    answer: str | None
-    """The answer's text."""
-    error: str | None = None
-    """Why there is none, in one line."""
+    Raises:
+        ValueError: for a line that is not a question, or an output that is not the beginning of these answers.
+    """
+    questions = read_questions(Path(args.batch))
+    made_with = {
+        "questions": digest([(question.id, question.images, question.prompt) for question in questions]),
+        "pictures": digest([[picture_stamp(path) for path in question.images] for question in questions]),
+        "checkpoint": trained_digest(args.model_weights),
+        "settings": {"system": args.system, "seed": args.seed, "dtype": str(args.dtype), **args.options},
+    }
+    with hold(Path(args.output)):
+        answers = AnswerFile(Path(args.output), {question.id for question in questions}, made_with)
+        left = [question for question in questions if question.id not in answers.lines]
+        if answers.lines:
+            logger.info("%s: %d of %d answered already", args.output, len(answers.lines), len(questions))
+        # A checkpoint knows its base models; if others are named, they are compared even if nothing is left to answer.
+        if left or args.base_language_model or args.base_value_model:
+            assistant = load_assistant(args)
+            generation = assistant.model.qwen.generation_config.to_diff_dict()
+            generation.pop("transformers_version", None)
+            answers.begin({"base models": assistant.model.fingerprints, "generation settings": generation})
+            with tqdm(total=len(questions), initial=len(answers.lines), unit="question", file=sys.stderr) as bar:
+                for line in answer_all(assistant, left, args.batch_size, args.seed):
+                    answers.add(line)
+                    bar.update()
+    failed = [answers.lines[question.id] for question in questions if "error" in answers.lines[question.id]]
+    for line in failed[:_SHOWN]:
+        logger.error("test.py: %s", one_line(f"{line['id']}: {line['error']}"))
+    if failed:
+        lack = "has" if len(failed) == 1 else "have"
+        all_questions = format_count(len(questions), "question")
+        logger.error("test.py: %d of %s %s no answer", len(failed), all_questions, lack)
+    return 2 if failed else 0
 
 
 def answer_all(
-    assistant: Assistant,
-    questions: Sequence[Asked | ValueError],
-    open_image: Callable[[Path], Image.Image],
-    batch_size: int,
-    seed: int,
-) -> Iterator[Outcome]:
+    assistant: Assistant, questions: Sequence[Question], batch_size: int, seed: int
+) -> Iterator[dict[str, Any]]:
     """Answer questions.
 
     Args:
         assistant: who answers.
-        questions: each, or what is wrong with it.
-        open_image: reads a picture; raises ValueError where it can't.
+        questions: all of them.
         batch_size: questions that are answered together.
-        seed: of sampling; every answer is the one that this seed gives to its question alone.
+        seed: the seed of sampling; every answer is the one that this seed gives to its question alone.
 
     Yields:
-        Outcomes in the order of the questions, each as soon as it and all before it are there.
+        `{"id": …, "answer": …}` or `{"id": …, "error": …}` in the order of the questions, each as soon as it and all
+        before it are there.
 
     Raises:
         ValueError: before the first, for settings under which no question can be answered.
@@ -64,60 +93,53 @@ def answer_all(
     assistant.check_settings()
     for start in range(0, len(questions), batch_size * _WINDOW):
         window = questions[start : start + batch_size * _WINDOW]
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, Outcome] = {}  # by the question's position in the window
         prompts: dict[int, list[int]] = {}
-        for place, question in enumerate(window):
+        for at, question in enumerate(window):
             try:
-                if isinstance(question, ValueError):
-                    raise question
-                prompts[place] = assistant.prompt_ids(question.prompt, name=question.name)
+                prompt = with_placeholders(question.prompt, len(question.images))
+                prompts[at] = assistant.prompt_ids(prompt, name=one_line(f"question {question.id}"))
             except ValueError as error:
-                outcomes[place] = _failed(error)
-        order = sorted(prompts, key=lambda place: len(prompts[place]))
-        num_given = 0
-        for first in range(0, len(order), batch_size):
-            places = order[first : first + batch_size]
-            asked: dict[int, Any] = {place: window[place] for place in places}
-            outcomes |= _answer_batch(assistant, asked, prompts, open_image, seed)
-            while num_given in outcomes:
-                yield outcomes[num_given]
-                num_given += 1
-        yield from (outcomes[place] for place in range(num_given, len(window)))
+                outcomes[at] = error
+        order = sorted(prompts, key=lambda at: len(prompts[at]))
+        for at, question in enumerate(window):
+            while at not in outcomes:
+                batch, order = order[:batch_size], order[batch_size:]
+                outcomes |= _answer_batch(assistant, {at: window[at] for at in batch}, prompts, seed)
+            yield _line(question, outcomes[at])
 
 
 def _answer_batch(
-    assistant: Assistant,
-    asked: dict[int, Asked],
-    prompts: dict[int, list[int]],
-    open_image: Callable[[Path], Image.Image],
-    seed: int,
+    assistant: Assistant, questions: dict[int, Question], prompts: dict[int, list[int]], seed: int
 ) -> dict[int, Outcome]:
-    """Answer the questions of one batch, given and returned by their place in the window."""
-    pictures: dict[Path, Image.Image] = {}
+    """Answer the questions of one batch, given and returned by their position in the window."""
     outcomes: dict[int, Outcome] = {}
-    for place, question in asked.items():
+    pictures: dict[Path, Image.Image] = {}
+    for at, question in questions.items():
         try:
             for path in question.images:
                 if path not in pictures:
-                    pictures[path] = open_image(path)
+                    pictures[path] = load_image(path)
         except ValueError as error:
-            outcomes[place] = _failed(error)
-    live = [place for place in asked if place not in outcomes]
-    needed = list(dict.fromkeys(path for place in live for path in asked[place].images))
+            outcomes[at] = error
+    live = [at for at in questions if at not in outcomes]
+    needed = list(dict.fromkeys(path for at in live for path in questions[at].images))
     try:
         found = assistant.features([pictures[path] for path in needed])  # the tower sees every picture once
-        by_path: dict[Path, Tensor] = {} if found is None else dict(zip(needed, found, strict=True))
-        rows = [[by_path[path] for path in asked[place].images] for place in live]
+        by_path = {} if found is None else dict(zip(needed, found, strict=True))
+        rows = [[by_path[path] for path in questions[at].images] for at in live]
         features = [torch.stack(row) if row else None for row in rows]
-        answers = assistant.answer_rows([prompts[place] for place in live], features, seed)
-        return outcomes | {place: Outcome(answer) for place, answer in zip(live, answers, strict=True)}
+        answers = assistant.answer_rows([prompts[at] for at in live], features, seed)
+        return outcomes | dict(zip(live, answers, strict=True))
     except ValueError as error:
         if len(live) == 1:
-            return outcomes | {live[0]: _failed(error)}
-    for place in live:  # one of them can't be answered; which one shows when each is asked alone
-        outcomes |= _answer_batch(assistant, {place: asked[place]}, prompts, open_image, seed)
+            return outcomes | {live[0]: error}
+    for at in live:  # one of them can't be answered; each is asked alone to see which one
+        outcomes |= _answer_batch(assistant, {at: questions[at]}, prompts, seed)
     return outcomes
 
 
-def _failed(error: ValueError) -> Outcome:
-    return Outcome(None, " ".join(str(error).split()))
+def _line(question: Question, outcome: Outcome) -> dict[str, Any]:
+    if isinstance(outcome, str):
+        return {"id": question.id, "answer": outcome}
+    return {"id": question.id, "error": " ".join(str(outcome).split())}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dataprocess.messages import shorten
 
 _EXPECTED = 'expected {"id": …, "image": "PATH" or ["PATH", …] or null, "prompt": "…"}'
 
@@ -16,22 +19,22 @@ class Question:
     """One line."""
 
     id: str | int
-    """Its own in the file."""
+    """Unique within the file."""
     images: tuple[Path, ...]
-    """Where its pictures are."""
+    """Where its pictures are, in the order of the placeholders."""
     prompt: str
-    """As it stands in the file."""
+    """As it is in the file."""
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read a file of questions; empty lines are passed over, and keys of other names.
+    """Read a file of questions; empty lines and other keys are ignored.
 
-    Relative image paths count from the current folder, and where nothing is there from the file's own.
+    Relative image paths count from the current folder, or from the file's own if nothing is there.
 
     Raises:
-        ValueError: for a line that is no question, an id that is there twice, or a file without any; with the line's
-            number.
-        OSError: if it can't be read.
+        ValueError: for a line that is not a question, an id that occurs twice, or a file without questions; with the
+            line's number.
+        OSError: if the file can't be read.
     """
     questions: list[Question] = []
     line_of: dict[str | int, int] = {}
@@ -42,7 +45,7 @@ def read_questions(path: Path) -> list[Question]:
             question = _question(raw, path.parent)
             if question.id in line_of:
                 raise ValueError(f"the id {question.id!r} is that of line {line_of[question.id]} too; ids must differ")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"--batch {path}, line {number}: {error}") from error
         line_of[question.id] = number
         questions.append(question)
@@ -53,10 +56,10 @@ def read_questions(path: Path) -> list[Question]:
 
 def _question(raw: bytes, folder: Path) -> Question:
     try:
-        values: Any = json.loads(raw.decode("utf-8"))
+        values = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({str(error)[:80]}); {_EXPECTED}") from error
     except RecursionError as error:
         raise ValueError(f"JSON that is nested too deeply; {_EXPECTED}") from error
@@ -73,11 +76,18 @@ def _question(raw: bytes, folder: Path) -> Question:
     return Question(index, tuple(_resolve(name, folder) for name in names), prompt)
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shorten(key, 40)} is there twice; keep one of them")
+    return values
+
+
 def _resolve(name: str, folder: Path) -> Path:
-    beside = folder / name
-    return beside if not os.path.exists(name) and os.path.exists(beside) else Path(name)  # noqa: PTH110, never raises
+    here, there = Path(name), folder / name
+    return there if not os.path.exists(here) and os.path.exists(there) else here  # noqa: PTH110, raises for no name
 
 
 def _shown(value: object) -> str:
-    text = "absent" if value is None else json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= 40 else text[:40] + "…"
+    return "missing" if value is None else shorten(value, 40)

@@ -12,10 +12,10 @@ from qwen import QWenConfig, QWenLMHeadModel
 from qwen.loss import CHUNK_LOGITS
 from visual import TowerShape, read_tower_shape
 
-from ..argument_checks import check_previous
 from ..arguments import ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import drops_first_patch, num_projector_layers
 from ..checkpoints.checkpoint import read_checkpoint
+from ..command_line import check_previous
 from ..language_model import read_language_config
 from ..lora import LoraSettings, check_targets
 from ..projector import build_projector

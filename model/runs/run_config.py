@@ -12,16 +12,14 @@ from ..checkpoints.multimodal_config import package_versions
 RUN_CONFIG = "train_config.json"
 
 
-def save_run_config(
-    model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments, order: str
-) -> None:
-    """Write the resolved configuration beside the checkpoints; `order` is the sampling strategy that was asked for."""
+def save_run_config(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> None:
+    """Write the resolved configuration next to the checkpoints."""
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     resolved = {
         "model": asdict(model_args),
         "data": asdict(data_args),
-        "training": {**args.to_dict(), "train_sampling_strategy": order},
+        "training": args.to_dict(),
         "package_versions": package_versions(),
     }
     text = json.dumps(resolved, indent=2, ensure_ascii=False, default=str)

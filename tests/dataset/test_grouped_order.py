@@ -187,5 +187,7 @@ def test_only_the_process_that_says_it_counts_the_padding(rank):
         train_sampling_strategy="group_by_length", seed=3, data_seed=None, train_batch_size=4, process_index=rank
     )
     samples = Samples(SIZE)
-    assert torch.equal(train.in_order(samples, args).permutation(0), grouped_permutation(answer_lengths(SIZE), 3, 0))
+    assert torch.equal(
+        train.in_epoch_order(samples, args).permutation(0), grouped_permutation(answer_lengths(SIZE), 3, 0)
+    )
     assert samples.counted == (rank == 0)

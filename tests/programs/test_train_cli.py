@@ -16,22 +16,24 @@ import torch
 from tiny_run import (
     MIXED_CAPTIONS,
     ROOT,
+    free_port,
     losses,
-    make_bases,
     make_pictures,
     one_line_error,
     printed_steps,
     start,
+    too_much_memory,
     trained_weights,
     write_as_the_original,
     write_data,
 )
-from tiny_towers import make_siglip_checkpoint
+from transformers import TrainingArguments
 
 import train
 from dataset import ImageCaptionDataset, VLMCollator
 from model import VisionLanguageModel
-from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
+from model.command_line import parse_arguments
+from qwen import QWenTokenizer
 
 PUBLISHED = shlex.split(
     "--nproc_per_node=1 --master_port=25642 train.py --lora_rank 128 --lora_dropout 0.10 "
@@ -48,8 +50,8 @@ EXTRA = ["--num_train_epochs", "1", "--run_name", "two words"]
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory, qwen_tiktoken) -> list[str]:
-    return make_bases(tmp_path_factory.mktemp("bases"), qwen_tiktoken)
+def bases(base_flags) -> list[str]:
+    return base_flags
 
 
 @pytest.fixture(scope="module")
@@ -143,23 +145,27 @@ def test_evaluation_gives_the_loss_of_the_first_alternatives(run, bases, data):
     assert printed[1] < printed[0]
 
 
-def test_help_explains_every_flag(capsys):
+def shown_help(capsys, flag: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        train.main(["--help"])
+        train.main([flag])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for flag in (*(word for word in PUBLISHED[3:] if word.startswith("--")), "--previous_lora_weights", "--optim"):
-        assert f"\n  {flag}" in text
+    return capsys.readouterr().out
 
 
-def test_the_language_model_is_built_once(bases, data, tmp_path, monkeypatch):
-    built = []
-    init = MultimodalQWenLMHeadModel.__init__
-    monkeypatch.setattr(
-        MultimodalQWenLMHeadModel, "__init__", lambda self, *a, **k: (built.append(1), init(self, *a, **k))[1]
-    )
-    train.build_trainer([*bases, *data, *QUICK, "--output_dir", str(tmp_path / "run")])
-    assert len(built) == 1
+@pytest.mark.parametrize("flag", ["--help", "-h", "--help_all", "--help-all"])
+def test_help_explains_the_flags_of_train_sh(capsys, flag):
+    text = shown_help(capsys, flag)
+    published = [word for word in PUBLISHED[3:] if word.startswith("--")]
+    for name in (*published, "--previous_lora_weights", "--global_batch_size", "--optim", "--help_all"):
+        assert f"\n  {name}" in text or f", {name}" in text or f"{name} explains" in text
+
+
+def test_help_is_short_and_help_all_is_not(capsys):
+    short, everything = shown_help(capsys, "--help"), shown_help(capsys, "--help_all")
+    assert len(short.splitlines()) < 200 < len(everything.splitlines())
+    assert "\n  --adam_beta1" in everything
+    assert "--adam_beta1" not in short
+    assert short.index("--image_map") < short.index("--lora_rank") < short.index("--learning_rate")
 
 
 # ---- train.sh
@@ -194,10 +200,29 @@ def test_train_sh_runs_the_published_command(tmp_path, env, extra, words, elsewh
     assert [*got[:3], "train.py", *got[4:]] == words
 
 
+@pytest.mark.slow
+def test_train_sh_trains_with_its_own_values(bases, pictures, tmp_path):
+    """Rank 128, dropout 0.10 and all else that is published; only base models and the CPU are named."""
+    data = write_data(tmp_path / "data", MIXED_CAPTIONS, pictures)
+    Path(data[1]).rename(tmp_path / "data/image_map_b.json")
+    Path(data[3]).rename(tmp_path / "data/captions_b.json")
+    done = start("sh", ROOT / "train.sh", *bases, "--use_cpu", "true", cwd=tmp_path, MASTER_PORT=str(free_port()))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "weights/train_V1_5"
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (128, 32, 0.1)
+    assert sorted(settings["target_modules"]) == ["c_attn", "w1", "w2"]
+    state = json.loads((folder / "checkpoint-6/trainer_state.json").read_text())  # 12 samples by 4, twice
+    assert state["global_step"] == state["max_steps"] == 6
+    assert trained_weights(folder)["0.weight"].abs().sum() > 0
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_write_once(run, bases, data, tmp_path):
-    """Two processes with half the batch each: the same losses, the same weights, from another folder."""
-    flags = [*QUICK, "--per_device_train_batch_size", "2", "--output_dir", "weights"]
-    done = start("sh", ROOT / "train.sh", *bases, *data, *flags, cwd=tmp_path, NPROC_PER_NODE="2", MASTER_PORT="25741")
+    """Two processes with a quarter of the batch each: the same losses, the same weights, from another folder."""
+    flags = [*QUICK, "--per_device_train_batch_size", "1", "--global_batch_size", "4", "--output_dir", "weights"]
+    ports = {"NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    done = start("sh", ROOT / "train.sh", *bases, *data, *flags, cwd=tmp_path, **ports)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "weights"
     assert losses(folder / "checkpoint-6") == pytest.approx(losses(run[0] / "checkpoint-6"), rel=1e-5)
@@ -207,6 +232,18 @@ def test_two_processes_train_as_one_and_write_once(run, bases, data, tmp_path):
     assert "[1]" not in done.stderr
     assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_the_last_line_under_torchrun(tmp_path):
+    """After torchrun's own report, which names it too; once, though both processes fail."""
+    ports = {"NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    done = start("sh", ROOT / "train.sh", "--use_cpu", "true", cwd=tmp_path, **ports)
+    assert done.returncode == 1
+    report, last = done.stderr[done.stderr.index("ChildFailedError") :].rstrip().rsplit("\n", 1)
+    for text in (report, last):
+        assert text.count("train.py: --image_map data/image_map_b.json: there is no such file") == 1 + (text is report)
+        assert "dataprocess/process_image.py" in text
 
 
 # ---- The numbers
@@ -250,55 +287,44 @@ def test_losses_are_those_of_a_plain_loop(bases, pictures, tmp_path):
     assert expected[-1] < expected[0] - 0.3
 
 
-def test_resuming_continues_as_if_never_stopped(bases, data, tmp_path):
-    flags = [*bases, *data, "--per_device_train_batch_size", "4", "--lora_dropout", "0.3"]
-    assert quick_run(*flags, "--output_dir", tmp_path / "whole") == 0
-    assert (
-        quick_run(*flags, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "auto", "--max_steps", "2")
-        == 0
-    )
-    whole = tmp_path / "whole"
-    resumed = ["--resume_from_checkpoint", whole / "checkpoint-4", "--output_dir", tmp_path / "rest"]
-    assert quick_run(*flags, *resumed) == 0
-    assert losses(tmp_path / "rest/checkpoint-6") == losses(whole / "checkpoint-6")
-    assert weights_differ(tmp_path / "rest", whole) == 0
-    # `auto` is the newest checkpoint of --output_dir.
-    shutil.rmtree(whole / "checkpoint-6")
-    before = trained_weights(whole)
-    assert quick_run(*flags, "--output_dir", whole, "--resume_from_checkpoint", "auto") == 0
-    assert losses(whole / "checkpoint-6") == losses(tmp_path / "rest/checkpoint-6")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trained_weights(whole).items())
-
-
 # ---- Starting from earlier weights, towers, projectors, numbers of samples
 
 
-def test_previous_weights_are_where_training_starts(run, bases, data, tmp_path, capsys):
-    """With learning rates of 0, what is saved is what was loaded."""
-    still = [*bases, *data, "--learning_rate", "0", "--feature_proj_lr", "0", "--max_steps", "1"]
-    original = write_as_the_original(run[0], tmp_path / "original")
-    for previous in (run[0], run[0] / "checkpoint-6", original):
-        out = tmp_path / f"from {previous.name}"
-        assert quick_run(*still, "--previous_lora_weights", previous, "--output_dir", out) == 0
-        assert weights_differ(out, run[0]) == 0
-        assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
-    for flag, value, there in (
+STILL = ["--learning_rate", "0", "--feature_proj_lr", "0", "--max_steps", "1"]
+"""What is saved is what was loaded."""
+
+
+@pytest.mark.parametrize("kind", ["run folder", "checkpoint", "original"])
+def test_previous_weights_are_where_training_starts(run, bases, data, tmp_path, kind):
+    previous = run[0] / "checkpoint-6" if kind == "checkpoint" else run[0]
+    if kind == "original":
+        previous = write_as_the_original(run[0], tmp_path / "original")
+    flags = [*bases, *data, *STILL, "--previous_lora_weights", previous, "--output_dir", tmp_path / "out"]
+    assert quick_run(*flags) == 0
+    assert weights_differ(tmp_path / "out", run[0]) == 0
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "trained"),
+    [
         ("--lora_rank", "8", "4"),
         ("--lora_alpha", "16", "8"),
         ("--projector_layers", "1", "2"),
         ("--target_modules", "w1|w2", "c_attn|w1|w2"),
-    ):
-        capsys.readouterr()
-        assert quick_run(*still, "--previous_lora_weights", run[0], "--output_dir", tmp_path, flag, value) == 2
-        message = one_line_error(capsys.readouterr().err, "train.py")
-        assert flag in message
-        assert value in message
-        assert there in message
+    ],
+)
+def test_flags_that_disagree_with_previous_weights(run, bases, data, tmp_path, capsys, flag, value, trained):
+    flags = [*bases, *data, *STILL, "--previous_lora_weights", run[0], "--output_dir", tmp_path / "out"]
+    assert quick_run(*flags, flag, value) == 2
+    message = one_line_error(capsys.readouterr().err, "train.py")
+    assert f"{flag} {value} " in message
+    assert message.endswith(f" {trained}")
+    assert not (tmp_path / "out").exists()
 
 
-def test_another_tower_and_a_single_layer(bases, data, tmp_path):
-    tower = make_siglip_checkpoint(tmp_path / "siglip")
-    flags = [*bases[:2], "--base_value_model", tower, *data, "--projector_layers", "1", "--max_steps", "2"]
+def test_another_tower_and_a_single_layer(bases, tiny_siglip, data, tmp_path):
+    flags = [*bases[:2], "--base_value_model", tiny_siglip, *data, "--projector_layers", "1", "--max_steps", "2"]
     assert quick_run(*flags, "--output_dir", tmp_path / "run") == 0
     assert sorted(trained_weights(tmp_path / "run"))[:2] == ["0.bias", "0.weight"]
     assert "2.weight" not in trained_weights(tmp_path / "run")
@@ -322,80 +348,136 @@ def test_the_order_has_a_seed_of_its_own(bases, data, tmp_path):
     assert order("--seed", "1") == order("--seed", "2", "--data_seed", "1") != order("--seed", "1", "--data_seed", "2")
 
 
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+def test_the_order_is_the_strategys_and_the_flag_stays(bases, data, tmp_path, strategy):
+    argv = [*bases, *data, *QUICK, "--report_to", "none", "--output_dir", str(tmp_path)]
+    trainer = train.build_trainer([*argv, "--train_sampling_strategy", strategy, "--per_device_train_batch_size", "1"])
+    assert trainer.args.train_sampling_strategy == strategy
+    assert trainer.identity["order"] == strategy
+    own = [trainer.train_dataset[i]["id"] for i in range(12)]
+    assert (own == list(range(12))) == (strategy == "sequential")
+    assert [batch["ids"] for batch in trainer.get_train_dataloader()] == [[number] for number in own]
+
+
+# ---- --global_batch_size
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "accumulation"),
+    [
+        (["--global_batch_size", "8"], 1, 2),
+        (["--global_batch_size", "8"], 2, 1),
+        (["--global_batch_size", "24"], 2, 3),
+        (["--global_batch_size", "24", "--gradient_accumulation_steps", "3"], 2, 3),
+        (["--global_batch_size", "24", "--gradient_accumulation_steps", "1"], 2, 3),  # as train.sh gives it
+        (["--gradient_accumulation_steps", "5"], 2, 5),
+    ],
+)
+def test_the_accumulation_follows_from_the_global_batch(data, monkeypatch, flags, processes, accumulation):
+    monkeypatch.setattr(TrainingArguments, "world_size", processes)
+    args = parse_arguments([*data, "--per_device_train_batch_size", "4", *flags])[2]
+    assert args.gradient_accumulation_steps == accumulation
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--global_batch_size", "12"], ["12", "4 rows", "2 processes", "8"]),
+        (["--global_batch_size", "4"], ["4 rows", "2 processes", "8"]),
+        (["--global_batch_size", "0"], ["--global_batch_size 0"]),
+        (
+            ["--global_batch_size", "16", "--gradient_accumulation_steps", "3"],
+            ["--global_batch_size 16", "--gradient_accumulation_steps 2", "got 3"],
+        ),
+    ],
+)
+def test_a_global_batch_that_can_not_be_is_refused(data, monkeypatch, flags, named):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="--global_batch_size") as refused:
+        parse_arguments([*data, "--per_device_train_batch_size", "4", *flags])
+    assert all(text in str(refused.value) for text in named)
+
+
 # ---- What users get wrong
 
 
-def mistakes(folder: Path, pictures: Path, bases: list[str], run: Path) -> dict[str, tuple[list[str], str]]:
-    """Flags that come last, and what the message has to say."""
-    no_vocabulary = folder / "no vocabulary"
-    shutil.copytree(bases[1], no_vocabulary, ignore=lambda *_: ["qwen.tiktoken"])
-    weights_only = folder / "weights only"
-    shutil.copytree(run, weights_only, ignore=lambda *_: [p.name for p in run.glob("checkpoint-*")] + ["runs"])
-    (folder / "a file").touch()
-    absent = write_data(folder / "absent", [("nowhere.png", ("<|extra_0|>", "a"))], pictures)
-    long = write_data(folder / "long", [("red.png", ("<|extra_0|>" + "long " * 90, "a"))], pictures)
-    stop_there = ["--on_bad_sample", "error"]
-    uneven = write_data(folder / "uneven", [("red.png", ("no placeholder", "a"))], pictures)
-    return {
-        "image map": (["--image_map", "nowhere.json"], "nowhere.json"),
-        "language model": (["--base_language_model", "no/such/folder"], "no/such/folder"),
-        "hub, offline": (["--base_language_model", "Qwen/Qwen-1_8B-Chat"], "'Qwen/Qwen-1_8B-Chat' is no local folder"),
-        "tower, offline": (["--base_value_model", "openai/clip-vit-base-patch32"], "openai/clip-vit-base-patch32"),
-        "bases swapped": (["--base_language_model", bases[3]], "qwen.tiktoken"),
-        "no tower": (["--base_value_model", bases[1]], "model_type 'qwen'"),
-        "no vocabulary": (["--base_language_model", str(no_vocabulary)], "qwen.tiktoken"),
-        "targets": (
-            ["--target_modules", "c_attn|q_proj"],
-            "no linear layer is called q_proj; the language model has c_attn",
-        ),
-        "part of a target": (["--target_modules", "attn"], "no linear layer is called attn"),
-        "no targets": (["--target_modules", "|"], "--target_modules"),
-        "no number": (["--learning_rate", "fast"], "--learning_rate"),
-        "misspelt": (["--lora_rnak", "4"], "--lora_rnak"),
-        "shortened": (["--lora_r", "4"], "--lora_r"),
-        "ranges": (
-            ["--lora_rank", "0", "--lora_dropout", "1", "--feature_proj_lr", "-1"],
-            "--lora_dropout 1.0: must be",
-        ),
-        "batch": (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0"),
-        "epochs": (["--num_train_epochs", "0"], "--num_train_epochs 0.0"),
-        "layers": (["--projector_layers", "3"], "--projector_layers 3"),
-        "half an evaluation": (["--eval_image_map", "x.json"], "--eval_captions_file"),
-        "no evaluation set": (["--eval_strategy", "steps"], "needs --eval_image_map and --eval_captions_file"),
-        "steps": (["--max_steps", "0"], "--max_steps 0: must be at least 1"),
-        "clipping": (["--max_grad_norm", "-1"], "--max_grad_norm -1"),
-        "sharding": (["--fsdp", "full_shard"], "every GPU holds the whole model"),
-        "deepspeed": (["--deepspeed", "x.json"], "every GPU holds the whole model"),
-        "columns": (["--remove_unused_columns", "true"], "--remove_unused_columns"),
-        "log": (["--report_to", "wandb"], "--report_to wandb"),
-        "optimizer": (["--optim", "adamw_bnb_8bit"], "bitsandbytes"),
-        "output": (["--output_dir", str(folder / "a file")], "is a file"),
-        "no previous": (["--previous_lora_weights", "nowhere"], "nowhere"),
-        "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere"),
-        "no state": (["--resume_from_checkpoint", str(weights_only)], "no trainer_state.json"),
-        "other rank": (["--resume_from_checkpoint", str(run), "--lora_rank", "8"], "rank"),
-        "no image": ([*absent, *stop_there], "sample 0: "),
-        "no image, seen by a worker": ([*absent, *stop_there, "--dataloader_num_workers", "1"], "sample 0: "),
-        "too long": ([*long, *stop_there, "--max_length", "80"], "expected fewer than max_length = 80"),
-        "only bad samples": (absent, "--max_bad_fraction 0.01"),
-        "placeholders": ([*uneven, *stop_there], "0 image placeholders <|extra_0|> but it has 1 image;"),
-    }
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory, bases, pictures, run) -> Path:
+    """A folder with what the mistakes below name."""
+    folder = tmp_path_factory.mktemp("wrong")
+    shutil.copytree(bases[1], folder / "no_vocabulary", ignore=lambda *_: ["qwen.tiktoken"])
+    checkpoints = [path.name for path in run[0].glob("checkpoint-*")]
+    shutil.copytree(run[0], folder / "weights_only", ignore=lambda *_: [*checkpoints, "runs"])
+    (folder / "a_file").touch()
+    questions = {"absent": ("nowhere.png", "<|extra_0|>"), "long": ("red.png", "<|extra_0|>" + "long " * 90)}
+    for name, (picture, question) in {**questions, "uneven": ("red.png", "no placeholder")}.items():
+        write_data(folder / name, [(picture, (question, "a"))], pictures)
+    return folder
 
 
-def test_a_mistake_is_one_line(run, bases, data, pictures, tmp_path, capsys, monkeypatch):
-    for case, (flags, message) in mistakes(tmp_path, pictures, bases, run[0]).items():
-        right = ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--save_strategy", "no"]
-        assert quick_run(*bases, *data, *right, *flags) == 2, case
-        said = one_line_error(capsys.readouterr().err, "train.py")
-        assert message in said, case
-        assert len(said) < 700, case
-    assert quick_run(*bases, "--captions_file", data[3], "--output_dir", tmp_path / "out") == 2
-    assert "--image_map" in one_line_error(capsys.readouterr().err, "train.py")
+def files(name: str) -> str:
+    return f"--image_map {{wrong}}/{name}/image_map.json --captions_file {{wrong}}/{name}/captions.json"
+
+
+MISTAKES = {
+    "image map": ("--image_map nowhere.json", "nowhere.json"),
+    "language model": ("--base_language_model no/such/folder", "no/such/folder"),
+    "hub, offline": ("--base_language_model Qwen/Qwen-1_8B-Chat", "'Qwen/Qwen-1_8B-Chat'"),
+    "tower, offline": ("--base_value_model openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+    "bases swapped": ("--base_language_model {tower}", "qwen.tiktoken"),
+    "no tower": ("--base_value_model {language}", "model_type 'qwen'"),
+    "no vocabulary": ("--base_language_model {wrong}/no_vocabulary", "qwen.tiktoken"),
+    "targets": ("--target_modules c_attn|q_proj", "is called q_proj; the language model has c_attn"),
+    "no targets": ("--target_modules |", "--target_modules"),
+    "no number": ("--learning_rate fast", "--learning_rate"),
+    "misspelt": ("--lora_rnak 4", "--lora_rnak"),
+    "shortened": ("--lora_r 4", "--lora_r"),
+    "ranges": ("--lora_rank 0 --lora_dropout 1 --feature_proj_lr -1", "--lora_dropout 1.0: must be"),
+    "batch": ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0"),
+    "epochs": ("--num_train_epochs 0", "--num_train_epochs 0.0"),
+    "layers": ("--projector_layers 3", "--projector_layers 3"),
+    "half an evaluation": ("--eval_image_map x.json", "--eval_captions_file"),
+    "no evaluation set": ("--eval_strategy steps", "--eval_strategy steps needs --eval_image_map"),
+    "steps": ("--max_steps 0", "--max_steps 0"),
+    "clipping": ("--max_grad_norm -1", "--max_grad_norm -1"),
+    "sharding": ("--fsdp full_shard", "--fsdp"),
+    "deepspeed": ("--deepspeed x.json", "--deepspeed"),
+    "hub upload": ("--push_to_hub true", "--push_to_hub True is not supported"),
+    "dispatching": ('--accelerator_config {{"dispatch_batches":true}}', "--accelerator_config"),
+    "GaLore": ("--optim galore_adamw --optim_target_modules c_attn", "--optim galore_adamw is not supported"),
+    "APOLLO": ("--optim apollo_adamw_layerwise", "--optim apollo_adamw_layerwise is not supported"),
+    "LOMO": ("--optim lomo", "--optim lomo is not supported"),
+    "AdaLOMO": ("--optim adalomo", "--optim adalomo is not supported"),
+    "optimizer that is not installed": ("--optim adamw_bnb_8bit", "bitsandbytes"),
+    "columns": ("--remove_unused_columns true", "--remove_unused_columns"),
+    "log": ("--report_to wandb", "--report_to wandb"),
+    "output": ("--output_dir {wrong}/a_file", "a_file is a file"),
+    "cache": ("--feature_cache {wrong}/a_file", "a_file is a file"),
+    "no previous": ("--previous_lora_weights nowhere", "nowhere"),
+    "no checkpoint": ("--resume_from_checkpoint nowhere", "nowhere"),
+    "no state": ("--resume_from_checkpoint {wrong}/weights_only", "trainer_state.json"),
+    "other rank": ("--resume_from_checkpoint {run} --lora_rank 8 --per_device_train_batch_size 4", "rank"),
+    "no image": (f"{files('absent')} --on_bad_sample error", "sample 0: "),
+    "no image, seen by a worker": (f"{files('absent')} --on_bad_sample error --dataloader_num_workers 1", "sample 0: "),
+    "too long": (f"{files('long')} --on_bad_sample error --max_length 80", "max_length = 80"),
+    "only bad samples": (files("absent"), "--max_bad_fraction 0.01"),
+    "placeholders": (f"{files('uneven')} --on_bad_sample error", "0 image placeholders <|extra_0|> but it has 1 image"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line(run, bases, data, wrong, tmp_path, capsys, flags, message):
+    flags = flags.format(wrong=wrong, run=run[0], language=bases[1], tower=bases[3])
+    right = ["--output_dir", tmp_path / "out", "--max_steps", "1", "--save_strategy", "no"]
+    assert quick_run(*bases, *data, *right, *flags.split(" ")) == 2
+    said = one_line_error(capsys.readouterr().err, "train.py")
+    assert message in said
+    assert len(said) < 700
 
 
 @pytest.mark.parametrize("flag", ["--dry_run", "--dry-run", "--use_cpu", "--use-cpu"])
 def test_a_word_that_is_neither_yes_nor_no_is_one_line(bases, data, tmp_path, capsys, flag):
-    """Also of the flags that are looked at before the others."""
+    """Also of the flags that are read before the others."""
     assert quick_run(*bases, *data, "--output_dir", tmp_path / "out", flag, "maybe") == 2
     err = capsys.readouterr().err
     said = one_line_error(err, "train.py")
@@ -404,9 +486,21 @@ def test_a_word_that_is_neither_yes_nor_no_is_one_line(bases, data, tmp_path, ca
     assert "usage:" not in err
 
 
-def test_a_mistake_ends_plain_python_with_2(bases, data, tmp_path):
+def test_a_mistake_ends_plain_python_with_2(data, tmp_path):
     done = start(sys.executable, ROOT / "train.py", *data, "--base_language_model", "Qwen/Qwen-7B-Chat", cwd=tmp_path)
     assert done.returncode == 2
     assert "Qwen/Qwen-7B-Chat" in one_line_error(done.stderr, "train.py")
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["forward", "from_pretrained"])
+def test_out_of_memory_gives_advice(bases, data, tmp_path, monkeypatch, capsys, where):
+    def fail(*args, **kwargs):
+        raise too_much_memory()
+
+    monkeypatch.setattr(VisionLanguageModel, where, fail)
+    assert quick_run(*bases, *data, "--output_dir", tmp_path / "run", "--disable_tqdm", "true") == 1
+    said = one_line_error(capsys.readouterr().err, "train.py")
+    for advice in ("out of memory (", "--per_device_train_batch_size", "--gradient_accumulation_steps"):
+        assert advice in said

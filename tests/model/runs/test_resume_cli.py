@@ -108,7 +108,7 @@ def test_sigterm_to_the_process_group_and_go_on(command, whole, tmp_path):
     left = newest_resumable(tmp_path)
     step = int(left.name.split("-")[1])
     assert 4 <= step < 9
-    told = f"stopped by SIGTERM after step {step}, which is saved; go on with the same command and"
+    told = f"stopped by SIGTERM after step {step}, which is saved; resume with the same command and"
     assert f"{told} --resume_from_checkpoint auto" in done.stderr
     assert train.main([*flags, "--resume_from_checkpoint", "auto"]) == 0
     assert_same_run(tmp_path, whole)

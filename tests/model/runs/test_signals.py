@@ -120,7 +120,7 @@ def test_exit_status_and_what_is_said(tiny_bases, tmp_path, monkeypatch, capsys,
     trainer = new_trainer(tiny_bases, tmp_path, callbacks=[Send("on_step_begin", 2, number)], save_steps=100)
     assert exit_status(monkeypatch, trainer) == status
     said = capsys.readouterr().err
-    assert f"stopped by {number.name} after step 2, which is saved; go on with the same command and" in said
+    assert f"stopped by {number.name} after step 2, which is saved;" in said
     assert "Traceback" not in said
 
 

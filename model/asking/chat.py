@@ -1,0 +1,48 @@
+"""A chat about images on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from PIL import Image
+
+from dataset.prompt import with_placeholders
+from qwen import IMAGE_TOKEN
+
+from ..console import show
+from .assistant import Assistant, Turns
+from .flags import explain
+
+logger = logging.getLogger(__name__)
+
+
+def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
+    """Answer questions from stdin until its end, `exit` or `quit`; each answer sees the turns before it.
+
+    Ctrl-C stops an answer, and what was said of it stays in the conversation; at the prompt it leaves the chat.
+    """
+    features = assistant.features(images)
+    history: Turns = []
+    sys.stderr.write("Ask about the image; `exit` or the end of input leaves.\n")
+    while True:
+        sys.stderr.write("> " if sys.stdin.isatty() else "")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        question = line.strip()
+        if not line or question in ("exit", "quit"):
+            return
+        if not question:
+            continue
+        try:
+            # The first question brings the images. A later one can't bring any, so its placeholders are dropped.
+            if history and IMAGE_TOKEN in question:
+                logger.warning("%s left out: the images belong to the first question", IMAGE_TOKEN)
+            question = question.replace(IMAGE_TOKEN, "") if history else with_placeholders(question, len(images))
+            answer = show(assistant.stream(question, features, history), may_be_stopped=True)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            logger.error("test.py: %s", explain(error))
+            continue
+        if answer:  # a question that was stopped before the first word of its answer counts as not asked
+            history.append((question, answer))
