@@ -1,37 +1,37 @@
-"""AI Challenger image captions: ``[{"url": …, "image_id": file name, "caption": [five sentences]}, …]``."""
+"""AI Challenger's image captions: `[{"url": …, "image_id": file name, "caption": [five sentences]}, …]`."""
 
 from __future__ import annotations
 
 import hashlib
 from typing import Any
 
-from dataprocess.messages import shorten
-from dataprocess.records import PLACEHOLDER, LeftOut, RecordError, Sample, check_image, check_text
+from .messages import shorten
+from .records import PLACEHOLDER, RecordError, Sample, check_image, check_text
 
 PROMPTS = (f"这幅图像描述了什么？{PLACEHOLDER}", f"{PLACEHOLDER}这幅图像中有什么？")
 """The two questions asked about these photos, each about half of them."""
 
 
 def choose_prompt(seed: int, index: int) -> str:
-    """Choose a record's question: half and half, at random, and the same whatever happens to other records.
+    """Choose a record's question: half and half, at random, and independent of other records.
 
     Of every two neighbouring records one gets each prompt, and a hash of the seed and the pair's number decides which.
-    So n records get n/2 of each (one more of either when n is odd), and rejecting or appending records changes nobody
-    else's prompt.
+    So n records get n/2 of each (one more of either when n is odd), and rejecting or appending records changes no
+    other record's prompt.
 
     Args:
-        seed: the configuration's ``seed``.
+        seed: the configuration's `seed`.
         index: the record's position in its file, from 0.
 
     Returns:
-        One of :data:`PROMPTS`.
+        One of `PROMPTS`.
     """
     digest = hashlib.blake2b(f"{seed}:{index // 2}".encode(), digest_size=1).digest()
     return PROMPTS[(digest[0] + index) % 2]
 
 
 def parse(record: Any, index: int, seed: int) -> Sample:
-    """Turn one record into a sample that keeps every usable caption as an alternative, as it stands.
+    """Turn one record into a sample that keeps every usable caption, unchanged, as an alternative.
 
     Args:
         record: the decoded JSON element.
@@ -39,7 +39,7 @@ def parse(record: Any, index: int, seed: int) -> Sample:
         seed: chooses the prompt.
 
     Returns:
-        A sample of one image and one question; captions that are empty or no text are in ``left_out``.
+        A sample of one image and one question; captions that are empty or not text are in `left_out`.
 
     Raises:
         RecordError: a field is missing or of the wrong type, the image name leads outside, or no caption is usable.
@@ -54,12 +54,12 @@ def parse(record: Any, index: int, seed: int) -> Sample:
     if not isinstance(captions, list):
         raise RecordError("caption is not a list", f"got {shorten(captions)}")
     usable: list[str] = []
-    left_out: list[LeftOut] = []
+    left_out: list[tuple[int, RecordError]] = []
     for position, caption in enumerate(captions):
         try:
             usable.append(check_text(caption, "caption"))
         except RecordError as error:
-            left_out.append(LeftOut(position, error.reason, error.detail))
+            left_out.append((position, error))
     if not usable:
         raise RecordError("no usable caption", f"got {shorten(captions)}")
     return Sample((image,), ((choose_prompt(seed, index), usable),), tuple(left_out))

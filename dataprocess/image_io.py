@@ -1,21 +1,27 @@
-"""Finding and opening image files: the one place that decides which files are pictures and what they look like.
+"""Find and open image files: the one place that decides which files are pictures and what they look like.
 
-Training, inference and the data preparation (``process_image.py --check_images``) all come through here, so that what
-was checked is what is trained on. Nothing heavy is imported: Pillow and numpy only.
+Training, answering and data preparation (`process_image.py --check_images`) all open pictures here, so what was
+checked is what is trained on. Only Pillow and numpy are imported.
 
 Every picture becomes 8-bit RGB, as a person would see it in a viewer:
 
 * upright by its EXIF orientation; the first frame of an animation; the colour profile is not applied;
-* transparency (an alpha channel, a transparent palette entry or colour) lies on white;
-* 16-bit grey is scaled to 8 bits, ``round(v * 255 / 65535)``; 32-bit integers that do not fit in 16 bits, and floats,
-  are stretched from their smallest to their largest value;
-* the content decides about the format, not the extension of the name.
+* transparency (an alpha channel, a transparent palette entry or colour) on white;
+* 16-bit grey scaled to 8 bits, `round(v * 255 / 65535)`; 32-bit integers as they are where all fit in 8 bits, scaled
+  likewise where they fit in 16; other integers, and floats, stretched from their smallest to their largest value;
+* in the format that its content says, whatever the extension of its name.
+
+Pictures of more than `MAX_PIXELS` pixels or `MAX_BYTES` bytes and JPEG files of more than `MAX_SEGMENTS` segments are
+refused, and so are pictures that are cut short or damaged. Two kinds of damage go unnoticed: wrong bits in formats
+without checksums (JPEG, BMP), and a progressive JPEG that lacks its last scans, which looks blurred.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import os
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -23,8 +29,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 178_956_970
-"""Larger pictures (in pixels) are refused as decompression bombs: the level at which Pillow itself refuses them."""
+MAX_PIXELS = 100_000_000
+"""Pixels of the largest picture accepted (10,000 × 10,000): opening it takes about a gigabyte."""
+MAX_BYTES = 256 * 2**20
+"""Size of the largest file accepted."""
+MAX_SEGMENTS = 500
+"""Segments of the longest JPEG file accepted; each scan, and each piece of EXIF data, costs time anew."""
 
 # Pillow also reads formats that start other programs (EPS runs Ghostscript) or that it can only name, not decode.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000", "ICO")
@@ -38,13 +48,15 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# A marker of a JPEG file; neither 0xff as data (followed by 0), nor filling (0xff), nor a marker that stands alone.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
-# Between half of MAX_PIXELS and MAX_PIXELS Pillow warns; here a picture is either accepted or refused.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # here a picture is accepted or refused
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # a line for each odd EXIF tag
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. The message names the file; ``reason`` is a short text to count by."""
+    """A picture that cannot be used. The message names the file; `reason` is a short text to count by."""
 
     reason: str = "unusable image"
 
@@ -62,30 +74,25 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF, for one, is not in every build
 
 
-def picture_suffixes() -> frozenset[str]:
-    """How the names of pictures end that `load_image` can read, as in `.jpg`; in lower case."""
-    known = _known_formats()  # before the extensions: it makes Pillow register them
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
-
-
 def pictures_in(folder: Path) -> list[Path]:
-    """The files of a folder whose names end as those of pictures do, by name.
+    """Return the files of a folder whose extension is that of a picture, sorted by name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there are none.
     """
-    known = picture_suffixes()
+    formats = _known_formats()  # first, because it makes Pillow register the extensions
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
     if not paths:
-        raise ValueError(f"--image_path {folder}: there is no picture in this folder")
+        raise ValueError(f"{folder}: there is no picture in this folder, no file named *.jpg, *.png or the like")
     return paths
 
 
 def check_image_name(name: str) -> str | None:
-    """Judge an image name by its text alone, without touching the disk.
+    """Check an image name without touching the disk.
 
     Args:
-        name: the name as it stands in an annotation file, relative to the image folder.
+        name: the name in an annotation file, relative to the image folder.
 
     Returns:
         None if the name stays inside its folder, else the short reason why it is refused.
@@ -110,19 +117,19 @@ def resolve_image_path(root: str | os.PathLike[str], name: str, allow_links: boo
 
     Args:
         root: the image folder; it may itself be a link.
-        name: the image's name relative to ``root``.
-        allow_links: also accept links that lead out of ``root``.
+        name: the image's name relative to `root`.
+        allow_links: also accept links that lead out of `root`.
 
     Returns:
-        ``root/name``. The file need not exist: :func:`load_image` tells.
+        `root/name`. The file may be missing; `load_image` says so.
 
     Raises:
-        ImageError: the name is empty, absolute or climbs out of ``root``, or a link in it resolves outside the real
-            ``root`` and ``allow_links`` is not set.
+        ImageError: the name is empty, absolute or climbs out of `root`, or a link in it resolves outside the real
+            `root` and `allow_links` is not set.
     """
     reason = check_image_name(name)
     if reason is not None:
-        raise _error(name, reason, f"it must lie inside {os.fspath(root)!r}")
+        raise _error(name, reason, f"it must be inside {os.fspath(root)!r}")
     path = Path(root, name)
     if not allow_links:
         try:
@@ -136,35 +143,37 @@ def resolve_image_path(root: str | os.PathLike[str], name: str, allow_links: boo
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Open a picture completely and give it as RGB (see the module's docstring for what that means).
+    """Open a picture completely and convert it to RGB; the module's docstring says how.
 
     Args:
         path: the file; its extension does not matter.
 
     Returns:
-        A loaded ``PIL.Image`` of mode "RGB", holding no open file.
+        A loaded `PIL.Image` of mode "RGB", holding no open file.
 
     Raises:
-        ImageError: the file is missing, a directory or another thing that is not a file, empty, not readable, not a
-            picture of a known format, cut short or damaged, or larger than :data:`MAX_PIXELS`.
+        ImageError: the file is missing, a directory or no regular file, empty, unreadable, not a picture of a known
+            format, cut short or damaged, or too large.
     """
     path = os.fspath(path)
     _check_file(path)
     try:
-        with Image.open(path, formats=_known_formats()) as image:
+        with Image.open(_read_jpeg(path) or path, formats=_known_formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{width} x {height} pixels")
+                raise Image.DecompressionBombError(f"{width} × {height} pixels")
             image.load()
             return _turn_upright(_to_rgb(image), image)
     except Image.DecompressionBombError as exc:
-        raise _error(path, "image too large", f"{exc}; at most {MAX_PIXELS} pixels are accepted") from None
+        raise _error(path, "image too large", f"{exc}; at most {MAX_PIXELS:,} pixels are accepted") from None
     except UnidentifiedImageError:
         raise _error(path, "not an image", f"none of {', '.join(_known_formats())}") from None
     except PermissionError as exc:
         raise _error(path, "unreadable", exc.strerror or str(exc)) from None
     except MemoryError:
         raise _error(path, "image too large", "not enough memory to decode it") from None
+    except ImageError:
+        raise
     except Exception as exc:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
         raise _error(path, "image cut short or damaged", f"{exc}" or type(exc).__name__) from None
 
@@ -182,24 +191,52 @@ def _check_file(path: str) -> None:
         raise _error(path, "not a regular file")
     if status.st_size == 0:
         raise _error(path, "empty file")
+    if status.st_size > MAX_BYTES:
+        raise _error(path, "image too large", f"{status.st_size:,} bytes; at most {MAX_BYTES:,} are accepted")
+
+
+def _read_jpeg(path: str) -> io.BytesIO | None:
+    """Return the content of a JPEG file so that Pillow notices where data are missing; None for other formats.
+
+    Where the end marker comes too early, libjpeg fills the rest of the picture with grey, and Pillow hides its warning.
+    Without the marker Pillow says that the file is cut short, but for a whole picture: with some zeros in place of the
+    marker the decoder finds all the bits that it looks ahead for.
+    """
+    with open(path, "rb") as file:  # noqa: PTH123
+        if file.read(3) != b"\xff\xd8\xff":
+            return None
+        data = b"\xff\xd8\xff" + file.read()
+    at, kinds = 2, bytearray()  # where to look for the next marker; the markers so far
+    while (marker := _JPEG_MARKER.search(data, at)) and marker[1] != b"\xd9":  # up to the end marker
+        kinds += marker[1]
+        if len(kinds) > MAX_SEGMENTS:
+            raise _error(path, "image too large", f"a JPEG of more than {MAX_SEGMENTS} segments")
+        length = data[marker.end() : marker.end() + 2]
+        at = marker.end() + int.from_bytes(length, "big")
+    one_scan = kinds.count(0xDA) == 1 and 0xC2 not in kinds  # more, or a progressive one: decoded at the end marker
+    if marker and one_scan:
+        data = data[: marker.start()] + bytes(64)
+    return io.BytesIO(data)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _deep_grey_to_rgb(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
+        return white.convert("RGB")
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
+    values = np.asarray(image)  # (H, W), integers or floats
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
     low, high = float(values.min()), float(values.max())
-    if image.mode != "F" and low >= 0 and high <= 65535:
+    if image.mode == "I" and image.format == "TIFF" and low >= 0 and high <= 255:  # elsewhere "I" means 16 bits
+        grey = values.astype(np.uint8)
+    elif image.mode != "F" and low >= 0 and high <= 65535:
         grey = np.rint(np.arange(65536) * (255 / 65535)).astype(np.uint8)[values]
     else:
         grey = np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
@@ -216,5 +253,5 @@ def _turn_upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
         orientation = None
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     upright = rgb if method is None else rgb.transpose(method)
-    upright.info = {}  # or saving it would write the old orientation beside the turned pixels
+    upright.info = {}  # or saving it would write the old orientation next to the turned pixels
     return upright

@@ -1,10 +1,10 @@
 """LLaVA's instruction data.
 
-``[{"id": …, "image": name, "conversations": [{"from": "human"|"gpt", "value": …}, …]}, …]``
+    [{"id": …, "image": name, "conversations": [{"from": "human"|"gpt", "value": …}, …]}, …]
 
-``image`` may be absent or null (a conversation about no image) or a list (several images). Each ``<image>`` in a human
-turn stands for one image; there it becomes the placeholder, without a line break on either side. In gpt turns
-``<image>`` is ordinary text. Conversations begin with human, alternate, and end with gpt; anything else, system turns
+`image` may be absent or null (a conversation about no image) or a list (several images). Each `<image>` in a human
+turn stands for one image; it becomes the placeholder, without a line break on either side. In gpt turns
+`<image>` is ordinary text. Conversations begin with human, alternate, and end with gpt; anything else, system turns
 included (training sets its own system prompt), is rejected.
 """
 
@@ -13,16 +13,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dataprocess.messages import shorten
-from dataprocess.records import PLACEHOLDER, RecordError, Sample, check_image, check_text
+from .messages import shorten
+from .records import PLACEHOLDER, RecordError, Sample, check_image, check_text
 
 _IMAGE = re.compile(r"(?:\r\n|\n|\r)?<image>(?:\r\n|\n|\r)?")
 
 
 def place_images(question: str) -> tuple[str, int]:
-    r"""Put the placeholder wherever ``<image>`` stands, without a line break right before or right after it.
+    r"""Replace each `<image>`, and a line break right before or right after it, by the placeholder.
 
-    ``"<image>\nWhat is this?"`` and ``"What is this?\n<image>"`` lose their line break; all others stay.
+    `"<image>\nWhat is this?"` and `"What is this?\n<image>"` lose their line break; all other line breaks stay.
 
     Returns:
         The question with placeholders, and their number.
@@ -41,7 +41,7 @@ def parse(record: Any) -> Sample:
 
     Raises:
         RecordError: a field is missing or of the wrong type, the speakers do not alternate, a text is empty, a question
-            holds the placeholder already, an image name leads outside, or ``<image>`` and images differ in number.
+            holds the placeholder already, an image name leads outside, or `<image>` and images differ in number.
     """
     if not isinstance(record, dict):
         raise RecordError("record is not an object", f"got {shorten(record)}")

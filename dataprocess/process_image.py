@@ -2,8 +2,8 @@
 
     python dataprocess/process_image.py [--config FILE] [--check_images] [--allow_links]
 
-Runs from any folder. Without ``--config`` it reads the ``config.yaml`` beside this script; relative paths in a
-configuration count from the configuration's own folder. A table of what was written and what was left out goes to
+Runs from any folder. Without `--config` it reads the `config.yaml` next to this script; relative paths in a
+configuration start from the configuration's own folder. A table of what was written and what was left out goes to
 stdout, everything else to stderr. Exit code 0, or 2 with one message if the configuration or a whole file is at fault;
 then nothing was written.
 """
@@ -11,11 +11,12 @@ then nothing was written.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
+import os
 import signal
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,28 +26,26 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataprocess import ai_challenger, llava
-from dataprocess.checking import ImageChecker
 from dataprocess.config import Config, Source, load_config
+from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from dataprocess.messages import shorten
-from dataprocess.records import DataError, RecordError, Sample, read_records
-from dataprocess.reporting import Counts, table
-from dataprocess.writing import Outputs
+from dataprocess.records import DataError, Record, RecordError, Sample, read_records
+from dataprocess.writing import Counts, Outputs, open_outputs, table
 
 log = logging.getLogger("process_image")
 _BATCH = 256  # records whose images are opened together, and between two steps of the progress bar
-
-_Item = tuple[int, Any, Sample | RecordError]  # record's index, its image name(s) as they stand, what became of it
+_BAR = "{desc}: {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}]"
 
 
 def process(config: Config, check_images: bool = False, allow_links: bool = False) -> list[Counts]:
     """Read all sources and write the outputs, whole or not at all.
 
-    IDs count all records of all sources from 0, rejected ones included, so that leaving one out renumbers nobody.
+    IDs count all records of all sources from 0, rejected ones included, so that leaving one out renumbers no other.
 
     Args:
         config: what to read and write.
         check_images: open every image, and leave out samples whose images cannot be used.
-        allow_links: with ``check_images``, accept links that lead out of the image folder.
+        allow_links: with `check_images`, accept links that lead out of the image folder.
 
     Returns:
         The counts of each source.
@@ -54,69 +53,95 @@ def process(config: Config, check_images: bool = False, allow_links: bool = Fals
     Raises:
         DataError: a label file is unusable as a whole, an output cannot be written, or no sample would be left.
     """
-    all_counts: list[Counts] = []
+    all_counts = [Counts(source) for source in config.sources]
     next_id = 0
-    with Outputs(config) as outputs, contextlib.ExitStack() as stack:
-        checker = stack.enter_context(ImageChecker(allow_links)) if check_images else None
-        for source in config.sources:
-            counts = Counts(source)
-            all_counts.append(counts)
-            with contextlib.closing(_items(source, config.seed, checker)) as items:  # ends the progress bar's line
-                for item in items:
-                    _write(item, next_id, outputs, counts)
-                    next_id += 1
-        if not any(counts.samples for counts in all_counts):
+    with open_outputs(config) as outputs, ThreadPoolExecutor(os.cpu_count()) as threads:
+        checker = ImageChecker(threads, allow_links)
+        for counts in all_counts:
+            source = counts.source
+            records = read_records(source.label_file)
+            with tqdm(total=1.0, desc=source.name, bar_format=_BAR, mininterval=0.5) as progress:
+                while batch := list(islice(records, _BATCH)):
+                    outcomes = [_parse(source, record, config.seed) for record in batch]
+                    if check_images:
+                        outcomes = checker.check(source.image_path, outcomes)
+                    for record, outcome in zip(batch, outcomes, strict=True):
+                        _write(record, outcome, next_id, outputs, counts)
+                        next_id += 1
+                    progress.set_postfix_str(f"{counts.records:,} records", refresh=False)
+                    progress.update(batch[-1].fraction_read - progress.n)
+                progress.update(1.0 - progress.n)
+        if not outputs.num_samples:
             raise DataError(f"no sample is left, so nothing was written:\n{table(all_counts)}".rstrip())
     return all_counts
 
 
-def _write(item: _Item, sample_id: int, outputs: Outputs, counts: Counts) -> None:
-    index, image, outcome = item
-    counts.records += 1
-    if isinstance(outcome, RecordError):
-        counts.rejects[outcome.reason] += 1
-        outputs.reject(counts.source, index, image, outcome)
-        return
-    counts.samples += 1
-    counts.images.update(outcome.images)
-    outputs.add(counts.source, index, sample_id, outcome)
-    for left_out in outcome.left_out:
-        counts.left_out[left_out.reason] += 1
-        outputs.reject(counts.source, index, image, left_out, left_out.position)
-
-
-def _items(source: Source, seed: int, checker: ImageChecker | None) -> Generator[_Item, None, None]:
-    """Parse a source's records, and open their images if there is a checker, in the file's order."""
-    records = iter(read_records(source.label_file))
-    layout = "{desc}: {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}]"
-    with tqdm(total=1.0, desc=source.name, bar_format=layout, mininterval=0.5) as progress:
-        while batch := list(islice(records, _BATCH)):
-            items = [(index, _image_of(record), _parse(source, record, index, seed)) for index, _, record in batch]
-            yield from items if checker is None else _checked(items, source, checker)
-            progress.set_postfix_str(f"{items[-1][0] + 1:,} records", refresh=False)
-            progress.update(batch[-1][1] - progress.n)
-        progress.update(1.0 - progress.n)
-
-
-def _parse(source: Source, record: Any, index: int, seed: int) -> Sample | RecordError:
+def _parse(source: Source, record: Record, seed: int) -> Sample | RecordError:
     try:
-        return ai_challenger.parse(record, index, seed) if source.kind == "ai_challenger" else llava.parse(record)
+        if record.repeated_key is not None:
+            raise RecordError("repeated key", shorten(record.repeated_key))
+        if source.kind == "ai_challenger":
+            return ai_challenger.parse(record.value, record.index, seed)
+        return llava.parse(record.value)
     except RecordError as error:
         return error
 
 
-def _checked(items: Iterable[_Item], source: Source, checker: ImageChecker) -> Iterator[_Item]:
-    items = list(items)
-    problems = checker.check(
-        source.image_path, [() if isinstance(outcome, RecordError) else outcome.images for _, _, outcome in items]
-    )
-    for (index, image, outcome), problem in zip(items, problems, strict=True):
-        yield index, image, problem or outcome
+class ImageChecker:
+    """Opens images with the function that training uses, in threads (decoders release the interpreter's lock).
+
+    Args:
+        threads: where the images are opened.
+        allow_links: accept links that lead out of the image folder.
+    """
+
+    def __init__(self, threads: ThreadPoolExecutor, allow_links: bool = False) -> None:
+        self._threads = threads
+        self._allow_links = allow_links
+        self._known: dict[tuple[str, str], RecordError | None] = {}  # each file is opened once
+
+    def check(self, root: str, outcomes: Sequence[Sample | RecordError]) -> list[Sample | RecordError]:
+        """Replace each sample that has an unusable image by the reason.
+
+        Args:
+            root: the image folder.
+            outcomes: samples; the errors among them are returned as they are.
+        """
+        images = [outcome.images if isinstance(outcome, Sample) else () for outcome in outcomes]
+        names = dict.fromkeys(name for row in images for name in row if (root, name) not in self._known)
+        for name, problem in zip(names, self._threads.map(lambda name: self._open(root, name), names), strict=True):
+            self._known[root, name] = problem
+        return [
+            next((problem for name in row if (problem := self._known[root, name])), outcome)
+            for row, outcome in zip(images, outcomes, strict=True)
+        ]
+
+    def _open(self, root: str, name: str) -> RecordError | None:
+        try:
+            load_image(resolve_image_path(root, name, self._allow_links))
+        except ImageError as error:
+            return RecordError(error.reason, str(error))
+        return None
 
 
-def _image_of(record: Any) -> Any:
-    """Give a record's image name as it stands, for the list of rejects, as far as that makes sense."""
-    image = record.get("image_id", record.get("image")) if isinstance(record, dict) else None
+def _write(record: Record, outcome: Sample | RecordError, sample_id: int, outputs: Outputs, counts: Counts) -> None:
+    source, image = counts.source, _image_of(record.value)
+    counts.records += 1
+    if isinstance(outcome, RecordError):
+        counts.rejects[outcome.reason] += 1
+        outputs.reject(source, record.index, image, outcome)
+        return
+    counts.samples += 1
+    counts.images.update(outcome.images)
+    outputs.add(source, record.index, sample_id, outcome)
+    for position, error in outcome.left_out:
+        counts.left_out[error.reason] += 1
+        outputs.reject(source, record.index, image, error, position)
+
+
+def _image_of(value: Any) -> Any:
+    """Return a record's image name unchanged, for the list of rejects, or a short form of anything else."""
+    image = value.get("image_id", value.get("image")) if isinstance(value, dict) else None
     return image if image is None or (isinstance(image, str) and len(image) < 200) else shorten(image, 200)
 
 
@@ -143,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"process_image: error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("process_image: interrupted; earlier output files are as they were\n")
+        sys.stderr.write("process_image: interrupted\n")
         return 130
     sys.stdout.write(table(counts))
     log.info("image map: %s", config.output_image_map)
@@ -153,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _terminate(*_: object) -> None:
-    sys.exit(143)  # unwinds, so that temporary files go
+    sys.exit(143)  # raises SystemExit, so that temporary files are deleted
 
 
 if __name__ == "__main__":

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataprocess.image_io import check_image_name
-from dataprocess.messages import shorten
+from .image_io import check_image_name
+from .messages import shorten
 
 PLACEHOLDER = "<|extra_0|>"
-"""Marks an image's place in a question. The language model's own constant; repeated because nothing of it is imported
-here, and a test holds the two together."""
+"""Marks an image's position in a question. Repeated from the language model, which is not imported here; a test holds
+the two together."""
 
 
 class DataError(Exception):
@@ -22,24 +23,12 @@ class DataError(Exception):
 
 
 class RecordError(Exception):
-    """One record cannot become a sample: ``reason`` is a short text to count by, ``detail`` says what was there."""
+    """An unusable record, or one of its captions: `reason` is a short text to count by, `detail` shows the value."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """One of a record's alternatives that was left out, while the record itself is kept."""
-
-    position: int
-    """Position in the record's list of captions, from 0."""
-    reason: str
-    """Short text to count by."""
-    detail: str
-    """What was there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +39,16 @@ class Sample:
     """Names relative to the source's image folder, in the order of the placeholders."""
     turns: tuple[tuple[str, str | list[str]], ...]
     """(question, answer) pairs; a list holds alternative answers to the same question."""
-    left_out: tuple[LeftOut, ...] = ()
-    """Alternatives that were not usable."""
+    left_out: tuple[tuple[int, RecordError], ...] = ()
+    """Alternatives that are not usable: position in the record's list of captions, from 0, and the reason."""
 
 
 def check_text(value: object, what: str) -> str:
-    """Make sure that a value is text that can be trained on and written as UTF-8.
+    """Check that a value is text that can be trained on and written as UTF-8.
 
     Args:
-        value: what stands in the annotation file.
-        what: how the reason names it, such as "caption".
+        value: the value in the annotation file.
+        what: its name in the reason, such as "caption".
 
     Returns:
         The value, unchanged.
@@ -71,16 +60,15 @@ def check_text(value: object, what: str) -> str:
         raise RecordError(f"{what} is not text", f"got {shorten(value)}")
     if not value or value.isspace():
         raise RecordError(f"{what} is empty")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as exc:
-            raise RecordError(f"{what} holds a lone surrogate", f"at character {exc.start}") from None
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:
+        raise RecordError(f"{what} holds a lone surrogate", f"at character {exc.start}") from None
     return value
 
 
 def check_image(value: object) -> str:
-    """Make sure that a value names a file inside its image folder. The disk is not touched.
+    """Check that a value names a file inside its image folder. The disk is not touched.
 
     Raises:
         RecordError: it is not text, or not a name that stays inside the folder.
@@ -92,14 +80,25 @@ def check_image(value: object) -> str:
     return name
 
 
-def read_records(path: Path) -> Iterator[tuple[int, float, Any]]:
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One element of an annotation file."""
+
+    index: int
+    """Its position in the file, from 0."""
+    value: Any
+    """The decoded JSON."""
+    repeated_key: str | None
+    """A key that one of its objects has twice: Python keeps the last value only."""
+    fraction_read: float
+    """How much of the file has been read."""
+
+
+def read_records(path: Path) -> Iterator[Record]:
     """Read a JSON array, one element at a time, so that only the file's text is held, not all its objects.
 
     Args:
         path: a UTF-8 file, with or without a byte order mark.
-
-    Yields:
-        (index from 0, fraction of the file read so far, element).
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, is not JSON (the position is named) or not an array.
@@ -125,44 +124,55 @@ def _read_text(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as exc:
         raise DataError(f"{path}: cannot be read: {exc.strerror}") from None
+    encoding = json.detect_encoding(raw)  # by its zero bytes
+    if not encoding.startswith("utf-8"):
+        guess = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+        raise DataError(f"{path}: not UTF-8 but {guess}; convert it first (iconv -f {guess} -t UTF-8)")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         if exc.reason == "unexpected end of data":
             raise DataError(f"{path}: ends within a character (byte {exc.start}): it seems to be cut short") from None
-        guess = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "its encoding, often GB18030"
         raise DataError(
             f"{path}: not UTF-8: byte {exc.start} is {raw[exc.start]:#04x}; convert it first "
-            f"(iconv -f FROM -t UTF-8, FROM being {guess})"
+            "(iconv -f ENCODING -t UTF-8; Chinese files are often GB18030)"
         ) from None
 
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 
-def _array_elements(text: str) -> Iterator[tuple[int, float, Any]]:
-    def skip_blank(position: int) -> int:
+def _array_elements(text: str) -> Iterator[Record]:
+    repeated: list[str] = []
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            repeated.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        return fields
+
+    def skip_blanks(position: int) -> int:
         match = _BLANK.match(text, position)
         return match.end() if match else position
 
-    decode = json.JSONDecoder().raw_decode
-    at = skip_blank(0)
-    if text[at : at + 1] != "[":
-        # Whatever it is, it is no list of records; if it is not even JSON, the decoder knows the position.
-        value, _ = decode(text, at)
+    decode = json.JSONDecoder(object_pairs_hook=to_dict).raw_decode
+    at = skip_blanks(0)
+    if not text.startswith("[", at):
+        value, _ = decode(text, at)  # raises if it is no JSON at all
         kind = {dict: "an object", str: "a string", type(None): "null"}.get(type(value), "a plain value")
         raise DataError(f"a JSON array of records was expected, got {kind}")
-    at = skip_blank(at + 1)
-    if text[at : at + 1] != "]":
-        for index in range(len(text)):
-            element, at = decode(text, at)
-            yield index, at / len(text), element
-            at = skip_blank(at)
-            if text[at : at + 1] == "]":
-                break
-            if text[at : at + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-            at = skip_blank(at + 1)
-    end = skip_blank(at + 1)
+    at = skip_blanks(at + 1)
+    index, more = 0, not text.startswith("]", at)
+    while more:
+        value, at = decode(text, at)
+        yield Record(index, value, repeated[0] if repeated else None, at / len(text))
+        repeated.clear()
+        index += 1
+        at = skip_blanks(at)
+        if more := text.startswith(",", at):
+            at = skip_blanks(at + 1)
+    if not text.startswith("]", at):
+        raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+    end = skip_blanks(at + 1)
     if end != len(text):
         raise json.JSONDecodeError("Extra data after the array", text, end)

@@ -1,61 +1,66 @@
-"""Writing the output files: all of them whole, or none touched."""
+"""Write the output files, all of them whole or none touched, and lay out the table of what became of the records."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
-from dataprocess.config import Config, Source
-from dataprocess.records import DataError, Sample
-
-
-class _Reason(Protocol):
-    @property
-    def reason(self) -> str: ...
-    @property
-    def detail(self) -> str: ...
+from .config import Config, Source
+from .file_lock import FileLockError, hold
+from .messages import format_count
+from .records import DataError, RecordError, Sample
 
 
+@contextlib.contextmanager
+def open_outputs(config: Config) -> Iterator[Outputs]:
+    """Open the image map, the captions, and the list of rejects for writing.
+
+    The files grow under temporary names in their own folders, locked against other processes. Leaving the block
+    normally puts all of them in place; leaving it by an exception, or failing to put one in place, changes nothing.
+
+    Raises:
+        DataError: a file can't be written, or another process is writing it.
+    """
+    with contextlib.ExitStack() as stack:
+        captions = stack.enter_context(_new_file(config.output_captions))
+        image_map = stack.enter_context(_new_file(config.output_image_map))
+        rejects = stack.enter_context(_new_file(config.output_rejects))
+        outputs = Outputs(captions, image_map, rejects)
+        yield outputs
+        outputs.close()
+        _put_in_place((captions, image_map, rejects))
+
+
+@dataclass
 class Outputs:
-    """The image map, the captions, and the list of rejects, written one entry a line while the records come in.
+    """The three files, written one entry a line while the records come in.
 
-    A context manager. The files grow under temporary names in their own folders. Leaving the block normally puts all
-    of them in place; leaving it by an exception, or failing to put one in place, leaves the earlier files as they were.
-
-    image map: ``{key: {"image_file": name | [names] | null, "ID": int, "path": folder}}``
-    captions: ``{ID: {"q": …, "a": text | [texts]}}``, of several turns ``{ID: {"turns": [{"q", "a"}, …]}}``
-    rejects (JSON lines): ``{"source", "label_file", "record": index from 0, "image", "reason", "detail"}``, with
-    ``"caption"`` (index from 0) where only one of a record's captions was left out
+    image map: `{key: {"image_file": name | [names] | null, "ID": int, "path": folder}}`
+    captions: `{ID: {"q": …, "a": text | [texts]}}`, of several turns `{ID: {"turns": [{"q", "a"}, …]}}`
+    rejects (JSON lines): `{"source", "label_file", "record": index from 0, "image", "reason", "detail"}`, with
+    `"caption"` (index from 0) where only one of a record's captions was left out
     """
 
-    def __init__(self, config: Config) -> None:
-        self._paths = (config.output_captions, config.output_image_map, config.output_rejects)
-        self._files: list[_NewFile] = []
-        self._entries = 0
-        self._encode = json.JSONEncoder(ensure_ascii=False).encode
-
-    def __enter__(self) -> Outputs:
-        try:
-            for path in self._paths:
-                self._files.append(_NewFile(path))
-        except OSError as exc:
-            self._discard()
-            raise DataError(_cannot_write(exc)) from None
-        self._captions, self._image_map, self._rejects = self._files
-        return self
+    captions: _NewFile
+    image_map: _NewFile
+    rejects: _NewFile
+    num_samples: int = 0
 
     def add(self, source: Source, index: int, sample_id: int, sample: Sample) -> None:
         """Write one sample.
 
         Args:
-            source: where it comes from.
+            source: the source of its record.
             index: its record's position in the source's file, from 0.
             sample_id: its ID, unique over all sources.
-            sample: what to write.
+            sample: the sample.
         """
         images = sample.images
         image_file: Any = None if not images else images[0] if len(images) == 1 else images
@@ -64,114 +69,156 @@ class Outputs:
         entry = {"image_file": image_file, "ID": sample_id, "path": source.image_path}
         turns: list[dict[str, Any]] = [{"q": question, "a": answer} for question, answer in sample.turns]
         caption = turns[0] if len(turns) == 1 else {"turns": turns}
-        start = ",\n" if self._entries else "{\n"
-        self._image_map.write(f"{start}{self._encode(key)}: {self._encode(entry)}".encode())
-        self._captions.write(f'{start}"{sample_id}": {self._encode(caption)}'.encode())
-        self._entries += 1
+        start = ",\n" if self.num_samples else "{\n"
+        self.image_map.write(f"{start}{_encode(key)}: {_encode(entry)}".encode())
+        self.captions.write(f'{start}"{sample_id}": {_encode(caption)}'.encode())
+        self.num_samples += 1
 
-    def reject(self, source: Source, index: int, image: object, why: _Reason, caption: int | None = None) -> None:
+    def reject(self, source: Source, index: int, image: object, error: RecordError, caption: int | None = None) -> None:
         """Write one line about a record, or one of its captions, that is left out.
 
         Args:
-            source: where it comes from.
+            source: the source of the record.
             index: the record's position in the source's file, from 0.
             image: the image's name as the record has it, as far as it has one.
-            why: ``reason`` and ``detail``.
+            error: the reason.
             caption: the caption's position in the record, from 0; None if the whole record is left out.
         """
         line: dict[str, Any] = {"source": source.name, "label_file": str(source.label_file), "record": index}
         if caption is not None:
             line["caption"] = caption
-        line |= {"image": image, "reason": why.reason, "detail": why.detail}
+        line |= {"image": image, "reason": error.reason, "detail": error.detail}
         # A lone surrogate becomes \udXXX, which is how JSON writes it.
-        self._rejects.write((self._encode(line) + "\n").encode(errors="backslashreplace"))
+        self.rejects.write((_encode(line) + "\n").encode(errors="backslashreplace"))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                end = b"\n}\n" if self._entries else b"{}\n"
-                self._image_map.write(end)
-                self._captions.write(end)
-                for file in self._files:
-                    file.finish()
-                _put_in_place(self._files)
-            elif isinstance(error, OSError):
-                raise error  # a full disk while writing
-        except OSError as exc:
-            raise DataError(_cannot_write(exc)) from None
-        finally:
-            self._discard()
-
-    def _discard(self) -> None:
-        for file in self._files:
-            file.discard()
+    def close(self) -> None:
+        """Write the ends of the files, and all of them to the disk."""
+        end = b"\n}\n" if self.num_samples else b"{}\n"
+        self.image_map.write(end)
+        self.captions.write(end)
+        for file in (self.captions, self.image_map, self.rejects):
+            with _naming(file.target):
+                file.stream.flush()
+                os.fsync(file.stream.fileno())
+                file.stream.close()
 
 
-def _cannot_write(exc: OSError) -> str:
-    return f"{exc.filename or 'output'}: cannot be written: {exc.strerror}; earlier output files are as they were"
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
+@dataclass(frozen=True)
 class _NewFile:
-    def __init__(self, path: Path) -> None:
-        self.target = Path(os.path.realpath(path))  # a link stays a link, and what it points to is replaced
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        stem = f".{self.target.name[:100]}.{secrets.token_hex(4)}"
-        self.temporary = self.target.with_name(stem + ".new")
-        self.aside = self.target.with_name(stem + ".old")
-        self._file = self.temporary.open("xb", buffering=1 << 20)
+    """An output that is being written."""
+
+    target: Path
+    temporary: Path
+    earlier: Path
+    """Name of the earlier output while the new ones are put in place."""
+    stream: BinaryIO
 
     def write(self, data: bytes) -> None:
-        try:
-            self._file.write(data)
-        except OSError as exc:
-            raise OSError(exc.errno, exc.strerror, str(self.target)) from None
+        with _naming(self.target):
+            self.stream.write(data)
 
-    def finish(self) -> None:
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        except OSError as exc:
-            raise OSError(exc.errno, exc.strerror, str(self.target)) from None
 
-    def discard(self) -> None:
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[_NewFile]:
+    """Lock an output and open its temporary file, which is deleted at the end if it was not put in place."""
+    target = Path(os.path.realpath(path))  # a link stays a link, and the file that it points to is replaced
+    stem = f".{target.name[:100]}.{secrets.token_hex(4)}"
+    temporary = target.with_name(stem + ".new")
+    with contextlib.ExitStack() as stack:
+        with _naming(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(target))
+            stream = temporary.open("xb", buffering=1 << 20)
+        stack.callback(temporary.unlink, missing_ok=True)
         try:
-            self._file.close()
-        except OSError:  # what is still buffered does not fit either
-            pass
+            yield _NewFile(target, temporary, target.with_name(stem + ".old"), stream)
         finally:
-            self.temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a full disk, what is still buffered does not fit either
+                stream.close()
 
 
-def _put_in_place(files: list[_NewFile]) -> None:
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn an error while an output is written into a message that names the output."""
+    try:
+        yield
+    except FileLockError as exc:
+        raise DataError(str(exc)) from None
+    except OSError as exc:
+        raise DataError(f"{path}: cannot be written: {exc.strerror}; earlier output files are unchanged") from None
+
+
+def _put_in_place(files: Sequence[_NewFile]) -> None:
     """Replace all files or none.
 
-    The captions (the first file) are moved away before, and put in place after, everything else: new captions beside
+    The captions (the first file) are moved away before, and put in place after, everything else: new captions next to
     an old image map would give photos the answers of others. A kill in between leaves no captions, which is noticed.
     """
-    moved: list[_NewFile] = []
-    placed: list[_NewFile] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for file in files:
-            if file.target.exists():
-                os.replace(file.target, file.aside)  # noqa: PTH105
-                moved.append(file)
+            if file.target.is_file():
+                with _naming(file.target):
+                    os.replace(file.target, file.earlier)  # noqa: PTH105
+                undo.callback(os.replace, file.earlier, file.target)
         for file in reversed(files):
-            os.replace(file.temporary, file.target)  # noqa: PTH105
-            placed.append(file)
-    except BaseException:
-        for file in placed:
-            file.target.unlink(missing_ok=True)
-        for file in reversed(moved):
-            os.replace(file.aside, file.target)  # noqa: PTH105
-        raise
-    for file in moved:
-        file.aside.unlink(missing_ok=True)
+            with _naming(file.target):
+                os.replace(file.temporary, file.target)  # noqa: PTH105
+            undo.callback(file.target.unlink)
+        undo.pop_all()  # from here on the new files are the outputs, whatever happens
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.earlier.unlink(missing_ok=True)
     for folder in {file.target.parent for file in files}:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # the renames themselves
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):  # some file systems can't write a folder to the disk on request
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)  # the renames themselves
+            finally:
+                os.close(descriptor)
+
+
+@dataclass
+class Counts:
+    """Numbers of one source's records, and of the samples made of them."""
+
+    source: Source
+    """The source."""
+    records: int = 0
+    """Elements in its file."""
+    samples: int = 0
+    """Records that were written."""
+    images: set[str] = field(default_factory=set)
+    """Distinct names of images in those samples."""
+    rejects: Counter[str] = field(default_factory=Counter)
+    """Records left out, by reason."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Captions left out of records that were kept, by reason."""
+
+
+def table(counts: Sequence[Counts]) -> str:
+    """Lay out the counts per source, their sum, and the reasons for what was left out.
+
+    An image that several sources share counts once in the sum.
+    """
+    numbers = [(one.records, one.samples, len(one.images), one.rejects.total()) for one in counts]
+    records, samples, _, rejects = (sum(column) for column in zip(*numbers, strict=True))
+    images = len({(one.source.image_path, name) for one in counts for name in one.images})
+    rows = [["source", "records", "samples", "images", "rejects"]]
+    names = [*(one.source.name for one in counts), "total"]
+    for name, row in zip(names, [*numbers, (records, samples, images, rejects)], strict=True):
+        rows.append([name, *(f"{number:,}" for number in row)])
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [
+        row[0].ljust(first) + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))
+        for row in rows
+    ]
+    for one in counts:
+        for noun, reasons in (("record", one.rejects), ("caption", one.left_out)):
+            lines += [
+                f"left out of {one.source.name}: {format_count(number, noun)}: {reason}"
+                for reason, number in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+            ]
+    return "\n".join(lines) + "\n"

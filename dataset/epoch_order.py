@@ -77,6 +77,25 @@ def order_of(strategy: str, lengths: Tensor, seed: int, epoch: int) -> Tensor:
     return epoch_permutation(len(lengths), seed, epoch) if strategy == "random" else torch.arange(len(lengths))
 
 
+def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alternatives: int) -> int:
+    """Which of a turn's alternative answers is used in an epoch.
+
+    A pure function: it does not depend on the order of samples, on data workers or on any random generator's state.
+
+    Args:
+        seed: the run's seed.
+        epoch: counted from 0.
+        sample_id: the sample's ID.
+        turn: the turn's number in the conversation, from 0.
+        num_alternatives: how many there are.
+
+    Returns:
+        An index below `num_alternatives`, drawn uniformly.
+    """
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}/{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % num_alternatives
+
+
 class EpochOrder(Dataset[dict[str, Any]]):
     """A view of a data set in the order of the current epoch, to be read one after the other.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from qwen.tokenization_qwen import QWenTokenizer
 
 from .annotations import Annotations, Sample
 from .bad_samples import BadSamples
+from .epoch_order import draw_alternative
 from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
 from .sample_sizes import estimated_lengths, padding_shares
 
@@ -29,25 +29,6 @@ logger = logging.getLogger(__name__)
 _NO_KEY = bytes(32)
 # One row of counters per data worker and one for the main process: nobody waits, and no count is lost.
 _MAX_WORKERS = 1024
-
-
-def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alternatives: int) -> int:
-    """Which of a turn's alternative answers is used in an epoch.
-
-    A pure function: it does not depend on the order of samples, on data workers or on any random generator's state.
-
-    Args:
-        seed: the run's seed.
-        epoch: counted from 0.
-        sample_id: the sample's ID.
-        turn: the turn's number in the conversation, from 0.
-        num_alternatives: how many there are.
-
-    Returns:
-        An index below `num_alternatives`, drawn uniformly.
-    """
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}/{turn}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % num_alternatives
 
 
 class FeatureSource(Protocol):
@@ -183,6 +164,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             max_length=self.max_length,
             rows=rows,
             order_seed=seed,
+            seed=self.seed,
         )
 
     @property

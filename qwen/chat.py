@@ -1,4 +1,4 @@
-"""Multi-turn chat in ChatML for a language model with `generate`."""
+"""Multi-turn chat in ChatML: `model.chat(…)` and `model.chat_stream(…)`, which `qwen/__init__.py` makes methods."""
 
 from __future__ import annotations
 
@@ -9,81 +9,86 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from .answering import answer_ids, complete_config, stream_ids
 from .chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, make_context
-from .stream import answer_ids, complete_config, stream_ids
+from .decoding import decode
+from .modeling_qwen import QWenLMHeadModel
+from .sampling_loop import library_decode
 from .tokenization_qwen import QWenTokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
-class ChatMixin:
-    """`chat` and `chat_stream` for a class with `generate` and `generation_config`."""
+def chat(
+    model: QWenLMHeadModel,
+    tokenizer: QWenTokenizer,
+    query: str,
+    history: Sequence[Turn] | None = None,
+    system: str = DEFAULT_SYSTEM,
+    *,
+    generation_config: GenerationConfig | None = None,
+    **kwargs: Any,
+) -> tuple[str, list[Turn]]:
+    """Answer a question.
 
-    def chat(
-        self,
-        tokenizer: QWenTokenizer,
-        query: str,
-        history: Sequence[Turn] | None = None,
-        system: str = DEFAULT_SYSTEM,
-        *,
-        generation_config: GenerationConfig | None = None,
-        **kwargs: Any,
-    ) -> tuple[str, list[Turn]]:
-        """Answer a question.
+    Args:
+        model: a model of QWen.
+        tokenizer: QWen's tokenizer.
+        query: the question; no special token in it is parsed.
+        history: earlier (question, answer) pairs, oldest first. The newest that fit into `max_window_size` tokens
+            (`generation_config.json`; else 6144) are kept.
+        system: the system prompt.
+        generation_config: what it leaves open is taken from the model's own; by default that one alone.
+        kwargs: generation settings, which come first, as `generate` takes them. The answer ends at
+            `<|im_end|>`, `<|im_start|>` or `<|endoftext|>` unless `eos_token_id` says otherwise.
+            `prompt_cache=PromptCache()`, one for a conversation, keeps what was read from turn to turn.
 
-        Args:
-            tokenizer: QWen's tokenizer.
-            query: the question; no special token in it is parsed.
-            history: earlier (question, answer) pairs, oldest first. The newest that fit into `max_window_size` tokens
-                (`generation_config.json`; else 6144) are kept.
-            system: the system prompt.
-            generation_config: what it leaves open is taken from the model's own; by default that one alone.
-            kwargs: generation settings, which come first, as `generate` takes them. The answer ends at
-                `<|im_end|>`, `<|im_start|>` or `<|endoftext|>` unless `eos_token_id` says otherwise.
-                `prompt_cache=PromptCache()`, one for a conversation, keeps what was read from turn to turn.
+    Returns:
+        The answer without its stop token, and a new history that ends with this turn.
 
-        Returns:
-            The answer without its stop token, and a new history that ends with this turn.
+    Raises:
+        ValueError: if `history` holds something else than pairs.
+    """
+    input_ids = _chat_prompt(model, tokenizer, query, history, system, generation_config, kwargs)
+    answer = answer_ids(model, tokenizer, input_ids, generation_config, **kwargs)
+    return answer, [*((q, a) for q, a in history or ()), (query, answer)]
 
-        Raises:
-            ValueError: if `history` holds something else than pairs.
-        """
-        input_ids = self._chat_prompt(tokenizer, query, history, system, generation_config, kwargs)
-        answer = answer_ids(self, tokenizer, input_ids, generation_config, **kwargs)
-        return answer, [*((q, a) for q, a in history or ()), (query, answer)]
 
-    def chat_stream(
-        self,
-        tokenizer: QWenTokenizer,
-        query: str,
-        history: Sequence[Turn] | None = None,
-        system: str = DEFAULT_SYSTEM,
-        *,
-        generation_config: GenerationConfig | None = None,
-        **kwargs: Any,
-    ) -> Iterator[str]:
-        """Answer a question as `chat` does, which see for the arguments, and show the answer while it grows.
+def chat_stream(
+    model: QWenLMHeadModel,
+    tokenizer: QWenTokenizer,
+    query: str,
+    history: Sequence[Turn] | None = None,
+    system: str = DEFAULT_SYSTEM,
+    *,
+    generation_config: GenerationConfig | None = None,
+    **kwargs: Any,
+) -> Iterator[str]:
+    """Answer a question as `chat` does, which see for the arguments, and show the answer while it grows.
 
-        Returns:
-            An iterator of the whole answer so far; the last is what `chat` gives under the same seed.
+    Returns:
+        An iterator of the whole answer so far; the last is what `chat` gives under the same seed.
 
-        Raises:
-            ValueError: if `history` holds something else than pairs, or beams are asked for.
-        """
-        input_ids = self._chat_prompt(tokenizer, query, history, system, generation_config, kwargs)
-        return stream_ids(self, tokenizer, input_ids, generation_config, **kwargs)
+    Raises:
+        ValueError: if `history` holds something else than pairs, or beams are asked for.
+    """
+    input_ids = _chat_prompt(model, tokenizer, query, history, system, generation_config, kwargs)
+    samples = complete_config(model, generation_config, **kwargs).do_sample
+    loop = library_decode if samples else decode
+    return stream_ids(model, tokenizer, input_ids, generation_config, loop=loop, **kwargs)
 
-    def _chat_prompt(
-        self,
-        tokenizer: QWenTokenizer,
-        query: str,
-        history: Sequence[Turn] | None,
-        system: str,
-        generation_config: GenerationConfig | None,
-        overrides: dict[str, Any],
-    ) -> Tensor:
-        """The prompt's ids (1, T). `max_window_size` is taken out of `overrides`: `generate` does not know it."""
-        config = complete_config(self, generation_config)
-        window = overrides.pop("max_window_size", None) or getattr(config, "max_window_size", DEFAULT_MAX_WINDOW_SIZE)
-        _, ids = make_context(tokenizer, query, history=history, system=system, max_window_size=window)
-        return torch.tensor([ids])
+
+def _chat_prompt(
+    model: QWenLMHeadModel,
+    tokenizer: QWenTokenizer,
+    query: str,
+    history: Sequence[Turn] | None,
+    system: str,
+    generation_config: GenerationConfig | None,
+    overrides: dict[str, Any],
+) -> Tensor:
+    """Return the prompt's ids (1, T). `generate` does not know `max_window_size`: it is taken out of `overrides`."""
+    config = complete_config(model, generation_config)
+    window = overrides.pop("max_window_size", None) or getattr(config, "max_window_size", DEFAULT_MAX_WINDOW_SIZE)
+    _, ids = make_context(tokenizer, query, history=history, system=system, max_window_size=window)
+    return torch.tensor([ids])

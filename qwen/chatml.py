@@ -9,10 +9,11 @@ Role, line break and content are tokenised apart, and content never gives a spec
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qwen.tokenization_qwen import IMEND, IMSTART, QWenTokenizer
+from .tokenization_qwen import IMEND, IMSTART, QWenTokenizer
 
 DEFAULT_MAX_WINDOW_SIZE = 6144
 
@@ -33,22 +34,22 @@ class ChatPrompt:
 
 
 def message_ids(tokenizer: QWenTokenizer, role: str, content_ids: Sequence[int]) -> list[int]:
-    r"""Token ids of one closed message: `<|im_start|>{role}\n{content}<|im_end|>`."""
+    r"""Return the token ids of one closed message: `<|im_start|>{role}\n{content}<|im_end|>`."""
     return [*header_ids(tokenizer, role), *content_ids, tokenizer.im_end_id]
 
 
 def header_ids(tokenizer: QWenTokenizer, role: str) -> list[int]:
-    r"""Token ids of `<|im_start|>{role}\n`, after which the content comes."""
+    r"""Return the token ids of `<|im_start|>{role}\n`, after which the content comes."""
     return [tokenizer.im_start_id, *tokenizer.encode_text(role), *tokenizer.encode_text("\n")]
 
 
 def system_ids(tokenizer: QWenTokenizer, system: str) -> list[int]:
-    """Token ids of the system block, which opens every prompt, also where the system prompt is empty."""
+    """Return the token ids of the system block, which opens every prompt, also where the system prompt is empty."""
     return message_ids(tokenizer, "system", tokenizer.encode_text(system))
 
 
 def question_ids(tokenizer: QWenTokenizer, content_ids: Sequence[int]) -> list[int]:
-    r"""Token ids of `\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n`: an answer comes next."""
+    r"""Return the token ids of `\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n`, before an answer."""
     newline = tokenizer.encode_text("\n")
     return [
         *newline,
@@ -108,7 +109,7 @@ def make_context(
     system: str = "",
     max_window_size: int = DEFAULT_MAX_WINDOW_SIZE,
 ) -> tuple[str, list[int]]:
-    """The ChatML prompt for a question, as text and as token ids.
+    """Build the ChatML prompt for a question, as text and as token ids.
 
     No special token is parsed in any content: `<|extra_0|>` is text here too.
 
@@ -130,30 +131,13 @@ def make_context(
 
 
 def stop_token_ids(tokenizer: QWenTokenizer) -> tuple[int, int, int]:
-    """The ids at which an answer ends: `<|im_end|>`, `<|im_start|>`, `<|endoftext|>`."""
+    """Return the ids at which an answer ends: `<|im_end|>`, `<|im_start|>`, `<|endoftext|>`."""
     return tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id
 
 
 def trim_answer(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
-    """The generated ids before the first stop token, or all of them if there is none."""
-    stops = set(stop_ids)
-    for position, index in enumerate(ids):
-        if index in stops:
-            return list(ids[:position])
-    return list(ids)
-
-
-def decode_answer(tokenizer: QWenTokenizer, ids: Sequence[int]) -> str:
-    """The text of a generated answer: every token up to the first stop token, nothing stripped.
-
-    Args:
-        tokenizer: QWen's tokenizer.
-        ids: the generated ids, without the prompt.
-
-    Returns:
-        The answer. Malformed UTF-8 in it is replaced.
-    """
-    return str(tokenizer.decode(trim_answer(ids, stop_token_ids(tokenizer))))
+    """Return the generated ids before the first stop token, or all of them if there is none."""
+    return list(itertools.takewhile(lambda index: index not in stop_ids, ids))
 
 
 def _pairs(history: Sequence[Turn] | None) -> list[Turn]:

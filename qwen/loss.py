@@ -1,4 +1,7 @@
-"""The training loss: cross entropy of the next token, where labels are."""
+"""The training loss: cross entropy of the next token, where labels are.
+
+Shape legend: B rows, T tokens, N supervised positions of all rows, D `hidden_size`, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ CHUNK_LOGITS = 2**24
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Cross entropy in fp32 of each supervised token, given the tokens before it.
+    """Return the cross entropy in fp32 of each supervised token, given the tokens before it.
 
     Args:
         logits: (B, T, V); those at t predict token t + 1.
@@ -30,15 +33,15 @@ def next_token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | No
 
 
 def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Cross entropy in fp32 of `targets` (N,) under `logits` (N, V), summed and divided as `next_token_loss` says."""
+    """Return the cross entropy in fp32 of `targets` (N,) under `logits` (N, V), divided as in `next_token_loss`."""
     total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return _divided(total, (targets != IGNORE_INDEX).sum() if num_items is None else num_items)
+    return _divide(total, (targets != IGNORE_INDEX).sum() if num_items is None else num_items)
 
 
 def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """What `supervised_loss` gives for `head(hidden)`, without ever having all logits in memory.
+    """Return `supervised_loss` of `head(hidden)`, without ever having all logits in memory.
 
-    A frozen head goes through its rows in chunks, and each chunk's gradient is taken at once, as long as its logits are
+    A frozen head takes its rows in chunks, and each chunk's gradient is computed at once, while its logits are
     there: no more than two chunks of logits exist at a time, and nothing is computed twice.
 
     Args:
@@ -53,44 +56,44 @@ def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items: Tenso
     if type(head) is not nn.Linear or head.weight.requires_grad or head.bias is not None:  # it may have LoRA
         return supervised_loss(head(hidden), targets, num_items)
     total: Tensor = _ChunkedHeadLoss.apply(hidden, head.weight, targets)
-    return _divided(total, len(targets) if num_items is None else num_items)
+    return _divide(total, len(targets) if num_items is None else num_items)
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
-    """Summed cross entropy of (N,) targets under `hidden @ weight.T`, whose weight is frozen."""
+    """Summed cross entropy of targets (N,) under `hidden @ weight.T`, whose weight (V, D) is frozen."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        num_rows = max(1, CHUNK_LOGITS // len(weight))
+        chunk = max(1, CHUNK_LOGITS // len(weight))  # positions
         total = hidden.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), num_rows):
-            rows = slice(start, start + num_rows)
-            logits = F.linear(hidden[rows], weight)  # under autocast in its dtype
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None  # (N, D)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], weight)  # (chunk, V); under autocast in its dtype
             dtype, log_probabilities = logits.dtype, logits.float().log_softmax(dim=-1)
             del logits
-            places = targets[rows, None]
-            total -= log_probabilities.gather(1, places).sum()
-            if gradient is not None:
-                by_logits = log_probabilities.exp_()  # probabilities, 1 less at the target
-                by_logits[torch.arange(len(places), device=places.device), places[:, 0]] -= 1
-                # Most entries are near 1 / V, which is too little for fp16.
+            target = targets[rows, None]  # (chunk, 1)
+            total -= log_probabilities.gather(1, target).sum()
+            if grad_hidden is not None:
+                grad_logits = log_probabilities.exp_()  # probabilities, less 1 at the target
+                grad_logits[torch.arange(len(target), device=target.device), target[:, 0]] -= 1
+                # Most entries are near 1 / V, which fp16 would round to 0 or to few bits.
                 scale = 1024.0 if dtype == torch.float16 else 1.0
-                by_logits = (by_logits * scale if scale != 1 else by_logits).to(dtype)
-                gradient[rows] = (by_logits @ weight.to(dtype)).float() / scale
+                grad_logits = (grad_logits * scale if scale != 1 else grad_logits).to(dtype)
+                grad_hidden[rows] = (grad_logits @ weight.to(dtype)).float() / scale
         ctx.dtype = hidden.dtype
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad_output).to(ctx.dtype), None, None
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_hidden * grad_total).to(ctx.dtype), None, None
 
 
-def _divided(total: Tensor, num_items: Tensor | int) -> Tensor:
+def _divide(total: Tensor, num_items: Tensor | int) -> Tensor:
     if isinstance(num_items, Tensor):
         return total / num_items.to(total.device).clamp(min=1)
     return total / max(num_items, 1)

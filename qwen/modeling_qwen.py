@@ -3,8 +3,8 @@
 Written for the published checkpoints `Qwen/Qwen-1_8B`, `-7B`, `-14B` and their `-Chat` versions, whose files load
 unchanged (`QWenLMHeadModel.from_pretrained(folder_or_name, dtype=torch.bfloat16)`), without remote code.
 
-Its layers are in `layers.py`. Shape legend: B rows, T tokens of this call, K keys (past + T), D `hidden_size`, S kept
-positions.
+Its layers are in `layers.py`. Shape legend: B rows, T tokens of this call, K keys (cached tokens and T), D
+`hidden_size`, V vocabulary, S wanted positions.
 """
 
 from __future__ import annotations
@@ -18,20 +18,16 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .chat import ChatMixin
+from . import cpu_kernels
+from .cache import GrowingCache
 from .configuration_qwen import QWenConfig
-from .growing_cache import GrowingCache
 from .layers import QWenBlock, QWenRMSNorm
-from .loading import CompleteLoadingMixin
 from .loss import next_token_loss
 from .positions import Rotation, attention_mask_4d, log_n_scale, ntk_alpha, position_ids_of, rotary_tables
 
-_FEW = 16
-"""Positions up to which the head, in fp32 on the CPU, is faster with its weight on the left (1.6 times for 8)."""
 
-
-class QWenPreTrainedModel(CompleteLoadingMixin, PreTrainedModel):
-    """What every QWen model shares: configuration class, initialisation, and what it supports."""
+class QWenPreTrainedModel(PreTrainedModel):
+    """What all QWen models share: configuration class, initialisation, loading, and what they support."""
 
     config_class = QWenConfig
     base_model_prefix = "transformer"
@@ -39,7 +35,7 @@ class QWenPreTrainedModel(CompleteLoadingMixin, PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["QWenBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    # Written into some published files; both are computed here instead.
+    # Stored in some published files; both are computed here instead.
     _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias$", r"rotary_emb\.inv_freq$"]
 
     @torch.no_grad()
@@ -50,6 +46,53 @@ class QWenPreTrainedModel(CompleteLoadingMixin, PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, QWenRMSNorm):
             nn.init.ones_(module.weight)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load as transformers' `from_pretrained`, which would draw missing weights at random; here they are an error.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub name.
+            output_loading_info: whether to return what was found missing or unexpected, too.
+            ignore_mismatched_sizes: whether weights of another shape may be replaced by random ones.
+            args: as transformers takes them.
+            kwargs: likewise.
+
+        Raises:
+            ValueError: if a weight is missing or has another shape; the message names the first few.
+        """
+        load: Any = super().from_pretrained
+        model, info = load(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        shapes = {name: f"{name}: {tuple(got)}, expected {tuple(want)}" for name, got, want in info["mismatched_keys"]}
+        missing = sorted(set(info["missing_keys"]) - set(shapes))
+        problems = []
+        if missing:
+            problems.append(f"lacks {_count(missing)} that {cls.__name__} needs ({_first_few(missing)})")
+        if shapes and not ignore_mismatched_sizes:
+            problems.append(f"holds {_count(shapes)} of another shape ({_first_few(sorted(shapes.values()))})")
+        if problems:
+            raise ValueError(
+                f"the checkpoint {pretrained_model_name_or_path} {' and '.join(problems)}: "
+                "check that it is complete and that config.json belongs to it"
+            )
+        return (model, info) if output_loading_info else model
+
+
+def _count(names: Any) -> str:
+    return f"{len(names)} weight{'s' * (len(names) > 1)}"
+
+
+def _first_few(names: list[str]) -> str:
+    return "; ".join(names[:5]) + "; …" * (len(names) > 5)
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -84,7 +127,6 @@ class QWenModel(QWenPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         positions: Tensor | None = None,
-        **_: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
 
@@ -94,9 +136,9 @@ class QWenModel(QWenPreTrainedModel):
             position_ids: (B, T), counted from 0 in every row; by default from `attention_mask`, padding left out.
             past_key_values: cache of an earlier call.
             inputs_embeds: (B, T, D).
-            use_cache: whether to give back a cache; by default as configured, and never while training.
-            output_attentions: whether to give back attention weights (needs `attn_implementation="eager"`).
-            output_hidden_states: whether to give back every layer's input, and the final output.
+            use_cache: whether to return a cache; by default as configured, and never while training.
+            output_attentions: whether to return attention weights (needs `attn_implementation="eager"`).
+            output_hidden_states: whether to return every layer's input, and the final output.
             positions: (S,) the positions b · T + t that are wanted; None: all. `last_hidden_state` is (S, D) then:
                 after the attention of the last block nothing mixes positions, so the others are left out.
 
@@ -106,29 +148,30 @@ class QWenModel(QWenPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError('attention weights exist in eager mode only: load with attn_implementation="eager"')
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = GrowingCache(self.config)
-        rotation, visible = self._geometry(x, attention_mask, position_ids, past_key_values)
+        rotation, visible = self._rotation_and_mask(x, attention_mask, position_ids, past_key_values)
 
         x = self.drop(x)
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] = []
         for number, block in enumerate(self.h, start=1):
-            if output_hidden_states:  # else it would outlive its last use
+            if output_hidden_states:  # otherwise it would outlive its last use
                 hidden_states.append(x)
-            wanted = positions if number == len(self.h) else None  # the last block
-            x, weights = block(x, rotation, visible, past_key_values=past_key_values, positions=wanted)
+            wanted = positions if number == len(self.h) else None  # only the last block may leave positions out
+            x, weights = block(x, rotation, visible, past_key_values=past_key_values, positions=wanted)  # (B, T, D)
             if output_attentions and weights is not None:
                 attentions.append(weights)
-        x = self.ln_f(x)
+        x = self.ln_f(x)  # (B, T, D) or (S, D)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
@@ -136,19 +179,19 @@ class QWenModel(QWenPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def _geometry(
+    def _rotation_and_mask(
         self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: Cache | None
     ) -> tuple[Rotation, Tensor | None]:
-        """Where the tokens of this call stand, and what they may see: the same for every layer, so made once."""
+        """Say where the tokens of this call are, and what they may see: the same for every layer, so made once."""
         num_rows, num_tokens = x.shape[:2]
         num_past = past.get_seq_length() if past is not None else 0
         num_keys = num_past + num_tokens
         if position_ids is None:
-            position_ids = position_ids_of(attention_mask, num_past, num_tokens, x.device)
+            position_ids = position_ids_of(attention_mask, num_past, num_tokens, x.device)  # (B or 1, T)
         alpha = None
         scale = None
         if not self.training and self.config.use_dynamic_ntk:
-            # The alpha of the prefill rules the whole generation: the cached keys were turned with it.
+            # The alpha of the prompt rules the whole answer: the cached keys were turned with it.
             if num_past and hasattr(past, "ntk_alpha"):
                 alpha = getattr(past, "ntk_alpha")  # noqa: B009, a Cache has no such attribute of its own
             else:
@@ -162,8 +205,8 @@ class QWenModel(QWenPreTrainedModel):
         return Rotation(cos, sin, scale), visible
 
 
-class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
-    """The decoder with its language head: `forward`, `generate`, `chat` and `chat_stream`."""
+class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
+    """The decoder with its language head: `forward` and `generate`; `chat.py` adds `chat` and `chat_stream`."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     decoder_class: type[QWenModel] = QWenModel
@@ -185,23 +228,12 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Have `generate` use our cache in place of its own, where the caller has chosen none."""
+        """Have `generate` use our cache instead of its own, where the caller has chosen none."""
         is_free = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
         prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
         prepare(generation_config, model_kwargs, *args, **kwargs)
         if is_free and type(model_kwargs.get("past_key_values")) is DynamicCache:
             model_kwargs["past_key_values"] = GrowingCache(self.config)
-
-    def _head(self, x: Tensor) -> Tensor:
-        """Logits (B, T, vocab_size) of hidden states (B, T, D)."""
-        # As a matrix: of a slice of positions, even in one row, PyTorch would copy the head's weight for each row.
-        rows = x.reshape(-1, x.shape[-1])
-        is_plain = type(self.lm_head) is nn.Linear and x.dtype == self.lm_head.weight.dtype == torch.float32
-        if is_plain and 1 < len(rows) <= _FEW and x.device.type == "cpu" and not torch.is_grad_enabled():
-            logits = (self.lm_head.weight @ rows.t()).t()
-        else:
-            logits = self.lm_head(rows)
-        return logits.reshape(*x.shape[:-1], -1)
 
     @can_return_tuple
     def forward(
@@ -217,16 +249,16 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run decoder and head; the arguments not named here are those of `QWenModel.forward`, less `positions`.
+        """Run decoder and head; the arguments not named here are those of the decoder, less `positions`.
 
         Args:
             labels: (B, T), `IGNORE_INDEX` where no loss is taken; position t is predicted from the tokens before t.
-            logits_to_keep: give the logits of the last so many positions only (0 means all), or of these positions.
+            logits_to_keep: return the logits of the last so many positions only (0 means all), or of these positions.
             num_items_in_batch: number of supervised tokens that the summed loss is divided by; by default this
                 call's own, which makes the loss a mean.
 
         Returns:
-            Logits (B, T or `logits_to_keep`, vocab_size), the loss where labels are given, and the cache.
+            Logits (B, T or `logits_to_keep`, V), the loss where labels are given, and the cache.
         """
         inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is None:
@@ -234,8 +266,7 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         positions = None
         if not (kwargs.get("output_hidden_states") or self.config.output_hidden_states):
-            # When a prompt is read, the last block has little to do after its attention.
-            positions = _positions(inputs, columns)
+            positions = _flat_positions(inputs, columns)  # saves the last block most of its work on a prompt
         out = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -246,8 +277,9 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
             positions=positions,
             **kwargs,
         )
-        hidden = out.last_hidden_state
-        logits = self._head(hidden[:, columns] if positions is None else hidden.unflatten(0, (len(inputs), -1)))
+        hidden = out.last_hidden_state  # (B, T, D), or (S, D) with positions
+        hidden = hidden[:, columns] if positions is None else hidden.unflatten(0, (len(inputs), -1))  # (B, kept, D)
+        logits = cpu_kernels.apply_head(self.lm_head, hidden)  # (B, kept, V)
         loss = None
         if labels is not None:
             if logits.shape[1] != labels.shape[1]:
@@ -262,8 +294,8 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):
         )
 
 
-def _positions(inputs: Tensor, columns: slice | Tensor) -> Tensor | None:
-    """Positions b · T + t of some columns of `inputs` (B, T, ...), as `QWenModel.forward` takes them; None for all."""
+def _flat_positions(inputs: Tensor, columns: slice | Tensor) -> Tensor | None:
+    """Return the positions b · T + t of some columns of `inputs` (B, T, ...); None for all."""
     num_rows, num_tokens = inputs.shape[:2]
     chosen = torch.arange(num_tokens, device=inputs.device)[columns]
     if len(chosen) == num_tokens:

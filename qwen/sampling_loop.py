@@ -1,7 +1,7 @@
-"""Sampling token by token, with the loop of transformers_stream_generator.
+"""The loop of transformers_stream_generator behind `chat_stream`'s sampling, in the form of `decoding.decode`.
 
 The library (0.0.5) was written for transformers 4.2x and patches the model there. Here its loop alone is used, on an
-object that plays the model for it; everything around the loop is done by today's `generate`, whose tokens it draws.
+object that plays the model for it. Everything around the loop is done by today's `generate`, whose tokens it draws.
 """
 
 from __future__ import annotations
@@ -9,56 +9,34 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import utils as generation_utils
 
 
-def sampled_tokens(
-    model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> Iterator[int]:
-    """Draw the tokens that `generate` draws under the same seed, one at a time, as they are asked for.
-
-    Args:
-        model: a model with `generate`, or one wrapped by PEFT.
-        input_ids: (1, T).
-        config: complete settings, one answer without beams.
-        model_kwargs: what else `generate` takes.
-
-    Yields:
-        Token ids, a stop token included.
-    """
-    # `generate` prepares masks, cache, logits processors and stopping criteria, and leaves the loop to the callable.
-    tokens = model.generate(
-        input_ids=input_ids, generation_config=config, custom_generate=_run_sampling_loop, **model_kwargs
-    )
-    for token in tokens:
-        yield int(token)
-
-
-def _run_sampling_loop(
+def library_decode(
     model: Any,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    **model_kwargs: Any,
-) -> Iterator[Tensor]:
-    """Draw token after token (1,), as a decoding method that `generate` calls.
+    limits: Sequence[int],
+    generators: Sequence[torch.Generator | None],
+    **inputs: Any,
+) -> Iterator[dict[int, int]]:
+    """Sample the tokens of one row as `decoding.decode` does.
 
-    The library's `generate` is left out, as it reseeds the global generators and knows an older transformers only.
+    Its limit is among the stopping criteria, and its generator PyTorch's own. The library's `generate` is left out, as
+    it reseeds the global generators and knows an older transformers only.
     """
     loop = _library_sampling_loop()
-    return loop(
-        _LoopModel(model),
-        input_ids,
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        **model_kwargs,
-    )
+    criteria = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+    for token in loop(_LoopModel(model), input_ids, **criteria, **inputs):  # (1,)
+        yield {0: int(token)}
 
 
 class _LoopModel:
@@ -69,17 +47,14 @@ class _LoopModel:
         self.config = model.config
         # Without stop ids: the stopping criteria know them, and the loop multiplies tokens if there are several.
         self.generation_config = GenerationConfig()
-        self.is_prefill = True
+        self.is_prompt = True
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Tell the model what is new: all that the cache does not hold at first, then one token at a time."""
-        is_prefill, self.is_prefill = self.is_prefill, False
-        cache = kwargs.get("past_key_values")
-        num_new = None
-        if cache is not None and kwargs.get("use_cache", True):
-            num_new = input_ids.shape[1] - cache.get_seq_length() if is_prefill else 1
+        is_prompt, self.is_prompt = self.is_prompt, False
+        num_new = input_ids.shape[1] - kwargs["past_key_values"].get_seq_length() if is_prompt else 1
         return self.model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=num_new, is_first_iteration=is_prefill, **kwargs
+            input_ids, next_sequence_length=num_new, is_first_iteration=is_prompt, **kwargs
         )
 
     def __call__(self, **inputs: Any) -> Any:
@@ -101,7 +76,7 @@ def _library_sampling_loop() -> Callable[..., Iterator[Tensor]]:
 
 @contextlib.contextmanager
 def _names_that_transformers_dropped() -> Iterator[None]:
-    """Supply, for as long as the import takes, what the library imports and sampling one row never uses."""
+    """Supply, while it is imported, what the library imports and sampling one row never uses."""
     # Looked up now: transformers may replace its own module object when it imports a part of itself.
     transformers = sys.modules["transformers"]
     wanted = [(transformers, name) for name in ("BeamSearchScorer", "ConstrainedBeamSearchScorer")]

@@ -22,7 +22,6 @@ from model.asking.batch_answers import answer_all
 from model.asking.question_file import read_questions
 
 GOOD = "good.png"
-TABLE = Path(__file__).parent / "HOSTILE.md"
 ask = load_test_py()
 
 
@@ -163,10 +162,3 @@ def answer_batch(folder: Path, path: str, tokenizer: Any) -> tuple[str, Recordin
     assert "\n" not in hostile.get("error", "")
     assistant.images.pop()  # the good one
     return hostile.get("error", ""), assistant
-
-
-def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""What a run would train, told from configurations and flags before a weight is downloaded; for `--dry_run`."""
+"""The model that a run would train, read from configurations and flags; no weight is downloaded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .memory_estimate import BatchShape, MemoryEstimate, ModelShape, Setting, es
 
 
 def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
-    """Sizes of the model that the flags ask for; base models are read as far as their config.json.
+    """Return the sizes of the model that the flags ask for, and its LoRA; no weights of the base models are read.
 
     Raises:
-        ValueError: if a base model, a checkpoint or a target module is not there, or of an unknown type, or if an
+        ValueError: if a base model, a checkpoint or a target module is missing, or of an unknown type, or if an
             explicit flag disagrees with the checkpoint.
         OSError: likewise.
     """
@@ -47,7 +47,7 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
 
 
 def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments, dtype: torch.dtype) -> dict[str, Setting]:
-    """The machine at hand as the flags say, and where that has no GPU, one that has: bf16 on CUDA."""
+    """Return the settings to show, by name: that of this machine, and if it has no GPU, bf16 on one too."""
     setting = Setting(
         dtype_bytes=dtype.itemsize,
         device="cpu" if args.device.type == "cpu" else "cuda",
@@ -65,7 +65,7 @@ def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments, dtype: torc
 
 
 def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, projector_layers: int = 2) -> ModelShape:
-    """Sizes of the model that a run would train; parameters are counted on the meta device.
+    """Return the sizes of a model; its parameters are counted without storage.
 
     Raises:
         LoraTargetError: if a target module does not exist.
@@ -102,5 +102,5 @@ def _count(model: nn.Module) -> int:
 
 
 def largest(shape: ModelShape, setting: Setting, batches: Sequence[BatchShape]) -> MemoryEstimate:
-    """The estimate for the batch that takes most."""
+    """Return the estimate for the batch that takes most."""
     return max((estimate_memory(shape, setting, batch) for batch in set(batches)), key=lambda found: found.peak)

@@ -15,22 +15,28 @@ from dataprocess import file_lock
 from dataprocess.file_lock import FileLockError, hold
 
 ROOT = Path(__file__).parents[2]
-HOLDER = """
+HOLDER = r"""
 import os, sys
 from pathlib import Path
 from dataprocess.file_lock import hold
 with hold(Path(sys.argv[1])):
-    if len(sys.argv) == 2 or os.fork():
-        print("held", flush=True)
-    sys.stdin.read()  # the worker, if there is one, lives as long
+    if len(sys.argv) > 2 and os.fork() == 0:
+        os.write(1, b"worker\n")
+        sys.stdin.read()  # lives until the test ends it
+    else:
+        os.write(1, b"held\n")
+        sys.stdin.read()
 """
 
 
 def start_holder(path: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", HOLDER, str(path), *more]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
+    waited = {"held", "worker"} if more else {"held"}
+    while waited:
+        line = process.stdout.readline()
+        assert line
+        waited.discard(line.strip())
     return process
 
 
@@ -43,7 +49,7 @@ def test_a_second_process_is_told_who_writes(tmp_path, name, lock):
     assert (tmp_path / lock).exists()  # the refused one deletes nothing
     with hold(tmp_path / "another.jsonl"):
         pass
-    holder.communicate("")
+    holder.communicate("", timeout=120)
     with hold(tmp_path / name):
         assert (tmp_path / lock).exists()
     assert not (tmp_path / lock).exists()

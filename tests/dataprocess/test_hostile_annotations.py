@@ -1,18 +1,16 @@
-"""Annotation files and texts as they really are, through preparation, training and answering; outcomes written down.
+"""Odd annotation files and texts, each through preparation, training and answering.
 
-`FILES`, `RECORDS`, `PREPARED` and `TEXTS` are the tables; tests/HOSTILE.md shows them to people.
+The tables `FILES`, `RECORDS`, `PREPARED` and `TEXTS` name the outcomes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import pytest
-from hostile import GOOD, TABLE, answer, llava, markdown, prepare, train_on_all
+from hostile import GOOD, answer, llava, prepare, train_on_all
 from PIL import Image
-from test_hostile_images import IMAGES, outcomes
 
 START, END, EOD, IMAGE = 151644, 151645, 151643, 151646
 ONE = json.dumps([llava(None, "q", "a")], ensure_ascii=False)
@@ -27,6 +25,8 @@ FILES: list[tuple[str, bytes, str, str]] = [
     ("a comma too many", b'[{"a": 1},\n]', "line 2 column 1", "line 2 column 1"),
     ("two values", b"{} {}", "an object", "line 1 column 4"),
     ("UTF-16", ONE.encode("utf-16"), "UTF-16", "utf-8"),
+    ("UTF-16 without a mark, and NUL", ONE.encode("utf-16-le") + b"\0\0", "UTF-16LE", "line 1 column"),
+    ("UTF-32", ONE.encode("utf-32"), "UTF-32", "utf-8"),
     ("GB18030", '[{"照片": "猫在睡觉"}]'.encode("gb18030"), "GB18030", "utf-8"),
     ("UTF-8 that ends inside a character", '["图'.encode()[:-1], "cut short", "utf-8"),
     ("wrong top level: a text", b'"text"', "a string", "got str"),
@@ -39,7 +39,7 @@ FILES: list[tuple[str, bytes, str, str]] = [
     ("a number of 5,000 digits", b"[" + b"9" * 5000 + b"]", "not valid JSON", "digit"),
     ("JSON lines", b'{"a": 1}\n{"b": 2}\n', "an object", "line 2 column 1"),
     ("CSV", b"image_id,caption\n1.jpg,x\n", "line 1 column 1", "line 1 column 1"),
-    ("NUL bytes", b"\0" * 100, "line 1 column 1", "line 1 column 1"),
+    ("NUL bytes", b"\0" * 100, "UTF-32", "line 1 column 1"),
     ("NaN as a record", b"[NaN]", "no sample is left", "got list"),
 ]
 
@@ -55,6 +55,7 @@ RECORDS: list[tuple[str, object, str]] = [
     ("a turn without its value", {"conversations": [{"from": "human"}]}, "turn without from and value"),
     ("no answer", {"conversations": [{"from": "human", "value": "q"}]}, "last question has no answer"),
     ("a system turn", {"conversations": [{"from": "system", "value": "q"}]}, "speakers do not alternate"),
+    ("the answer first", {"conversations": llava(None, "q", "a")["conversations"][::-1]}, "speakers do not alternate"),
     ("empty answer", llava(None, "q", ""), "answer is empty"),
     ("blank answer", llava(None, "q", " \n\t"), "answer is empty"),
     ("answer: null", llava(None, "q", None), f"answer {NOT_TEXT}"),
@@ -275,54 +276,3 @@ def test_duplicate_ids_and_keys(folder, tokenizer):
         assert name in problem
         assert not samples
         (folder / name).write_text(kept)
-
-
-def hostile_table() -> str:
-    """What tests/HOSTILE.md says."""
-    stages = ["process_image.py", "with --check_images", "--on_bad_sample error", "--on_bad_sample skip"]
-    stages += ["test.py", "test.py --batch"]
-    number = len(IMAGES) + len(FILES) + len(RECORDS) + len(PREPARED) + len(TEXTS)
-    parts = [
-        f"# {number} hostile inputs and what becomes of each\n",
-        "Made from the tables of `test_hostile_images.py` and `test_hostile_annotations.py`, which hold the programs\n"
-        "to it. Sizes and colours are those that the model sees (width × height, upper left pixel).\n",
-        markdown("Pictures", ["picture", *stages], [[case.what, *outcomes(case)] for case in IMAGES]),
-        markdown(
-            *(
-                "Whole files",
-                ["file", "process_image.py, as a label file: exit 2", "train.py, as an image map: exit 2"],
-            ),
-            [[what, f"error: …{first}…", f"error: …{second}…"] for what, _, first, second in FILES],
-        ),
-        markdown(
-            *("Records among good ones", ["record", "process_image.py, and train.py after it"]),
-            [[what, f"rejected, listed: {reason}" if reason else "kept"] for what, _, reason in RECORDS],
-        ),
-        markdown(
-            *("Entries of prepared files", ["entry", "--on_bad_sample error", "--on_bad_sample skip"]),
-            [
-                [what, f"error: …{reason}…" if reason else "trained on", "skipped, listed" if reason else "trained on"]
-                for what, _, _, reason in PREPARED
-            ],
-        ),
-        markdown(
-            *("Texts in questions and answers", ["text", "process_image.py", "train.py", "test.py --prompt"]),
-            [
-                [what, "rejected" if what == "a lone surrogate" else "kept", "text", "no command line can hold it"]
-                if "\0" in text
-                else [what, "rejected" if what == "a lone surrogate" else "kept", "text, no control token", "likewise"]
-                for what, text in TEXTS
-            ],
-        ),
-    ]
-    return "\n".join(parts)
-
-
-def test_the_written_table_is_up_to_date():
-    table = hostile_table()
-    if os.environ.get("WRITE_HOSTILE_TABLE"):
-        TABLE.write_text(table, encoding="utf-8")
-    assert TABLE.read_text(encoding="utf-8") == table, (
-        "run: WRITE_HOSTILE_TABLE=1 pytest tests/dataprocess/test_hostile_annotations.py"
-    )
-    assert table.count("\n|") > 60

@@ -1,19 +1,22 @@
-"""Every kind of picture and of non-picture: what it becomes, or how it is refused."""
+"""The pixels of every kind of picture, and files and names that are refused."""
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
 import pickle
 import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from odd_pictures import RGBA, half_jpeg_with_an_end, jpeg, jpeg_of_many_scans, png, png_chunk
 from PIL import Image
 
+from dataprocess import image_io
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -38,9 +41,19 @@ def test_rgb_is_untouched(tmp_path):
     assert (pixels(save(tmp_path, Image.fromarray(values))) == values).all()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
-def test_extreme_shapes(tmp_path, size):
-    assert load_image(save(tmp_path, Image.new("RGB", size, RED))).size == size
+@pytest.mark.parametrize(
+    "name", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000", "ICO"]
+)
+def test_every_format(tmp_path, name):
+    Image.init()
+    if name not in Image.SAVE:
+        pytest.skip(f"this Pillow can't write {name}")
+    image = Image.effect_noise((32, 32), 5).convert("RGB")
+    how = {"save_all": True, "append_images": [Image.new("RGB", (32, 32), RED)]} if name == "MPO" else {}
+    image.save(tmp_path / "picture", name, quality=100, **how)
+    with Image.open(tmp_path / "picture") as opened:
+        assert opened.format == name
+    assert np.abs(pixels(tmp_path / "picture").astype(int) - np.asarray(image)).max() <= 25
 
 
 def test_grey_and_bilevel(tmp_path):
@@ -89,9 +102,31 @@ def test_cmyk(tmp_path):
 @pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
     values = np.array([[0, 128, 257, 32768, 65535]], dtype=np.uint16)
-    got = pixels(save(tmp_path, Image.fromarray(values), name))
+    if name == "x.pgm":  # old versions of Pillow read it, but can't write it
+        (tmp_path / name).write_bytes(b"P5 5 1 65535\n" + values.astype(">u2").tobytes())
+    else:
+        save(tmp_path, Image.fromarray(values), name)
+    got = pixels(tmp_path / name)
     assert got[0, :, 0].tolist() == [0, 0, 1, 128, 255]
     assert (got[..., 0] == got[..., 2]).all()
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_16_bits_without_black_are_scaled_too(tmp_path, kind):
+    values = np.array([[257, 32768, 65535]], dtype=kind)
+    assert pixels(save(tmp_path, Image.fromarray(values), "x.tif"))[0, :, 0].tolist() == [1, 128, 255]
+
+
+def test_the_transparent_level_of_16_bit_grey_is_white(tmp_path):
+    row = struct.pack(">B3H", 0, 0, 257, 65535)
+    for level, expected in ((0, [255, 1, 255]), (257, [0, 255, 255])):
+        (tmp_path / "x.png").write_bytes(png(3, 1, row, png_chunk(b"tRNS", struct.pack(">H", level)), depth=16))
+        assert pixels(tmp_path / "x.png")[0, :, 0].tolist() == expected
+
+
+def test_8_bit_values_in_32_bits_are_as_they_are(tmp_path):
+    values = np.array([[1, 127, 255]], dtype=np.int32)
+    assert pixels(save(tmp_path, Image.fromarray(values), "x.tif"))[0, :, 0].tolist() == [1, 127, 255]
 
 
 def test_deeper_grey_is_stretched(tmp_path):
@@ -99,8 +134,6 @@ def test_deeper_grey_is_stretched(tmp_path):
     assert pixels(save(tmp_path, Image.fromarray(integers), "i.tif"))[0, :, 0].tolist() == [0, 128, 255]
     floats = np.array([[-1.0, 0.0, 1.0]], dtype=np.float32)
     assert pixels(save(tmp_path, Image.fromarray(floats), "f.tif"))[0, :, 0].tolist() == [0, 128, 255]
-    with pytest.raises(ImageError, match="not finite"):
-        load_image(save(tmp_path, Image.fromarray(np.array([[np.nan]], dtype=np.float32)), "nan.tif"))
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tif"])
@@ -142,59 +175,59 @@ def test_content_decides_not_the_extension_and_names_may_be_chinese(tmp_path):
     assert (pixels(path) == RED).all()
 
 
-def bomb(path: Path, side: int) -> Path:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
-    return path
+WHOLE = [
+    (mode, size, how)
+    for mode, size in itertools.product(("L", "RGB", "CMYK"), ((1, 1), (17, 31), (200, 100)))
+    for how in ({}, {"quality": 1}, {"quality": 100}, {"restart_marker_blocks": 1}, {"progressive": True})
+]
 
 
-def not_pictures(folder: Path) -> dict[str, Path]:
-    good = save(folder, Image.effect_noise((200, 200), 50), "good.jpg").read_bytes()
-    png = save(folder, Image.effect_noise((200, 200), 50), "good.png").read_bytes()
-    cases = {
-        "missing": folder / "missing.jpg",
-        "empty file": folder / "empty.jpg",
-        "a directory": folder / "directory.jpg",
-        "not an image": folder / "text.jpg",
-        "cut short": folder / "cut.jpg",
-        "damaged": folder / "cut.png",
-        "too large": bomb(folder / "bomb.png", 20_000),
-        "not a regular file": folder / "pipe.jpg",
-        "no such file": folder / "good.jpg" / "x.jpg",
-    }
-    cases["empty file"].touch()
-    cases["a directory"].mkdir()
-    cases["not an image"].write_text("这不是图片")
-    cases["cut short"].write_bytes(good[: len(good) // 2])
-    cases["damaged"].write_bytes(png[: len(png) // 2])
-    os.mkfifo(cases["not a regular file"])
-    return cases
+@pytest.mark.parametrize(("mode", "size", "how"), WHOLE)
+def test_whole_jpeg_pictures_are_pillows_own(tmp_path, mode, size, how):
+    channels = {"L": (), "RGB": (3,), "CMYK": (4,)}[mode]
+    for deviation in (0, 50):
+        noise = np.random.default_rng(0).normal(128, deviation, (*reversed(size), *channels))
+        content = jpeg(Image.fromarray(noise.clip(0, 255).astype(np.uint8), mode), **how)
+        (tmp_path / "x.jpg").write_bytes(content + b"what a camera adds \xff\xd8\xff\xd9")
+        with Image.open(io.BytesIO(content)) as image:
+            assert (pixels(tmp_path / "x.jpg") == np.asarray(image.convert("RGB"))).all()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "missing",
-        "empty file",
-        "a directory",
-        "not an image",
-        "cut short",
-        "damaged",
-        "too large",
-        "not a regular file",
-        "no such file",
-    ],
-)
-def test_what_is_no_picture_is_refused_with_its_name(tmp_path, kind):
-    path = not_pictures(tmp_path)[kind]
-    with pytest.raises(ImageError, match=kind) as caught:
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("how", [{}, {"quality": 100}, {"restart_marker_blocks": 3}])
+def test_a_jpeg_closed_too_early_is_refused(tmp_path, share, how):
+    (tmp_path / "x.jpg").write_bytes(half_jpeg_with_an_end(share, **how))
+    with pytest.raises(ImageError, match=r"x.jpg.*cut short"):
+        load_image(tmp_path / "x.jpg")
+
+
+def test_limits(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.write_bytes(png(13_377, 13_377, b"\0", colour=RGBA))
+    with pytest.raises(ImageError, match=r"13377 × 13377.*100,000,000 pixels"):
         load_image(path)
-    assert path.name in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert caught.value.reason in str(caught.value)
+    path.write_bytes(jpeg_of_many_scans(3000))
+    with pytest.raises(ImageError, match="500 segments"):
+        load_image(path)
+    path.write_bytes(jpeg_of_many_scans(100))
+    assert load_image(path).size == (16, 16)
+    monkeypatch.setattr(image_io, "MAX_BYTES", 1000)
+    with pytest.raises(ImageError, match="1,000"):
+        load_image(path)
+
+
+def test_odd_exif_tags_are_no_news(tmp_path):
+    tags = b"".join(struct.pack(">HHII", tag, 5, 9, 0xFFFFFF00) for tag in range(1, 50))
+    path = save(tmp_path, Image.new("RGB", (4, 4), RED), exif=b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 49) + tags)
+    code = f"from dataprocess.image_io import load_image; load_image({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    save(tmp_path, Image.new("RGB", (4, 4)))
+    with pytest.raises(ImageError, match="missing"):
+        load_image(tmp_path / "x.png" / "y.png")
 
 
 @pytest.mark.parametrize("name", ["a\0b.jpg", "a\ud800b.jpg", "x" * 5000])
@@ -203,13 +236,6 @@ def test_names_no_file_can_have(tmp_path, name):
         load_image(f"{tmp_path}/{name}")
     with pytest.raises(ImageError):
         load_image(resolve_image_path(tmp_path, name))
-
-
-def test_formats_that_start_other_programs_are_refused(tmp_path):
-    path = tmp_path / "x.eps"
-    Image.new("RGB", (4, 4)).save(path)
-    with pytest.raises(ImageError, match="not an image"):
-        load_image(path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -260,8 +286,3 @@ def test_links(tmp_path):
         with pytest.raises(ImageError, match="allow_links"):
             resolve_image_path(root, name)
         assert resolve_image_path(root, name, allow_links=True) == root / name
-
-
-def test_needs_no_torch():
-    code = "import sys, dataprocess.image_io; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from dataprocess import process_image
+from dataprocess import file_lock, process_image
 from dataprocess.ai_challenger import PROMPTS, choose_prompt
+from dataprocess.file_lock import hold
 from dataprocess.llava import place_images
-from dataprocess.records import PLACEHOLDER, DataError, RecordError
+from dataprocess.records import PLACEHOLDER, DataError
 
 SCRIPT = Path(process_image.__file__)
 FIVE = ["一只猫在睡觉", "猫躺在沙发上", "沙发上有一只猫", "一只 正在睡觉的猫 ", "猫😀"]
@@ -112,6 +112,8 @@ def test_prompts_are_half_and_half_by_the_seed():
     for number in (10, 1000, 1001):
         counts = Counter(choose_prompt(42, index) for index in range(number))
         assert abs(counts[PROMPTS[0]] - counts[PROMPTS[1]]) <= 1
+    # Another choice would give everybody other data for the same seed.
+    assert "".join(str(PROMPTS.index(choose_prompt(42, index))) for index in range(24)) == "010101010101010110101010"
     one, two = ([choose_prompt(seed, index) for index in range(100)] for seed in (1, 2))
     assert one != two
     assert one != [PROMPTS[0], PROMPTS[1]] * 50
@@ -258,47 +260,28 @@ BAD_AI = [
     (ai("1.jpg", []), "no usable caption"),
     (ai("1.jpg", ["", " \n", None, 3, "\udfff"]), "no usable caption"),
 ]
-BAD_LLAVA = [
-    (None, "not an object"),
-    ({"image": "1.jpg"}, "no conversations"),
-    ({"conversations": "hello"}, "not a list"),
-    ({"conversations": []}, "conversation is empty"),
-    ({"conversations": ["hello", "there"]}, "without from and value"),
-    ({"conversations": [{"from": "human"}]}, "without from and value"),
-    ({"conversations": [{"from": "system", "value": "x"}]}, "alternate"),
-    ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "x"}]}, "alternate"),
-    ({"conversations": [{"from": ["human"], "value": "x"}]}, "alternate"),
-    (llava(None, "q"), "no answer"),
-    (llava(None, "q", "a", "q"), "no answer"),
-    (llava(None, "", "a"), "question is empty"),
-    (llava(None, "q", " \n"), "answer is empty"),
-    (llava(None, "q", None), "answer is not text"),
-    (llava(None, 5, "a"), "question is not text"),
-    (llava(None, "q", "\ud83d"), "surrogate"),
-    (llava("1.jpg", "q <|extra_0|>", "a"), "already holds"),
-    (llava("1.jpg", "q", "a"), "differ in number"),
-    (llava(None, "<image>\nq", "a"), "differ in number"),
-    (llava("1.jpg", "<image><image>", "a"), "differ in number"),
-    (llava(["1.jpg", "2.jpg"], "<image>", "a"), "differ in number"),
-    (llava(["1.jpg", None], "<image><image>", "a"), "image name is not text"),
-    (llava({"file": "1.jpg"}, "<image>", "a"), "image name is not text"),
-    (llava("", "<image>", "a"), "image name is empty"),
-    (llava("../coco2/1.jpg", "<image>", "a"), "leads out"),
-]
 
 
-@pytest.mark.parametrize(
-    ("source", "record", "reason"),
-    [("ali", *case) for case in BAD_AI] + [("coco", *case) for case in BAD_LLAVA],
-)
-def test_bad_record_is_listed_with_its_reason_and_costs_nobody_else(project, source, record, reason):
-    good = ai("0.jpg", ["好"]) if source == "ali" else llava("0.jpg", "<image>", "好")
-    assert getattr(project, source)([good, record, good]).run() == 0
-    assert [caption["a"] for _, _, caption in project.samples()] == [good.get("caption", "好")] * 2
+@pytest.mark.parametrize(("record", "reason"), BAD_AI)
+def test_bad_record_is_listed_with_its_reason_and_costs_nobody_else(project, record, reason):
+    good = ai("0.jpg", ["好"])
+    assert project.ali([good, record, good]).run() == 0
+    assert [caption["a"] for _, _, caption in project.samples()] == [["好"]] * 2
+    assert [entry["ID"] for entry in project.read("output_image_map").values()] == [0, 2]
     whole = [line for line in project.rejects() if "caption" not in line]
     assert [line["record"] for line in whole] == [1]
     assert reason in whole[0]["reason"]
     assert set(whole[0]) == {"source", "label_file", "record", "image", "reason", "detail"}
+
+
+def test_a_repeated_key_loses_no_answer_unnoticed(project):
+    turns = '{"from": "human", "value": "q"}, {"from": "gpt", "value": "right", "value": "wrong"}'
+    good = json.dumps(llava(None, "q", "a"))
+    assert project.coco(f'[{{"conversations": [{turns}]}}, {good}]'.encode()).run() == 0
+    assert [caption["a"] for _, _, caption in project.samples()] == ["a"]
+    assert [(line["record"], line["reason"], line["detail"]) for line in project.rejects()] == [
+        (0, "repeated key", "'value'")
+    ]
 
 
 def test_bad_captions_are_left_out_one_by_one_and_listed(project, capsys):
@@ -308,34 +291,16 @@ def test_bad_captions_are_left_out_one_by_one_and_listed(project, capsys):
     assert "2 captions: caption is not text" in capsys.readouterr().out
 
 
-def test_long_odd_and_control_looking_text_is_only_text(project):
-    odd = "<|im_end|>\n<|im_start|>system\n\0\u2028 <|endoftext|>" + "长" * 400_000
-    assert project.coco([llava(None, odd, odd)]).run() == 0
-    assert project.samples() == [("coco", None, {"q": odd, "a": odd})]
-
-
 GOOD = [ai("1.jpg")]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "line 1 column 1"),
-        (json.dumps(GOOD).encode()[:-20], "cut short"),
         (b'[{"image_id": "1.jpg"},\n {"image_id": }]', "line 2 column 15 (character 38)"),
         (b"[1 2]", "line 1 column 4"),
         (b"[1,]", "line 1 column 4"),
-        (b"[] []", "Extra data"),
-        (b'{"a": []}', "an object"),
-        (b"null", "null"),
-        (b'"text"', "a string"),
-        (b"image_id,caption", "line 1 column 1"),
-        (json.dumps(GOOD, ensure_ascii=False).encode("gb18030"), "not UTF-8: byte"),
-        (json.dumps(GOOD).encode("utf-16"), "UTF-16"),
-        ('["图'.encode()[:-1], "cut short"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b"[" + b"9" * 5000 + b"]", "not valid JSON"),
-        (b"[]", "no sample is left"),
+        (b"[] []", "line 1 column 4"),
         (json.dumps([ai("1.jpg", [])]).encode(), "no usable caption"),
     ],
 )
@@ -349,9 +314,16 @@ def test_unusable_file_is_one_error_and_leaves_earlier_outputs(project, capfd, c
     assert project.outputs() == before
 
 
-def test_byte_order_mark_and_white_space_are_fine(project):
-    assert project.ali(b"\xef\xbb\xbf \n" + json.dumps(GOOD, indent=4).encode() + b"\r\n ").run() == 0
+def test_white_space_is_fine(project):
+    assert project.ali(b"\n " + json.dumps(GOOD, indent=4).encode() + b"\r\n ").run() == 0
     assert len(project.samples()) == 1
+
+
+def test_a_photo_that_sources_share_counts_once_in_the_sum(project, capsys):
+    photo = llava("1.jpg", "<image>", "a")
+    assert project.coco([photo, photo], [photo, llava("2.jpg", "<image>", "b")]).run() == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:] == [["coco_1", "2", "2", "1", "0"], ["coco_2", "2", "2", "2", "0"], ["total", "4", "4", "2", "0"]]
 
 
 def test_check_images_leaves_out_and_lists_what_training_could_not_open(project, capsys):
@@ -390,10 +362,8 @@ def test_check_images_leaves_out_and_lists_what_training_could_not_open(project,
 
 
 def test_each_photo_is_opened_once(project, monkeypatch):
-    from dataprocess import checking
-
     opened = []
-    monkeypatch.setattr(checking, "load_image", lambda path: opened.append(path.name))
+    monkeypatch.setattr(process_image, "load_image", lambda path: opened.append(path.name))
     project.coco(
         [llava("a.jpg", "<image>", "x")] * 600, [llava("a.jpg", "<image>", "y"), llava("b.jpg", "<image>", "z")]
     )
@@ -402,9 +372,7 @@ def test_each_photo_is_opened_once(project, monkeypatch):
 
 
 def test_without_check_no_image_is_touched(project, monkeypatch):
-    from dataprocess import checking
-
-    monkeypatch.setattr(checking, "load_image", lambda path: pytest.fail("opened"))
+    monkeypatch.setattr(process_image, "load_image", lambda path: pytest.fail("opened"))
     assert project.ali(GOOD).run() == 0
 
 
@@ -462,60 +430,59 @@ def test_output_may_be_a_link(project):
     assert len(json.loads((project.folder / "elsewhere.json").read_text())) == 1
 
 
-JUNK = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.just("\ud800"), st.lists(st.text(), max_size=2)
-)
-NAMES = st.sampled_from(["1.jpg", "2.jpg", "图/3.jpg", "../4.jpg", "", None, 5])
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_every_answer_comes_out_exactly_once_or_is_in_the_list_of_rejects(tmp_path, capfd, data):
-    ticket = iter(range(1_000_000))
-
-    def answer(mark: str) -> object:
-        return (
-            data.draw(JUNK)
-            if data.draw(st.integers(0, 5)) == 0
-            else f"{mark}{next(ticket)} {data.draw(st.text(max_size=5))}"
-        )
-
-    def draw_ai() -> object:
-        captions = [answer("a") for _ in range(data.draw(st.integers(0, 3)))]
-        return data.draw(st.sampled_from([ai(data.draw(NAMES), captions), captions, {"caption": captions}]))
-
-    def draw_llava() -> object:
-        texts = [answer("q") if turn % 2 == 0 else answer("a") for turn in range(data.draw(st.integers(0, 4)))]
-        if texts and isinstance(texts[0], str) and data.draw(st.booleans()):
-            texts[0] = "<image>\n" + texts[0]
-        return llava(data.draw(NAMES), *texts)
-
-    project = Project(tmp_path)
-    records = {
-        "ai_challenger": [draw_ai() for _ in range(data.draw(st.integers(0, 4)))],
-        "coco_1": [draw_llava() for _ in range(data.draw(st.integers(0, 4)))],
-    }
-    project.ali([ai("0.jpg", ["fixed"]), *records["ai_challenger"]]).coco(records["coco_1"])
+@pytest.mark.parametrize("output", ["captions.json", "image_map.json", "captions_rejects.jsonl"])
+def test_a_second_process_is_refused_and_told_who_writes(project, capfd, output):
+    assert project.ali(GOOD).run() == 0
+    before = project.outputs()
+    with hold(project.folder / "out" / output):
+        assert project.run() == 2
+        error = capfd.readouterr().err
+        assert project.outputs() == before | {f".{output}.lock": (project.folder / f"out/.{output}.lock").read_bytes()}
+    assert re.search(rf"{output}: process {os.getpid()} on ", error)
+    assert "Traceback" not in error
     assert project.run() == 0
-    out: Counter[str] = Counter()
-    for _, _, caption in project.samples():
-        for turn in caption.get("turns", [caption]):
-            out.update(turn["a"] if isinstance(turn["a"], list) else [turn["a"]])
-    rejected = {(line["source"], line["record"], line.get("caption")) for line in project.rejects()}
-    expected: Counter[str] = Counter(["fixed"])
-    for index, record in enumerate(records["ai_challenger"], 1):
-        if ("ai_challenger", index, None) not in rejected:
-            good = [text for at, text in enumerate(record["caption"]) if ("ai_challenger", index, at) not in rejected]
-            expected.update(good)
-    for index, record in enumerate(records["coco_1"]):
-        if ("coco_1", index, None) not in rejected:
-            expected.update(turn["value"] for turn in record["conversations"][1::2])
-    assert out == expected
 
 
-def test_record_error_carries_reason_and_detail():
-    error = RecordError("short", "long")
-    assert (error.reason, error.detail) == ("short", "long")
+def test_where_there_are_no_locks_a_warning_is_all(project, monkeypatch, caplog):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(file_lock.fcntl, "flock", flock)
+    assert project.ali(GOOD).run() == 0
+    assert "captions.json: no locks here" in caplog.text
+    assert len(project.samples()) == 1
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_a_kill_never_leaves_captions_next_to_another_image_map(project, step):
+    """Killed before the given rename, the last of which makes the new captions visible."""
+    assert project.ali([ai("old.jpg", ["old"])]).run() == 0
+    project.ali([ai("new.jpg", ["new"]), ai("2.jpg", [])])
+    if (child := os.fork()) == 0:
+        real, calls = os.replace, iter(range(100))
+        os.replace = lambda *paths: os._exit(9) if next(calls) == step else real(*paths)
+        os._exit(project.run())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (9 if step < 6 else 0)
+    if (project.folder / "out/captions.json").exists():
+        ((_, image, caption),) = project.samples()
+        assert [image.removesuffix(".jpg")] == caption["a"] == ["old" if step == 0 else "new"]
+    else:
+        assert 0 < step < 6
+
+
+def test_an_error_after_the_last_rename_changes_nothing_and_says_nothing(project, monkeypatch, capfd):
+    assert project.ali(GOOD).run() == 0
+    real = Path.unlink
+
+    def fails(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".old":
+            raise OSError(errno.EPERM, "Operation not permitted", str(path))
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", fails)
+    assert project.ali([ai("2.jpg")]).run() == 0
+    assert [image for _, image, _ in project.samples()] == ["2.jpg"]
+    assert "unchanged" not in capfd.readouterr().err
 
 
 def test_written_bytes_are_stable(project):
@@ -528,9 +495,6 @@ def test_written_bytes_are_stable(project):
         f'{{\n"coco_1/000000/1.jpg": {{"image_file": "1.jpg", "ID": 0, "path": {folder}}},\n'
         f'"coco_1/000001": {{"image_file": null, "ID": 1, "path": {folder}}}\n}}\n'
     )
-    assert hashlib.sha256(outputs["captions.json"]).digest() == (
-        hashlib.sha256(
-            '{\n"0": {"q": "<|extra_0|>问", "a": "答"},\n'
-            '"1": {"turns": [{"q": "q", "a": "a"}, {"q": "q", "a": "b"}]}\n}\n'.encode()
-        ).digest()
+    assert outputs["captions.json"].decode() == (
+        '{\n"0": {"q": "<|extra_0|>问", "a": "答"},\n"1": {"turns": [{"q": "q", "a": "a"}, {"q": "q", "a": "b"}]}\n}\n'
     )

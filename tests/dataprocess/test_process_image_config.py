@@ -22,6 +22,7 @@ def folder(tmp_path) -> Path:
     (tmp_path / "photos").mkdir()
     (tmp_path / "a.json").write_text('[{"image_id": "1.jpg", "caption": ["x"]}]')
     (tmp_path / "c.json").write_text("[]")
+    (tmp_path / "link.json").symlink_to("a.json")
     return tmp_path
 
 
@@ -93,11 +94,16 @@ def test_a_source_whose_keys_are_absent_is_left_out(folder, values, names):
         (ALI | {"ali_image_path": "a.json"}, "is not a folder"),
         (ALI | {"ali_image_path_label_file": "none.json"}, "no such file"),
         (ALI | {"ali_image_path_label_file": "photos"}, "a folder, not a file"),
-        (ALI | {"ali_image_path": "~nobody-at-all/x"}, "home folder"),
+        (ALI | {"ali_image_path": "~nobody-at-all/x"}, "home directory"),
         ({}, "no source"),
         (ALI | {"output_captions": "a.json"}, "would overwrite a label file"),
         (ALI | {"output_captions": "out/m.json"}, "the same file as another output"),
         (ALI | {"output_captions": "photos"}, "not an ordinary file"),
+        (ALI | {"output_captions": "."}, "output_captions is not an ordinary file"),
+        (ALI | {"output_image_map": "."}, "output_image_map is not an ordinary file"),
+        (ALI | {"output_captions": "link.json"}, "output_captions would overwrite a label file"),
+        (ALI | {"output_captions": "x" * 300}, "File name too long"),
+        (ALI | {"ali_image_path_label_file": "x" * 300}, "File name too long"),
         (ALI | {"output_captions": None}, "output_captions is missing"),
     ],
 )
@@ -146,6 +152,15 @@ def test_image_folder_is_needed_only_for_checking(folder):
     values = ALI | OUT | {"ali_image_path": "later"}
     assert load(folder, values).sources[0].image_path == str(folder / "later")
     assert "no such folder" in problems(folder, values, need_images=True)
+
+
+def test_an_output_that_is_a_folder_is_left_alone(folder, capfd):
+    values = ALI | OUT | {"output_captions": "."}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    before = sorted(path.name for path in folder.iterdir())
+    assert process_image.main(["--config", str(folder / "config.yaml")]) == 2
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_command_exits_with_2_and_no_traceback(folder, capfd):

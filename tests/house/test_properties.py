@@ -21,8 +21,8 @@ from dataset import ImageCaptionDataset, VLMCollator
 from dataset.prompt import count_placeholders, encode_prompt, encode_sample
 from model.asking.prompt_window import fit_prompt
 from qwen import IGNORE_INDEX
+from qwen.answering import decode_growing
 from qwen.chatml import make_context
-from qwen.stream import decode_growing
 
 START, END, EOD, IMAGE = 151644, 151645, 151643, 151646
 SYSTEM = "你是一位图像理解助手。"

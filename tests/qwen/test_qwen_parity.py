@@ -167,7 +167,7 @@ def test_heads_of_one_query_are_converted_in_parts(monkeypatch, heads_together, 
         return model(ids[:, 8:], attention_mask=mask, past_key_values=past).logits
 
     want = last()
-    monkeypatch.setattr("qwen.layers._CONVERTED_TOGETHER", heads_together * 2 * 9 * 8)
+    monkeypatch.setattr("qwen.cpu_kernels._CONVERTED_TOGETHER", heads_together * 2 * 9 * 8)
     assert_close(last(), want, atol=0, rtol=0)
 
 
