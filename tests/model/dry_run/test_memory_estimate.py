@@ -14,10 +14,7 @@ from tiny_towers import make_clip_checkpoint
 from tiny_vlm import NUM_IMAGE_TOKENS
 
 from benchmarks.training import memory_table
-<<<<<<< HEAD
-=======
 from dataset.annotations import Annotations
->>>>>>> main
 from model import LoraSettings, VisionLanguageModel
 from model.dry_run.data_sizes import data_sizes
 from model.dry_run.memory_estimate import BatchShape, Setting, activations_of, estimate_memory
@@ -136,18 +133,6 @@ def samples(tmp_path) -> Annotations:
     return Annotations(data[1], data[3])
 
 
-<<<<<<< HEAD
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory, qwen_tiktoken) -> tuple[Path, list[str]]:
-    """A folder without weights and without images, and the flags that name what is there."""
-    folder = tmp_path_factory.mktemp("planned")
-    language = make_language_model(folder / "qwen", qwen_tiktoken)
-    clip = make_clip_checkpoint(folder / "clip")
-    for weights in folder.glob("*/*.safetensors"):
-        weights.unlink()
-    data = write_data(folder / "data", MIXED_CAPTIONS, folder / "no_pictures")
-    return folder, ["--base_language_model", language, "--base_value_model", clip, *data]
-=======
 @pytest.mark.parametrize("strategy", ["random", "group_by_length", "sequential"])
 def test_the_longest_batch_is_found_among_many(samples, tokenizer, strategy):
     found = data_sizes(
@@ -160,7 +145,6 @@ def test_the_longest_batch_is_found_among_many(samples, tokenizer, strategy):
 
 def data_sizes_of_all(samples: Annotations, tokenizer):
     return data_sizes(samples, tokenizer, 4, max_length=2048, rows=2, strategy="random", order_seed=42, seed=42)
->>>>>>> main
 
 
 def test_what_is_counted_is_drawn_from_all_samples(samples, tokenizer):
