@@ -32,7 +32,7 @@ def hold(path: Path) -> Iterator[None]:
     """Hold the lock of an output for as long as the block runs.
 
     The lock of a folder is the file `.lock` in it, that of a file NAME is `.NAME.lock` next to it. It is deleted at the
-    end; the one that a killed process leaves behind is free.
+    end; one that a killed process has left is free.
 
     Args:
         path: the file or folder that is about to be written; a folder must exist.
@@ -50,7 +50,7 @@ def hold(path: Path) -> Iterator[None]:
         if descriptor in _held:  # not so in a forked process that leaves the block
             _held.remove(descriptor)
             with contextlib.suppress(OSError):
-                lock.unlink()  # while it is still held: who opened it meanwhile sees that it is gone, see `_lock`
+                lock.unlink()  # while it is held, so that a process that waits for it notices, see `_lock`
             os.close(descriptor)
 
 

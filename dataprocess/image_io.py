@@ -9,7 +9,7 @@ Every picture becomes 8-bit RGB, as a person would see it in a viewer:
 * transparency (an alpha channel, a transparent palette entry or colour) on white;
 * 16-bit grey scaled to 8 bits, `round(v * 255 / 65535)`; 32-bit integers as they are where all fit in 8 bits, scaled
   likewise where they fit in 16; other integers, and floats, stretched from their smallest to their largest value;
-* in the format that its content says, whatever the extension of its name.
+* decoded by its content; the extension of its name does not matter.
 
 Pictures of more than `MAX_PIXELS` pixels or `MAX_BYTES` bytes and JPEG files of more than `MAX_SEGMENTS` segments are
 refused, and so are pictures that are cut short or damaged. Two kinds of damage go unnoticed: wrong bits in formats
@@ -34,7 +34,7 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
 """Size of the largest file accepted."""
 MAX_SEGMENTS = 500
-"""Segments of the longest JPEG file accepted; each scan, and each piece of EXIF data, costs time anew."""
+"""Segments of the longest JPEG file accepted; each scan and each piece of EXIF data costs time."""
 
 # Pillow also reads formats that start other programs (EPS runs Ghostscript) or that it can only name, not decode.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000", "ICO")
@@ -48,7 +48,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# A marker of a JPEG file; neither 0xff as data (followed by 0), nor filling (0xff), nor a marker that stands alone.
+# A marker of a JPEG file; not 0xff as data (followed by 0), filling (0xff), or a marker without a length.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # here a picture is accepted or refused
@@ -196,11 +196,11 @@ def _check_file(path: str) -> None:
 
 
 def _read_jpeg(path: str) -> io.BytesIO | None:
-    """Return the content of a JPEG file so that Pillow notices where data are missing; None for other formats.
+    """Read a JPEG file so that missing data are an error; return None for other formats.
 
-    Where the end marker comes too early, libjpeg fills the rest of the picture with grey, and Pillow hides its warning.
-    Without the marker Pillow says that the file is cut short, but for a whole picture: with some zeros in place of the
-    marker the decoder finds all the bits that it looks ahead for.
+    If the end marker comes too early, libjpeg fills the rest of the picture with grey, and Pillow hides its warning.
+    Without the marker, Pillow calls the file cut short unless it has decoded all rows. The zeros that replace the
+    marker are for the decoder, which looks some bits ahead at the end of a whole picture too.
     """
     with open(path, "rb") as file:  # noqa: PTH123
         if file.read(3) != b"\xff\xd8\xff":
@@ -213,8 +213,7 @@ def _read_jpeg(path: str) -> io.BytesIO | None:
             raise _error(path, "image too large", f"a JPEG of more than {MAX_SEGMENTS} segments")
         length = data[marker.end() : marker.end() + 2]
         at = marker.end() + int.from_bytes(length, "big")
-    one_scan = kinds.count(0xDA) == 1 and 0xC2 not in kinds  # more, or a progressive one: decoded at the end marker
-    if marker and one_scan:
+    if marker and kinds.count(0xDA) == 1:  # several scans are decoded only when the end marker has come
         data = data[: marker.start()] + bytes(64)
     return io.BytesIO(data)
 

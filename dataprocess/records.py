@@ -1,4 +1,4 @@
-"""What all sources share: the sample they produce, the reasons they reject with, and reading their JSON files."""
+"""The sample that every source produces, the reasons to reject a record, and the reader of JSON files."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def _put_in_place(files: Sequence[_NewFile]) -> None:
             with _naming(file.target):
                 os.replace(file.temporary, file.target)  # noqa: PTH105
             undo.callback(file.target.unlink)
-        undo.pop_all()  # from here on the new files are the outputs, whatever happens
+        undo.pop_all()  # the commit point: from here on the new files are the outputs
     for file in files:
         with contextlib.suppress(OSError):
             file.earlier.unlink(missing_ok=True)

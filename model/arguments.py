@@ -143,7 +143,7 @@ class VLMTrainingArguments(TrainingArguments):
         """
         check_supported(self)
         super().__post_init__()
-        check_optimizer(self)
+        check_parsed(self)
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
 
@@ -190,7 +190,7 @@ def check_supported(args: VLMTrainingArguments) -> None:
         raise ValueError("; ".join(given))
 
 
-def check_optimizer(args: VLMTrainingArguments) -> None:
+def check_parsed(args: VLMTrainingArguments) -> None:
     """Refuse settings that Trainer has parsed by now and that do not fit this model.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The projector: what carries patch features from the vision tower's space into the language model's."""
+"""The projector: maps patch features from the vision tower's space into the language model's."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ INIT_STD = 0.01
 
 
 def build_projector(vision_dim: int, language_dim: int, num_layers: int = 2) -> nn.Sequential:
-    """Build the freshly initialised projector, in fp32.
+    """Build a freshly initialised projector, in fp32; it maps (N, P, vision_dim) to (N, P, language_dim).
 
-    Two layers are Linear(vision_dim → language_dim), GELU, Linear(language_dim → language_dim), as in LLaVA-1.5
-    (https://arxiv.org/abs/2310.03744); one layer is the first Linear alone. Weights are drawn from N(0, 0.01²),
-    biases are 0. The state dict's names are `0.weight 0.bias` and, with two layers, `2.weight 2.bias`.
+    Two layers with a GELU in between are those of LLaVA-1.5 (https://arxiv.org/abs/2310.03744); one layer is the first
+    Linear alone. Weights are drawn from N(0, 0.01²), biases are 0. The state dict's names are `0.weight 0.bias` and,
+    with two layers, `2.weight 2.bias`.
 
     Args:
         vision_dim: channels of a patch feature.
         language_dim: channels of the language model's embedding.
-        num_layers: 1 or 2.
+        num_layers: linear layers, 1 or 2.
 
     Raises:
         ValueError: if `num_layers` is neither.

@@ -54,7 +54,7 @@ def prepare(folder: Path, label: bytes, *flags: str) -> tuple[int, list[dict], l
 
 
 def open_dataset(folder: Path, tokenizer: Any, how: str) -> ImageCaptionDataset:
-    """The data set as train.py opens it, whose files lie in a folder, with any share of bad samples."""
+    """Open the files in a folder as train.py does, with any share of bad samples allowed."""
     return ImageCaptionDataset(
         *(folder / "image_map.json", folder / "captions.json", tokenizer, whole_picture),
         num_image_tokens=2,
@@ -67,7 +67,7 @@ def train_on_all(folder: Path, tokenizer: Any) -> tuple[str, list[dict[str, Any]
     """Read every sample, with `error` and with `skip`, and see that both agree.
 
     Returns:
-        What is wrong ("" if nothing is), and the samples that can be trained on.
+        The problem ("" if there is none), and the samples that can be trained on.
     """
     try:
         strict = open_dataset(folder, tokenizer, "error")
@@ -94,7 +94,7 @@ def train_on_all(folder: Path, tokenizer: Any) -> tuple[str, list[dict[str, Any]
 
 
 class RecordingAssistant:
-    """Stands for the model behind test.py: keeps the pictures and the prompts it is asked about."""
+    """Takes the place of the model in test.py: keeps the pictures and the prompts it is asked about."""
 
     def __init__(self, tokenizer: Any, answer: str = "an answer") -> None:
         self.tokenizer = tokenizer
@@ -143,8 +143,8 @@ def answer_batch(folder: Path, path: str, tokenizer: Any) -> tuple[str, Recordin
     """Ask `test.py --batch` about a picture and a good one, the model apart.
 
     Returns:
-        What is wrong with the picture, or with the whole file ("" if nothing), and what the model saw but for the good
-        one.
+        The problem with the picture or with the whole file ("" if there is none), and what the model saw, the good
+        picture apart.
     """
     good = folder / "images" / GOOD
     lines = [{"id": "hostile", "image": path, "prompt": "What?"}, {"id": "good", "image": str(good), "prompt": "What?"}]
@@ -158,7 +158,7 @@ def answer_batch(folder: Path, path: str, tokenizer: Any) -> tuple[str, Recordin
     for line in answer_all(assistant, questions, 2, 0):
         answers.add(line)
     hostile, fine = (json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines())
-    assert fine == {"id": "good", "answer": "an answer"}, "the good one is answered whatever is beside it"
+    assert fine == {"id": "good", "answer": "an answer"}, "the good one is answered whatever comes with it"
     assert "\n" not in hostile.get("error", "")
     assistant.images.pop()  # the good one
     return hostile.get("error", ""), assistant

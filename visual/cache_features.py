@@ -30,7 +30,8 @@ from model.checkpoints.base_models import drops_first_patch
 from model.checkpoints.checkpoint import read_checkpoint
 from model.console import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory, set_up_logging
 from model.device import parse_dtype, pick_device, pick_dtype
-from model.feature_caching.fill import BATCH_SIZE, fill_feature_cache, lack_of_space
+from model.feature_caching.disk import lack_of_space
+from model.feature_caching.fill import BATCH_SIZE, fill_feature_cache
 from visual import build_vision_tower
 from visual.feature_cache import DTYPES, open_feature_cache
 
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     drop = drops_first_patch(previous, args.base_value_model)
     tower = build_vision_tower(args.base_value_model, dtype, drop_first_patch=drop).to(device)
     cache = open_feature_cache(args.feature_cache, tower, args.feature_cache_dtype)
-    problem = lack_of_space(cache, find_files(images, args.allow_links)[0])
+    problem = lack_of_space(cache, tower, find_files(images, args.allow_links)[0])
     if problem and not args.skip_space_check:
         raise ValueError(
             f"--feature_cache {args.feature_cache}: {problem}; make room, give another folder, or "

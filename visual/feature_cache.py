@@ -16,11 +16,9 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import stat
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -77,18 +75,6 @@ def tower_key(tower: VisionTower) -> str:
 
 def _bytes_of(value: Tensor) -> memoryview:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-@dataclass(frozen=True)
-class DiskSpace:
-    """The room that a cache's files take and have."""
-
-    folder: Path
-    """The cache's folder, or the nearest one above it that exists."""
-    per_image: int
-    """Bytes that one picture's features take, in whole blocks of the file system."""
-    free: int
-    """Bytes that are free."""
 
 
 class FeatureCache:
@@ -191,12 +177,6 @@ class FeatureCache:
         folders = [path for path in self.folder.glob("??") if path.is_dir()]
         return sum(name.endswith(".safetensors") for folder in folders for name in os.listdir(folder))  # noqa: PTH208
 
-    def disk_space(self) -> DiskSpace:
-        """Look at the disk that the cache is on, or will be."""
-        folder = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
-        block = os.statvfs(folder).f_frsize
-        return DiskSpace(folder, -(-self.file_bytes // block) * block, shutil.disk_usage(folder).free)
-
 
 def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dtype: str) -> FeatureCache:
     """Open the cache of a tower's features in a folder, which may hold those of other towers too.
@@ -213,7 +193,6 @@ def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dt
     if root.exists() and not root.is_dir():
         raise ValueError(f"--feature_cache {directory} is a file; give a folder, which is made if need be")
     shape = (tower.num_image_tokens, tower.hidden_size)
-    others = pictures_stored(root, tower.name_or_path, shape, dtype)
     cache = FeatureCache(root / f"{tower_key(tower)}-{dtype}", shape, DTYPES[dtype])
     note = {"tower": tower.name_or_path, "kind": tower.kind, "shape": shape, "dtype": dtype}
     try:
@@ -224,38 +203,7 @@ def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dt
                 f"--feature_cache {directory} can't be made ({error.strerror}); give a folder that can be written to"
             ) from None
     logger.info("features of images are kept in %s", cache.folder)
-    if others and cache.folder.name not in others:
-        logger.warning(
-            "%s in %s are of a tower of this name, but of other weights, precision or settings, or stored by an older "
-            "version of this program: they are not used",
-            *(f"{sum(others.values()):,} pictures", ", ".join(str(root / name) for name in others)),
-        )
     return cache
-
-
-def pictures_stored(
-    directory: str | os.PathLike[str], tower: str, shape: tuple[int, int], dtype: str
-) -> dict[str, int]:
-    """Count the pictures stored for towers of a name and shape, by folder of the cache; the tower is not needed.
-
-    Only the loaded tower tells which of the folders is its own: weights, precision and image transform may differ.
-
-    Args:
-        directory: as `--feature_cache` names it; it need not exist.
-        tower: the tower's name, as it was given when they were stored.
-        shape: (P, D).
-        dtype: a name in `DTYPES`.
-    """
-    found: dict[str, int] = {}
-    for note in sorted(Path(directory).glob(f"*/{NOTE}")):
-        try:
-            said = json.loads(note.read_text(encoding="utf-8"))
-            same = (said["tower"], tuple(said["shape"]), said["dtype"]) == (tower, shape, dtype)
-        except (OSError, ValueError, KeyError, TypeError):  # notes are for people; without one, nothing is known
-            continue
-        if same:
-            found[note.parent.name] = FeatureCache(note.parent, shape, DTYPES[dtype]).num_pictures()
-    return found
 
 
 def _prepare(folder: Path, note: str) -> None:

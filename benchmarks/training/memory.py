@@ -30,10 +30,10 @@ PEAK = "most at one moment"
 
 def write_inputs(folder: Path, size: str, samples: int) -> None:
     """Write base models and samples."""
-    from ..peers import SIZES, TINY, write_ours
+    from ..peers import SIZES, write_ours
 
     write_samples(folder, samples)
-    write_ours(folder, SIZES.get(size, TINY))
+    write_ours(folder, SIZES[size])
 
 
 def flags(folder: Path, dtype: str, *, checkpointing: bool) -> list[str]:
@@ -82,11 +82,11 @@ def parse_memory(printed: str) -> list[dict[str, float]]:
     return columns
 
 
-def measure(sizes: list[str], given: Any) -> dict[str, dict[str, float]]:
+def measure(given: Any) -> dict[str, dict[str, float]]:
     """Train each size in each dtype, with and without checkpointing; returns medians, and what was expected."""
     found: dict[str, dict[str, float]] = {}
-    for size in sizes:
-        for dtype in DTYPES:
+    for size in given.sizes:
+        for dtype in given.dtypes:
             with tempfile.TemporaryDirectory() as folder:
                 inputs = [*itself(__file__), "--folder", folder]
                 run_once([*inputs, "--write", size, "--steps", str(given.steps)])
@@ -111,7 +111,9 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     """Measure, print the table, and write it; or be a process that writes or trains."""
-    parse = parser(__doc__, rounds=1, can_be_tiny=True)
+    parse = parser(__doc__, rounds=1)
+    parse.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parse.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parse.add_argument("--steps", type=int, default=3, help="optimizer steps of a run (%(default)s)")
     for hidden in ("--folder", "--write", "--train"):
         parse.add_argument(hidden, help=argparse.SUPPRESS)
@@ -123,7 +125,7 @@ def main() -> None:
     if given.train:
         print(json.dumps(train_once(Path(given.folder), given.train, checkpointing=given.checkpointing)))
         return
-    found = measure(["tiny"] if given.tiny else list(SIZES), given)
+    found = measure(given)
     print(table(found))
     bars = {
         name.replace(", ", "\n"): {"measured": one["measured"] / 1e9, "estimated": one[PEAK] / 1e9}

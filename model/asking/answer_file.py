@@ -15,15 +15,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.adapter_config import ADAPTER_CONFIG
-from ..checkpoints.checkpoint import (
-    ADAPTER_WEIGHTS,
-    ORIGINAL_ADAPTER_WEIGHTS,
-    ORIGINAL_PROJECTOR_WEIGHTS,
-    PROJECTOR_WEIGHTS,
-    resolve_checkpoint,
-)
-
 _ADVICE = "give another --output, or delete it to start from scratch"
 
 
@@ -32,25 +23,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def trained_digest(folder: str | os.PathLike[str]) -> str:
-    """Return a short hash of a checkpoint's weights and of LoRA's configuration, wherever the checkpoint is.
-
-    Raises:
-        CheckpointError: if there is no complete checkpoint.
-    """
-    path = resolve_checkpoint(folder)
+def trained_digest(folder: Path) -> str:
+    """Return a short hash of a checkpoint's weights and of LoRA's configuration, wherever the checkpoint is."""
     found = hashlib.sha256()
-    for name in (
-        ADAPTER_CONFIG,
-        ADAPTER_WEIGHTS,
-        ORIGINAL_ADAPTER_WEIGHTS,
-        PROJECTOR_WEIGHTS,
-        ORIGINAL_PROJECTOR_WEIGHTS,
-    ):
-        if (path / name).is_file():
-            found.update(name.encode())
-            with (path / name).open("rb") as file:
-                while block := file.read(1 << 20):
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(("adapter_", "projector.", "other_params.")) and file.is_file():
+            found.update(file.name.encode())
+            with file.open("rb") as content:
+                while block := content.read(1 << 20):
                     found.update(block)
     return found.hexdigest()[:16]
 

@@ -18,6 +18,7 @@ from dataprocess.image_io import load_image
 from dataprocess.messages import format_count
 from dataset.prompt import with_placeholders
 
+from ..checkpoints.checkpoint import resolve_checkpoint
 from ..console import one_line
 from .answer_file import AnswerFile, digest, picture_stamp, trained_digest
 from .assistant import Assistant, load_assistant
@@ -38,9 +39,10 @@ def answer_file(args: argparse.Namespace) -> int:
     """Answer the questions in the file `--batch` that have no line in `--output` yet; return the exit status.
 
     Raises:
-        ValueError: for a line that is not a question, or an output that is not the beginning of these answers.
+        ValueError: for a line that is not a question, an output of something else, or a model that does not fit.
     """
     questions = read_questions(Path(args.batch))
+    args.model_weights = resolve_checkpoint(args.model_weights)  # a run may save a newer one meanwhile
     made_with = {
         "questions": digest([(question.id, question.images, question.prompt) for question in questions]),
         "pictures": digest([[picture_stamp(path) for path in question.images] for question in questions]),

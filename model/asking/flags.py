@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dataset.prompt import count_placeholders
 from qwen import IMAGE_TOKEN
+from qwen.answering import MOST_EXTREME
 
 from ..console import in_one_line, is_out_of_memory, out_of_memory
 from ..device import parse_dtype, pick_device, pick_dtype
@@ -19,9 +20,8 @@ _VALID = {
     "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     "batch_size": (lambda value: value >= 1, "at least 1"),
     "max_new_tokens": (lambda value: value >= 1, "at least 1"),
-    # A logit is divided by these two: smaller, and the quotient is infinite.
-    "temperature": (lambda value: value >= 1e-5, "at least 0.00001; for no randomness use --greedy"),
-    "repetition_penalty": (lambda value: 1e-3 <= value <= 1e3, "from 0.001 to 1000; 1 changes nothing"),
+    "temperature": (lambda value: value >= 1 / MOST_EXTREME, "above 0; for no randomness use --greedy"),
+    "repetition_penalty": (lambda value: 1 / MOST_EXTREME <= value <= MOST_EXTREME, "above 0; 1 changes nothing"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "top_k": (lambda value: value >= 0, "at least 0"),
 }

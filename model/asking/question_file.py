@@ -59,20 +59,23 @@ def _question(raw: bytes, folder: Path) -> Question:
         values = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON ({str(error)[:80]}); {_EXPECTED}") from error
-    except RecursionError as error:
-        raise ValueError(f"JSON that is nested too deeply; {_EXPECTED}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"got {_shown(values)}; {_EXPECTED}")
-    index, prompt, images = values.get("id"), values.get("prompt"), values.get("image")
-    if not isinstance(index, str | int) or isinstance(index, bool):
-        raise ValueError(f"the id is {_shown(index)}, expected a text or a whole number; {_EXPECTED}")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"the prompt is {_shown(prompt)}, expected a text that is not empty; {_EXPECTED}")
+        raise ValueError(f"got {shorten(values, 40)}; {_EXPECTED}")
+    index: Any = values.get("id")
+    prompt: Any = values.get("prompt")
+    images: Any = values.get("image")
     names = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"the image is {_shown(images)}, expected a path, a list of paths, or null; {_EXPECTED}")
+    valid = {
+        "id": isinstance(index, str | int) and not isinstance(index, bool),
+        "prompt": isinstance(prompt, str) and prompt.strip(),
+        "image": isinstance(names, list) and all(isinstance(name, str) and name for name in names),
+    }
+    for key, is_valid in valid.items():
+        if not is_valid:
+            got = shorten(values[key], 40) if key in values else "missing"
+            raise ValueError(f"the {key} is {got}; {_EXPECTED}")
     return Question(index, tuple(_resolve(name, folder) for name in names), prompt)
 
 
@@ -87,7 +90,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _resolve(name: str, folder: Path) -> Path:
     here, there = Path(name), folder / name
     return there if not os.path.exists(here) and os.path.exists(there) else here  # noqa: PTH110, raises for no name
-
-
-def _shown(value: object) -> str:
-    return "missing" if value is None else shorten(value, 40)

@@ -10,11 +10,11 @@ from pathlib import Path
 from dataprocess.messages import format_count
 from dataset.annotations import Annotations
 from dataset.bad_samples import BadSamples
-from visual.feature_cache import DTYPES, FeatureCache, pictures_stored
+from visual.feature_cache import DTYPES, FeatureCache
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
 from ..console import set_up_logging
-from ..feature_caching.fill import in_gb
+from ..feature_caching.disk import disk_space, in_gb, pictures_stored
 from ..language_model import load_tokenizer
 from .data_sizes import DataSizes, data_sizes
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_memory
@@ -180,7 +180,7 @@ def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, images: Col
     """
     folder, dtype = Path(str(asked.feature_cache)).absolute(), asked.feature_cache_dtype
     size = (shape.image_tokens, shape.tower_width)
-    space = FeatureCache(folder / "tower", size, DTYPES[dtype]).disk_space()
+    space = disk_space(FeatureCache(folder / "tower", size, DTYPES[dtype]))
     number = format_count(len(images), "distinct image")
     lines = [
         f"feature cache: {number}, {size[0]:,} × {size[1]:,} {dtype} each: at most "

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataprocess.image_io import ImageError, load_image
-from dataprocess.messages import format_count
 from dataset import ImageCaptionDataset
 from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
@@ -32,6 +31,7 @@ from ..arguments import VLMTrainingArguments
 from ..runs.collectives import gather_objects
 from ..runs.data_workers import with_calm_workers
 from ..vision_language_model import VisionLanguageModel
+from .disk import lack_of_space
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def complete_feature_cache(
     cache = open_feature_cache(folder, model.vision_tower, dtype)
     used = [dataset for dataset in datasets if dataset is not None]
     paths = list(dict.fromkeys(path for dataset in used for path in dataset.image_files()))
-    problem = lack_of_space(cache, paths) if args.process_index == 0 else ""
+    problem = lack_of_space(cache, model.vision_tower, paths) if args.process_index == 0 else ""
     if problem := "".join(gather_objects(problem)):
         raise ValueError(f"--feature_cache {folder}: {problem}; make room, or give another folder")
     filled = fill_feature_cache(
@@ -204,30 +204,3 @@ def store(cache: FeatureCache, pictures: Sequence[Opened], features: Tensor, fil
                 break
             filled.num_stored += 1
     return problems
-
-
-def lack_of_space(cache: FeatureCache, paths: Sequence[Path]) -> str:
-    """Log how much room the pictures' features take at most, and what is free.
-
-    Returns:
-        How much room is missing, or an empty string. If not all would fit, pictures are hashed to see what is stored.
-    """
-    space, stored = cache.disk_space(), cache.num_pictures()
-    logger.info(
-        "%s, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
-        *(format_count(len(paths), "image"), *cache.shape, str(cache.dtype).removeprefix("torch.")),
-        *(in_gb(len(paths) * space.per_image), f"{stored:,}", in_gb(space.free), space.folder),
-    )
-    missing = len(paths)
-    if stored and missing * space.per_image > space.free:
-        keys = (cache.key_of(path) for path in tqdm(paths, desc="looking for stored images", mininterval=0.5))
-        missing = sum(key is None or not cache.path_of(key).is_file() for key in keys)
-    needed = missing * space.per_image
-    if needed <= space.free:
-        return ""
-    return f"{format_count(missing, 'image')} to be stored will take {in_gb(needed)}, and {in_gb(space.free)} are free"
-
-
-def in_gb(number: int) -> str:
-    """Format bytes in powers of ten, as disks are sold."""
-    return f"{number / 1e9:,.2f} GB" if number >= 1e7 else f"{number:,} bytes"

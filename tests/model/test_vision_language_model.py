@@ -9,7 +9,6 @@ import torch
 from tiny_qwen import left_padded
 from tiny_vlm import (
     ALPHA,
-    NUM_IMAGE_TOKENS,
     PAD_ID,
     VOCAB_SIZE,
     collate,
@@ -218,19 +217,6 @@ def test_rows_of_a_mixed_batch_equal_the_rows_alone(still):
         assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_every_image_shows_in_its_own_row_only(still):
-    batch = collate(*MIXED)
-    before = logits_of(still, batch)
-    for image, row in ((0, 0), (1, 2), (2, 2)):
-        changed = {**batch, "pixel_values": batch["pixel_values"].clone()}
-        changed["pixel_values"][image] += 1
-        differs = (logits_of(still, changed) - before).abs().amax(-1) > 1e-6
-        assert differs.any(dim=1).nonzero().flatten().tolist() == [row], image
-        positions = (batch["input_ids"][row] == IMAGE_TOKEN_ID).nonzero().flatten()
-        first = positions[NUM_IMAGE_TOKENS if image == 2 else 0]
-        assert differs[row].nonzero().flatten()[0] == first  # nothing before the image can see it
-
-
 @pytest.mark.parametrize("return_logits", [False, True], ids=["loss alone", "with logits"])
 @pytest.mark.parametrize("number", [0, 2, 4])
 def test_another_number_of_images_is_refused_with_both_numbers(still, number, return_logits):
@@ -282,15 +268,13 @@ def one_prompt(index: int) -> dict:
     return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_a_left_padded_batch_gives_every_row_what_it_gets_alone(still, options):
-    options = {**options, "max_new_tokens": 6, "do_sample": False}
+@pytest.mark.parametrize("copies", [{}, {"num_beams": 4, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_a_left_padded_batch_gives_every_row_what_it_gets_alone(still, copies):
+    options = {**copies, "max_new_tokens": 6, "do_sample": False}
     ids, mask, pixel_values = prompts()
     together = still.generate(ids, mask, pixel_values, **options)
-    assert together.shape == (3, ids.shape[1] + 6)
-    for row in range(3):
-        alone = still.generate(**one_prompt(row), **options)[0]
-        assert together[row, ids.shape[1] :].tolist() == alone[-6:].tolist(), row
+    alone = torch.cat([still.generate(**one_prompt(row), **options)[:, -6:] for row in range(3)])
+    assert together[:, ids.shape[1] :].tolist() == alone.tolist()
 
 
 def test_greedy_generation_takes_the_likeliest_token_of_forward(still):
@@ -303,26 +287,6 @@ def test_greedy_generation_takes_the_likeliest_token_of_forward(still):
     for use_cache in (True, False):
         made = still.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=use_cache)
         assert made.tolist() == ids.tolist()
-
-
-def test_several_answers_to_each_row_keep_their_own_images(still):
-    ids, mask, pixel_values = prompts()
-    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 4, "num_return_sequences": 2}
-    together = still.generate(ids, mask, pixel_values, **options)
-    assert len(together) == 6
-    for row in range(3):
-        alone = still.generate(**one_prompt(row), **options)
-        assert together[2 * row : 2 * row + 2, ids.shape[1] :].tolist() == alone[:, -4:].tolist(), row
-
-
-def test_sampling_several_answers_is_reproducible_and_lets_them_differ(still):
-    inputs = one_prompt(2)
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        runs.append(still.generate(**inputs, max_new_tokens=5, do_sample=True, num_return_sequences=3))
-    assert torch.equal(*runs)
-    assert len({tuple(row.tolist()) for row in runs[0]}) > 1
 
 
 # Precision and memory

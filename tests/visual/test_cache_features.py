@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
-import logging
 import os
 import re
 import shutil
@@ -24,11 +22,14 @@ from tiny_run import (
     make_bases,
     make_pictures,
     one_line_error,
+    start,
     write_as_the_original,
     write_data,
 )
 
 import train
+from model.feature_caching import fill
+from visual import build_vision_tower, cache_features
 from visual.base import VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
 
@@ -37,17 +38,6 @@ QUICK = [
     *("--lora_rank", "4", "--lora_dropout", "0", "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true"),
     *("--logging_steps", "1", "--num_train_epochs", "1", "--per_device_train_batch_size", "4"),
 ]
-
-
-def load() -> object:
-    spec = importlib.util.spec_from_file_location("cache_features", ROOT / "visual" / PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cache_features"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-cache_features = load()
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +69,8 @@ def only_file(folder: Path) -> Path:
     return next(folder.glob("cache/*/??/*.safetensors"))
 
 
-def test_the_command_says_the_estimate_first_and_training_needs_no_tower(
-    tmp_path, bases, data, flags, capsys, monkeypatch
-):
-    done = subprocess.run(
-        [sys.executable, f"visual/{PROGRAM}", *flags, "--num_workers", "2", "--feature_cache_dtype", "float32"],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        capture_output=True,
-    )
+def test_the_command_says_the_estimate_first_and_training_needs_no_tower(tmp_path, bases, data, flags, monkeypatch):
+    done = start(sys.executable, f"visual/{PROGRAM}", *flags, "--num_workers", "2", "--feature_cache_dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -158,8 +140,7 @@ def test_bad_images_and_entries_are_listed_and_counted(tmp_path, flags, pictures
 
 @pytest.mark.parametrize(("value", "said"), [(float("nan"), "infinite or no numbers"), (1e6, "float16 can't hold")])
 def test_features_that_cannot_be_stored_are_bad_too(tmp_path, flags, pictures, capsys, monkeypatch, value, said):
-    forward = VisionTower.forward
-    spoiled = set(range(2))
+    forward, spoiled = VisionTower.forward, {0, 1}
 
     def spoil(self, pixel_values):
         features = forward(self, pixel_values).clone()
@@ -173,13 +154,10 @@ def test_features_that_cannot_be_stored_are_bad_too(tmp_path, flags, pictures, c
     err = capsys.readouterr().err
     assert "6 images: 4 stored now, 0 were there, 2 bad; 4 stored in all" in err
     bad = [line for line in err.splitlines() if "bad: " in line]
-    assert len(bad) == 2
-    assert all(f"bad: '{pictures}" in line and said in line for line in bad)
-    assert bad[0] != bad[1]
-    assert cache_features.main(command) == 0, "the other images are there"
-    assert "6 images: 0 stored now, 4 were there, 2 bad" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "cache")
+    assert len(set(bad)) == 2
+    assert all(str(pictures) in line and said in line for line in bad)
     spoiled.update(range(6))
+    shutil.rmtree(tmp_path / "cache")
     assert cache_features.main(command) == 1, "no image could be stored"
     assert "6 images: 0 stored now, 0 were there, 6 bad; 0 stored in all" in capsys.readouterr().err
 
@@ -205,10 +183,10 @@ def test_mistakes_are_one_line(flags, capsys, changes, said, monkeypatch):
     assert said in one_line_error(capsys.readouterr().err, PROGRAM)
 
 
-def test_no_images_at_all(tmp_path, bases, capsys):
+def test_no_images_at_all(tmp_path, flags, capsys):
     data = write_data(tmp_path, [(None, ("q", "a"))], tmp_path)
-    assert cache_features.main([*bases[2:], *data[:2], "--feature_cache", str(tmp_path / "cache")]) == 2
-    assert "there are no images" in one_line_error(capsys.readouterr().err, PROGRAM)
+    assert cache_features.main([*flags, *data[:2]]) == 2
+    assert "no images" in one_line_error(capsys.readouterr().err, PROGRAM)
     assert not (tmp_path / "cache").exists()
 
 
@@ -246,10 +224,11 @@ def test_a_disk_that_fills_up_ends_it_with_what_is_there(tmp_path, flags, capsys
     assert "4 stored now, 2 were there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal_it_leaves_a_cache_that_can_be_used(tmp_path, bases, flags, pictures, number, code):
     names = []
-    for index in range(4000):
+    for index in range(3000):
         names.append(f"{index}.png")
         Image.new("RGB", (8, 8), (index % 256, index // 256, 0)).save(pictures / names[-1])
     data = write_data(tmp_path / "many", [(name, ("<|extra_0|>", "a")) for name in names], pictures)
@@ -267,14 +246,12 @@ def test_stopped_by_a_signal_it_leaves_a_cache_that_can_be_used(tmp_path, bases,
         said += process.stderr.read(1)
         assert process.poll() is None, said
     os.killpg(process.pid, number)  # as a terminal's Ctrl-C does, its workers too
-    said += process.communicate(timeout=60)[1]
+    said += process.communicate(timeout=600)[1]
     assert process.returncode == code, said
     assert "Traceback" not in said
-    assert f"stopped by {signal.Signals(number).name}; what is stored can be used" in said
-    assert 0 < len(stored(tmp_path)) < 4000
+    assert f"stopped by {signal.Signals(number).name}" in said
+    assert 0 < len(stored(tmp_path)) < 3000
     assert list((tmp_path / "cache").glob("*/tmp/*")) == []
-    from visual import build_vision_tower
-
     cache = open_feature_cache(tmp_path / "cache", build_vision_tower(bases[3]), "bfloat16")
     assert all(cache.read(bytes.fromhex(name.split(".")[0])) is not None for name in stored(tmp_path))
 
@@ -312,28 +289,19 @@ def test_siglip_without_its_first_patch_as_training_on_from_the_original_project
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name], "and what was trained on from it"
 
 
-def test_a_signal_within_a_line_of_the_log_begins_no_other(flags, monkeypatch, capsys):
-    depths: list[int] = []
+def test_a_picture_that_changes_while_it_is_read_is_not_stored(tmp_path, flags, pictures, monkeypatch, capsys):
+    def load_and_replace(path):
+        image = load_image(path)
+        if path.name == "red.png":
+            Image.new("RGB", (40, 30), "pink").save(path)
+        return image
 
-    class Stopped(logging.StreamHandler):
-        def emit(self, record):
-            depths.append(depths.count(1) - depths.count(-1) + 1)
-            try:
-                if len(depths) == 1:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                super().emit(record)
-            finally:
-                depths.append(-1)
-
-    def set_up() -> None:
-        logging.getLogger().addHandler(Stopped())
-
-    monkeypatch.setattr(cache_features, "set_up_logging", set_up)
-    logging.getLogger("visual").setLevel(logging.INFO)
-    before = signal.signal(signal.SIGTERM, cache_features._terminate)
-    try:
-        assert cache_features.main(flags) == 143
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert max(depths) == 1
-    assert "stopped by SIGTERM; what is stored can be used" in one_line_error(capsys.readouterr().err, PROGRAM)
+    load_image = fill.load_image
+    with monkeypatch.context() as patch:
+        patch.setattr(fill, "load_image", load_and_replace)
+        assert cache_features.main(flags) == 0
+    (bad,) = [line for line in capsys.readouterr().err.splitlines() if "bad: " in line]
+    assert "red.png" in bad
+    assert len(stored(tmp_path)) == 5
+    assert cache_features.main(flags) == 0
+    assert len(stored(tmp_path)) == 6

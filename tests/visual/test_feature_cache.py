@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from tiny_run import ROOT, environment, make_pictures
 from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint, make_vit_checkpoint
 
+from model.feature_caching.disk import lack_of_space, pictures_stored
 from visual import build_vision_tower
-from visual.feature_cache import DTYPES, KEY_BYTES, FeatureCache, open_feature_cache, pictures_stored, tower_key
+from visual.feature_cache import DTYPES, KEY_BYTES, FeatureCache, open_feature_cache, tower_key
 from visual.loading import published_weights
 
 KEY = bytes(range(KEY_BYTES))
@@ -343,9 +344,9 @@ def test_folders_of_the_same_tower_by_name_that_are_not_used_are_named(tmp_path,
     old.write(KEY, features())
     note = {"tower": clip, "kind": "clip", "shape": [4, 32], "dtype": "bfloat16"}
     (old.folder / "tower.json").write_text(json.dumps(note))
-    open_feature_cache(tmp_path, tower, "float16")
+    lack_of_space(open_feature_cache(tmp_path, tower, "float16"), tower, [])
     assert not caplog.messages
-    open_feature_cache(tmp_path, tower, "bfloat16")
+    lack_of_space(open_feature_cache(tmp_path, tower, "bfloat16"), tower, [])
     assert str(old.folder) in caplog.messages[0]
     assert pictures_stored(tmp_path, clip, (4, 32), "bfloat16")["0123-bfloat16"] == 1
 

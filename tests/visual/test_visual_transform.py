@@ -44,20 +44,43 @@ def test_pixels_equal_the_checkpoints_own_processor(make, tmp_path):
         assert torch.equal(pixels, processor(images=picture(size), return_tensors="pt")["pixel_values"][0])
 
 
-def test_a_long_strip_costs_no_more_than_its_middle(tmp_path):
-    """The processor alone would enlarge all of it first: 3 GB for 1 × 5000 pixels, and no end for more."""
+def test_a_long_strip_is_the_processors_own_and_the_longest_cost_no_more_than_their_middle(tmp_path):
+    """The processor alone would enlarge all of it first: 3 GB for 1 × 5000 pixels at 224, and no end for more."""
     folder = make_clip_checkpoint(tmp_path)
     transform = build_vision_tower(folder).image_transform
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    for size, shift in [((1, 3000), 0), ((300, 3), 0), ((2, 500), 0), ((2000, 3), 0.3), ((999, 7), 0.3)]:
-        # Where the long edge is no multiple of the short one, its resized length is rounded: a part of a pixel.
+    for size in [(999, 7), (2000, 30), (3, 700), (300, 3), (1, 3000)]:
         expected = processor(images=picture(size), return_tensors="pt")["pixel_values"][0]
-        assert (transform(picture(size)) - expected).abs().max() <= shift, size
+        assert torch.equal(transform(picture(size)), expected), size
     seen: list[tuple[int, ...]] = []
     whole = transform.processor.resize
     transform.processor.resize = lambda image, *args, **how: seen.append(image.shape) or whole(image, *args, **how)
     assert transform(Image.new("RGB", (1, 1_000_000), (9, 9, 9))).shape == (3, 28, 28)
-    assert max(seen[0]) <= 34
+    assert max(seen[0]) <= 258
+
+
+def test_a_strip_that_is_resized_to_a_fixed_size_is_not_cut(tmp_path):
+    make_clip_checkpoint(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": {"height": 32, "width": 32}}))
+    image = Image.new("RGB", (3000, 2), (255, 255, 255))
+    image.paste((0, 0, 0), (0, 0, 600, 2))  # a fifth: inside the crop, and outside of the middle of 512 × 2
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    expected = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(build_vision_tower(tmp_path).image_transform(image), expected)
+
+
+def test_clips_published_settings_of_the_old_style_are_read(tmp_path):
+    """As openai/clip-vit-large-patch14 has them: sizes as integers, `feature_extractor_type`."""
+    folder = make_clip_checkpoint(tmp_path)
+    expected = build_vision_tower(folder).image_transform(picture((61, 37)))
+    file = tmp_path / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    published = {name: settings[name] for name in ("image_mean", "image_std", "resample")}
+    published |= {"do_center_crop": True, "do_normalize": True, "do_resize": True}
+    published |= {"crop_size": 28, "size": 32, "feature_extractor_type": "CLIPFeatureExtractor"}
+    file.write_text(json.dumps(published))
+    assert torch.equal(build_vision_tower(folder).image_transform(picture((61, 37))), expected)
 
 
 def test_clip_pixels_by_hand(tmp_path):

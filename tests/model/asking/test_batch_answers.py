@@ -164,17 +164,12 @@ def test_a_question_that_is_cut_is_named(call, base_flags, tmp_path):
 # ---- Settings under which nothing, or not everything, can be answered
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"repetition_penalty": -1.0}, "penalty"), ({"num_beams": 2, "num_return_sequences": 2}, "num_return_sequences")],
-    ids=["invalid", "several answers"],
-)
-def test_settings_under_which_nothing_can_be_answered_end_the_run(call, base_flags, tmp_path, changes, words):
-    base = with_generation_config(base_flags[1], tmp_path / "qwen", **changes)
+def test_settings_under_which_nothing_can_be_answered_end_the_run(call, base_flags, tmp_path):
+    base = with_generation_config(base_flags[1], tmp_path / "qwen", repetition_penalty=-1.0)
     file, output = write(tmp_path / "q.jsonl", [{"id": 1, "prompt": "x"}, {"id": 2, "prompt": "y"}]), tmp_path / "a"
     flags = ["--batch", file, "--output", output, "--base_language_model", base]
     said = one_line_error(call(*flags, status=2)[1], "test.py")
-    assert words in said
+    assert "penalty" in said
     assert str(base) in said
     assert not output.exists(), "no question has an error for good"
     with_generation_config(base_flags[1], base)
@@ -257,6 +252,8 @@ def made(trained, pictures, tmp_path_factory) -> Path:
     """A folder with questions and all their answers; not to be written to."""
     folder = tmp_path_factory.mktemp("made")
     file = write(folder / "q.jsonl", questions(pictures))
+    write(folder / "other.jsonl", questions(pictures)[:-1])
+    (folder / "link").symlink_to("nowhere")
     flags = ["--batch", str(file), "--output", str(folder / "a.jsonl"), "--greedy", "--max_new_tokens", "5"]
     assert ask.main(["--model_weights", str(trained), "--device", "cpu", *flags]) == 0
     return folder
@@ -265,7 +262,7 @@ def made(trained, pictures, tmp_path_factory) -> Path:
 @pytest.fixture
 def again(call, made, tmp_path, monkeypatch):
     """Answer the same questions again, in a copy of the folder, with some flags changed; nothing may be loaded."""
-    folder = shutil.copytree(made, tmp_path / "copy")
+    folder = shutil.copytree(made, tmp_path / "copy", symlinks=True)
     monkeypatch.setattr(batch_answers, "load_assistant", lambda args: pytest.fail("the model was loaded"))
 
     def run(*flags: object, status: int = 2) -> str:
@@ -295,6 +292,8 @@ def test_a_finished_output_needs_no_model(again):
         (["--output", "{}/nowhere/a"], "nowhere"),
         (["--output", "{}/" + "x" * 300], "File name too long"),
         (["--output", "{}"], "regular file"),
+        (["--output", "{}/link"], "regular file"),
+        (["--batch", "{}/other.jsonl"], "questions"),
         (["--batch", "{}/nowhere.jsonl"], "nowhere.jsonl"),
         (["--model_weights", "{}/nowhere"], "nowhere"),
         (["--device", "cpo"], "cpo"),
@@ -303,10 +302,6 @@ def test_a_finished_output_needs_no_model(again):
 )
 def test_mistakes_of_the_output_are_found_before_the_model_is_loaded(again, flags, words):
     assert words in again(*flags)
-
-
-def test_other_questions_are_refused(again, pictures, tmp_path):
-    assert "questions" in again("--batch", write(tmp_path / "other.jsonl", questions(pictures)[:-1]))
 
 
 def test_another_checkpoint_is_refused(again, trained, tmp_path):
@@ -354,17 +349,6 @@ def test_a_picture_that_was_replaced_is_noticed(call, pictures, tmp_path):
 def test_a_second_writer_is_refused(again, tmp_path):
     with hold(tmp_path / "copy" / "a.jsonl"):
         assert f"process {os.getpid()}" in again()
-
-
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_what_is_no_file_of_its_own_is_refused(again, tmp_path, kind):
-    output = tmp_path / "out.jsonl"
-    if kind == "link":
-        output.symlink_to(tmp_path / "elsewhere")
-    else:
-        os.mkfifo(output)
-    assert "out.jsonl" in again("--output", output)
-    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_lines_that_are_no_answers_to_the_questions_are_refused(tmp_path):

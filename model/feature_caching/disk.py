@@ -1,0 +1,104 @@
+"""The disk of a feature cache: how much room features take, what is free, and what is stored already."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dataprocess.messages import format_count
+from visual.base import VisionTower
+from visual.feature_cache import DTYPES, NOTE, FeatureCache
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DiskSpace:
+    """The room that a cache's files take and have."""
+
+    folder: Path
+    """The cache's folder, or the nearest one above it that exists."""
+    per_image: int
+    """Bytes that one picture's features take, in whole blocks of the file system."""
+    free: int
+    """Bytes that are free."""
+
+
+def disk_space(cache: FeatureCache) -> DiskSpace:
+    """Look at the disk that a cache is on, or will be."""
+    folder = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.is_dir())
+    block = os.statvfs(folder).f_frsize
+    return DiskSpace(folder, -(-cache.file_bytes // block) * block, shutil.disk_usage(folder).free)
+
+
+def pictures_stored(folder: Path, tower: str, shape: tuple[int, int], dtype: str) -> dict[str, int]:
+    """Count the pictures stored for towers of a name and shape, by folder of the cache; the tower is not needed.
+
+    Only the loaded tower tells which of the folders is its own: weights, precision and image transform may differ.
+
+    Args:
+        folder: as `--feature_cache` names it; it need not exist.
+        tower: the tower's name, as it was given when they were stored.
+        shape: (P, D), tokens per image and width of the tower.
+        dtype: a name in `DTYPES`.
+    """
+    found: dict[str, int] = {}
+    for note in sorted(folder.glob(f"*/{NOTE}")):
+        try:
+            said = json.loads(note.read_text(encoding="utf-8"))
+            same = (said["tower"], tuple(said["shape"]), said["dtype"]) == (tower, shape, dtype)
+        except (OSError, ValueError, KeyError, TypeError):  # notes are for people; without one, nothing is known
+            continue
+        if same:
+            found[note.parent.name] = FeatureCache(note.parent, shape, DTYPES[dtype]).num_pictures()
+    return found
+
+
+def lack_of_space(cache: FeatureCache, tower: VisionTower, paths: Sequence[Path]) -> str:
+    """Log how much room the pictures' features take at most, and what is free.
+
+    Args:
+        cache: the cache.
+        tower: its tower.
+        paths: the pictures. If the features of all would not fit, they are hashed to see which are stored already.
+
+    Returns:
+        How much room is missing, or an empty string.
+    """
+    space, dtype = disk_space(cache), str(cache.dtype).removeprefix("torch.")
+    stored = pictures_stored(cache.folder.parent, tower.name_or_path, cache.shape, dtype)
+    of_this_tower = stored.pop(cache.folder.name, 0)
+    logger.info(
+        "%s, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
+        *(format_count(len(paths), "image"), *cache.shape, dtype, in_gb(len(paths) * space.per_image)),
+        *(f"{of_this_tower:,}", in_gb(space.free), space.folder),
+    )
+    if stored:
+        logger.warning(
+            "%s in %s are not used: they were stored for a tower of this name, but of other weights, precision or "
+            "settings, or by an older version of this program",
+            *(
+                format_count(sum(stored.values()), "picture"),
+                ", ".join(str(cache.folder.parent / name) for name in stored),
+            ),
+        )
+    missing = len(paths)
+    if of_this_tower and missing * space.per_image > space.free:
+        keys = (cache.key_of(path) for path in tqdm(paths, desc="looking for stored images", mininterval=0.5))
+        missing = sum(key is None or not cache.path_of(key).is_file() for key in keys)
+    needed = missing * space.per_image
+    if needed <= space.free:
+        return ""
+    return f"{format_count(missing, 'image')} to be stored will take {in_gb(needed)}, and {in_gb(space.free)} are free"
+
+
+def in_gb(number: int) -> str:
+    """Format bytes in powers of ten, as disks are sold."""
+    return f"{number / 1e9:,.2f} GB" if number >= 1e7 else f"{number:,} bytes"
