@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from dataset import ImageCaptionDataset, VLMCollator
 from dataset.epoch_order import EpochOrder
+from dataset.sample_lengths import estimated_lengths, padding_shares
 from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
 from model.arguments import DataArguments, ModelArguments
 from model.checkpoints.checkpoint import read_checkpoint
@@ -86,9 +87,9 @@ def in_epoch_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -
     seed = args.seed if args.data_seed is None else args.data_seed
     if args.train_sampling_strategy != "group_by_length":
         return EpochOrder(train_set, seed, shuffled=args.train_sampling_strategy == "random")
-    lengths = train_set.estimated_lengths()
+    lengths = estimated_lengths(train_set)
     if args.process_index == 0:  # one process logs it: it takes a second or two
-        shares = [100 * share for share in train_set.padding_shares(lengths, args.train_batch_size, seed)]
+        shares = [100 * share for share in padding_shares(train_set, lengths, args.train_batch_size, seed)]
         logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
     return EpochOrder(train_set, seed, lengths)
 

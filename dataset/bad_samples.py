@@ -1,4 +1,4 @@
-"""Samples that can't be trained on: counted, listed, and too many of them an error."""
+"""Samples that cannot be trained on, and answers that had to be cut: counted over all data workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TooManyBadSamplesError(ValueError):
 
 
 class BadSamples:
-    """Which samples of a data set turned out bad; data workers and the main process share it.
+    """The samples of a data set that turned out bad.
 
     Args:
         num_samples: samples that can be asked for.
@@ -26,13 +26,17 @@ class BadSamples:
 
     def __init__(self, num_samples: int, unreadable: list[str], max_fraction: float) -> None:
         self.flags = torch.zeros(num_samples, dtype=torch.uint8).share_memory_()
-        """(num_samples,) 1 where a sample is bad. In shared memory."""
+        """(samples,) 1 for a bad one. In shared memory, so that data workers and the main process see the same."""
+        self.messages: dict[int, str] = {}
+        """What is wrong with samples, by position, as far as this process knows."""
         self.unreadable = unreadable
         self.max_fraction = max_fraction
 
-    def mark(self, index: int) -> None:
-        """Remember that a sample is bad."""
+    def mark(self, index: int, message: str = "") -> None:
+        """Remember that a sample is bad and, if it is known here, why."""
         self.flags[index] = 1
+        if message:
+            self.messages[index] = message
 
     def __len__(self) -> int:
         return int(self.flags.sum()) + len(self.unreadable)
@@ -43,10 +47,10 @@ class BadSamples:
         return self.flags.nonzero().flatten().tolist()
 
     def check(self, where: str | None) -> None:
-        """Hold the count against what is allowed.
+        """Compare the number of bad samples with what is allowed.
 
         Args:
-            where: the file that lists them; None: there is none, and the first that is unreadable is named.
+            where: the file that lists them; None: there is none, and the first unreadable one is named.
 
         Raises:
             TooManyBadSamplesError: if there are more.
@@ -58,5 +62,40 @@ class BadSamples:
             raise TooManyBadSamplesError(
                 f"{len(self):,} of {format_count(total, 'sample')} {verb} bad, more than --max_bad_fraction "
                 f"{self.max_fraction:g} allows; {which}; "
-                "mend the data (or --max_length, if it is too small), or raise the fraction"
+                "fix the data (or --max_length, if it is too small), or raise the fraction"
             )
+
+
+class CutAnswers:
+    """The answers that had to be cut at `max_length`, over all epochs.
+
+    Args:
+        num_samples: samples of the data set.
+        max_length: the most tokens of a sample.
+        name: of the data set, for the log.
+    """
+
+    def __init__(self, num_samples: int, max_length: int, name: str) -> None:
+        self.max_length = max_length
+        self.name = name
+        # (samples, 2): how often, and tokens lost. In shared memory; no two data workers write to one row at a time.
+        self._counts = torch.zeros(num_samples, 2, dtype=torch.int32).share_memory_()
+        self._logged = 0
+
+    def add(self, index: int, num_tokens: int) -> None:
+        """Count a sample whose answer lost some tokens, or none."""
+        if num_tokens:
+            self._counts[index] += torch.tensor([1, num_tokens])
+
+    def totals(self) -> tuple[int, int]:
+        """Return how many times an answer was cut, and how many tokens, end tokens included, were lost."""
+        times, tokens = self._counts.sum(dim=0).tolist()
+        return times, tokens
+
+    def log(self) -> None:
+        """Log the totals if they have grown since the last call."""
+        times, tokens = self.totals()
+        if times > self._logged:
+            said = "%s: %s, an answer was cut at %d tokens; %s lost so far"
+            logger.warning(said, self.name, format_count(times, "time"), self.max_length, format_count(tokens, "token"))
+            self._logged = times

@@ -1,53 +1,60 @@
-"""The training set: token ids, labels and pixel values of one sample at a time."""
+"""The training set: token ids, labels and images of one sample at a time.
+
+Shape legend: T tokens of the sample, n images of it, H x W pixels of an image, P features per image, D their width.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, get_worker_info
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from dataprocess.messages import format_count
 from qwen import IGNORE_INDEX
+from qwen.chatml import Turn
 from qwen.tokenization_qwen import QWenTokenizer
 
 from .annotations import Annotations, Sample
-from .bad_samples import BadSamples
-from .epoch_order import draw_alternative
-from .prompt import SYSTEM_PROMPT, SampleError, encode_sample
-from .sample_sizes import estimated_lengths, padding_shares
+from .bad_samples import BadSamples, CutAnswers
+from .prompt import SYSTEM_PROMPT, EncodedSample, SampleError, encode_sample
 
 logger = logging.getLogger(__name__)
 
-_NO_KEY = bytes(32)
-# One row of counters per data worker and one for the main process: nobody waits, and no count is lost.
-_MAX_WORKERS = 1024
 
+def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alternatives: int) -> int:
+    """Draw which of a turn's alternative answers is used in an epoch.
 
-class FeatureSource(Protocol):
-    """Where features of images may be stored, as `visual.feature_cache.FeatureCache` does it."""
+    A pure function: it does not depend on the order of samples, on data workers or on any random generator's state.
 
-    def key_of(self, path: Path) -> bytes | None:
-        """Hash of a file's content, 32 bytes; None if it can't be read."""
+    Args:
+        seed: the run's seed.
+        epoch: counted from 0.
+        sample_id: the sample's ID.
+        turn: the turn's number in the conversation, from 0.
+        num_alternatives: the number of alternative answers.
 
-    def read(self, key: bytes) -> torch.Tensor | None:
-        """(P, D): the features of the image with that hash; None if they are not there."""
+    Returns:
+        An index below `num_alternatives`, drawn uniformly.
+    """
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}/{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % num_alternatives
 
 
 class ImageCaptionDataset(Dataset[dict[str, Any]]):
     """Samples of an image map and a captions file.
 
     Both files are read once and checked; images are opened when their sample is asked for. A sample is a dict:
-    `input_ids` and `labels` int64 (T,), `id` int, and, where it has images, `pixel_values` float32 (images, 3, H, W).
-    With a `feature_cache`, `vision_features` (images, P, D) stand in their place if those of all its images are stored,
-    and no image is opened; else `image_keys`, a uint8 array (images, 32), say what to store them under; zeros: not to.
+    `input_ids` and `labels` int64 (T,), `id` int, and, if it has images, `pixel_values` float32 (n, 3, H, W). With a
+    `feature_cache`, `vision_features` (n, P, D) take the place of pixels, and no image is opened.
 
     Args:
         image_map: path of `image_map.json`.
@@ -61,15 +68,15 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         training: draw among alternatives; otherwise the first one is used.
         max_samples: use only the first so many.
         allow_links: follow links that lead out of the image folder.
-        on_bad_sample: "error", or "skip": a bad sample is left out where the two files show it, and where it shows
-            only when it is asked for, it becomes a sample of one token without a label. `bad` counts both.
-        max_bad_fraction: with "skip", the share of the samples that may be bad, 0 to 1.
-        feature_cache: where the tower's features of images may be stored.
+        on_bad_sample: "error", or "skip": a sample that the two files show to be bad is left out; one that turns out
+            bad when it is asked for becomes a sample of one token without a label. `bad` counts both.
+        max_bad_fraction: with "skip", the share of samples that may be bad, 0 to 1; `bad.check` compares with it.
+        feature_cache: has the features of every image: `key_of(path)` hashes a file, `read(key)` gives (P, D) or None.
+        need_folders: refuse image folders that do not exist; a dry run opens no image.
 
     Raises:
         ValueError: a file cannot be read or has not the expected form, or a number is out of range.
         SampleError: samples are contradictory or incomplete.
-        TooManyBadSamplesError: with "skip", if more of them are bad than may be.
     """
 
     def __init__(
@@ -77,7 +84,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         image_map: str | Path,
         captions_file: str | Path,
         tokenizer: QWenTokenizer,
-        image_transform: Callable[[Image.Image], torch.Tensor],
+        image_transform: Callable[[Image.Image], Tensor],
         num_image_tokens: int,
         *,
         max_length: int = 2048,
@@ -88,7 +95,8 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         allow_links: bool = False,
         on_bad_sample: str = "error",
         max_bad_fraction: float = 0.01,
-        feature_cache: FeatureSource | None = None,
+        feature_cache: Any = None,
+        need_folders: bool = True,
     ) -> None:
         if on_bad_sample not in ("error", "skip"):
             raise ValueError(f"on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
@@ -104,96 +112,20 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self.training = training
         self.allow_links = allow_links
         self.feature_cache = feature_cache
-        self.captions_file = str(captions_file)
         self.skips_bad = on_bad_sample == "skip"
-        self._annotations = Annotations(image_map, captions_file, max_samples, skip_bad=self.skips_bad)
-        self.bad = BadSamples(len(self._annotations), self._annotations.errors, max_bad_fraction)
-        # In shared memory, so that workers that outlive an epoch see the new one, and their counts are seen here.
-        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
-        self._cuts = torch.zeros(_MAX_WORKERS, 2, dtype=torch.long).share_memory_()
-        self._logged_cuts = 0
+        self.annotations = Annotations(
+            image_map, captions_file, max_samples, skip_bad=self.skips_bad, need_folders=need_folders
+        )
+        self.bad = BadSamples(len(self), self.annotations.errors, max_bad_fraction)
+        self.cuts = CutAnswers(len(self), max_length, str(captions_file))
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # data workers that outlive an epoch see the new
         logger.info("%s: %s", captions_file, format_count(len(self), "sample"))
 
     def __len__(self) -> int:
-        return len(self._annotations)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the samples; where their images lie does not count."""
-        return self._annotations.fingerprint
-
-    @property
-    def epoch(self) -> int:
-        """The epoch whose alternatives are drawn, counted from 0."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, before iterating over it; logs what was cut until now.
-
-        Args:
-            epoch: counted from 0.
-        """
-        self.log_cuts()
-        self._epoch.fill_(epoch)
-
-    def image_files(self) -> Iterator[Path]:
-        """Yield the file of every image of every sample, those left out whose links lead out of their folder."""
-        for index in range(len(self)):
-            sample = self._annotations[index]
-            for name in sample.image_files:
-                with contextlib.suppress(ImageError):
-                    yield resolve_image_path(sample.image_folder, name, self.allow_links)
-
-    def estimated_lengths(self) -> torch.Tensor:
-        """About how many tokens each sample has, (samples,) int32; nothing is tokenised and no image is opened."""
-        return estimated_lengths(self._annotations, self.tokenizer, self.num_image_tokens, self.max_length, self.system)
-
-    def padding_shares(self, lengths: torch.Tensor, rows: int, seed: int) -> tuple[float, float]:
-        """Shares of padding in batches, 0 to 1: grouped by length, and in random order.
-
-        Args:
-            lengths: (samples,) as `estimated_lengths` gives them.
-            rows: samples of a batch.
-            seed: of the order.
-        """
-        return padding_shares(
-            self._annotations,
-            self.tokenizer,
-            self.num_image_tokens,
-            lengths,
-            max_length=self.max_length,
-            rows=rows,
-            order_seed=seed,
-            seed=self.seed,
-        )
-
-    @property
-    def num_cut(self) -> int:
-        """How many times a sample was given with its answer cut, over all epochs and workers."""
-        return int(self._cuts[:, 0].sum())
-
-    @property
-    def num_cut_tokens(self) -> int:
-        """How many answer tokens, end tokens included, were lost that way."""
-        return int(self._cuts[:, 1].sum())
-
-    def log_cuts(self) -> None:
-        """Log how many samples were cut, if there are new ones since the last call. For the end of a run."""
-        total = self.num_cut
-        if total > self._logged_cuts:
-            logger.warning(
-                "%s: %s, an answer was cut at %d tokens; %s lost so far",
-                *(
-                    self.captions_file,
-                    format_count(total, "time"),
-                    self.max_length,
-                    format_count(self.num_cut_tokens, "token"),
-                ),
-            )
-            self._logged_cuts = total
+        return len(self.annotations)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample at a position; one token without a label in place of a bad one that is skipped.
+        """Return the sample at a position; one token without a label in place of a bad one that is skipped.
 
         Raises:
             IndexError: there is no such position.
@@ -201,86 +133,92 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             ImageError: an image of it cannot be used; the message names its ID and the file.
         """
         try:
-            return self._build(index)
-        except (SampleError, ImageError):
+            item, num_cut = self._build(index)
+        except (SampleError, ImageError) as error:
             if not self.skips_bad:
                 raise
-        self.bad.mark(index)
-        return {
-            "input_ids": torch.tensor([self.tokenizer.eod_id]),
-            "labels": torch.tensor([IGNORE_INDEX]),
-            "id": self._annotations[index].id,
-        }
-
-    def bad_sample_messages(self) -> list[str]:
-        """What is wrong with each of the samples found bad so far; each message names its sample."""
-        messages = list(self.bad.unreadable)
-        for index in self.bad.indices:
-            try:
-                self._build(index)
-            except (SampleError, ImageError) as error:
-                messages.append(str(error))
-            else:  # a file that came back in the meantime
-                messages.append(f"sample {self._annotations[index].id}: could not be read, but can be now")
-        return messages
-
-    def _build(self, index: int) -> dict[str, Any]:
-        sample = self._annotations[index]
-        try:
-            encoded = encode_sample(
-                self.tokenizer, self._choose(sample), self.num_image_tokens, self.system, self.max_length
-            )
-        except SampleError as error:
-            raise SampleError(f"sample {sample.id}: {error}") from None
-        self._count_cut(encoded.num_cut)
-        item: dict[str, Any] = {
-            "input_ids": torch.tensor(encoded.input_ids, dtype=torch.long),
-            "labels": torch.tensor(encoded.labels, dtype=torch.long),
-            "id": sample.id,
-        }
-        if sample.image_files:
-            try:
-                item.update(self._images(sample))
-            except ImageError as error:
-                named = ImageError(f"sample {sample.id}: {error}")
-                named.reason = error.reason
-                raise named from None
+            self.bad.mark(index, str(error))
+            # It has no label, so it adds nothing to the loss, and the batch keeps its number of rows.
+            ids, labels = torch.tensor([self.tokenizer.eod_id]), torch.tensor([IGNORE_INDEX])  # (1,), (1,)
+            return {"input_ids": ids, "labels": labels, "id": self.annotations[index].id}
+        self.cuts.add(index, num_cut)
         return item
 
-    def _choose(self, sample: Sample) -> list[tuple[str, str]]:
-        chosen = []
+    def _build(self, index: int) -> tuple[dict[str, Any], int]:
+        """Return the sample at a position, and how many tokens of its answers were cut."""
+        sample = self.annotations[index]
+        try:
+            encoded = self.encode(sample)
+            item: dict[str, Any] = {
+                "input_ids": torch.tensor(encoded.input_ids),  # (T,)
+                "labels": torch.tensor(encoded.labels),  # (T,)
+                "id": sample.id,
+            }
+            if sample.image_files:
+                paths = [resolve_image_path(sample.image_folder, name, self.allow_links) for name in sample.image_files]
+                if self.feature_cache is None:
+                    pixels = [self.image_transform(load_image(path)) for path in paths]
+                    item["pixel_values"] = torch.stack(pixels)  # (n, 3, H, W)
+                else:
+                    item["vision_features"] = torch.stack([self._features(path) for path in paths])  # (n, P, D)
+        except (SampleError, ImageError) as error:
+            raise type(error)(f"sample {sample.id}: {error}") from None
+        return item, encoded.num_cut
+
+    def choose_answers(self, sample: Sample) -> list[Turn]:
+        """Return a sample's (question, answer) pairs, one answer of each turn as the current epoch draws it."""
+        turns = []
         for turn, (question, answers) in enumerate(sample.turns):
-            index = draw_alternative(self.seed, self.epoch, sample.id, turn, len(answers)) if self.training else 0
-            chosen.append((question, answers[index]))
-        return chosen
+            drawn = draw_alternative(self.seed, self.epoch, sample.id, turn, len(answers)) if self.training else 0
+            turns.append((question, answers[drawn]))
+        return turns
 
-    def _images(self, sample: Sample) -> dict[str, Any]:
-        """Features of a sample's images if all are stored, else their pixels."""
-        paths = [resolve_image_path(sample.image_folder, name, self.allow_links) for name in sample.image_files]
-        cache = self.feature_cache
-        if cache is None:
-            return {"pixel_values": self._pixels(paths)}
-        keys = [cache.key_of(path) for path in paths]
-        features = []
-        for key in keys:
-            stored = None if key is None else cache.read(key)
-            if stored is None:
-                break
-            features.append(stored)
-        else:
-            return {"vision_features": torch.stack(features)}
-        pixels = self._pixels(paths)
-        # Of a file that changed in between, nobody can say which content the pixels are of.
-        still = [cache.key_of(path) for path in paths]
-        sure = [key if key is not None and key == now else _NO_KEY for key, now in zip(keys, still, strict=True)]
-        image_keys = np.frombuffer(b"".join(sure), dtype=np.uint8).reshape(len(sure), -1)
-        return {"pixel_values": pixels, "image_keys": image_keys}
+    def encode(self, sample: Sample) -> EncodedSample:
+        """Turn a sample's text into token ids and labels, with the answers of the current epoch.
 
-    def _pixels(self, paths: list[Path]) -> torch.Tensor:
-        return torch.stack([self.image_transform(load_image(path)) for path in paths])
+        Raises:
+            SampleError: its questions leave no room for an answer.
+        """
+        turns = self.choose_answers(sample)
+        return encode_sample(self.tokenizer, turns, self.num_image_tokens, self.system, self.max_length)
 
-    def _count_cut(self, num_tokens: int) -> None:
-        if num_tokens:
-            worker = get_worker_info()
-            row = 0 if worker is None else 1 + worker.id % (_MAX_WORKERS - 1)
-            self._cuts[row] += torch.tensor([1, num_tokens])
+    def _features(self, path: Path) -> Tensor:
+        """Read the features (P, D) of an image from the cache."""
+        key = self.feature_cache.key_of(path)
+        features = None if key is None else self.feature_cache.read(key)
+        if features is None:
+            load_image(path)  # raises if something is wrong with the picture itself
+            raise ImageError(f"'{path}': the feature cache lacks it; it changed, or could not be stored")
+        return features
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the samples; the folders of their images do not count."""
+        return self.annotations.fingerprint
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose alternatives are drawn, counted from 0."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, counted from 0, before iterating over it; logs what was cut until now."""
+        self.cuts.log()
+        self._epoch.fill_(epoch)
+
+    def image_files(self) -> Iterator[Path]:
+        """Yield the file of every image once, except those that would be refused for leading out of their folder."""
+        for folder, name in self.annotations.images():
+            with contextlib.suppress(ImageError):
+                yield resolve_image_path(folder, name, self.allow_links)
+
+    def bad_sample_messages(self) -> list[str]:
+        """Return what is wrong with each of the samples found bad so far; each message names its sample."""
+        for index in self.bad.indices:
+            if index not in self.bad.messages:  # marked by a data worker, another process, or before resuming
+                try:
+                    self._build(index)
+                    self.bad.mark(index, f"sample {self.annotations[index].id}: could not be read, but can be now")
+                except (SampleError, ImageError) as error:
+                    self.bad.mark(index, str(error))
+        return [*self.bad.unreadable, *(self.bad.messages[index] for index in self.bad.indices)]

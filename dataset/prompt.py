@@ -1,7 +1,13 @@
-"""Questions and answers to token ids: the one place where a placeholder becomes room for an image's features.
+r"""Text to token ids, with room for an image's features: the heart of the project's data.
 
-People write one `<|extra_0|>` per image in a question. It becomes `num_image_tokens` copies of that token, between
-whatever text stands around it. Training and answering go through the same code, so they cannot drift apart.
+People write one `<|extra_0|>` per image in a question. It becomes `num_image_tokens` copies of that token, between the
+text before and after it; the model later puts an image's features in their place. Training and answering share these
+functions, so they cannot drift apart.
+
+    <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n
+    {answer}<|endoftext|>
+
+Only the second line, the answer and its end, is supervised.
 """
 
 from __future__ import annotations
@@ -26,23 +32,23 @@ class EncodedSample:
     """A training sample as token ids."""
 
     input_ids: list[int]
-    """Prompt, answers and end tokens, at most `max_length` of them."""
+    """T ids of prompt, answers and end tokens; T is at most `max_length`."""
     labels: list[int]
-    """The same ids where an answer or its end token stands, `IGNORE_INDEX` elsewhere; not shifted."""
+    """T labels: the id itself for tokens of an answer and its end token, `IGNORE_INDEX` for all others; not shifted."""
     num_cut: int
-    """How many tokens of answers, end tokens included, were lost to `max_length`."""
+    """Tokens of answers, end tokens included, that were lost to `max_length`."""
 
 
 def count_placeholders(text: str) -> int:
-    """The number of image placeholders in a question."""
+    """Count the image placeholders in a question."""
     return text.count(IMAGE_TOKEN)
 
 
 def with_placeholders(prompt: str, num_images: int) -> str:
-    """The prompt, with a placeholder for every image in front if it has none at all.
+    """Put a placeholder for every image before a prompt that has none at all.
 
     Raises:
-        ValueError: if it has some, but not as many as there are images.
+        ValueError: if it has some, but not one for each image.
     """
     found = count_placeholders(prompt)
     if found == 0:
@@ -57,7 +63,7 @@ def with_placeholders(prompt: str, num_images: int) -> str:
 
 
 def encode_question(tokenizer: QWenTokenizer, question: str, num_image_tokens: int) -> list[int]:
-    """Token ids of a question's content.
+    """Turn a question into token ids.
 
     Args:
         tokenizer: QWen's tokenizer.
@@ -65,11 +71,11 @@ def encode_question(tokenizer: QWenTokenizer, question: str, num_image_tokens: i
         num_image_tokens: features per image.
 
     Returns:
-        The ids, with `num_image_tokens` image tokens in every placeholder's place.
+        The ids, with `num_image_tokens` image tokens in place of every placeholder.
     """
     ids: list[int] = []
     for position, part in enumerate(question.split(IMAGE_TOKEN)):
-        if position:
+        if position > 0:  # a placeholder stood before this part
             ids.extend([tokenizer.image_token_id] * num_image_tokens)
         ids.extend(tokenizer.encode_text(part))
     return ids
@@ -83,15 +89,16 @@ def encode_prompt(
     system: str = SYSTEM_PROMPT,
     max_window_size: int = DEFAULT_MAX_WINDOW_SIZE,
 ) -> tuple[list[int], int]:
-    """The prompt whose continuation is the answer to a question.
+    """Build the prompt whose continuation is the answer to a question.
 
     Args:
         tokenizer: QWen's tokenizer.
         query: the question, with a placeholder for every image.
         num_image_tokens: features per image.
-        history: earlier (question, answer) pairs, oldest first; placeholders in the questions count, in answers not.
-        system: the system prompt, in which a placeholder is text.
-        max_window_size: in tokens, image tokens included. Oldest turns are dropped beyond it.
+        history: earlier (question, answer) pairs, oldest first. A placeholder in a question is an image, in an answer
+            it is text.
+        system: the system prompt, in which a placeholder is text too.
+        max_window_size: the most tokens of the prompt, image tokens included; the oldest turns are dropped beyond it.
 
     Returns:
         Token ids, and how many of the oldest turns were dropped: their images must be dropped too.
@@ -117,11 +124,11 @@ def encode_sample(
     system: str = SYSTEM_PROMPT,
     max_length: int = 2048,
 ) -> EncodedSample:
-    """A conversation as input ids and labels.
+    """Turn a conversation into input ids and labels.
 
-    Every answer is supervised; all but the last end in `<|im_end|>`, the last in `<|endoftext|>`. What is longer than
-    `max_length` loses tokens from the end: of answers, each with its end token, and questions that no token of an
-    answer follows any more. Nothing of a question that is kept is lost, and no image token.
+    Every answer is supervised. The last one ends in `<|endoftext|>`, earlier ones in `<|im_end|>`. A sample longer than
+    `max_length` loses tokens from its end: those of answers, and questions that are left without any token of their
+    answer. A question is kept whole or lost whole, and no image token is ever lost.
 
     Args:
         tokenizer: QWen's tokenizer.
@@ -131,7 +138,7 @@ def encode_sample(
         max_length: the most tokens that a sample may have, image tokens included.
 
     Returns:
-        Ids, labels and the number of tokens cut.
+        Ids, labels and the number of answer tokens cut.
 
     Raises:
         SampleError: there is no turn, an answer is empty, the first question leaves no room for a token of its answer,
@@ -139,19 +146,19 @@ def encode_sample(
     """
     if not turns:
         raise SampleError("has no question and answer")
-    ids = system_ids(tokenizer, system)
+    ids = system_ids(tokenizer, system)  # grows to T, as labels do
     labels = [IGNORE_INDEX] * len(ids)
     for number, (question, answer) in enumerate(turns, start=1):
         if not answer.strip():
             raise SampleError(f"answer {number} of {len(turns)} is empty")
         prompt = question_ids(tokenizer, encode_question(tokenizer, question, num_image_tokens))
-        is_last = number == len(turns)
-        response = [*tokenizer.encode_text(answer), tokenizer.eod_id if is_last else tokenizer.im_end_id]
+        end = tokenizer.eod_id if number == len(turns) else tokenizer.im_end_id
+        response = [*tokenizer.encode_text(answer), end]
         ids += prompt + response
         labels += [IGNORE_INDEX] * len(prompt) + response
-    kept = max_length
-    while kept < len(ids) and kept and labels[kept - 1] == IGNORE_INDEX:
-        kept -= 1  # a question without an answer behind it
+    kept = min(max_length, len(ids))
+    while kept and labels[kept - 1] == IGNORE_INDEX:
+        kept -= 1  # a question without an answer teaches nothing
     if kept == 0:
         first = next(position for position, label in enumerate(labels) if label != IGNORE_INDEX)
         raise SampleError(

@@ -24,8 +24,6 @@ from transformers import CLIPImageProcessorPil
 
 import train  # noqa: F401, what a training process has imported counts for none of the figures
 from dataset import ImageCaptionDataset, VLMCollator
-from dataset.annotations import Annotations
-from dataset.prompt import encode_sample
 from model.runs.data_workers import with_calm_workers
 from qwen import QWenTokenizer
 from visual.base import ImageTransform
@@ -40,15 +38,14 @@ IMAGE_TOKENS, WORKERS, READS = 256, 2, 4000
 class TextsOnly(Dataset[dict[str, Any]]):
     """Samples without their pictures, of which the benchmark has few."""
 
-    def __init__(self, annotations: Annotations, tokenizer: QWenTokenizer) -> None:
-        self.annotations = annotations
-        self.tokenizer = tokenizer
+    def __init__(self, dataset: ImageCaptionDataset) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.annotations)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        encoded = encode_sample(self.tokenizer, first_answers(self.annotations[index]), IMAGE_TOKENS)
+        encoded = self.dataset.encode(self.dataset.annotations[index])
         ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)  # (T,) each
         return {"input_ids": ids, "labels": labels, "id": index}
 
@@ -56,21 +53,6 @@ class TextsOnly(Dataset[dict[str, Any]]):
 def new_tokenizer() -> QWenTokenizer:
     """Return Qwen's tokenizer."""
     return QWenTokenizer(str(vocabulary_file()))
-
-
-def open_annotations(folder: Path) -> Annotations:
-    """Open both files that process_image.py wrote."""
-    return Annotations(folder / "image_map.json", folder / "captions.json")
-
-
-def first_answers(sample: Any) -> list[tuple[str, str]]:
-    """Return question and first alternative answer of each turn."""
-    return [(question, answers[0]) for question, answers in sample.turns]
-
-
-def first_turns(folder: Path) -> list[list[tuple[str, str]]]:
-    """Return `first_answers` of every sample."""
-    return [first_answers(sample) for sample in open_annotations(folder)]
 
 
 def open_dataset(folder: Path, tokenizer: QWenTokenizer, image_size: int = 224) -> ImageCaptionDataset:
@@ -99,10 +81,9 @@ def ready(folder: Path, tokenizer: QWenTokenizer) -> dict[str, float]:
         "samples": len(dataset),
     }
     places = random.Random(SEED).choices(range(len(dataset)), k=READS)
-    annotations = open_annotations(folder)
     processor = time.process_time()
     for place in places:
-        _ = annotations[place]
+        _ = dataset.annotations[place]
     return {**figures, "sample_seconds": (time.process_time() - processor) / READS}
 
 
@@ -114,7 +95,7 @@ def unique_bytes(pid: int) -> int:
 
 def workers(folder: Path, tokenizer: QWenTokenizer) -> dict[str, float]:
     """Return what each data worker has for itself, right after its start and after it has read its samples."""
-    texts = TextsOnly(open_annotations(folder), tokenizer)
+    texts = TextsOnly(open_dataset(folder, tokenizer))
     places = random.Random(SEED).choices(range(len(texts)), k=WORKERS * READS)
     loader = with_calm_workers(
         DataLoader(

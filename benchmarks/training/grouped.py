@@ -54,19 +54,19 @@ def count(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from dataset.epoch_order import epoch_permutation, grouped_permutation
-    from dataset.prompt import encode_sample
+    from dataset.sample_lengths import estimated_lengths
 
     from ..data.prepare import write_annotations
-    from ..data.prepare_run import first_turns, new_tokenizer, open_dataset
+    from ..data.prepare_run import new_tokenizer, open_dataset
     from ..inputs import SEED
 
     write_annotations(folder, given.scale, pictures=1)
     run_once([sys.executable, str(ROOT / "dataprocess/process_image.py"), "--config", str(folder / "config.yaml")])
-    tokenizer, turns = new_tokenizer(), first_turns(folder)
-    true = torch.tensor([len(encode_sample(tokenizer, one, IMAGE_TOKENS).input_ids) for one in turns])  # (samples,)
+    dataset = open_dataset(folder, new_tokenizer())
+    true = torch.tensor([len(dataset.encode(sample).input_ids) for sample in dataset.annotations])  # (samples,)
     orders = {
         "random": epoch_permutation(len(true), SEED, 0),
-        "grouped": grouped_permutation(open_dataset(folder, tokenizer).estimated_lengths(), SEED, 0),
+        "grouped": grouped_permutation(estimated_lengths(dataset), SEED, 0),
         "grouped, exact lengths": grouped_permutation(true, SEED, 0),
     }
     shares = {
@@ -82,7 +82,7 @@ def count(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     whole = whole[true[whole].sum(dim=1).argsort()]
     number = given.samples // most
     drawn = whole[[int((place + 0.5) * len(whole) / number) for place in range(number)]]
-    write_inputs(folder / "inputs", [turns[index] for index in drawn.flatten().tolist()], tiny=given.tiny)
+    write_inputs(folder / "inputs", [dataset.annotations[index] for index in drawn.flatten().tolist()], tiny=given.tiny)
     tokens = true - IMAGE_TOKENS
     return {
         "samples": len(true),
@@ -91,13 +91,13 @@ def count(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write_inputs(folder: Path, chosen: list[list[tuple[str, str]]], *, tiny: bool) -> None:
-    """Write samples of these turns, in this order, and the model that trains on them."""
+def write_inputs(folder: Path, chosen: list[Any], *, tiny: bool) -> None:
+    """Write samples with the texts of those chosen, in this order, and the model that trains on them."""
     from ..inputs import write_samples
     from ..peers import SIZES, TINY, write_ours
 
     write_samples(folder, len(chosen))
-    captions = {str(number): {"q": q, "a": a} for number, ((q, a),) in enumerate(chosen)}
+    captions = {str(number): {"q": q, "a": a} for number, ((q, a),) in enumerate(sample.turns for sample in chosen)}
     (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
     write_ours(folder, TINY if tiny else SIZES["proportional"])
 

@@ -1,29 +1,29 @@
-"""How many tokens the samples and the batches of a data set have; no image is opened."""
+"""Tokens and images of a data set's samples and batches, counted without opening an image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from dataset.annotations import Annotations
-from dataset.epoch_order import order_of
-from dataset.prompt import SYSTEM_PROMPT, SampleError, encode_sample
-from dataset.sample_sizes import MOST_COUNTED, drawn, estimated_lengths, padding_shares
-from qwen import IGNORE_INDEX, QWenTokenizer
+from dataset import ImageCaptionDataset
+from dataset.annotations import Sample
+from dataset.epoch_order import EpochOrder
+from dataset.prompt import SampleError, encode_sample
+from dataset.sample_lengths import MOST_COUNTED, draw_some, estimated_lengths, padding_shares
+from qwen import IGNORE_INDEX
 
 _LONGEST_BATCHES = 64
-"""Batches that are counted exactly, of those that are longest by estimate: which one is longest, no estimate tells."""
+"""Batches that are counted exactly, the longest by estimate; an estimate cannot tell which of them is longest."""
 
 
 @dataclass(frozen=True)
 class SampleSize:
-    """A sample as training sees it; or a batch: the tokens of its longest sample, and sums of the rest."""
+    """A sample as training sees it; or a batch: the tokens of its longest sample, and the sums of the others."""
 
     tokens: int
-    """All of them: prompt, image tokens and answers, after cutting."""
+    """All tokens: prompt, image tokens and answers, after cutting."""
     supervised: int
     """Tokens of answers and their end tokens."""
     images: int
@@ -32,87 +32,76 @@ class SampleSize:
 
 @dataclass(frozen=True)
 class DataSizes:
-    """What matters of a data set for the length and the memory of a run."""
+    """The sizes of a data set that matter to a run."""
 
+    num_samples: int
+    """Samples, without those that the two files show to be bad."""
+    num_bad: int
+    """Samples that the two files show to be bad."""
     samples: list[list[SampleSize]]
-    """Samples drawn from all of them, counted exactly: each with every alternative answer."""
+    """Samples drawn from all of them, counted exactly, each with every alternative answer."""
     batches: list[SampleSize]
     """The longest batches of the first epoch, counted exactly: each sample with its longest answers."""
     rows: int
-    """Samples of a batch, as far as there are so many."""
-    lengths: Tensor
-    """(samples,) tokens of every sample, estimated."""
+    """Samples of a batch, if there are so many."""
     padding: tuple[float, float]
     """Shares of padding in batches, 0 to 1: grouped by length, and in random order."""
     images: frozenset[tuple[str, str]]
-    """Folder and name of every image, once."""
-    num_bad: int
-    """Samples that the two files show to be bad; they are left out of all of this."""
+    """Folder and name of each image, once."""
 
 
 def data_sizes(
-    annotations: Annotations,
-    tokenizer: QWenTokenizer,
-    num_image_tokens: int,
-    *,
-    max_length: int,
-    rows: int,
-    strategy: str,
-    order_seed: int,
-    seed: int,
-    most: int = MOST_COUNTED,
+    dataset: ImageCaptionDataset, *, rows: int, strategy: str, order_seed: int, most: int = MOST_COUNTED
 ) -> DataSizes:
-    """Measure a data set: estimate all of it, and count exactly what is drawn and what is longest.
+    """Measure a data set: all of it by estimate, some samples and the longest batches exactly.
 
     Args:
-        annotations: the samples.
-        tokenizer: QWen's tokenizer.
-        num_image_tokens: the tower's features per image.
-        max_length: the most tokens of a sample.
+        dataset: the samples.
         rows: samples of a batch.
-        strategy: the order of an epoch, as `order_of` takes it.
-        order_seed: of that order.
-        seed: decides which samples are counted, and which alternatives the first epoch draws.
-        most: how many samples are counted.
+        strategy: the order of an epoch, as `--train_sampling_strategy` names it.
+        order_seed: the seed of that order.
+        most: how many samples are counted exactly; the data set's seed decides which.
 
     Raises:
-        SampleError: if none of the counted samples fits.
+        SampleError: if none of the samples that were counted fits.
     """
-    lengths = estimated_lengths(annotations, tokenizer, num_image_tokens, max_length)
-    batches = order_of(strategy, lengths, order_seed, 0).split(rows)
+    lengths = estimated_lengths(dataset)
+    grouped_by = lengths if strategy == "group_by_length" else None
+    order = EpochOrder(dataset, order_seed, grouped_by, shuffled=strategy != "sequential")
+    batches = order.permutation(0).split(rows)
     longest = torch.stack([lengths[batch].max() for batch in batches]).argsort(descending=True, stable=True)
-
-    def sizes_of(indices: Sequence[int]) -> list[list[SampleSize]]:
-        found = (_sizes(annotations, index, tokenizer, num_image_tokens, max_length) for index in indices)
-        return list(filter(None, found))
-
-    samples = sizes_of(drawn(len(annotations), most, seed))
-    of_batches = [sizes_of(batches[number].tolist()) for number in longest[:_LONGEST_BATCHES].tolist()]
-    if not samples or not any(of_batches):
-        raise SampleError(f"none of {len(annotations)} samples fits into --max_length {max_length}; raise it")
-    counting = {"max_length": max_length, "rows": rows, "order_seed": order_seed, "seed": seed, "most": most}
+    samples = _sizes_of(dataset, draw_some(len(dataset), most, dataset.seed))
+    counted = [_sizes_of(dataset, batches[number].tolist()) for number in longest[:_LONGEST_BATCHES].tolist()]
+    if not samples or not any(counted):
+        raise SampleError(f"none of {len(dataset)} samples fits into --max_length {dataset.max_length}; raise it")
     return DataSizes(
+        num_samples=len(dataset),
+        num_bad=len(dataset.bad),
         samples=samples,
-        batches=[_batch_size(batch) for batch in of_batches if batch],
-        rows=min(rows, len(annotations)),
-        lengths=lengths,
-        padding=padding_shares(annotations, tokenizer, num_image_tokens, lengths, **counting),
-        images=_images_of(annotations),
-        num_bad=len(annotations.errors),
+        batches=[_batch_size(batch) for batch in counted if batch],
+        rows=min(rows, len(dataset)),
+        padding=padding_shares(dataset, lengths, rows, order_seed),
+        images=frozenset(dataset.annotations.images()),
     )
 
 
-def _sizes(
-    annotations: Annotations, index: int, tokenizer: QWenTokenizer, num_image_tokens: int, max_length: int
-) -> list[SampleSize]:
-    """Count a sample with each alternative answer, the longest first; nothing if it does not fit."""
-    sample = annotations[index]
+def _sizes_of(dataset: ImageCaptionDataset, indices: Iterable[int]) -> list[list[SampleSize]]:
+    """Count some samples, leaving out those that do not fit."""
+    return list(filter(None, (_sizes(dataset, dataset.annotations[index]) for index in indices)))
+
+
+def _sizes(dataset: ImageCaptionDataset, sample: Sample) -> list[SampleSize]:
+    """Count a sample with each answer that training may draw, the longest of all turns first."""
     turns = [(question, sorted(answers, key=len, reverse=True)) for question, answers in sample.turns]
+    if not dataset.training:  # an evaluation takes the first
+        turns = [(question, answers[:1]) for question, answers in sample.turns]
     sizes = []
     for number in range(max(len(answers) for _, answers in turns)):
         chosen = [(question, answers[number % len(answers)]) for question, answers in turns]
         try:
-            encoded = encode_sample(tokenizer, chosen, num_image_tokens, SYSTEM_PROMPT, max_length)
+            encoded = encode_sample(
+                dataset.tokenizer, chosen, dataset.num_image_tokens, dataset.system, dataset.max_length
+            )
         except SampleError:
             continue
         supervised = sum(label != IGNORE_INDEX for label in encoded.labels)
@@ -128,8 +117,3 @@ def _batch_size(samples: Sequence[Sequence[SampleSize]]) -> SampleSize:
         supervised=sum(size.supervised for size in longest),
         images=sum(size.images for size in longest),
     )
-
-
-def _images_of(annotations: Annotations) -> frozenset[tuple[str, str]]:
-    samples = (annotations[index] for index in range(len(annotations)))
-    return frozenset((sample.image_folder, name) for sample in samples for name in sample.image_files)

@@ -7,9 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
+from torch import Tensor
+
 from dataprocess.messages import format_count
-from dataset.annotations import Annotations
-from dataset.bad_samples import BadSamples
+from dataset import ImageCaptionDataset
 from visual.feature_cache import DTYPES, FeatureCache
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
@@ -46,31 +48,41 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrain
     shape, lora = planned_model(model_args)
     tokenizer = load_tokenizer(model_args.base_language_model)
 
-    def measure(files: tuple[str, str], max_samples: int | None, rows: int, strategy: str) -> DataSizes:
-        samples = Annotations(*files, max_samples, skip_bad=data_args.on_bad_sample == "skip", need_folders=False)
-        BadSamples(len(samples), samples.errors, data_args.max_bad_fraction).check(None)
-        return data_sizes(
-            samples,
+    def measure(
+        files: tuple[str, str], rows: int, strategy: str, *, training: bool, max_samples: int | None = None
+    ) -> DataSizes:
+        dataset = ImageCaptionDataset(
+            *files,
             tokenizer,
+            _open_no_image,
             shape.image_tokens,
             max_length=data_args.max_length,
-            rows=rows,
-            strategy=strategy,
-            order_seed=args.seed if args.data_seed is None else args.data_seed,
             seed=args.seed,
+            training=training,
+            max_samples=max_samples,
+            on_bad_sample=data_args.on_bad_sample,
+            max_bad_fraction=data_args.max_bad_fraction,
+            need_folders=False,
         )
+        dataset.bad.check(None)
+        order_seed = args.seed if args.data_seed is None else args.data_seed
+        return data_sizes(dataset, rows=rows, strategy=strategy, order_seed=order_seed)
 
     files = data_args.image_map, data_args.captions_file
     rows, strategy = args.per_device_train_batch_size, str(args.train_sampling_strategy)
-    data = measure(files, data_args.max_train_samples, rows, strategy)
+    data = measure(files, rows, strategy, training=True, max_samples=data_args.max_train_samples)
     evaluation = None
     if data_args.eval_image_map is not None and data_args.eval_captions_file is not None:
         eval_files = data_args.eval_image_map, data_args.eval_captions_file
-        evaluation = measure(eval_files, None, args.per_device_eval_batch_size, "sequential")
+        evaluation = measure(eval_files, args.per_device_eval_batch_size, "sequential", training=False)
     if args.process_index == 0:
         settings = settings_to_show(lora, args, args.frozen_dtype)
         sys.stdout.write(report((model_args, data_args, args), shape, settings, data, evaluation))
     return 0
+
+
+def _open_no_image(image: Image.Image) -> Tensor:
+    raise AssertionError("a dry run opens no image")
 
 
 def report(
@@ -90,7 +102,7 @@ def report(
         evaluation: the evaluation set, or None.
     """
     model_args, data_args, args = asked
-    length = run_length(args, len(data.lengths), 0 if evaluation is None else len(evaluation.lengths))
+    length = run_length(args, data.num_samples, 0 if evaluation is None else evaluation.num_samples)
     grouped, ungrouped = data.padding
     parts = [
         parameter_table(shape),
@@ -142,7 +154,7 @@ def length_table(data: DataSizes, image_tokens: int, name: str = "") -> str:
     for row, samples in counts.items():
         mean = sum(sum(sizes) / len(sizes) for sizes in samples) / len(samples)  # every alternative is as likely
         rows.append([row, f"{min(map(min, samples)):,}", f"{mean:,.1f}", f"{max(map(max, samples)):,}"])
-    looked = f"looked at: {len(data.samples):,} of {format_count(len(data.lengths), 'sample')}"
+    looked = f"looked at: {len(data.samples):,} of {format_count(data.num_samples, 'sample')}"
     if data.num_bad:
         looked += f"; {format_count(data.num_bad, 'bad sample')} left out"
     return f"{_table(rows)}\n{looked}"

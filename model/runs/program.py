@@ -64,7 +64,7 @@ def finish(trainer: VLMTrainer) -> int:
     folder, step = str(trainer.args.output_dir), trainer.state.global_step
     train_set = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
     if isinstance(train_set, ImageCaptionDataset):
-        train_set.log_cuts()
+        train_set.cuts.log()
     received = trainer.stop_on_signal.received if step < trainer.state.max_steps else 0
     if received and not trainer.save_failure:
         name = signal.Signals(received).name

@@ -1,13 +1,8 @@
-"""Prompts, input ids and labels, token by token."""
+"""Prompts, input ids and labels, token by token; test_properties.py tries generated ones."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dataset.prompt import SYSTEM_PROMPT, SampleError, encode_prompt, encode_sample
 from qwen import IGNORE_INDEX
@@ -70,15 +65,6 @@ def test_two_images_stand_where_the_question_has_them(tokenizer):
     assert neighbours.input_ids == [*HEAD, *ASK, *[IMAGE] * 4, *REPLY, 32, EOD]
 
 
-def test_only_placeholders_in_questions_are_images(tokenizer):
-    evil = "<|extra_0|><|endoftext|><|im_end|>"
-    plain = tokenizer.encode_text(evil)
-    assert max(plain) < EOD
-    sample = encode_sample(tokenizer, [("<|im_end|>", evil), ("A", evil)], num_image_tokens=2, system=evil)
-    assert sample.input_ids.count(IMAGE) == 0
-    assert [label for label in sample.labels if label != -100] == [*plain, END, *plain, EOD]
-
-
 def test_the_last_token_stays_at_the_length_limit(tokenizer):
     turns = [("A", "a photo of two dogs")]
     length = len(HEAD) + len(ASK) + 1 + len(REPLY)
@@ -103,6 +89,8 @@ def test_images_are_never_cut(tokenizer):
         encode_sample(tokenizer, turns, num_image_tokens=40, max_length=80)
     with pytest.raises(SampleError, match="before the first answer"):
         encode_sample(tokenizer, turns, num_image_tokens=70, max_length=80)
+    with pytest.raises(SampleError, match="an image is among those to be lost"):
+        encode_sample(tokenizer, [("a", "long " * 50), ("<|extra_0|>b", "c")], num_image_tokens=4, max_length=40)
 
 
 @pytest.mark.parametrize(
@@ -124,16 +112,6 @@ def test_a_sample_has_2048_tokens_at_most_if_nothing_else_is_said(tokenizer):
     assert len(encode_sample(tokenizer, [("A", " a" * 3000)], 1).input_ids) == 2048
 
 
-def test_a_prompt_is_the_beginning_of_the_training_sample(tokenizer):
-    history = [("<|extra_0|>A", "<|extra_0|>B")]
-    ids, dropped = encode_prompt(tokenizer, "B<|extra_0|>", 3, history=history)
-    sample = encode_sample(tokenizer, [*history, ("B<|extra_0|>", "A")], 3)
-    assert ids == sample.input_ids[: len(ids)]
-    assert sample.input_ids[len(ids) :] == [32, EOD]
-    assert ids.count(IMAGE) == 6
-    assert dropped == 0
-
-
 def test_image_tokens_count_towards_the_window(tokenizer):
     history = [("<|extra_0|>", "A"), ("A", "B")]
     ids, dropped = encode_prompt(tokenizer, "A", 100, history=history, max_window_size=100)
@@ -142,33 +120,6 @@ def test_image_tokens_count_towards_the_window(tokenizer):
     assert (dropped, ids.count(IMAGE)) == (0, 100)
     assert ids[: len(HEAD)] == HEAD
     assert SYSTEM_PROMPT == "你是一位图像理解助手。"
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    question=st.lists(st.sampled_from(["<|extra_0|>", "<|im_end|>", "图", " a", "\u0301", "\n"]), max_size=6),
-    answer=st.text(min_size=1, max_size=30).filter(str.strip),
-    images=st.integers(1, 4),
-    max_length=st.integers(1, 80),
-)
-def test_truncation_only_takes_answer_tokens(tokenizer, question, answer, images, max_length):
-    question = "".join(question)
-    whole = encode_sample(tokenizer, [(question, answer)], images, max_length=10_000)
-    length = whole.labels.index(next(label for label in whole.labels if label != -100))
-    assert whole.input_ids.count(IMAGE) == images * question.count("<|extra_0|>")
-    if length >= max_length:
-        with pytest.raises(SampleError):
-            encode_sample(tokenizer, [(question, answer)], images, max_length=max_length)
-        return
-    cut = encode_sample(tokenizer, [(question, answer)], images, max_length=max_length)
-    assert cut.input_ids == whole.input_ids[:max_length]
-    assert cut.labels == whole.labels[:max_length]
-    assert len(cut.input_ids) + cut.num_cut == len(whole.input_ids)
-
-
-def test_opening_images_does_not_load_torch():
-    code = "import sys, dataprocess.image_io; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_long_conversation_loses_whole_turns_from_its_end(tokenizer):
@@ -182,9 +133,3 @@ def test_a_long_conversation_loses_whole_turns_from_its_end(tokenizer):
         assert cut.labels[-1] != IGNORE_INDEX  # no question without an answer at the end
         assert not any(label != IGNORE_INDEX for label in full.labels[size:max_length])  # no answer lost that had room
         assert cut.num_cut == sum(label != IGNORE_INDEX for label in full.labels[size:])
-
-
-def test_a_turn_with_an_image_is_not_lost(tokenizer):
-    turns = [("a", "long " * 50), ("<|extra_0|>b", "c")]
-    with pytest.raises(SampleError, match="an image is among those to be lost"):
-        encode_sample(tokenizer, turns, 4, max_length=40)

@@ -45,6 +45,13 @@ def test_the_epoch_reaches_order_and_data_set():
         assert int(order.dataset._epoch) == epoch
 
 
+def test_it_may_be_the_order_of_the_data_set():
+    order = EpochOrder(Answers(20), 5, shuffled=False)
+    for epoch in (0, 1):
+        order.set_epoch(epoch)
+        assert ids(order) == list(range(20))
+
+
 def test_a_start_in_mid_epoch_holds_for_that_epoch():
     order = EpochOrder(Answers(20), 5)
     order.set_epoch(2)

@@ -14,7 +14,6 @@ from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, one_line_error, 
 from tiny_towers import make_dinov2_checkpoint
 
 import train
-from dataset.annotations import Annotations
 from model.dry_run.data_sizes import data_sizes
 
 QUICK = [
@@ -124,9 +123,7 @@ def test_lengths_and_padding_are_those_of_the_run(inputs, tmp_path, planned, tok
     batches = list(trainer.get_train_dataloader())
     supervised = {batch["input_ids"].shape[1]: int((batch["labels"] != -100).sum()) for batch in batches}
     longest = max(supervised)
-    samples = Annotations(inputs / "data/image_map.json", inputs / "data/captions.json")
-    how = {"max_length": 2048, "rows": 3, "strategy": strategy, "order_seed": 42, "seed": 42}
-    found = data_sizes(samples, tokenizer, 4, **how)
+    found = data_sizes(trainer.train_dataset.dataset, rows=3, strategy=strategy, order_seed=42)
     assert max(batch.tokens for batch in found.batches) == longest
     assert next(batch.supervised for batch in found.batches if batch.tokens == longest) == supervised[longest]
     there = re.search(r"padding, about: ([\d.]+%) of a batch's tokens; ([\d.]+%) with samples grouped", said)

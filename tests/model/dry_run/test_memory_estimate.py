@@ -14,7 +14,7 @@ from tiny_towers import make_clip_checkpoint
 from tiny_vlm import NUM_IMAGE_TOKENS
 
 from benchmarks.training import memory_table
-from dataset.annotations import Annotations
+from dataset import ImageCaptionDataset
 from model import LoraSettings, VisionLanguageModel
 from model.dry_run.data_sizes import data_sizes
 from model.dry_run.memory_estimate import BatchShape, Setting, activations_of, estimate_memory
@@ -131,33 +131,24 @@ def test_what_changes_the_estimate(tmp_path, changes, larger):
 
 
 @pytest.fixture
-def samples(tmp_path) -> Annotations:
-    """200 samples of one more word each."""
+def samples(tmp_path, tokenizer):
+    """Open 200 samples of one more word each, with a seed."""
     data = write_data(tmp_path, [(None, ("Say.", "word " * number)) for number in range(1, 201)], tmp_path)
-    return Annotations(data[1], data[3])
+    return lambda seed=42: ImageCaptionDataset(data[1], data[3], tokenizer, torch.zeros, NUM_IMAGE_TOKENS, seed=seed)
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length", "sequential"])
-def test_the_longest_batch_is_found_among_many(samples, tokenizer, strategy):
-    found = data_sizes(
-        samples, tokenizer, 4, max_length=2048, rows=2, strategy=strategy, order_seed=42, seed=42, most=5
-    )
+def test_the_longest_batch_is_found_among_many(samples, strategy):
+    found = data_sizes(samples(), rows=2, strategy=strategy, order_seed=42, most=5)
     assert len(found.batches) < 100
-    most = max(batch.tokens for batch in found.batches)
-    assert most == max(size.tokens for sizes in data_sizes_of_all(samples, tokenizer).samples for size in sizes)
+    assert max(batch.tokens for batch in found.batches) == max(len(sample["input_ids"]) for sample in samples())
 
 
-def data_sizes_of_all(samples: Annotations, tokenizer):
-    return data_sizes(samples, tokenizer, 4, max_length=2048, rows=2, strategy="random", order_seed=42, seed=42)
-
-
-def test_what_is_counted_is_drawn_from_all_samples(samples, tokenizer):
-    how = {"max_length": 2048, "rows": 2, "strategy": "sequential", "order_seed": 42, "most": 5}
-    counted = [
-        [sizes[0].tokens for sizes in data_sizes(samples, tokenizer, 4, seed=seed, **how).samples] for seed in (1, 2)
-    ]
-    every = [sizes[0].tokens for sizes in data_sizes_of_all(samples, tokenizer).samples]
+def test_what_is_counted_is_drawn_from_all_samples(samples):
+    every = [len(sample["input_ids"]) for sample in samples()]
     assert len(every) == 200
+    how = {"rows": 2, "strategy": "sequential", "order_seed": 42, "most": 5}
+    counted = [[sizes[0].tokens for sizes in data_sizes(samples(seed), **how).samples] for seed in (1, 2)]
     for tokens in counted:
         assert len(tokens) == 5
         assert set(tokens) <= set(every)
