@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from dataprocess.config import Config, Source, load_config
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from dataprocess.messages import shorten
 from dataprocess.records import DataError, Record, RecordError, Sample, read_records
-from dataprocess.writing import Counts, Outputs, open_outputs, table
+from dataprocess.writing import Counts, open_outputs, table
 
 log = logging.getLogger("process_image")
 _BATCH = 256  # records whose images are opened together, and between two steps of the progress bar
@@ -66,7 +65,7 @@ def process(config: Config, check_images: bool = False, allow_links: bool = Fals
                     if check_images:
                         outcomes = checker.check(source.image_path, outcomes)
                     for record, outcome in zip(batch, outcomes, strict=True):
-                        _write(record, outcome, next_id, outputs, counts)
+                        outputs.write(record, next_id, outcome, counts)
                         next_id += 1
                     progress.set_postfix_str(f"{counts.records:,} records", refresh=False)
                     progress.update(batch[-1].fraction_read - progress.n)
@@ -122,27 +121,6 @@ class ImageChecker:
         except ImageError as error:
             return RecordError(error.reason, str(error))
         return None
-
-
-def _write(record: Record, outcome: Sample | RecordError, sample_id: int, outputs: Outputs, counts: Counts) -> None:
-    source, image = counts.source, _image_of(record.value)
-    counts.records += 1
-    if isinstance(outcome, RecordError):
-        counts.rejects[outcome.reason] += 1
-        outputs.reject(source, record.index, image, outcome)
-        return
-    counts.samples += 1
-    counts.images.update(outcome.images)
-    outputs.add(source, record.index, sample_id, outcome)
-    for position, error in outcome.left_out:
-        counts.left_out[error.reason] += 1
-        outputs.reject(source, record.index, image, error, position)
-
-
-def _image_of(value: Any) -> Any:
-    """Return a record's image name unchanged, for the list of rejects, or a short form of anything else."""
-    image = value.get("image_id", value.get("image")) if isinstance(value, dict) else None
-    return image if image is None or (isinstance(image, str) and len(image) < 200) else shorten(image, 200)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

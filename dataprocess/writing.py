@@ -14,8 +14,26 @@ from typing import Any, BinaryIO
 
 from .config import Config, Source
 from .file_lock import FileLockError, hold
-from .messages import format_count
-from .records import DataError, RecordError, Sample
+from .messages import format_count, shorten
+from .records import DataError, Record, RecordError, Sample
+
+
+@dataclass
+class Counts:
+    """Numbers of one source's records, and of the samples made of them."""
+
+    source: Source
+    """The source."""
+    records: int = 0
+    """Elements in its file."""
+    samples: int = 0
+    """Records that were written."""
+    images: set[str] = field(default_factory=set)
+    """Distinct names of images in those samples."""
+    rejects: Counter[str] = field(default_factory=Counter)
+    """Records left out, by reason."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Captions left out of records that were kept, by reason."""
 
 
 @contextlib.contextmanager
@@ -53,19 +71,33 @@ class Outputs:
     rejects: _NewFile
     num_samples: int = 0
 
-    def add(self, source: Source, index: int, sample_id: int, sample: Sample) -> None:
-        """Write one sample.
+    def write(self, record: Record, sample_id: int, outcome: Sample | RecordError, counts: Counts) -> None:
+        """Write the sample made of a record, or the reason why there is none, and count it.
 
         Args:
-            source: the source of its record.
-            index: its record's position in the source's file, from 0.
-            sample_id: its ID, unique over all sources.
-            sample: the sample.
+            record: the record.
+            sample_id: an ID for the sample, unique over all sources.
+            outcome: the sample or the reason; alternatives that the sample leaves out are listed too.
+            counts: the counts of the record's source.
         """
+        source = counts.source
+        counts.records += 1
+        if isinstance(outcome, RecordError):
+            counts.rejects[outcome.reason] += 1
+            self._reject(source, record, outcome)
+            return
+        counts.samples += 1
+        counts.images.update(outcome.images)
+        self._add(source, record, sample_id, outcome)
+        for position, error in outcome.left_out:
+            counts.left_out[error.reason] += 1
+            self._reject(source, record, error, position)
+
+    def _add(self, source: Source, record: Record, sample_id: int, sample: Sample) -> None:
         images = sample.images
         image_file: Any = None if not images else images[0] if len(images) == 1 else images
         # Source and record make the key unique; the file's name is there for people who search.
-        key = f"{source.name}/{index:06d}" + (f"/{images[0][-100:]}" if images else "")
+        key = f"{source.name}/{record.index:06d}" + (f"/{images[0][-100:]}" if images else "")
         entry = {"image_file": image_file, "ID": sample_id, "path": source.image_path}
         turns: list[dict[str, Any]] = [{"q": question, "a": answer} for question, answer in sample.turns]
         caption = turns[0] if len(turns) == 1 else {"turns": turns}
@@ -74,17 +106,11 @@ class Outputs:
         self.captions.write(f'{start}"{sample_id}": {_encode(caption)}'.encode())
         self.num_samples += 1
 
-    def reject(self, source: Source, index: int, image: object, error: RecordError, caption: int | None = None) -> None:
-        """Write one line about a record, or one of its captions, that is left out.
-
-        Args:
-            source: the source of the record.
-            index: the record's position in the source's file, from 0.
-            image: the image's name as the record has it, as far as it has one.
-            error: the reason.
-            caption: the caption's position in the record, from 0; None if the whole record is left out.
-        """
-        line: dict[str, Any] = {"source": source.name, "label_file": str(source.label_file), "record": index}
+    def _reject(self, source: Source, record: Record, error: RecordError, caption: int | None = None) -> None:
+        image = record.value.get("image_id", record.value.get("image")) if isinstance(record.value, dict) else None
+        if image is not None and not (isinstance(image, str) and len(image) < 200):
+            image = shorten(image, 200)
+        line: dict[str, Any] = {"source": source.name, "label_file": str(source.label_file), "record": record.index}
         if caption is not None:
             line["caption"] = caption
         line |= {"image": image, "reason": error.reason, "detail": error.detail}
@@ -178,24 +204,6 @@ def _put_in_place(files: Sequence[_NewFile]) -> None:
                 os.fsync(descriptor)  # the renames themselves
             finally:
                 os.close(descriptor)
-
-
-@dataclass
-class Counts:
-    """Numbers of one source's records, and of the samples made of them."""
-
-    source: Source
-    """The source."""
-    records: int = 0
-    """Elements in its file."""
-    samples: int = 0
-    """Records that were written."""
-    images: set[str] = field(default_factory=set)
-    """Distinct names of images in those samples."""
-    rejects: Counter[str] = field(default_factory=Counter)
-    """Records left out, by reason."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Captions left out of records that were kept, by reason."""
 
 
 def table(counts: Sequence[Counts]) -> str:

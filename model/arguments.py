@@ -194,13 +194,19 @@ def check_parsed(args: VLMTrainingArguments) -> None:
     """Refuse settings that Trainer has parsed by now and that do not fit this model.
 
     Raises:
-        ValueError: for optimizers that need the model itself, and for batches that one process splits for all.
+        ValueError: for batches that one process splits for all, orders that can't be resumed, and optimizers that
+            need the model itself.
     """
     accelerator: Any = args.accelerator_config
     if accelerator.dispatch_batches:
         raise ValueError(
             '--accelerator_config {"dispatch_batches": true} is not supported: images would be split like rows, and '
             "arrive in other rows; leave it out"
+        )
+    strategy = choice(args.train_sampling_strategy)
+    if strategy not in ("random", "sequential", "group_by_length"):
+        raise ValueError(
+            f"--train_sampling_strategy {strategy} is not supported; take random, sequential or group_by_length"
         )
     kind = choice(args.optim)
     if kind.startswith(("galore", "apollo", "lomo", "adalomo")):

@@ -9,10 +9,9 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser
@@ -40,20 +39,24 @@ def parse_arguments(
         ValueError: for flags that do not exist, and for values that are impossible or contradict each other.
     """
     parser = _Parser(
-        (ModelArguments, DataArguments, VLMTrainingArguments),  # type: ignore[arg-type]
+        (DataArguments, ModelArguments, VLMTrainingArguments),  # type: ignore[arg-type]
+        usage="train.py --image_map FILE --captions_file FILE [--FLAG VALUE …]",
         description=description,
+        epilog="--help_all explains every other flag of transformers' Trainer.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
-    parser.add_argument("-h", "--help", action=_ShortHelp, help="Explain the flags that matter most, and stop.")
+    parser.add_argument(
+        "-h", "--help", action=_ShortHelp, nargs=0, help="Explain the flags that matter most, and stop."
+    )
     parser.add_argument("--help_all", "--help-all", action="help", help="Explain every flag, and stop.")
     *parsed, unknown = parser.parse_args_into_dataclasses(
         args=with_machine_defaults(argv), look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
-    model_args, data_args, training_args = parsed[:3]
+    data_args, model_args, training_args = parsed[:3]
     check_arguments(model_args, data_args, training_args)
     return model_args, data_args, training_args
 
@@ -207,14 +210,19 @@ def _with_bars(names: Iterable[str]) -> str:
 
 # ---- --help
 
-_SHOWN_FIRST = (
-    *("output_dir", "learning_rate", "feature_proj_lr", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("global_batch_size", "num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type", "optim", "bf16"),
-    *("gradient_checkpointing", "dataloader_num_workers", "train_sampling_strategy", "logging_steps", "save_steps"),
-    *("save_total_limit", "eval_strategy", "load_best_model_at_end", "seed", "report_to", "resume_from_checkpoint"),
-    *("overwrite_output_dir", "remove_unused_columns", "ddp_find_unused_parameters"),
-)
-"""Trainer's flags that `--help` explains; `--help_all` explains some 120 more."""
+_OF_TRAINER = {
+    *("output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("max_steps", "warmup_steps", "lr_scheduler_type", "optim", "bf16", "gradient_checkpointing", "seed", "report_to"),
+    *("dataloader_num_workers", "train_sampling_strategy", "logging_steps", "save_steps", "save_total_limit"),
+    *("eval_strategy", "load_best_model_at_end", "resume_from_checkpoint"),
+}
+_SHOWN = {
+    *_OF_TRAINER,
+    *(flag.name for group in (ModelArguments, DataArguments) for flag in dataclasses.fields(group)),
+    *VLMTrainingArguments.__annotations__,
+    *("help", "help_all"),
+}
+"""The flags that `--help` explains; `--help_all` explains some 120 more."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -231,27 +239,10 @@ class _Parser(OneLineErrors, HfArgumentParser):
 class _ShortHelp(argparse.Action):
     """`--help`: this project's flags, and those of Trainer that matter most."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
-
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Print the help and end the program."""
-        fields = {one.name: one for one in dataclasses.fields(VLMTrainingArguments)}
-        types = get_type_hints(VLMTrainingArguments)
-        shown = dataclasses.make_dataclass(
-            "Shown", [(name, types[name], _without_name(fields[name])) for name in _SHOWN_FIRST]
-        )
-        short = _Parser(
-            (DataArguments, ModelArguments, shown),  # type: ignore[arg-type]
-            usage="train.py --image_map FILE --captions_file FILE [--FLAG VALUE …]",
-            description=parser.description,
-            epilog="--help_all explains every other flag of transformers' Trainer.",
-            formatter_class=_HelpFormatter,
-        )
-        short.print_help()
+        for action in parser._actions:
+            if action.dest not in _SHOWN:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
         parser.exit()
-
-
-def _without_name(of: dataclasses.Field[Any]) -> Any:
-    """Copy a dataclass field so that another class can take it."""
-    return field(default=of.default, default_factory=of.default_factory, metadata=of.metadata)

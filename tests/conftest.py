@@ -119,3 +119,17 @@ def trained(tmp_path_factory, base_flags) -> Path:
     shutil.copytree(run / "checkpoint-10", run / "checkpoint-11")
     (run / "checkpoint-11/projector.safetensors").unlink()  # as if the disk had been full
     return run / "checkpoint-10"
+
+
+@pytest.fixture(scope="module")
+def loaded_once() -> Iterator[None]:
+    """Let test.py, called in this process, load every model and tokenizer once in a module; they must not change."""
+    import functools
+
+    from model import VisionLanguageModel
+    from model.asking import assistant
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionLanguageModel, "from_pretrained", functools.cache(VisionLanguageModel.from_pretrained))
+        patch.setattr(assistant, "load_tokenizer", functools.cache(assistant.load_tokenizer))
+        yield

@@ -15,13 +15,20 @@ from ..device import parse_dtype, pick_device, pick_dtype
 
 logger = logging.getLogger(__name__)
 
+_MODERATE = f"from {1 / MOST_EXTREME:g} to {MOST_EXTREME:g}"
+
+
+def _is_moderate(value: float) -> bool:
+    return 1 / MOST_EXTREME <= value <= MOST_EXTREME
+
+
 _GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "do_sample")
 _VALID = {
     "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     "batch_size": (lambda value: value >= 1, "at least 1"),
     "max_new_tokens": (lambda value: value >= 1, "at least 1"),
-    "temperature": (lambda value: value >= 1 / MOST_EXTREME, "above 0; for no randomness use --greedy"),
-    "repetition_penalty": (lambda value: 1 / MOST_EXTREME <= value <= MOST_EXTREME, "above 0; 1 changes nothing"),
+    "temperature": (_is_moderate, f"{_MODERATE}; for no randomness use --greedy"),
+    "repetition_penalty": (_is_moderate, f"{_MODERATE}; 1 changes nothing"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "top_k": (lambda value: value >= 0, "at least 0"),
 }

@@ -19,6 +19,7 @@ from dataprocess.ai_challenger import PROMPTS, choose_prompt
 from dataprocess.file_lock import hold
 from dataprocess.llava import place_images
 from dataprocess.records import PLACEHOLDER, DataError
+from dataprocess.writing import Outputs
 
 SCRIPT = Path(process_image.__file__)
 FIVE = ["一只猫在睡觉", "猫躺在沙发上", "沙发上有一只猫", "一只 正在睡觉的猫 ", "猫😀"]
@@ -401,7 +402,7 @@ def test_interrupt_leaves_earlier_outputs(project, monkeypatch, capfd):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(process_image, "_write", interrupted)
+    monkeypatch.setattr(Outputs, "write", interrupted)
     assert project.run() == 130
     assert "Traceback" not in capfd.readouterr().err
     assert project.outputs() == before

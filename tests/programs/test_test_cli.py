@@ -30,7 +30,7 @@ SYSTEM = "你是一位图像理解助手。"
 
 
 @pytest.fixture
-def answer(trained, capsys):
+def answer(trained, loaded_once, capsys):
     """Call test.py in this process; return stdout, and fail unless the exit status is the one said.
 
     `answer.err` holds stderr of the last call.
@@ -287,6 +287,7 @@ MISTAKES = {
     "hub, offline": ("--base_language_model Qwen/Qwen-7B-Chat", "'Qwen/Qwen-7B-Chat'"),
     "length": ("--max_new_tokens 0", "--max_new_tokens 0"),
     "temperature, tiny": ("--temperature 1e-40", "--temperature 1e-40"),
+    "temperature, infinite": ("--temperature inf", "--temperature inf"),
     "no number": ("--temperature hot", "--temperature"),
     "top_p": ("--top_p 1.5", "--top_p 1.5"),
     "top_k": ("--top_k -1", "--top_k -1"),

@@ -157,7 +157,7 @@ def test_help_explains_the_flags_of_train_sh(capsys, flag):
     text = shown_help(capsys, flag)
     published = [word for word in PUBLISHED[3:] if word.startswith("--")]
     for name in (*published, "--previous_lora_weights", "--global_batch_size", "--optim", "--help_all"):
-        assert f"\n  {name}" in text or f", {name}" in text or f"{name} explains" in text
+        assert f"\n  {name}" in text
 
 
 def test_help_is_short_and_help_all_is_not(capsys):
@@ -403,6 +403,7 @@ MISTAKES = {
     "deepspeed": ("--deepspeed x.json", "--deepspeed"),
     "hub upload": ("--push_to_hub true", "--push_to_hub True is not supported"),
     "dispatching": ('--accelerator_config {{"dispatch_batches":true}}', "--accelerator_config"),
+    "order": ("--train_sampling_strategy batch_rebalance", "--train_sampling_strategy"),
     "GaLore": ("--optim galore_adamw --optim_target_modules c_attn", "--optim galore_adamw is not supported"),
     "APOLLO": ("--optim apollo_adamw_layerwise", "--optim apollo_adamw_layerwise is not supported"),
     "LOMO": ("--optim lomo", "--optim lomo is not supported"),

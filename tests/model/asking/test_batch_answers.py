@@ -25,7 +25,7 @@ ask = load_test_py()
 
 
 @pytest.fixture
-def call(trained, capsys):
+def call(trained, loaded_once, capsys):
     """Call test.py in this process; return stdout and stderr, and fail unless the exit status is the one said."""
 
     def run(*flags: object, status: int = 0) -> tuple[str, str]:
@@ -167,12 +167,11 @@ def test_a_question_that_is_cut_is_named(call, base_flags, tmp_path):
 def test_settings_under_which_nothing_can_be_answered_end_the_run(call, base_flags, tmp_path):
     base = with_generation_config(base_flags[1], tmp_path / "qwen", repetition_penalty=-1.0)
     file, output = write(tmp_path / "q.jsonl", [{"id": 1, "prompt": "x"}, {"id": 2, "prompt": "y"}]), tmp_path / "a"
-    flags = ["--batch", file, "--output", output, "--base_language_model", base]
-    said = one_line_error(call(*flags, status=2)[1], "test.py")
+    flags = ["--batch", file, "--output", output]
+    said = one_line_error(call(*flags, "--base_language_model", base, status=2)[1], "test.py")
     assert "penalty" in said
     assert str(base) in said
     assert not output.exists(), "no question has an error for good"
-    with_generation_config(base_flags[1], base)
     call(*flags)
     assert len(read(output)) == 2
 
@@ -316,8 +315,8 @@ def test_other_base_models_and_settings_of_theirs_are_refused(call, base_flags, 
     call(*flags)
     moved = with_generation_config(base_flags[1], tmp_path / "moved")
     call(*flags, "--base_language_model", moved)
-    with_generation_config(base_flags[1], moved, repetition_penalty=1.5)
-    said = call(*flags, "--base_language_model", moved, status=2)[1]
+    other = with_generation_config(base_flags[1], tmp_path / "other", repetition_penalty=1.5)
+    said = call(*flags, "--base_language_model", other, status=2)[1]
     assert "generation settings" in one_line_error(said, "test.py")
     note = tmp_path / "a.jsonl.made_with.json"
     note.write_text(note.read_text().replace('_fingerprint": "', '_fingerprint": "0'))
