@@ -96,8 +96,8 @@ def common(**changes) -> dict:
     return {"size": SIZE, "num_train_epochs": 2, "lengths": answer_lengths(SIZE), **changes}
 
 
-@pytest.mark.parametrize("call", [2, 8])
-def test_a_killed_run_ends_as_one_that_was_not(tiny_bases, tmp_path, call):
+def test_a_killed_run_ends_as_one_that_was_not(tiny_bases, tmp_path):
+    call = 8  # in the second epoch
     whole = new_trainer(tiny_bases, tmp_path / "whole", save_strategy="no", **common())
     whole.train()
     with pytest.raises(Killed):
@@ -121,18 +121,6 @@ def test_a_resumed_run_may_split_its_steps_otherwise(tiny_bases, tmp_path):
 
 
 # ---- Lengths, and the command line
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A man in a red coat walks his dog along the river while two children watch from the bridge.",
-        "球场上有一个穿着红色球衣的男人在踢足球，旁边站着两个孩子。",
-    ],
-)
-def test_bytes_tell_the_number_of_tokens_roughly(tokenizer, text):
-    tokens = len(tokenizer.encode_text(text))
-    assert 0.7 < len(text.encode()) / 4 / tokens < 1.6
 
 
 @pytest.fixture
