@@ -23,7 +23,13 @@ from qwen.loss import head_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
 
-from .checkpoints.base_models import base_models, check_bases, drops_first_patch, num_projector_layers
+from .checkpoints.base_models import (
+    base_fingerprints,
+    base_models,
+    check_bases,
+    drops_first_patch,
+    num_projector_layers,
+)
 from .checkpoints.checkpoint import (
     CheckpointError,
     load_adapter_weights,
@@ -32,8 +38,7 @@ from .checkpoints.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from .checkpoints.fingerprint import base_fingerprints
-from .checkpoints.multimodal_config import MultimodalConfig, package_versions
+from .checkpoints.configs import MultimodalConfig, package_versions
 from .device import pick_device, pick_dtype
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora, merge_lora

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stopped_runs import Answers, KillAt, Killed, answer_lengths, assert_same_end, go_on, new_trainer
+from stopped_runs import Answers, KillAt, Killed, answer_lengths, assert_same_end, new_trainer, resume
 from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, write_data
 
 import train
@@ -102,7 +102,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tiny_bases, tmp_path):
     whole.train()
     with pytest.raises(Killed):
         new_trainer(tiny_bases, tmp_path / "run", callbacks=[KillAt("on_step_end", call)], **common()).train()
-    resumed = go_on(tiny_bases, tmp_path / "run", **common())
+    resumed = resume(tiny_bases, tmp_path / "run", **common())
     assert_same_end(resumed, whole)
     assert [number for step in whole.seen for number in step] == ids(0) + ids(1)
     assert resumed.seen == whole.seen[call - 1 :]
@@ -115,7 +115,7 @@ def test_a_resumed_run_may_split_its_steps_otherwise(tiny_bases, tmp_path):
     with pytest.raises(Killed):
         first.train()
     other = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    rest = go_on(tiny_bases, tmp_path, **common(**other))
+    rest = resume(tiny_bases, tmp_path, **common(**other))
     seen = [number for step in first.seen[:3] + rest.seen for number in step]
     assert seen == ids(0) + ids(1)
 
