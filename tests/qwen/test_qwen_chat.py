@@ -36,7 +36,7 @@ SETTINGS = {
     "warped": {"temperature": 0.7, "top_k": 30, "repetition_penalty": 1.2},
     "greedy with processors": {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 9},
     "no cache": {"use_cache": False, "max_new_tokens": 6},
-    "bf16": {},
+    "bf16": {"temperature": 2.0, "top_p": 1.0, "max_new_tokens": 24},
 }
 
 

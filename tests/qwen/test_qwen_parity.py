@@ -220,24 +220,6 @@ def test_wrong_masks_and_inputs_are_refused():
 
 
 @torch.no_grad()
-def test_rotary_on_a_part_of_the_channels():
-    """With `rotary_pct` 0.5 the upper half of every head stays unturned: check against the formula, head by head."""
-    from qwen.positions import Rotation, rotary_tables, rotate
-
-    x = torch.randn(1, 1, 3, 8, generator=torch.Generator().manual_seed(0))
-    cos, sin = rotary_tables(torch.arange(3)[None], 4, 10000.0, None)
-    got = rotate(x, Rotation(cos, sin, None))
-    for p in range(3):
-        for pair_index, frequency in enumerate((1.0, 10000.0**-0.5)):
-            a, b = x[0, 0, p, pair_index], x[0, 0, p, pair_index + 2]
-            angle = torch.tensor(p * frequency)
-            assert_close(got[0, 0, p, pair_index], a * angle.cos() - b * angle.sin())
-            assert_close(got[0, 0, p, pair_index + 2], b * angle.cos() + a * angle.sin())
-    assert torch.equal(got[..., 4:], x[..., 4:])
-    assert isinstance(tiny_model(rotary_pct=0.5)(random_ids(1, 4)).logits, torch.Tensor)
-
-
-@torch.no_grad()
 def test_bfloat16_is_close_to_float32():
     model = tiny_model(hidden_size=64, num_attention_heads=4, kv_channels=16)
     ids = random_ids(2, 20)
