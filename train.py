@@ -29,8 +29,9 @@ from model.language_model import load_tokenizer
 from model.runs.callbacks import WatchBadEvalSamples, WatchBadSamples
 from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity
-from model.runs.resuming import check_identity, checkpoint_to_resume, files_in_the_way
+from model.runs.resuming import checkpoint_to_resume, files_in_the_way
 from model.runs.run_folder import hold_run_folder, run_config
+from model.runs.run_state import check_identity
 from qwen import QWenTokenizer
 
 
