@@ -31,8 +31,9 @@ from model.feature_caching.fill import complete_feature_cache
 from model.language_model import load_tokenizer
 from model.runs.callbacks import WatchBadEvalSamples, WatchBadSamples
 from model.runs.program import finish, report_failure, run_identity
-from model.runs.resuming import check_identity, checkpoint_to_resume, files_in_the_way
+from model.runs.resuming import checkpoint_to_resume, files_in_the_way
 from model.runs.run_folder import hold_run_folder, run_config
+from model.runs.run_state import check_identity
 from qwen import QWenTokenizer
 
 logger = logging.getLogger("train")
