@@ -10,17 +10,14 @@ Every flag of transformers' `TrainingArguments` is accepted too.
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
 from dataset import ImageCaptionDataset, VLMCollator
-from dataset.epoch_order import EpochOrder
-from dataset.sample_lengths import estimated_lengths, padding_shares
 from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
 from model.arguments import DataArguments, ModelArguments
 from model.checkpoints.checkpoint import read_checkpoint
@@ -29,14 +26,13 @@ from model.console import set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
 from model.language_model import load_tokenizer
-from model.runs.callbacks import ClearOnFirstStep, WatchBadEvalSamples, WatchBadSamples
-from model.runs.program import finish, report_failure, run_identity
-from model.runs.resuming import checkpoint_to_resume, files_in_the_way, say_how_features_differ
-from model.runs.run_config import RUN_CONFIG, save_run_config
-from model.runs.run_state import RunState, check_identity
+from model.runs.callbacks import WatchBadEvalSamples, WatchBadSamples
+from model.runs.failures import report_failure
+from model.runs.program import finish, in_epoch_order, run_identity
+from model.runs.resuming import checkpoint_to_resume, files_in_the_way
+from model.runs.run_folder import hold_run_folder, run_config
+from model.runs.run_state import check_identity
 from qwen import QWenTokenizer
-
-logger = logging.getLogger("train")
 
 
 def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> VisionLanguageModel:
@@ -82,23 +78,12 @@ def build_datasets(
     return train_set, eval_set
 
 
-def in_epoch_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> EpochOrder:
-    """Put the training set in the order that `--train_sampling_strategy` names: a function of seed and epoch alone."""
-    seed = args.seed if args.data_seed is None else args.data_seed
-    if args.train_sampling_strategy != "group_by_length":
-        return EpochOrder(train_set, seed, shuffled=args.train_sampling_strategy == "random")
-    lengths = estimated_lengths(train_set)
-    if args.process_index == 0:  # one process logs it: it takes a second or two
-        shares = [100 * share for share in padding_shares(train_set, lengths, args.train_batch_size, seed)]
-        logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
-    return EpochOrder(train_set, seed, lengths)
-
-
-def build_trainer(argv: Sequence[str]) -> VLMTrainer:
+def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack | None = None) -> VLMTrainer:
     """Do everything that comes before the first step; no file of an earlier run is deleted or changed.
 
-    Returns:
-        The trainer; `args.resume_from_checkpoint` is the checkpoint that it resumes from, or None.
+    Args:
+        argv: the command line.
+        lock: keeps other runs out of the output folder until it is closed; None: nothing does.
 
     Raises:
         ValueError: for whatever the user can fix; the message says how.
@@ -108,7 +93,9 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     model_args, data_args, args = parse_arguments(argv, __doc__)
     set_up_logging(args.process_index, args.world_size)
 
-    # Find the checkpoint to resume from, and an old run to overwrite.
+    # One run, one folder: take it, and find the checkpoint to resume from, or an old run to overwrite.
+    if lock is not None:
+        lock.enter_context(hold_run_folder(args))
     resume = checkpoint_to_resume(args)
     old_files = files_in_the_way(args, resume)
 
@@ -121,22 +108,21 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
     train_set, eval_set = build_datasets(model, tokenizer, data_args, args)
     identity = run_identity(model, train_set, args)
     if resume is not None:
-        check_identity(RunState.read(Path(resume)), identity, Path(resume))
-        if args.process_index == 0:
-            say_how_features_differ(Path(resume).parent / RUN_CONFIG, data_args)
+        check_identity(resume, identity)
 
     # Hand all of it to Trainer, with an optimizer of two learning rates.
     trainer = VLMTrainer(
         model=model,
         args=args,
         identity=identity,
+        run_config=run_config(model_args, data_args, args),
+        overwritten=old_files,
         train_dataset=in_epoch_order(train_set, args),
         eval_dataset=eval_set,
         data_collator=VLMCollator(tokenizer.pad_token_id),
         callbacks=[
             WatchBadSamples(train_set),
             *([WatchBadEvalSamples(eval_set)] if eval_set is not None else []),
-            ClearOnFirstStep(old_files),
         ],
     )
     trainer.create_optimizer()  # a wrong --optim is found before anything is written
@@ -146,8 +132,6 @@ def build_trainer(argv: Sequence[str]) -> VLMTrainer:
         cache = data_args.feature_cache, data_args.feature_cache_dtype
         complete_feature_cache(*cache, model, (train_set, eval_set), args)
     args.resume_from_checkpoint = resume
-    if args.process_index == 0:
-        save_run_config(model_args, data_args, args)
     return trainer
 
 
@@ -156,15 +140,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     has_begun = False
-    try:
-        if is_dry_run(argv):
-            return dry_run(*parse_arguments(argv, __doc__))
-        trainer = build_trainer(argv)
-        has_begun = True
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-        return finish(trainer)
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, has_begun=has_begun)
+    with contextlib.ExitStack() as lock:
+        try:
+            if is_dry_run(argv):
+                return dry_run(*parse_arguments(argv, __doc__))
+            trainer = build_trainer(argv, lock)
+            has_begun = True
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+            return finish(trainer)
+        except (Exception, KeyboardInterrupt) as error:
+            return report_failure(error, has_begun=has_begun)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,33 @@
 """Our model and transformers' LLaVA, of one size and over the same random weights.
 
-*Vocabulary-true*: a QWen of 8 layers × 512 with the published vocabulary, a CLIP tower of 6 layers × 384 at 224/14, and
-a projector of two layers. LLaVA gets them as a user of transformers would build it: Qwen2, whose layers are QWen's with
-the projection of queries, keys and values in three pieces.
+LLaVA is built as a user of transformers would build it: a CLIP tower, a projector of two layers, and Qwen2, which has
+QWen's layers with the projection of queries, keys and values in three pieces.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2Config,
-)
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from model import VisionLanguageModel, build_projector
 from qwen import IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenConfig
 from visual import build_vision_tower
 
-from .random_weights import SEED, clip_config, qwen_config
+from .inputs import SEED
+from .random_weights import clip_config, qwen_config, write_tower
+from .vocabulary import vocabulary_file
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of tower and language model; the defaults are vocabulary-true."""
+    """Sizes of tower and language model; the defaults are those of the large vocabulary."""
 
     layers: int = 8
     """Blocks of the language model."""
@@ -69,23 +65,23 @@ class Size:
         return clip_config(self.tower_layers, width, 4 * width, self.image_size, self.patch_size)
 
 
+SIZES = {
+    # Qwen's vocabulary over 8 layers of width 512: three quarters of all that multiplies is the language head.
+    "large-vocabulary": Size(),
+    # The same layers, the head as large a share (8.8%) as in Qwen-7B: rows = 151,936 · (8 · 512) / (32 · 4096).
+    "proportional": Size(vocabulary=4748),
+    # Twice as wide, with the same share.
+    "wide": Size(width=1024, inner=2752, vocabulary=9496),
+}
+"""Where the vocabulary is smaller than Qwen's, `small_vocabulary.py` maps token ids onto the rows that there are."""
 TINY = Size(1, 16, 32, 2, 152_000, 1, 64, 28, 14)
 """A model of no size, for trying a benchmark."""
-
-
-def save_tower(size: Size, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a tower with random weights, as published."""
-    torch.manual_seed(SEED)
-    CLIPVisionModel(size.clip).to(dtype).save_pretrained(str(folder))
-    edge = size.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
-    processor.save_pretrained(str(folder))
 
 
 def build_ours(size: Size, dtype: torch.dtype) -> VisionLanguageModel:
     """Our model with random weights, as it is once its LoRA is merged."""
     with tempfile.TemporaryDirectory() as folder:
-        save_tower(size, Path(folder))
+        write_tower(Path(folder), size.clip, dtype)
         tower = build_vision_tower(folder, dtype)
     torch.manual_seed(SEED)
     qwen = MultimodalQWenLMHeadModel(size.qwen).to(dtype)
@@ -148,3 +144,20 @@ def copy_weights(ours: VisionLanguageModel, peer: LlavaForConditionalGeneration)
         theirs.mlp.down_proj.weight.copy_(block.mlp.c_proj.weight)
         theirs.input_layernorm.weight.copy_(block.ln_1.weight)
         theirs.post_attention_layernorm.weight.copy_(block.ln_2.weight)
+
+
+def write_ours(folder: Path, size: Size) -> VisionLanguageModel:
+    """Write random weights as QWen, CLIP and projector; returns the model that they are of."""
+    ours = build_ours(size, torch.float32)
+    ours.qwen.save_pretrained(str(folder / "qwen"))
+    shutil.copy(vocabulary_file(), folder / "qwen")
+    write_tower(folder / "clip", size.clip, torch.float32)
+    save_file(ours.projector.state_dict(), folder / "projector.safetensors")
+    return ours
+
+
+def write_both(folder: Path, size: Size) -> None:
+    """Write one set of random weights in our format, and as LLaVA's."""
+    ours, peer = write_ours(folder, size), build_peer(size, torch.float32)
+    copy_weights(ours, peer)
+    peer.save_pretrained(str(folder / "llava"))

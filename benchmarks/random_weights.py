@@ -18,16 +18,16 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from qwen import QWenConfig, QWenLMHeadModel
 
+from .inputs import SEED
 from .vocabulary import vocabulary_file
 
-SEED = 42
 SHARD_BYTES = 1_000_000_000
 _BLOCK = 1 << 20
 _STD = 0.02
 
 
 def qwen_config(layers: int, width: int, heads: int, inner: int, vocabulary: int) -> QWenConfig:
-    """A QWen of these sizes; `inner` is what its MLP has inside, half of `intermediate_size`."""
+    """Return a QWen of these sizes; `inner` channels are inside its MLP, half of `intermediate_size`."""
     return QWenConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -39,7 +39,7 @@ def qwen_config(layers: int, width: int, heads: int, inner: int, vocabulary: int
 
 
 def clip_config(layers: int, width: int, inner: int, image_size: int = 224, patch_size: int = 14) -> CLIPVisionConfig:
-    """A CLIP tower of these sizes, its heads of 64 channels."""
+    """Return a CLIP tower of these sizes, with heads of 64 channels."""
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=inner,
@@ -60,7 +60,7 @@ def write_language_model(
     """
     with torch.device("meta"):
         model = QWenLMHeadModel(config)
-    total = _write(folder, model, config, dtype, shard_bytes)
+    total = write_weights(folder, model, config, dtype, shard_bytes)
     shutil.copy(vocabulary_file(), folder / "qwen.tiktoken")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "QWenTokenizer"}))
     settings = {"eos_token_id": 151643, "pad_token_id": 151643, "max_new_tokens": 512, "do_sample": False}
@@ -74,14 +74,17 @@ def write_tower(
     """Write a CLIP tower and its image processor; returns the bytes of its weights."""
     with torch.device("meta"):
         model = CLIPVisionModel(config)
-    total = _write(folder, model, config, dtype, shard_bytes)
+    total = write_weights(folder, model, config, dtype, shard_bytes)
     edge = config.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
     processor.save_pretrained(str(folder))
     return total
 
 
-def _write(folder: Path, model: nn.Module, config: PreTrainedConfig, dtype: torch.dtype, shard_bytes: int) -> int:
+def write_weights(
+    folder: Path, model: nn.Module, config: PreTrainedConfig, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+) -> int:
+    """Write random weights for a model on the meta device, in shards with their index; returns their bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     config.architectures = [type(model).__name__]
     config.dtype = dtype

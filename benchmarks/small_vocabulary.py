@@ -1,4 +1,4 @@
-"""Qwen's token ids for models whose vocabulary is smaller: they are folded onto the rows that there are."""
+"""Train a model of few vocabulary rows on Qwen's token ids: each id counts as the row `id % rows`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from qwen import IGNORE_INDEX
+
+QWEN_ROWS = 151_936
 
 
 class FoldedEmbedding(nn.Embedding):
@@ -19,24 +22,11 @@ class FoldedEmbedding(nn.Embedding):
         return super().forward(input % self.num_embeddings)
 
 
-def fold(module: nn.Embedding) -> FoldedEmbedding:
-    """The same embedding, for ids of any size."""
-    folded = FoldedEmbedding(*module.weight.shape, _weight=module.weight)
-    folded.weight.requires_grad_(module.weight.requires_grad)
-    return folded
-
-
-def fold_labels(batch: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Map a batch's labels onto the rows of a head."""
-    labels = batch["labels"]
-    return {**batch, "labels": torch.where(labels == IGNORE_INDEX, labels, labels % rows)}
-
-
 class FoldedLabels:
-    """A collator whose labels are mapped onto the rows of a head; data workers can be given it.
+    """A collator whose labels are rows of the head; data workers can be given it.
 
     Args:
-        collate: what makes the batch.
+        collate: makes the batch.
         rows: of the head.
     """
 
@@ -46,4 +36,17 @@ class FoldedLabels:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch."""
-        return fold_labels(self.collate(samples), self.rows)
+        batch = self.collate(samples)
+        labels = batch["labels"]
+        return {**batch, "labels": torch.where(labels == IGNORE_INDEX, labels, labels % self.rows)}
+
+
+def fold_token_ids(trainer: Trainer, language_model: Any) -> None:
+    """Let a trainer's model take token ids of any size, where it has fewer rows than Qwen."""
+    embedding = language_model.get_input_embeddings()
+    rows = embedding.num_embeddings
+    if rows < QWEN_ROWS:
+        folded = FoldedEmbedding(*embedding.weight.shape, _weight=embedding.weight)
+        folded.weight.requires_grad_(False)
+        language_model.set_input_embeddings(folded)
+        trainer.data_collator = FoldedLabels(trainer.data_collator, rows)

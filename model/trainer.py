@@ -1,124 +1,128 @@
-"""Hugging Face's Trainer, told how this model is saved, loaded, given two learning rates, and stopped in good order.
+"""Hugging Face's Trainer with two learning rates, and with runs that can be stopped at any moment and resumed exactly.
 
-Everything else (devices, DDP, autocast, accumulation, clipping, schedule) is Trainer's own.
+Devices, DDP, autocast, accumulation, clipping and schedule are Trainer's own.
+
+Shape legend: B samples of a batch, T tokens.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
+import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput
 
 from dataset.epoch_order import EpochOrder
 from qwen import IGNORE_INDEX
 
 from .arguments import VLMTrainingArguments
-from .checkpoints.tensor_files import CheckpointError
-from .optimizer import optimizer_groups
-from .runs.callbacks import StopOnNonFinite, StopOnSignal
-from .runs.collectives import gather_objects, wait_for_all
+from .checkpoints.checkpoint import WEIGHTS
+from .checkpoints.tensor_files import CHECKSUMS, write_checksums
+from .runs.callbacks import RatesAndSpeed, StopOnNonFinite, StopOnSignal
+from .runs.collectives import first_problem, gather_objects, gather_rows
 from .runs.data_workers import with_calm_workers
-from .runs.progress import RatesAndSpeed
-from .runs.resume_position import PlaceInRun
-from .runs.run_folder import (
-    RESUME_COPY,
-    delete_old_checkpoints,
-    leftovers,
-    newest_resumable,
-    put_in_place,
-    restore_replaced,
-)
-from .runs.run_state import TRAINER_STATE, Geometry, RunState, check_identity, place_in_run
-from .runs.state_files import check_optimizer_state, check_state_files
+from .runs.resuming import check_resumable, newest_resumable, use_settings
+from .runs.run_folder import RunFiles, delete_old_checkpoints, put_in_place, remove
+from .runs.run_state import TRAINER_STATE, ResumePoint, RunState, callback_states
 from .vision_language_model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
 
+def optimizer_groups(model: VisionLanguageModel, args: VLMTrainingArguments) -> list[dict[str, Any]]:
+    """Group the trainable parameters: LoRA and projector at their learning rates, weight decay on matrices only.
+
+    LoRA's matrices come first, so that the schedule's `learning_rate` is theirs.
+
+    Raises:
+        ValueError: if a trainable parameter belongs to neither part, or is not in exactly one group.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = {
+        "lora": {name: p for name, p in trainable.items() if "lora_" in name},
+        "projector": {name: p for name, p in trainable.items() if name.startswith("projector.")},
+    }
+    rates = {"lora": args.learning_rate, "projector": args.feature_proj_lr}
+    groups: list[dict[str, Any]] = []
+    for part, parameters in parts.items():
+        matrices = [p for p in parameters.values() if p.dim() >= 2]
+        vectors = [p for p in parameters.values() if p.dim() < 2]
+        for kind, members, decay in (("matrices", matrices, args.weight_decay), ("vectors", vectors, 0.0)):
+            if members:
+                groups.append({"params": members, "lr": rates[part], "weight_decay": decay, "name": f"{part} {kind}"})
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    if sorted(grouped) != sorted(id(parameter) for parameter in trainable.values()):
+        outside = [name for name, parameter in trainable.items() if grouped.count(id(parameter)) != 1]
+        raise ValueError(f"trainable parameters that are not in exactly one optimizer group: {', '.join(outside)}")
+    if not parts["lora"] or not parts["projector"]:
+        raise ValueError("LoRA and projector must both be trainable; was add_lora called?")
+    return groups
+
+
 class VLMTrainer(Trainer):
-    """Trains LoRA layers and projector of a `VisionLanguageModel`.
+    """Trains the LoRA layers and the projector of a `VisionLanguageModel`.
 
     Args:
         args: see `VLMTrainingArguments`.
-        identity: what the run trains on and with. It is saved in every checkpoint, and a run that goes on from one
-            must have the same; None: nothing is compared.
-        kwargs: as `transformers.Trainer` takes them; `model` is a `VisionLanguageModel`. For runs that may be
-            stopped and go on, `train_dataset` is an `EpochOrder`.
+        identity: what the run trains on and with. It is saved in every checkpoint, and a resumed run must have the
+            same; None: nothing is compared.
+        run_config: what `train_config.json` is to hold; None: it is not written.
+        overwritten: the files of an older run in the output folder, which are deleted after the first step.
+        kwargs: as `transformers.Trainer` takes them; `model` is a `VisionLanguageModel`. For runs that may be resumed,
+            `train_dataset` is an `EpochOrder`.
     """
 
     model: VisionLanguageModel
     args: VLMTrainingArguments
 
-    def __init__(self, *, args: VLMTrainingArguments, identity: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        args: VLMTrainingArguments,
+        identity: dict[str, Any] | None = None,
+        run_config: dict[str, Any] | None = None,
+        overwritten: Sequence[Path] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(args=args, **kwargs)
         self.identity = identity
-        self._num_samples = len(self.train_dataset) if self.train_dataset is not None else 0  # type: ignore[arg-type]
+        self.run_folder = Path(str(args.output_dir))
         self.save_failure = ""
-        """What went wrong when a checkpoint was written last, or an empty string."""
+        """What went wrong when the last checkpoint was written, or an empty string."""
         self.stop_on_signal = StopOnSignal()
         self._finite = StopOnNonFinite()
         self._rates = RatesAndSpeed()
-        self._place = PlaceInRun(self)
-        for callback in (self._place, self._rates, self._finite, self.stop_on_signal):
+        self._resume = ResumePoint(self)
+        self._files = RunFiles(self.run_folder, run_config, overwritten)
+        for callback in (self._files, self._resume, self._rates, self._finite, self.stop_on_signal):
             self.add_callback(callback)
+        self._token = gather_objects(secrets.token_hex(4))[0]  # no process of another run writes under its names
+        self._evaluated: list[Tensor] = []
+        self._eval_samples = 0
         log_parameter_counts(self.model)
 
     # ---- One step
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW (or what `--optim` names) over the groups of `optimizer_groups`."""
+        """Create AdamW (or what `--optim` names) over the groups of `optimizer_groups`."""
         if self.optimizer is None:
-            groups = optimizer_groups(self.model, self.args)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(groups, **options)
+            self.optimizer = optimizer_class(optimizer_groups(self.model, self.args), **options)
         return self.optimizer
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """Take the batches of one optimizer step.
-
-        A run that went on with another batch size can have an epoch that ends in mid-accumulation. Batches without
-        labels fill such a step up: it is taken then, and they add nothing to it.
-        """
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and len(batches) < num_batches:
-            filler = {**batches[-1], "labels": torch.full_like(batches[-1]["labels"], IGNORE_INDEX)}
-            batches = batches + [filler] * (num_batches - len(batches))
-        return batches, num_items
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As Trainer does; the loss and the samples' IDs are kept for the check before the optimizer's step."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._finite.remember(loss, inputs.get("ids"))
-        return loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self._finite.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._finite.gradient_norm
-
-    def get_train_dataloader(self) -> Any:
-        """As Trainer does; data workers leave signals to the process they work for."""
-        return with_calm_workers(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As Trainer does; data workers leave signals to the process they work for."""
-        return with_calm_workers(super().get_eval_dataloader(eval_dataset))
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Read an `EpochOrder` from first to last, whatever `--train_sampling_strategy` says: it is in that order."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, EpochOrder):
-            return SequentialSampler(dataset)
-        return super()._get_train_sampler(train_dataset)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Take the batches of one step; none if a resumed run had finished, for Trainer would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(
         self,
@@ -127,10 +131,20 @@ class VLMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As Trainer does; the language head runs at supervised positions only."""
+        """Compute the loss as Trainer does; the language head runs at supervised positions only."""
         inputs = {name: value for name, value in inputs.items() if name != "ids"}
         inputs["return_logits"] = False
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Keep the loss and the samples' IDs for the check before the optimizer's step."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._finite.remember(loss, inputs.get("ids"))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._finite.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._finite.gradient_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the projector's learning rate and the speed to what Trainer logs."""
@@ -138,88 +152,105 @@ class VLMTrainer(Trainer):
             logs |= self._rates.since_last_log(self.state.global_step)
         super().log(logs, start_time)
 
-    # ---- Stopping and going on
+    def get_train_dataloader(self) -> Any:
+        """Return Trainer's loader, whose workers leave signals to the process they work for."""
+        return with_calm_workers(super().get_train_dataloader())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Read an `EpochOrder` from first to last, whatever `--train_sampling_strategy` says: it is in that order."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, EpochOrder):
+            return SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
+
+    # ---- Evaluating: the mean over all supervised tokens, however they are split into batches
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return Trainer's loader, whose workers leave signals to the process they work for."""
+        return with_calm_workers(super().get_eval_dataloader(eval_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)  # Trainer's would read all of it first, to group it by length
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, None, None]:
+        """Sum the loss of one batch, and count its supervised tokens."""
+        inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "ids"})
+        labels = inputs["labels"]  # (B, T)
+        if self.args.world_size > 1:
+            # Samples are repeated so that all processes have full batches; a repeated one is no part of the mean.
+            before = (len(self._evaluated) * self.args.world_size + self.args.process_index) * len(labels)
+            labels[max(self._eval_samples - before, 0) :] = IGNORE_INDEX
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total = model(**inputs, num_items_in_batch=1, return_logits=False).loss
+        tokens = (labels[:, 1:] != IGNORE_INDEX).sum()
+        self._evaluated.append(torch.stack((total.float(), tokens.float())))
+        return total, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as Trainer does; the loss is summed over the supervised tokens of all batches and divided once."""
+        self._evaluated, self._eval_samples = [], len(dataloader.dataset)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        own = torch.stack(self._evaluated).cpu().double().sum(dim=0).tolist()
+        total, tokens = gather_rows(own, self.args.device).sum(dim=0).tolist()
+        mean = total / tokens if tokens else float("nan")
+        return output._replace(metrics={**(output.metrics or {}), f"{metric_key_prefix}_loss": mean})
+
+    # ---- Stopping and resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer does; going on from a checkpoint is exact, also with other batches and process counts.
+        """Train as Trainer does; a resumed run ends like one that was never stopped, to the last bit.
 
         Raises:
-            CheckpointError: if the checkpoint belongs to a run on something else.
+            CheckpointError: if the checkpoint belongs to a run on something else, or with other steps.
             NotFiniteError: if a loss or a gradient is not finite.
         """
-        run = Path(str(self.args.output_dir))
-        restore_replaced(run)
-        self._delete(*leftovers(run))
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(newest_resumable(run) or run)
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._prepare_to_resume(Path(str(resume_from_checkpoint)))
+            resume_from_checkpoint = str(newest_resumable(self.run_folder) or self.run_folder)
+        checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        if checkpoint is not None:
+            check_resumable(checkpoint)
+            self._resume.prepare(checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            problem = first_problem(lambda: self._files.begin(checkpoint) if self.args.should_save else None)
+            if problem:
+                raise OSError(problem)
+            with self._resume.named_errors():
+                if checkpoint is not None:
+                    self._load_rng_state(str(checkpoint))  # Trainer does it later, when it could not be told any more
+                return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:
             self.stop_on_signal.restore()
-            self._delete(run / RESUME_COPY)
-
-    def _delete(self, *folders: Path) -> None:
-        for folder in folders if self.args.should_save else ():
-            shutil.rmtree(folder, ignore_errors=True)
-
-    @property
-    def bad_samples(self) -> Any:
-        """Which samples of the training set turned out bad, as `ImageCaptionDataset` keeps it; None: nobody counts."""
-        return getattr(getattr(self.train_dataset, "dataset", self.train_dataset), "bad", None)
-
-    def geometry(self) -> Geometry:
-        """How epochs are cut into steps."""
-        return Geometry(
-            num_samples=self._num_samples,
-            batch_size=self.args.train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            num_processes=self.args.world_size,
-        )
-
-    def _prepare_to_resume(self, folder: Path) -> str:
-        check_state_files(folder)
-        state = RunState.read(folder)
-        if self.identity is not None:
-            check_identity(state, self.identity, folder)
-        staging = Path(str(self.args.output_dir)) / RESUME_COPY
-        problem = ""
-        try:
-            folder, skipped = place_in_run(folder, state, self.geometry(), staging, write=self.args.should_save)
-        except OSError as error:
-            problem = f"a copy of checkpoint {folder} could not be written: {error}"
-        problem = "".join(gather_objects(problem))
-        if problem:
-            raise CheckpointError(problem)
-        for index in state.bad if self.bad_samples is not None else ():
-            self.bad_samples.mark(index)
-        self._place.resumed, self._place.skipped = state, skipped
-        return str(folder)
+            if self.args.should_save:
+                self._files.end()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_checkpoint(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.optimizer is not None:
-            check_optimizer_state(Path(checkpoint), self.optimizer)
+        optimizer: Any = self.optimizer
+        own = [dict(group) for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        schedule = self.lr_scheduler
-        if checkpoint is not None and isinstance(schedule, LambdaLR):
-            # The checkpoint's rates are those of its own schedule; this one may be longer, or count other steps.
-            parts = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            rates = [base * share(schedule.last_epoch) for base, share in parts]
-            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            schedule._last_lr = rates
+        if checkpoint is not None:  # rates and weight decay are those of the flags now, not those of the checkpoint
+            use_settings(optimizer, self.lr_scheduler, own)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        super()._load_scaler(checkpoint)
+        self._resume.loading = None  # it was the last of the checkpoint's files
 
     def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is None:
-            return
-        # Of this run, whatever a checkpoint names.
-        best = Path(str(self.args.output_dir)) / Path(self.state.best_model_checkpoint).name
+        # The folder is one of this run, whatever trainer_state.json names.
+        best = self.run_folder / Path(str(self.state.best_model_checkpoint)).name
         if not best.is_dir():
-            logger.warning("the best checkpoint %s is not there; the weights of the last step are kept", best)
+            logger.warning("the best checkpoint %s is missing; the weights of the last step are kept", best)
             return
         logger.info("loading the best checkpoint %s (score %s)", best, self.state.best_metric)
         self.model.load_checkpoint(best)
@@ -229,66 +260,55 @@ class VLMTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write LoRA and projector to `output_dir`, on the first process only."""
         if self.args.should_save:
-            self.model.save_checkpoint(output_dir or str(self.args.output_dir))
+            self.model.save_checkpoint(output_dir or str(self.run_folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint under another name and rename it when it is whole.
+        """Write a checkpoint under another name, and rename it when it is whole.
 
-        Trainer writes in place, so that a kill or a full disk leaves a part of a checkpoint, which looks like the
-        newest one. Where writing fails, older checkpoints stay, the failure is logged, and training goes on.
+        Trainer writes in place, so that a kill or a full disk leaves a part of a checkpoint that looks like the newest
+        one. If writing fails, older checkpoints stay, the failure is logged, and training continues.
         """
-        run = Path(str(self.args.output_dir))
-        target = run / f"checkpoint-{self.state.global_step}"
-        staging = run / f"tmp-{target.name}"
+        target = self.run_folder / f"checkpoint-{self.state.global_step}"
+        staging = self.run_folder / f"tmp-{target.name}-{self._token}"
         best_before = self.state.best_model_checkpoint
-        best = run / f"checkpoint-{self.state.best_global_step}"
+        best = self.run_folder / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == target or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
         self.store_flos()
-        run_state = self._place.run_state()
-        problem = ""
-        try:
-            self._write_checkpoint(staging, run_state)
-        except (OSError, RuntimeError) as error:
-            problem = " ".join(str(error).split()) or type(error).__name__
-        problem = "; ".join(filter(None, gather_objects(problem)))
-        if not problem and self.args.should_save:
-            try:
-                put_in_place(staging, target)
-            except OSError as error:
-                problem = str(error)
-        problem = next(filter(None, gather_objects(problem)), "")
+        run_state, saves = self._resume.run_state(), self.args.should_save
+        problem = (
+            first_problem(lambda: staging.mkdir(parents=True) if saves else None)  # never through a link
+            or first_problem(lambda: self._write_training_state(staging, run_state))
+            or first_problem(lambda: self._finish_checkpoint(staging, target) if saves else None)
+        )
         self.save_failure = f"{target}: {problem}" if problem else ""
         if problem:
             self.state.best_model_checkpoint = best_before
-        if not self.args.should_save:
-            return
-        if problem:
+        if problem and saves:
             logger.error(
-                "checkpoint %s could not be written: %s; older checkpoints are as they were, and training goes on",
+                "checkpoint %s could not be written: %s; older checkpoints are unchanged, and training continues",
                 *(target, problem),
             )
-        shutil.rmtree(staging, ignore_errors=True)
-        if not problem:
-            best_now = self.state.best_model_checkpoint
-            delete_old_checkpoints(run, self.args.save_total_limit, {target, Path(best_now or target)})
+        if saves:
+            remove(staging)
+        if saves and not problem:
+            keep = {target, Path(self.state.best_model_checkpoint or target)}
+            delete_old_checkpoints(self.run_folder, self.args.save_total_limit, keep)
 
-    def _write_checkpoint(self, folder: Path, run_state: RunState) -> None:
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
-        wait_for_all()
+    def _write_training_state(self, folder: Path, run_state: RunState) -> None:
         self.save_model(str(folder), _internal_call=True)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
+            self._save_rng_state(str(folder))  # every process has its own
         if self.args.should_save:
-            states: Any = self.state.stateful_callbacks
-            for callback in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(callback, ExportableState):
-                    states[type(callback).__name__] = callback.state()
+            self.state.stateful_callbacks = callback_states([*self.callback_handler.callbacks, self.control])
             self.state.save_to_json(str(folder / TRAINER_STATE))
             run_state.write(folder)
+
+    def _finish_checkpoint(self, staging: Path, target: Path) -> None:
+        write_checksums(staging, {path.name for path in staging.iterdir()} - {CHECKSUMS, *WEIGHTS})
+        put_in_place(staging, target)
 
 
 def log_parameter_counts(model: VisionLanguageModel) -> None:

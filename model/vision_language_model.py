@@ -23,7 +23,13 @@ from qwen.loss import head_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
 
-from .checkpoints.base_models import base_models, check_bases, drops_first_patch, num_projector_layers
+from .checkpoints.base_models import (
+    base_fingerprints,
+    base_models,
+    check_bases,
+    drops_first_patch,
+    num_projector_layers,
+)
 from .checkpoints.checkpoint import (
     CheckpointError,
     load_adapter_weights,
@@ -32,8 +38,7 @@ from .checkpoints.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from .checkpoints.fingerprint import base_fingerprints
-from .checkpoints.multimodal_config import MultimodalConfig, package_versions
+from .checkpoints.configs import MultimodalConfig, package_versions
 from .device import pick_device, pick_dtype
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora, merge_lora
@@ -182,6 +187,7 @@ class VisionLanguageModel(nn.Module):
                 f"got pixel_values {tuple(pixel_values.shape)} and vision_features {tuple(vision_features.shape)}; all "
                 "images of a batch come as pixels, or all as features of the tower: give one of them"
             )
+        kwargs.pop("ids", None)  # the collator names samples by them, for messages
         images = pixel_values if vision_features is None else vision_features
         num_images = 0 if images is None else len(images)
         if num_images or labels is not None:

@@ -1,4 +1,4 @@
-"""Runs that are stopped and go on, in this process: data, trainers that remember what they saw, and kills."""
+"""Runs that are stopped and resumed, in this process: data, trainers that remember what they saw, and kills."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from transformers import TrainerCallback
 
 from dataset.epoch_order import EpochOrder
 from model import VLMTrainer, VLMTrainingArguments
-from model.runs.run_folder import newest_resumable
+from model.checkpoints.tensor_files import CheckpointError
+from model.runs.resuming import check_resumable, newest_resumable
+from model.runs.run_folder import clear_leftovers
 from qwen import IGNORE_INDEX
 
-WEIGHTS = {"adapter_model.safetensors", "adapter_config.json", "projector.safetensors", "multimodal_config.json"}
+WEIGHTS = {
+    *("adapter_model.safetensors", "adapter_config.json", "projector.safetensors", "multimodal_config.json"),
+    "checksums.json",
+}
 STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "run_state.json"}
 
 
@@ -86,7 +91,17 @@ def collate_list(samples):
 
 
 def new_trainer(
-    bases, folder, *, size=11, dropout=0.3, model=None, callbacks=(), identity=None, lengths=None, **changes
+    bases,
+    folder,
+    *,
+    size=11,
+    dropout=0.3,
+    model=None,
+    callbacks=(),
+    identity=None,
+    lengths=None,
+    overwritten=(),
+    **changes,
 ) -> Recorder:
     """A trainer over a fresh model; 3 epochs of steps of 4 samples, logged off the grid of epochs and checkpoints."""
     settings = {
@@ -105,7 +120,7 @@ def new_trainer(
         "seed": 3,
         "train_sampling_strategy": "sequential",
     }
-    trainer = Recorder(
+    return Recorder(
         model=model or enliven_trained(new_model(bases, dropout=dropout), std=0.1),
         args=VLMTrainingArguments(**{**settings, **changes}),
         train_dataset=EpochOrder(Answers(size), settings["seed"], lengths),
@@ -113,12 +128,13 @@ def new_trainer(
         data_collator=collate_list,
         callbacks=list(callbacks),
         identity=identity,
+        overwritten=overwritten,
     )
-    return trainer
 
 
-def go_on(bases, folder: Path, from_: Path | None = None, **changes) -> Recorder:
-    """Go on from the newest checkpoint, with a model, a trainer and random numbers that know nothing of the first."""
+def resume(bases, folder: Path, from_: Path | None = None, **changes) -> Recorder:
+    """Resume from the newest checkpoint, with a model, a trainer and random numbers that know nothing of the first."""
+    clear_leftovers(folder)
     trainer = new_trainer(
         bases,
         folder,
@@ -160,6 +176,14 @@ def checkpoints(folder: Path) -> list[str]:
     """Names in a run's folder that look like checkpoints or unfinished work, by their numbers."""
     names = [path.name for path in folder.iterdir() if path.name.startswith(("checkpoint-", "tmp-"))]
     return sorted(names, key=lambda name: (name.startswith("tmp-"), len(name), name))
+
+
+def is_resumable(folder: Path) -> bool:
+    try:
+        check_resumable(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def position(folder: Path) -> tuple[int, int]:

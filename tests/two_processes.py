@@ -1,4 +1,6 @@
-"""Two processes of tests/model/runs/test_split_steps.py: `torchrun --nproc_per_node=2 two_processes.py OUT QWEN CLIP`.
+"""Two processes of tests/model/runs/test_split_steps.py: `torchrun --standalone --nproc_per_node=2 two_processes.py …`.
+
+Arguments: OUT QWEN CLIP.
 
 Each process writes what it saw to `OUT/rank-N.pt`.
 """
@@ -11,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from stopped_runs import Answers, KillAt, Killed, answer_lengths, checkpoints, go_on, logged, new_trainer, weights
+from stopped_runs import Answers, KillAt, Killed, answer_lengths, checkpoints, logged, new_trainer, resume, weights
 from transformers import TrainerCallback
 
 from dataset.epoch_order import EpochOrder
@@ -55,7 +57,7 @@ def killed(trainer) -> None:
 
 
 def grouped_runs(out: Path, bases: tuple[str, str]) -> dict:
-    """Samples of similar length beside each other: without dropout, and with it, whole and killed in mid-epoch."""
+    """Samples of similar length next to each other: without dropout, and with it, whole and killed in mid-epoch."""
     lengths = {"size": GROUPED, "lengths": answer_lengths(GROUPED), "num_train_epochs": 2}
     trainer = new_trainer(
         bases, out / "grouped split", **{**HALF, **lengths, "dropout": 0.0}, logging_steps=1, save_strategy="no"
@@ -66,7 +68,7 @@ def grouped_runs(out: Path, bases: tuple[str, str]) -> dict:
     trainer.train()
     found["grouped whole"] = record(trainer)
     killed(new_trainer(bases, out / "grouped run", callbacks=[KillAt("on_step_end", 4)], **HALF, **lengths))
-    found["grouped resumed"] = record(go_on(bases, out / "grouped run", **HALF, **lengths))
+    found["grouped resumed"] = record(resume(bases, out / "grouped run", **HALF, **lengths))
     return found
 
 
@@ -76,12 +78,17 @@ def do_all(out: Path, bases: tuple[str, str], rank: int) -> dict:
     trainer = new_trainer(bases, out / "split", **plain)
     trainer.train()
     found["split"] = record(trainer)
+    found["eval_loss"] = {}
+    for size in (5, 7, 8):  # 7: the last batch of one process is repeated samples; 5: all but one of both
+        trainer.eval_dataset = Answers(size)
+        trainer.args.per_device_eval_batch_size = 2
+        found["eval_loss"][size] = trainer.evaluate()["eval_loss"]
 
     trainer = new_trainer(bases, out / "whole", save_steps=2, **HALF)
     trainer.train()
     found["whole"] = record(trainer)
     killed(new_trainer(bases, out / "run", callbacks=[KillAt("on_step_end", 6)], save_steps=2, **HALF))
-    found["resumed"] = record(go_on(bases, out / "run", save_steps=2, **HALF))
+    found["resumed"] = record(resume(bases, out / "run", save_steps=2, **HALF))
 
     killed(
         new_trainer(bases, out / "for one", callbacks=[KillAt("on_step_end", 5)], **{**plain, "save_strategy": "steps"})
@@ -95,7 +102,7 @@ def do_all(out: Path, bases: tuple[str, str], rank: int) -> dict:
     trainer = new_trainer(bases, out / "signal", callbacks=[SendFromOne()], save_steps=100, **HALF)
     trainer.train()
     found["signal"] = {**record(trainer), "received": trainer.stop_on_signal.received}
-    found["after signal"] = record(go_on(bases, out / "signal", save_steps=100, **HALF))
+    found["after signal"] = record(resume(bases, out / "signal", save_steps=100, **HALF))
 
     trainer = new_trainer(bases, out / "poisoned", save_steps=1, **HALF)
     trainer.train_dataset = EpochOrder(Poisoned(11), 3)

@@ -1,4 +1,4 @@
-"""Time to the first token, and tokens per second, beside transformers' LLaVA of the same size and weights.
+"""Time to the first token, and tokens per second, next to transformers' LLaVA of the same size and weights.
 
     python -m benchmarks.answering.generate
     python -m benchmarks.answering.generate --dtypes float32 --batches 1 --rounds 3 --tokens 16
@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from .. import measure
+from ..measure import DTYPES, itself, medians, parser, publish, run_in_turn, text_table
 
-DTYPES = ("float32", "bfloat16")
 PEERS = ("ours", "llava")
 
 
 def make_inputs(size: Any, batch: int, dtype: str) -> tuple[list[list[int]], Any]:
-    """Prompts of several lengths with an image in each, and the images' pixels (batch, 3, S, S)."""
+    """Return prompts of several lengths with an image in each, and the images' pixels (batch, 3, S, S)."""
     import torch
 
     from qwen import IMAGE_TOKEN_ID
@@ -39,7 +36,7 @@ def make_inputs(size: Any, batch: int, dtype: str) -> tuple[list[list[int]], Any
 
 
 def prepare(peer: str, size: Any, prompts: Sequence[Sequence[int]], pixels: Any) -> Callable[[int, Any], list[int]]:
-    """Build a peer; gives a function from a number of tokens, and a call after each, to the first answer's ids."""
+    """Build a peer; returns a function from a number of tokens, and a call after each, to the first answer's ids."""
     import torch
 
     from qwen.answering import generate_batch
@@ -83,7 +80,7 @@ def run_one(peer: str, args: argparse.Namespace, size: Any) -> dict[str, Any]:
     times: list[float] = []
 
     def after_each(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """A criterion to stop by, which never does: generation calls it when a token has been drawn."""
+        """Note the time; a stopping criterion, which generation calls after each token, and which never stops it."""
         times.append(clock())
         return torch.zeros(len(ids), dtype=torch.bool)
 
@@ -104,25 +101,25 @@ def run_one(peer: str, args: argparse.Namespace, size: Any) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """Medians by setting, peer and figure; and on the way, whether both give the same tokens in fp32."""
+    """Return medians by setting, peer and figure; prints on the way whether both give the same tokens in fp32."""
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for dtype in args.dtypes:
         for batch in args.batches:
             flags = ["--dtypes", dtype, "--batches", str(batch), "--tokens", str(args.tokens)]
             flags += ["--clock", args.clock, "--repeats", str(args.repeats)]
             tiny = ["--tiny"] if args.tiny else []
-            commands = {peer: [*measure.itself(__file__), "--one", peer, *flags, *tiny] for peer in PEERS}
-            runs = measure.run_in_turn(commands, args.rounds)
+            commands = {peer: [*itself(__file__), "--one", peer, *flags, *tiny] for peer in PEERS}
+            runs = run_in_turn(commands, args.rounds, args.threads)
             setting = f"{'fp32' if dtype == 'float32' else 'bf16'}, batch {batch}"
-            figures[setting] = {peer: measure.medians(done) for peer, done in runs.items()}
+            figures[setting] = {peer: medians(done) for peer, done in runs.items()}
             if dtype == "float32":
                 same = runs["ours"][0].values["ids"] == runs["llava"][0].values["ids"]
-                print(f"{setting}: {'the same tokens' if same else 'OTHER TOKENS'} from both", file=sys.stderr)
+                print(f"{setting}: {'the same tokens' if same else 'OTHER TOKENS'} from both")
     return figures
 
 
 def show(figures: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The table; ratios above 1 mean that ours is faster."""
+    """Return the table; ratios above 1 mean that ours is faster."""
     heads = ("", "first token, s", "LLaVA", "ratio", "tokens/s", "LLaVA", "ratio", "whole answer, s", "LLaVA", "ratio")
     rows = []
     for setting, by_peer in figures.items():
@@ -132,45 +129,36 @@ def show(figures: dict[str, dict[str, dict[str, float]]]) -> str:
             ratio = ours[name] / llava[name] if name == "rate" else llava[name] / ours[name]
             row += [form.format(ours[name]), form.format(llava[name]), f"{ratio:.2f}x"]
         rows.append(row)
-    return measure.text_table(heads, rows)
+    return text_table(heads, rows)
 
 
 def main() -> None:
     """Compare, or measure one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parse = parser(__doc__, rounds=5, can_be_tiny=True)
+    add = parse.add_argument
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="precisions (%(default)s)")
     add("--batches", nargs="+", type=int, default=[1, 8], help="questions at once (%(default)s)")
     add("--tokens", type=int, default=64, help="tokens of an answer (%(default)s)")
     add("--repeats", type=int, default=2, help="measurements in a process; the fastest counts (%(default)s)")
-    add(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor time, on a shared machine (%(default)s)",
-    )
-    add("--rounds", type=int, default=5, help="processes of each peer (%(default)s)")
-    add("--output", type=Path, default=measure.RESULTS, help="folder for JSON and PNG (%(default)s)")
-    add("--tiny", action="store_true", help="a model of no size, to try the script")
+    clock = "cpu: processor time, on a shared machine (%(default)s)"
+    add("--clock", choices=("wall", "cpu"), default="wall", help=clock)
     add("--one", choices=PEERS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse.parse_args()
     if args.one:
         from ..peers import TINY, Size
 
-        size = TINY if args.tiny else Size()
-        print(json.dumps(run_one(args.one, args, size)))
+        print(json.dumps(run_one(args.one, args, TINY if args.tiny else Size())))
         return
     figures = compare(args)
     print(show(figures))
-    results = {"machine": measure.machine(), "settings": vars(args) | {"output": None}, "medians": figures}
-    measure.write_results(args.output / "generate.json", results)
     panels = {
         unit: {
             setting: {peer: values[name] for peer, values in by_peer.items()} for setting, by_peer in figures.items()
         }
         for unit, name in (("seconds to the first token", "first"), ("tokens per second", "rate"))
     }
-    measure.draw_bars(args.output / "generate.png", "Answering: ours and transformers' LLaVA", panels)
+    results = {"settings": vars(args) | {"output": None}, "medians": figures}
+    publish(args.output, "generate", results, "Answering: ours and transformers' LLaVA", panels)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Seconds and peak memory from the command to the first token, beside transformers' LLaVA of the same size.
+"""Seconds and peak memory from the command to the first token, next to transformers' LLaVA of the same size.
 
     python -m benchmarks.answering.load
     python -m benchmarks.answering.load --layers 12 --width 1024 --rounds 3
 
 Checkpoints with random weights are written in the published formats (QWen in shards, CLIP, and LoRA with projector for
 ours; LLaVA's own for the peer), in bf16. Then `test.py` answers with one token, and a script of the peer does, in turn,
-each in a process of its own. Memory is what was resident at the peak, and the same less what the imports alone take in
-the same round.
+each in a process of its own. Memory is the peak of what was resident; "less the imports" takes off what the imports
+alone need, measured in the same round.
 Prints a table of medians; writes load.json and load.png into the output folder.
 """
 
@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import measure
-from ..vocabulary import vocabulary_file
+from ..measure import ROOT, Run, itself, medians, parser, publish, run_in_turn, run_once, text_table
 
-ROOT = Path(__file__).resolve().parents[2]
 GB = 1e9
 QUESTION = "What is in the picture?"
+PEERS = ("ours", "llava")
 
 LLAVA = """
 import json, sys, torch
@@ -47,28 +45,16 @@ if sys.argv[1:]:
 OUR_IMPORTS = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'test.py')!r})"
 
 
-def write_ours(size: Any, folder: Path, vocabulary: Path) -> None:
-    """Write QWen and CLIP in bf16, in the published formats, and a checkpoint over them."""
+def write_ours(size: Any, folder: Path) -> None:
+    """Write QWen and CLIP, and a checkpoint over them."""
     import torch
 
     from model import LoraSettings, VisionLanguageModel
-    from qwen import QWenLMHeadModel
 
-    from ..peers import save_tower
+    from ..random_weights import write_language_model, write_tower
 
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        qwen = QWenLMHeadModel(size.qwen)
-    qwen = qwen.to(torch.bfloat16).to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in qwen.parameters():
-            parameter.normal_(0, 0.02)
-    qwen.save_pretrained(str(folder / "qwen"), max_shard_size="500MB")
-    shutil.copy(vocabulary, folder / "qwen/qwen.tiktoken")
-    settings = {"chat_format": "chatml", "eos_token_id": 151643, "pad_token_id": 151643, "max_window_size": 6144}
-    (folder / "qwen/generation_config.json").write_text(json.dumps(settings))
-    save_tower(size, folder / "clip", torch.bfloat16)
-    del qwen
+    write_language_model(folder / "qwen", size.qwen, shard_bytes=500_000_000)
+    write_tower(folder / "clip", size.clip)
     model = VisionLanguageModel.from_pretrained(
         str(folder / "qwen"), str(folder / "clip"), dtype=torch.bfloat16, device="cpu", trainable=True
     )
@@ -77,42 +63,42 @@ def write_ours(size: Any, folder: Path, vocabulary: Path) -> None:
 
 
 def write_llava(size: Any, folder: Path) -> None:
-    """Write the peer, its own image processor beside it."""
+    """Write the peer and its image processor."""
     import torch
     from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
 
     from ..peers import llava_config
+    from ..random_weights import write_weights
 
+    config = llava_config(size)
     with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(llava_config(size))
-    llava = llava.to(torch.bfloat16).to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in llava.parameters():
-            parameter.normal_(0, 0.02)
-        for buffer in llava.buffers():  # positions and frequencies, which a published checkpoint does not hold
-            buffer.zero_()
-    llava.save_pretrained(str(folder / "llava"), max_shard_size="500MB")
+        llava = LlavaForConditionalGeneration(config)
+    write_weights(folder / "llava", llava, config, torch.bfloat16, 500_000_000)
     CLIPImageProcessorPil.from_pretrained(str(folder / "clip")).save_pretrained(str(folder / "llava"))
 
 
 def prompt_of(size: Any, folder: Path) -> list[int]:
-    """The token ids that test.py makes of the question."""
-    from dataset.prompt import with_placeholders
-    from model.asking.prompt_window import fit_prompt
+    """Return the token ids that test.py makes of the question."""
+    from dataset.prompt import encode_question, with_placeholders
     from model.language_model import load_tokenizer
 
-    return fit_prompt(load_tokenizer(str(folder / "qwen")), with_placeholders(QUESTION, 1), size.num_image_tokens)
+    return encode_question(load_tokenizer(str(folder / "qwen")), with_placeholders(QUESTION, 1), size.num_image_tokens)
 
 
-def write(size: Any, folder: Path, vocabulary: Path) -> None:
-    """Write everything; in a process of its own, whose memory then is gone."""
-    write_ours(size, folder, vocabulary)
+def write_inputs(folder: Path, args: argparse.Namespace) -> None:
+    """Write everything; in a process of its own, whose memory is then free again."""
+    from ..peers import Size
+
+    heads = max(1, args.width // 64)
+    towers = {"tower_layers": 12, "tower_width": 768} if args.width > 512 else {}
+    size = Size(layers=args.layers, width=args.width, inner=args.width * 43 // 16, heads=heads, **towers)
+    write_ours(size, folder)
     write_llava(size, folder)
     (folder / "prompt.json").write_text(json.dumps(prompt_of(size, folder)))
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """What is measured: both peers, and what each imports."""
+    """Return what is measured: both peers, and what each imports."""
     picture = str(ROOT / "test_img/1.jpg")
     ask = ["--image_path", picture, "--prompt", QUESTION, "--greedy", "--max_new_tokens", "1", "--dtype", "bfloat16"]
     ours = [str(ROOT / "test.py"), "--model_weights", str(folder / "weights"), "--device", "cpu", *ask]
@@ -124,22 +110,22 @@ def commands(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def weight_bytes(folder: Path, names: tuple[str, ...]) -> int:
-    """What the files of weights in these folders hold."""
-    return sum(file.stat().st_size for name in names for file in (folder / name).glob("*.safetensors"))
-
-
-def figures_of(runs: Mapping[str, Sequence[measure.Run]]) -> dict[str, dict[str, float]]:
-    """Medians of each peer, of its imports, and of what it takes less those: the difference is taken in each round."""
-    figures = {name: measure.medians(done) for name, done in runs.items()}
-    for peer in ("ours", "llava"):
+def figures_of(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, float]]:
+    """Return medians of each peer, of its imports, and of what it takes without them, subtracted in each round."""
+    figures = {name: medians(done) for name, done in runs.items()}
+    for peer in PEERS:
         rounds = zip(runs[peer], runs[f"{peer}, imports"], strict=True)
-        figures[f"{peer}, less imports"] = measure.medians([whole.less(imports) for whole, imports in rounds])
+        figures[f"{peer}, less imports"] = medians([_difference(whole, imports) for whole, imports in rounds])
     return figures
 
 
+def _difference(whole: Run, part: Run) -> Run:
+    seconds, cpu_seconds = whole.seconds - part.seconds, whole.cpu_seconds - part.cpu_seconds
+    return Run(seconds, cpu_seconds, whole.peak_bytes - part.peak_bytes, {})
+
+
 def show(figures: dict[str, dict[str, float]]) -> str:
-    """The table; a ratio above 1 means that ours is faster, or smaller."""
+    """Return the table; a ratio above 1 means that ours is faster, or smaller."""
     rows = []
     for label, name, unit in (
         ("seconds", "seconds", 1.0),
@@ -147,53 +133,42 @@ def show(figures: dict[str, dict[str, float]]) -> str:
         ("peak, GB", "peak_bytes", GB),
     ):
         for less in ("", ", less imports"):
-            ours, llava = (figures[f"{peer}{less}"][name] / unit for peer in ("ours", "llava"))
+            ours, llava = (figures[f"{peer}{less}"][name] / unit for peer in PEERS)
             what = f"{label}, less the imports" if less else label
             rows.append([what, f"{ours:.2f}", f"{llava:.2f}", f"{llava / ours:.2f}x"])
-    for peer, files in (("ours", figures["ours"]["files"]), ("llava", figures["llava"]["files"])):
-        rows.append([f"files of weights, GB, {peer}", f"{files / GB:.2f}", "", ""])
-    return measure.text_table(("to the first token", "ours", "LLaVA", "ratio"), rows)
+    files = [f"{figures[peer]['files'] / GB:.2f}" for peer in PEERS]
+    rows.append(["files of weights, GB", *files, ""])
+    return text_table(("to the first token", "ours", "LLaVA", "ratio"), rows)
 
 
 def main() -> None:
     """Write the checkpoints, measure, and show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parse = parser(__doc__, rounds=3)
+    add = parse.add_argument
     add("--layers", type=int, default=12, help="blocks of the language model (%(default)s)")
     add("--width", type=int, default=1024, help="its channels (%(default)s)")
-    add("--rounds", type=int, default=3, help="processes of each peer (%(default)s)")
-    add("--vocabulary", type=Path, help="qwen.tiktoken; default: that of the package dashscope")
-    add("--output", type=Path, default=measure.RESULTS, help="folder for JSON and PNG (%(default)s)")
     add("--write", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse.parse_args()
     if args.write:
-        from ..peers import Size
-
-        heads = max(1, args.width // 64)
-        towers = {"tower_layers": 12, "tower_width": 768} if args.width > 512 else {}
-        size = Size(layers=args.layers, width=args.width, inner=args.width * 43 // 16, heads=heads, **towers)
-        write(size, args.write, args.vocabulary)
+        write_inputs(args.write, args)
         return
-    vocabulary = args.vocabulary or vocabulary_file()
     with tempfile.TemporaryDirectory() as name:
-        sizes = ["--layers", str(args.layers), "--width", str(args.width), "--vocabulary", str(vocabulary)]
-        measure.run_once([*measure.itself(__file__), "--write", name, *sizes])
-        runs = measure.run_in_turn(commands(Path(name)), args.rounds)
-        figures = figures_of(runs)
-        figures["ours"]["files"] = weight_bytes(Path(name), ("qwen", "clip", "weights"))
-        figures["llava"]["files"] = weight_bytes(Path(name), ("llava",))
+        run_once([*itself(__file__), "--write", name, "--layers", str(args.layers), "--width", str(args.width)])
+        figures = figures_of(run_in_turn(commands(Path(name)), args.rounds, args.threads))
+        for peer, folders in (("ours", ("qwen", "clip", "weights")), ("llava", ("llava",))):
+            files = [file for folder in folders for file in (Path(name) / folder).glob("*.safetensors")]
+            figures[peer]["files"] = sum(file.stat().st_size for file in files)
     print(show(figures))
-    settings = {"layers": args.layers, "width": args.width, "rounds": args.rounds}
-    results = {"machine": measure.machine(), "settings": settings, "medians": figures}
-    measure.write_results(args.output / "load.json", results)
     panels = {
         unit: {
-            label: {peer: figures[f"{peer}{less}"][key] / by for peer in ("ours", "llava")}
+            label: {peer: figures[f"{peer}{less}"][key] / by for peer in PEERS}
             for label, less in (("all", ""), ("less the imports", ", less imports"))
         }
         for unit, key, by in (("seconds to the first token", "seconds", 1.0), ("peak memory, GB", "peak_bytes", GB))
     }
-    measure.draw_bars(args.output / "load.png", "From the command to the first token", panels)
+    settings = {"layers": args.layers, "width": args.width, "rounds": args.rounds}
+    results = {"settings": settings, "medians": figures}
+    publish(args.output, "load", results, "From the command to the first token", panels)
 
 
 if __name__ == "__main__":

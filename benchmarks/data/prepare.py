@@ -2,19 +2,17 @@
 
     python -m benchmarks.data.prepare [--scale 1.0] [--output OUTPUT]
 
-Annotations as large as the real ones are made up: 210,000 AI Challenger photos of five Chinese sentences, 77,000 LLaVA
-records of complex reasoning and 23,000 of detailed description (each of one question and one answer, as the published
-files have it), and for comparison a tenth of each. `dataprocess/process_image.py` prepares them, and the data set of
-training opens what it wrote. Of the photos only a few hundred exist. Seconds are the clock's, and in brackets the
+Synthetic annotations are as large as the real ones: 210,000 AI Challenger photos of five Chinese sentences, 77,000
+LLaVA records of complex reasoning and 23,000 of detailed description (each of one question and one answer, as the
+published files have it); and for comparison a tenth of each. `dataprocess/process_image.py` prepares them, and the data
+set of training opens the result. Of the photos only a few hundred exist. Seconds are the clock's, and in brackets the
 processor's, which other work on the machine does not change.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import resource
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -24,11 +22,12 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from ..measure import RESULTS, draw_bars, machine, run_once, text_table, write_results
+from ..inputs import SEED
+from ..measure import ROOT, itself, parser, publish, run_once, text_table
 
-SEED = 42
 PHOTOS, REASONING, DETAIL = 210_000, 77_000, 23_000
 PICTURES = 400
+RUNS = itself(str(Path(__file__).with_name("prepare_run.py")))
 _CHINESE = "一个穿着白色上衣的男人站在绿草如茵球场前面拿话筒舞台女孩双手两人走道路旁边戴墨镜坐椅子孩"
 _ENGLISH = (
     "the a person image with of in street people standing near table while holding which might be enjoying their "
@@ -38,20 +37,20 @@ _ENGLISH = (
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked of one figure."""
+    """The limit of one figure."""
 
     name: str
-    """What was measured, with its unit."""
+    """Of the figure, with its unit."""
     value: float
-    """What was found, in that unit."""
+    """As it was measured, in that unit."""
     limit: float
     """The most that it may be."""
     note: str = ""
-    """What else is to be said of it."""
+    """Printed after it."""
 
 
 def sentences(rng: random.Random, number: int) -> tuple[list[str], list[str]]:
-    """Pools of Chinese captions of 14 to 30 characters, and of English sentences of 8 to 26 words."""
+    """Return pools of Chinese captions of 14 to 30 characters, and of English sentences of 8 to 26 words."""
     words = _ENGLISH.split()
     chinese = ["".join(rng.choices(_CHINESE, k=rng.randint(14, 30))) for _ in range(number)]
     english = [" ".join(rng.choices(words, k=rng.randint(8, 26))).capitalize() + "." for _ in range(number)]
@@ -100,28 +99,21 @@ def write_annotations(folder: Path, scale: float, pictures: int = PICTURES) -> N
 
 
 def measure(folder: Path, *, whole: bool) -> dict[str, float]:
-    """Prepare and open what lies in a folder; workers and pictures only where the whole of it is asked for."""
-    before = _processor_seconds()
-    script = Path(__file__).resolve().parents[2] / "dataprocess" / "process_image.py"
+    """Prepare and open what is in a folder; data workers and pictures only for the whole size."""
+    script = ROOT / "dataprocess" / "process_image.py"
     run = run_once([sys.executable, str(script), "--config", str(folder / "config.yaml")])
     figures = {
         "process_seconds": run.seconds,
-        "process_processor_seconds": _processor_seconds() - before,
+        "process_processor_seconds": run.cpu_seconds,
         "process_bytes": float(run.peak_bytes),
     }
     for what in ("ready", "workers", "images") if whole else ("ready",):
-        command = [sys.executable, "-m", "benchmarks.data.prepare_run", what, "--folder", str(folder)]
-        figures |= run_once(command).values
+        figures |= run_once([*RUNS, what, "--folder", str(folder)]).values
     return figures
 
 
-def _processor_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def goals(tenth: dict[str, float], whole: dict[str, float]) -> list[Goal]:
-    """What was asked, beside what was found."""
+    """Return the figures with their limits."""
     ratio = whole["process_processor_seconds"] / tenth["process_processor_seconds"]
     opened = whole["ready_processor_seconds"] / tenth["ready_processor_seconds"]
     anywhere = whole["sample_seconds"] / tenth["sample_seconds"]
@@ -148,11 +140,10 @@ def goals(tenth: dict[str, float], whole: dict[str, float]) -> list[Goal]:
 
 def main() -> None:
     """Measure, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the real size")
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="photos that exist")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and PNG (%(default)s)")
-    given = parser.parse_args()
+    parse = parser(__doc__)
+    parse.add_argument("--scale", type=float, default=1.0, help="share of the real size (%(default)s)")
+    parse.add_argument("--pictures", type=int, default=PICTURES, help="photos that exist (%(default)s)")
+    given = parse.parse_args()
     found = {}
     for name, scale in (("a tenth", given.scale / 10), ("whole", given.scale)):
         with tempfile.TemporaryDirectory() as temporary:
@@ -160,25 +151,23 @@ def main() -> None:
             found[name] = measure(Path(temporary), whole=name == "whole")
     rows = goals(found["a tenth"], found["whole"])
     print(f"{found['whole']['samples']:,.0f} samples; seconds in brackets are the processor's")
-    cells = [[g.name, f"{g.value:,.2f}", f"{g.limit:,.1f}", g.note or ""] for g in rows]
+    cells = [[goal.name, f"{goal.value:,.2f}", f"{goal.limit:,.1f}", goal.note] for goal in rows]
     print(text_table(["", "found", "at most", ""], cells))
-    write_results(given.output / "prepare.json", {"machine": machine(), "scale": given.scale, "figures": found})
-    seconds = {
-        name: {
-            "process_image.py": one["process_processor_seconds"],
-            "data set ready": one["ready_processor_seconds"],
-        }
-        for name, one in found.items()
+    panels = {
+        "processor seconds": {
+            name: {
+                "process_image.py": one["process_processor_seconds"],
+                "data set ready": one["ready_processor_seconds"],
+            }
+            for name, one in found.items()
+        },
+        "MB": {
+            name: {"process_image.py": one["process_bytes"] / 1e6, "data set ready": one["ready_bytes"] / 1e6}
+            for name, one in found.items()
+        },
     }
-    memory = {
-        name: {"process_image.py": one["process_bytes"] / 1e6, "data set ready": one["ready_bytes"] / 1e6}
-        for name, one in found.items()
-    }
-    draw_bars(
-        given.output / "prepare.png",
-        "Annotations of the real size, and a tenth of them",
-        {"processor seconds": seconds, "MB": memory},
-    )
+    results = {"scale": given.scale, "figures": found}
+    publish(given.output, "prepare", results, "Annotations of the real size, and a tenth of them", panels)
 
 
 if __name__ == "__main__":

@@ -24,20 +24,19 @@ from transformers import CLIPImageProcessorPil
 
 import train  # noqa: F401, what a training process has imported counts for none of the figures
 from dataset import ImageCaptionDataset, VLMCollator
-from dataset.prompt import encode_sample
 from model.runs.data_workers import with_calm_workers
 from qwen import QWenTokenizer
 from visual.base import ImageTransform
 
-from ..random_weights import SEED
-from ..training.memory_run import resident
+from ..inputs import SEED
+from ..measure import resident
 from ..vocabulary import vocabulary_file
 
 IMAGE_TOKENS, WORKERS, READS = 256, 2, 4000
 
 
 class TextsOnly(Dataset[dict[str, Any]]):
-    """The samples of a data set without their pictures, of which the benchmark has few."""
+    """Samples without their pictures, of which the benchmark has few."""
 
     def __init__(self, dataset: ImageCaptionDataset) -> None:
         self.dataset = dataset
@@ -46,18 +45,18 @@ class TextsOnly(Dataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.dataset.annotations[index]
-        turns = [(question, answers[0]) for question, answers in sample.turns]
-        encoded = encode_sample(self.dataset.tokenizer, turns, IMAGE_TOKENS)
-        return {
-            "input_ids": torch.tensor(encoded.input_ids),
-            "labels": torch.tensor(encoded.labels),
-            "id": sample.id,
-        }
+        encoded = self.dataset.encode(self.dataset.annotations[index])
+        ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)  # (T,) each
+        return {"input_ids": ids, "labels": labels, "id": index}
+
+
+def new_tokenizer() -> QWenTokenizer:
+    """Return Qwen's tokenizer."""
+    return QWenTokenizer(str(vocabulary_file()))
 
 
 def open_dataset(folder: Path, tokenizer: QWenTokenizer, image_size: int = 224) -> ImageCaptionDataset:
-    """The data set as training has it, with CLIP's image processor."""
+    """Open the data set as training does, with CLIP's image processor."""
     edges = {"height": image_size, "width": image_size}
     transform = ImageTransform(CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=edges))
     files = folder / "image_map.json", folder / "captions.json"
@@ -65,12 +64,12 @@ def open_dataset(folder: Path, tokenizer: QWenTokenizer, image_size: int = 224) 
 
 
 def with_picture(folder: Path) -> list[int]:
-    """Positions of the samples whose picture is there, as `prepare.py` wrote them."""
+    """Return the positions of the samples whose picture is there, as `prepare.py` wrote them."""
     return json.loads((folder / "with_picture.json").read_text())
 
 
 def ready(folder: Path, tokenizer: QWenTokenizer) -> dict[str, float]:
-    """Seconds and memory until the first sample, and seconds of one sample anywhere."""
+    """Return seconds and memory until the first sample, and seconds of one sample anywhere."""
     before, start, processor = resident("VmRSS"), time.perf_counter(), time.process_time()
     dataset = open_dataset(folder, tokenizer)
     _ = dataset[with_picture(folder)[0]]
@@ -89,13 +88,13 @@ def ready(folder: Path, tokenizer: QWenTokenizer) -> dict[str, float]:
 
 
 def unique_bytes(pid: int) -> int:
-    """What a process has for itself alone: pages that no other process shares."""
+    """Return the bytes that a process has for itself alone: of pages that no other process shares."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
 def workers(folder: Path, tokenizer: QWenTokenizer) -> dict[str, float]:
-    """What each data worker has for itself, right after its start and after it has read its samples."""
+    """Return what each data worker has for itself, right after its start and after it has read its samples."""
     texts = TextsOnly(open_dataset(folder, tokenizer))
     places = random.Random(SEED).choices(range(len(texts)), k=WORKERS * READS)
     loader = with_calm_workers(
@@ -119,13 +118,13 @@ def _living(pids: list[int]) -> list[int]:
     for pid in pids:
         try:
             found.append(unique_bytes(pid))
-        except (OSError, ValueError):  # gone
+        except (OSError, ValueError):  # it has ended
             continue
     return found
 
 
 def images(folder: Path, tokenizer: QWenTokenizer) -> dict[str, float]:
-    """Pictures per second of two workers, and processor time of one picture without any."""
+    """Return pictures per second of two workers, and processor time of one picture without any."""
     dataset = open_dataset(folder, tokenizer)
     places = with_picture(folder)
     processor = time.process_time()
@@ -150,7 +149,7 @@ def main() -> None:
     parser.add_argument("what", choices=MEASUREMENTS)
     parser.add_argument("--folder", type=Path, required=True)
     given = parser.parse_args()
-    print(json.dumps(MEASUREMENTS[given.what](given.folder, QWenTokenizer(str(vocabulary_file())))))
+    print(json.dumps(MEASUREMENTS[given.what](given.folder, new_tokenizer())))
 
 
 if __name__ == "__main__":

@@ -20,14 +20,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..measure import RESULTS, draw_bars, machine, text_table, write_results
+from ..inputs import train_flags, write_samples
+from ..measure import ROOT, itself, parser, publish, text_table
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYERS, HEADS, HEAD_SIZE, INNER, VOCABULARY = 32, 32, 128, 11_008, 151_936
 TOWER_LAYERS, TOWER_HEADS, TOWER_HEAD_SIZE = 24, 16, 64
 STEPS, NEW_TOKENS = 2, 4
 QUESTION = "这幅图像描述了什么？<|extra_0|>"
-_ANSWERS = ("一个穿着白色上衣的男人站在绿草如茵的球场上", "两个孩子坐在道路旁边的椅子上看着远处的山")
 _INTERVAL = 0.25
 
 
@@ -50,7 +49,7 @@ class Watched:
 
 
 def shapes(scale: float) -> dict[str, dict[str, int]]:
-    """Sizes of both models, as `random_weights` takes them; below a scale of 1 narrower and of fewer layers."""
+    """Return the sizes of both models for `random_weights`; below a scale of 1 narrower and of fewer layers."""
     heads, tower_heads = max(1, round(HEADS * scale)), max(1, round(TOWER_HEADS * scale))
     width, tower_width = heads * HEAD_SIZE, tower_heads * TOWER_HEAD_SIZE
     return {
@@ -66,43 +65,28 @@ def shapes(scale: float) -> dict[str, dict[str, int]]:
 
 
 def write_inputs(folder: Path, scale: float) -> None:
-    """Write weights, pictures and annotations."""
-    from PIL import Image  # not before: the process that starts others must stay small
-
-    from ..random_weights import clip_config, qwen_config, write_language_model, write_tower
-    from ..synthetic_data import write_files
+    """Write weights and samples."""
+    from ..random_weights import clip_config, qwen_config, write_language_model, write_tower  # imports torch
 
     sizes = shapes(scale)
     write_language_model(folder / "qwen", qwen_config(**sizes["qwen"]))
     write_tower(folder / "clip", clip_config(**sizes["clip"]))
-    (folder / "pictures").mkdir(exist_ok=True)
-    for index in range(STEPS):
-        Image.new("RGB", (640, 480), (90 * index, 120, 60)).save(folder / "pictures" / f"{index}.png")
-    names, answers = [f"{index}.png" for index in range(STEPS)], [_ANSWERS[index % 2] for index in range(STEPS)]
-    write_files(folder, folder / "pictures", names, answers, QUESTION)
+    write_samples(folder, STEPS)
 
 
 def commands(folder: Path, rank: int) -> dict[str, list[str]]:
-    """What is run, one after the other."""
-    training = {
-        "base_language_model": folder / "qwen",
-        "base_value_model": folder / "clip",
-        "image_map": folder / "image_map.json",
-        "captions_file": folder / "captions.json",
-        "output_dir": folder / "run",
-        "lora_rank": rank,
-        "per_device_train_batch_size": 1,
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": "true",
-        "bf16": "true",
-        "gradient_checkpointing": "true",
-        "overwrite_output_dir": "true",
-    }
-    flags = [word for name, value in training.items() for word in (f"--{name}", str(value))]
-    question = ["--image_path", str(folder / "pictures" / "0.png"), "--prompt", QUESTION]
+    """Return what is run, one after the other."""
+    flags = train_flags(
+        folder,
+        folder / "run",
+        lora_rank=rank,
+        per_device_train_batch_size=1,
+        max_steps=STEPS,
+        bf16="true",
+        gradient_checkpointing="true",
+        overwrite_output_dir="true",
+    )
+    question = ["--image_path", str(folder / "pictures" / "0.jpg"), "--prompt", QUESTION]
     answer = ["--model_weights", str(folder / "run"), *question, "--greedy", "--max_new_tokens", str(NEW_TOKENS)]
     python, train, test = sys.executable, str(ROOT / "train.py"), str(ROOT / "test.py")
     return {
@@ -157,7 +141,7 @@ def _in_proc(file: str, name: str) -> int:
 
 
 def table(found: dict[str, Watched]) -> str:
-    """Time and memory of each process."""
+    """Return time and memory of each process."""
     rows = [
         [
             name,
@@ -174,21 +158,20 @@ def table(found: dict[str, Watched]) -> str:
 
 def main() -> int:
     """Write, train, ask, and print what it took; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where everything is written; 17 GB at full size")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of width and layers; 1 is the true size")
-    parser.add_argument("--lora_rank", type=int, default=128)
-    parser.add_argument("--least_free", type=float, default=1.0, help="GB that must stay available on the machine")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and PNG (%(default)s)")
-    parser.add_argument("--write_only", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    parse = parser(__doc__)
+    parse.add_argument("--folder", type=Path, required=True, help="where everything is written; 17 GB at full size")
+    parse.add_argument("--scale", type=float, default=1.0, help="share of width and layers; 1 is the true size")
+    parse.add_argument("--lora_rank", type=int, default=128)
+    parse.add_argument("--least_free", type=float, default=1.0, help="GB that must stay available on the machine")
+    parse.add_argument("--write_only", action="store_true", help=argparse.SUPPRESS)
+    given = parse.parse_args()
     folder = given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if given.write_only:
         write_inputs(folder, given.scale)
         return 0
-    writing = [sys.executable, "-m", "benchmarks.training.full_size", "--write_only", "--folder", str(folder)]
-    steps = {"writing the weights": [*writing, "--scale", str(given.scale)], **commands(folder, given.lora_rank)}
+    writing = [*itself(__file__), "--write_only", "--folder", str(folder), "--scale", str(given.scale)]
+    steps = {"writing the weights": writing, **commands(folder, given.lora_rank)}
     found: dict[str, Watched] = {}
     for name, command in steps.items():
         log = folder / f"{name.split(',')[0].replace(' ', '_')}.log"
@@ -198,10 +181,9 @@ def main() -> int:
             print(log.read_text(encoding="utf-8", errors="replace")[-2000:], file=sys.stderr)
             break
     print(table(found))
-    results = {name: asdict(one) for name, one in found.items()}
-    write_results(given.output / "full_size.json", {"machine": machine(), "scale": given.scale, "processes": results})
+    results = {"scale": given.scale, "processes": {name: asdict(one) for name, one in found.items()}}
     bars = {n: {"resident": w.peak_bytes / 1e9, "anonymous": w.anonymous_bytes / 1e9} for n, w in found.items()}
-    draw_bars(given.output / "full_size.png", "The true size on a CPU", {"GB at most": bars})
+    publish(given.output, "full_size", results, "The true size on a CPU", {"GB at most": bars})
     return max(abs(one.status) for one in found.values())
 
 

@@ -3,28 +3,25 @@
     python -m benchmarks.training.workers
     python -m benchmarks.training.workers --workers 0 2 --dtype bfloat16 --rounds 5
 
-Our Trainer and its data loader over JPEG files of 640 × 480 pixels with grain, as large as photographs of that size
-(the last line says how large), at the *proportional* size of `train_step.py` in batches of 4. *Waits* is the part of a
-step in which the Trainer waits for its batch: without workers, all of the loading. *Alone* is what the same loader
-delivers when nobody trains: a step that takes more pictures a second than that would wait. Without an accelerator the
-workers and the step share the cores, so that a step is slower by what the workers take even if it never waits. Files
-come from the page cache. Each run is a process of its own, in turn. Prints a table, writes `results/workers.json` and
-`.png`.
+Our Trainer and its data loader read JPEG files of 640 × 480 pixels, with grain as large as photographs of that size, at
+the *proportional* size of `train_step.py` in batches of 4. *Waits* is the part of a step in which the Trainer waits for
+its batch: without workers, all of the loading. *Alone* is what the same loader delivers when nobody trains: a step that
+takes more pictures a second than that would wait. Without an accelerator the workers and the step share the cores, so
+a step is slower by what the workers take even if it never waits. Files come from the page cache.
+Prints a table, writes `results/workers.json` and `.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from ..measure import RESULTS, draw_bars, itself, machine, medians, run_in_turn, run_once, text_table, write_results
+from ..measure import DTYPES, itself, medians, parser, publish, run_in_turn, run_once, text_table
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH = 4
 READ_AHEAD = 8
 """Batches that are read before the loader is timed alone."""
@@ -34,28 +31,19 @@ READ_AHEAD = 8
 
 
 def write_inputs(folder: Path, *, pictures: int, tiny: bool) -> None:
-    """Write samples, pictures with grain in place of the smooth ones, and the model that is trained."""
-    import numpy as np
-    from PIL import Image
+    """Write samples with pictures as large as photographs, and the model that is trained."""
+    from ..inputs import write_samples
+    from ..peers import SIZES, TINY, write_ours
 
-    from ..peers import SEED, TINY
-    from .step_inputs import PICTURE, SIZES, write_data, write_ours
-
-    write_data(folder, pictures)
-    generator = np.random.default_rng(SEED)
-    for file in sorted((folder / "pictures").iterdir()):
-        coarse = generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        smooth = np.asarray(Image.fromarray(coarse).resize(PICTURE, Image.Resampling.BICUBIC), dtype=np.float32)
-        grain = generator.normal(0, 12, smooth.shape)
-        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(file, quality=90)
+    write_samples(folder, pictures, detail=(30, 40), grain=12)
     write_ours(folder, TINY if tiny else SIZES["proportional"])
 
 
 class Waiting:
-    """Stands before a Trainer's `get_batch_samples` and notes the seconds of each call.
+    """Notes the seconds of each call of a Trainer's `get_batch_samples`.
 
     Args:
-        trainer: the Trainer, from which batches come through here from now on.
+        trainer: the Trainer, whose batches are taken through this object from now on.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -74,11 +62,8 @@ class Waiting:
 
 def train_once(folder: Path, workers: int, given: argparse.Namespace) -> dict[str, float]:
     """Train with so many workers, then read all pictures through the same loader without training."""
-    import torch
-
     from .step_runs import Clock, build_ours
 
-    torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as output:
         flags = ["--dataloader_num_workers", str(workers)]
         trainer = build_ours(folder, output, given.dtype, given.steps, flags)
@@ -91,7 +76,7 @@ def train_once(folder: Path, workers: int, given: argparse.Namespace) -> dict[st
             "wait_seconds": sum(waiting.seconds[given.skipped : given.steps]) / steps,
         }
         batches = iter(trainer.get_train_dataloader())
-        for _ in range(READ_AHEAD):  # what workers made while they waited would count as quick
+        for _ in range(READ_AHEAD):  # workers prepare these before the clock starts
             next(batches)
         start = time.perf_counter()
         seen = sum(len(batch["pixel_values"]) for batch in batches)
@@ -104,21 +89,19 @@ def train_once(folder: Path, workers: int, given: argparse.Namespace) -> dict[st
 
 
 def measure(given: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Medians by the number of workers."""
-    script = [*itself(__file__), *(["--tiny"] if given.tiny else [])]
-    script += ["--dtype", given.dtype, "--steps", str(given.steps), "--skipped", str(given.skipped)]
-    script += ["--threads", str(given.threads), "--pictures", str(given.pictures)]
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(given.threads)}
+    """Return medians by the number of workers."""
+    script = [*itself(__file__), *(["--tiny"] if given.tiny else []), "--dtype", given.dtype]
+    script += ["--steps", str(given.steps), "--skipped", str(given.skipped), "--pictures", str(given.pictures)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = f"{temporary}/inputs"
-        run_once([*script, "--folder", folder, "--write"], environment)
+        run_once([*script, "--folder", folder, "--write"])
         commands = {str(number): [*script, "--folder", folder, "--one", str(number)] for number in given.workers}
-        runs = run_in_turn(commands, given.rounds, environment)
+        runs = run_in_turn(commands, given.rounds, given.threads)
     return {name: medians(measured) for name, measured in runs.items()}
 
 
 def show(found: dict[str, dict[str, float]]) -> str:
-    """The table."""
+    """Return the table."""
     rows = []
     for name, one in found.items():
         row = [name, f"{one['step_seconds']:.3f}", f"{one['wait_seconds']:.4f}"]
@@ -126,26 +109,22 @@ def show(found: dict[str, dict[str, float]]) -> str:
         rows.append([*row, f"{one['pictures_per_second']:.1f}"])
     heads = ("workers", "s/step", "of it waits, s", "waits", "pictures/s, training", "pictures/s, alone")
     size = next(iter(found.values()))["picture_bytes"]
-    return f"{text_table(heads, rows)}\na picture's file: {size / 1e3:.0f} kB in the mean"
+    return f"{text_table(heads, rows)}\nmean size of a picture's file: {size / 1e3:.0f} kB"
 
 
 def main() -> None:
     """Compare, print, write; or be a process that writes or is measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parse = parser(__doc__, rounds=3, can_be_tiny=True)
+    add = parse.add_argument
     add("--workers", nargs="+", type=int, default=[0, 1, 2], help="numbers of data workers (%(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of training (%(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="of training (%(default)s)")
     add("--steps", type=int, default=8, help="of each run (%(default)s)")
     add("--skipped", type=int, default=2, help="first steps that are left out (%(default)s)")
     add("--pictures", type=int, default=256, help="files, each read once (%(default)s)")
-    add("--rounds", type=int, default=3, help="runs of each (%(default)s)")
-    add("--threads", type=int, default=os.cpu_count(), help="of a step (%(default)s)")
-    add("--output", type=Path, default=RESULTS, help="folder for JSON and PNG (%(default)s)")
-    add("--tiny", action="store_true", help="a model of no size, to try the script")
     add("--write", action="store_true", help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
     add("--one", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parse.parse_args()
     if given.write:
         write_inputs(given.folder, pictures=given.pictures, tiny=given.tiny)
         return
@@ -155,7 +134,6 @@ def main() -> None:
     found = measure(given)
     print(show(found))
     settings = {name: getattr(given, name) for name in ("dtype", "steps", "skipped", "pictures", "rounds", "threads")}
-    write_results(given.output / "workers.json", {"machine": machine(), "settings": settings, "figures": found})
     panels = {
         "seconds of a step": {
             f"{name} workers": {"step": one["step_seconds"], "of it waits": one["wait_seconds"]}
@@ -166,7 +144,8 @@ def main() -> None:
             for name, one in found.items()
         },
     }
-    draw_bars(given.output / "workers.png", "A training step and its data workers, batches of 4", panels)
+    results = {"settings": settings, "figures": found}
+    publish(given.output, "workers", results, "A training step and its data workers, batches of 4", panels)
 
 
 if __name__ == "__main__":

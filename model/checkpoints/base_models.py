@@ -1,21 +1,41 @@
-"""Which base models a checkpoint needs, and whether those at hand are like them."""
+"""Which base models a checkpoint needs, and whether those at hand are the same ones, wherever they are stored."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from pathlib import Path
+from typing import Any
 
-from qwen import MultimodalQWenLMHeadModel
+import torch
+from torch import Tensor
+from transformers.utils import cached_file
+
+from qwen import MultimodalQWenLMHeadModel, QWenLMHeadModel
 from visual.base import VisionTower
 from visual.loading import read_config
 
-from .checkpoint import Checkpoint, CheckpointError, read_projector
-from .fingerprint import comparable
+from .checkpoint import Checkpoint, read_projector
+from .tensor_files import CheckpointError, map_tensors, reading
 
 logger = logging.getLogger(__name__)
 
+FINGERPRINT = "v2-"
+"""How fingerprints begin that can be compared; those of older checkpoints depend on the version of transformers."""
+_VALUES_PER_TENSOR = 64
+_LANGUAGE_SETTINGS = (
+    *("num_attention_heads", "kv_channels", "layer_norm_epsilon", "rotary_pct", "rotary_emb_base"),
+    *("seq_length", "use_dynamic_ntk", "use_logn_attn", "scale_attn_weights"),
+)
+_IMAGE_SETTINGS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std"),
+)
+
 
 def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint | None) -> tuple[str, str]:
-    """Names of the base models: those given, else those that the checkpoint was trained on.
+    """Return the names of the base models: those given, else those that the checkpoint was trained on.
 
     Raises:
         CheckpointError: if one is named neither here nor there.
@@ -25,23 +45,22 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
         language, vision = language or config.base_language_model, vision or config.base_value_model
     if language is None or vision is None:
         flags = {"--base_language_model": language, "--base_value_model": vision}
-        absent = " and ".join(flag for flag, name in flags.items() if name is None)
-        raise CheckpointError(f"give {absent}: there is no checkpoint whose multimodal_config.json says what it is")
+        missing = " and ".join(flag for flag, name in flags.items() if name is None)
+        raise CheckpointError(f"give {missing}: there is no checkpoint whose multimodal_config.json says what it is")
     logger.info("base language model: %s; base vision model: %s", language, vision)
     return language, vision
 
 
 def drops_first_patch(checkpoint: Checkpoint | None, vision_name: str) -> bool:
-    """Whether SigLIP's first patch is left out: as trained by the original project, or going on from such training."""
+    """Return whether SigLIP's first patch is left out: in the original project's checkpoints and what came of them."""
     if checkpoint is None:
         return False
-    # Of another tower nothing can be dropped; that it does not fit is found out when both are loaded.
     is_siglip = str(read_config(vision_name).get("model_type")).startswith("siglip")
     return is_siglip and (checkpoint.config is None or checkpoint.config.drop_first_patch)
 
 
 def num_projector_layers(checkpoint: Checkpoint) -> int:
-    """What the checkpoint says; the original project's say it by their weights only."""
+    """Return the checkpoint's number of projector layers; the original project's show it by their weights only."""
     if checkpoint.config is not None:
         return checkpoint.config.projector_layers
     return 2 if any(name.startswith("2.") for name in read_projector(checkpoint.folder)) else 1
@@ -53,7 +72,7 @@ def check_bases(
     language_model: MultimodalQWenLMHeadModel,
     fingerprints: dict[str, str],
 ) -> None:
-    """Hold the base models against what the checkpoint was trained on; the original project's do not say.
+    """Check that the base models match the checkpoint; the original project's checkpoints record nothing.
 
     Args:
         checkpoint: the checkpoint.
@@ -64,7 +83,8 @@ def check_bases(
     Raises:
         CheckpointError: with every difference.
     """
-    if checkpoint.config is None:
+    config = checkpoint.config
+    if config is None:
         return
     found = {
         "vision_tower": tower.kind,
@@ -74,18 +94,101 @@ def check_bases(
         "vocab_size": language_model.config.vocab_size,
     }
     differences = [
-        f"{name} is {value}, the checkpoint was trained with {getattr(checkpoint.config, name)}"
+        f"{name} is {value}, the checkpoint was trained with {getattr(config, name)}"
         for name, value in found.items()
-        if value != getattr(checkpoint.config, name)
+        if value != getattr(config, name)
     ]
-    if not differences:
-        for name, value in fingerprints.items():
-            there = getattr(checkpoint.config, name)
-            if comparable(value, there) and value != there:
-                base = "base_value_model" if name.startswith("vision") else "base_language_model"
-                differences.append(
-                    f"the weights or settings of --{base} are others than those of "
-                    f"{getattr(checkpoint.config, base)}, which it was trained on"
-                )
+    for name, value in fingerprints.items() if not differences else ():
+        recorded = getattr(config, name)
+        base = "base_value_model" if name.startswith("vision") else "base_language_model"
+        if recorded and not comparable(value, recorded):
+            logger.warning("%s: its %s is of an older kind and is not compared", checkpoint.folder, name)
+        elif recorded and value != recorded:
+            differences.append(
+                f"the weights or settings of --{base} differ from those of {getattr(config, base)}, which it was "
+                "trained on"
+            )
     if differences:
         raise CheckpointError(f"checkpoint {checkpoint.folder} does not fit the base models: {'; '.join(differences)}")
+
+
+# ---- Fingerprints
+
+
+def base_fingerprints(tower: VisionTower, language_model: QWenLMHeadModel) -> dict[str, str]:
+    """Return the fingerprints of both base models, as `multimodal_config.json` keeps them.
+
+    They come from the published files and not from the modules that transformers makes of them, so that no upgrade
+    changes them.
+
+    Args:
+        tower: the vision tower; how it prepares images counts too.
+        language_model: the language model.
+    """
+    images = _read_published(tower.name_or_path, "preprocessor_config.json") or {}
+    prepared = {name: images.get(name) for name in _IMAGE_SETTINGS}
+    config = {name: getattr(language_model.config, name) for name in _LANGUAGE_SETTINGS}
+    vision, language = (_published_weights(name) for name in (tower.name_or_path, str(language_model.name_or_path)))
+    return {
+        "vision_tower_fingerprint": fingerprint(vision, {"kind": tower.kind}, prepared),
+        "language_model_fingerprint": fingerprint(language, config),
+    }
+
+
+def fingerprint(weights: dict[str, Tensor], *settings: dict[str, Any]) -> str:
+    """Hash names, shapes and evenly spread values of all weights, and what settings say; empty without weights.
+
+    Values are taken as bfloat16, so that a copy in bf16 has the fingerprint of the fp32 original. Of a CLIP-like model
+    the vision half counts alone; what is computed (positions, frequencies) does not.
+    """
+    vision_half = {
+        name.removeprefix("vision_model."): value for name, value in weights.items() if name.startswith("vision_model.")
+    }
+    if not weights:
+        return ""
+    digest = hashlib.sha256()
+    for name, value in sorted((vision_half or weights).items()):
+        if not value.is_floating_point() or name.endswith("inv_freq"):
+            continue
+        values = value.detach().flatten()
+        number = min(_VALUES_PER_TENSOR, values.numel())
+        spread = torch.arange(number) * (values.numel() - 1) // max(number - 1, 1)  # whole numbers: exact
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(values[spread].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return FINGERPRINT + digest.hexdigest()[:16]
+
+
+def comparable(one: object, other: object) -> bool:
+    """Return whether two fingerprints can tell models apart: both are of the kind that this version makes."""
+    return all(isinstance(value, str) and value.startswith(FINGERPRINT) for value in (one, other))
+
+
+def _published(name: str, file: str) -> Path | None:
+    """Return the path of a base model's file, or None. The model was loaded, so it is here or in the hub's cache."""
+    try:
+        return Path(str(cached_file(name, file, local_files_only=True)))
+    except OSError:
+        return None
+
+
+def _read_published(name: str, file: str) -> dict[str, Any] | None:
+    path = _published(name, file)
+    if path is None:
+        return None
+    with reading(path):
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _published_weights(name: str) -> dict[str, Tensor]:
+    """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        parts = [file]
+        if _published(name, file) is None:
+            index = _read_published(name, f"{file}.index.json") or {"weight_map": {}}
+            parts = sorted(set(index["weight_map"].values()))
+        paths = [path for part in parts if (path := _published(name, part)) is not None]
+        if paths:
+            return {key: value for path in paths for key, value in map_tensors(path).items()}
+    return {}

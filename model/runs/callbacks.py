@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -103,7 +103,7 @@ class StopOnNonFinite(TrainerCallback):
         self._num_skipped = 0
 
     def remember(self, loss: Tensor, ids: list[int] | None) -> None:
-        """Take note of a batch that the step consists of."""
+        """Note a batch of the step."""
         self._losses.append(loss.detach())
         self._ids += ids or []
 
@@ -140,26 +140,6 @@ class StopOnNonFinite(TrainerCallback):
         )
 
 
-class ClearOnFirstStep(TrainerCallback):
-    """Deletes what a new run overwrites, once it has taken a step: a run that can't begin takes nothing away.
-
-    Args:
-        paths: files and folders of the old run.
-    """
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Delete them."""
-        paths, self.paths = self.paths, []
-        for path in paths if args.process_index == 0 else []:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
 class WatchBadSamples(TrainerCallback):
     """Counts the samples that could not be read, lists them, and stops the run if they are too many.
 
@@ -172,11 +152,14 @@ class WatchBadSamples(TrainerCallback):
         self.dataset = dataset
         self.list_name = list_name
         self._known = 0
+        self._listed: set[str] = set()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """List what the two files already showed to be bad."""
+        """Begin the list with what the two files already showed to be bad, and with what a resumed run had found."""
+        if args.process_index == 0:
+            Path(str(args.output_dir), self.list_name).unlink(missing_ok=True)
         self._look(args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -204,22 +187,59 @@ class WatchBadSamples(TrainerCallback):
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             self.dataset.bad.flags.copy_(flags)
         self._known = len(self.dataset.bad)
-        path = Path(str(args.output_dir)) / self.list_name
+        path = Path(str(args.output_dir), self.list_name)
         if args.process_index == 0:
-            messages = self.dataset.bad_sample_messages()
-            lines = [json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in messages]
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+                self._append_new(path)
             except OSError as error:  # a full disk, say; that is no reason to lose the run
                 logger.error("%s could not be written: %s", path, error)
             verb = "was" if self._known == 1 else "were"
             logger.warning("%s %s left out so far; see %s", format_count(self._known, "bad sample"), verb, path)
         self.dataset.bad.check(str(path))
 
+    def _append_new(self, path: Path) -> None:
+        new = [message for message in self.dataset.bad_sample_messages() if message not in self._listed]
+        self._listed.update(new)
+        text = "".join(json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in new)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # never through a link
+        with open(os.open(path, flags, 0o666), "w", encoding="utf-8", errors="backslashreplace") as file:  # noqa: PTH123
+            file.write(text)
+
 
 class WatchBadEvalSamples(WatchBadSamples):
-    """Does so for the evaluation set; a class of its own, for Trainer warns of two callbacks of one class."""
+    """Does the same for the evaluation set; Trainer warns of two callbacks of one class."""
 
     def __init__(self, dataset: Any) -> None:
         super().__init__(dataset, BAD_EVAL_SAMPLES)
+
+
+class RatesAndSpeed(TrainerCallback):
+    """Remembers what the log adds to Trainer's: the projector's learning rate, and samples per second."""
+
+    def __init__(self) -> None:
+        self._projector_rate = 0.0
+        self._samples_per_step = 0
+        self._step, self._time = 0, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._step, self._time = state.global_step, time.perf_counter()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the rates that this step was taken with."""
+        rates = {group["name"].split()[0]: group["lr"] for group in kwargs["optimizer"].param_groups}
+        self._projector_rate = rates["projector"]
+
+    def since_last_log(self, step: int) -> dict[str, float]:
+        """Return the projector's learning rate in the last step, and samples per second since the last call."""
+        now = time.perf_counter()
+        samples = (step - self._step) * self._samples_per_step
+        speed = samples / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return {"feature_proj_lr": self._projector_rate, "samples_per_second": round(speed, 3)}

@@ -1,7 +1,8 @@
-"""What the processes of a run tell each other: whether one of them has to stop."""
+"""Small collectives across the processes of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 
 
 def is_distributed() -> bool:
-    """Whether there are other processes."""
+    """Return whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gather_rows(values: list[float], device: torch.device) -> Tensor:
-    """Let every process know the numbers of all.
+    """Gather k numbers of each process on every process.
 
     Args:
         values: k numbers of this process.
@@ -33,7 +34,7 @@ def gather_rows(values: list[float], device: torch.device) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Let every process know an object of each, in the order of ranks."""
+    """Gather an object of each process on every process, in the order of ranks."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -41,7 +42,15 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def wait_for_all() -> None:
-    """Go on when every process has come here."""
-    if is_distributed():
-        dist.barrier()
+def first_problem(work: Callable[[], object]) -> str:
+    """Let every process do its part of writing something, and return what went wrong first.
+
+    Returns:
+        The same text on every process, once all are done; empty if all went well.
+    """
+    problem = ""
+    try:
+        work()
+    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's, for a file that it can't write
+        problem = " ".join(str(error).split()) or type(error).__name__
+    return next(filter(None, gather_objects(problem)), "")

@@ -1,92 +1,91 @@
-"""A run's folder: checkpoints appear in it whole, are found again, and go one by one.
+"""A run's folder: one run at a time, checkpoints that appear whole, and nothing of an overwritten run.
 
-Whatever is not (yet) a checkpoint is called `tmp-…`, which nobody takes for one.
+Whatever is not (yet) a checkpoint is called `tmp-…`, which nobody takes for one. New files and folders are created
+under names that did not exist, so that no link can lead out of the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
+import secrets
 import shutil
-import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from ..checkpoints.adapter_config import ADAPTER_CONFIG
-from ..checkpoints.checkpoint import ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, RUN_STATE, flush_to_disk, numbered_checkpoints
-from ..checkpoints.folders import MAX_JSON_BYTES, read_json
-from ..checkpoints.multimodal_config import MULTIMODAL_CONFIG
-from ..checkpoints.tensor_files import CheckpointError
-from .run_state import SCHEDULER, TRAINER_STATE, RunState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dataprocess.file_lock import FileLockError, hold
+
+from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
+from ..checkpoints.checkpoint import WEIGHTS, numbered_checkpoints
+from ..checkpoints.configs import package_versions
+from ..checkpoints.tensor_files import CheckpointError, flush_to_disk, read_json
+from .collectives import first_problem
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG)
-_STATE = (TRAINER_STATE, RUN_STATE, "optimizer.pt", SCHEDULER)
+RUN_CONFIG = "train_config.json"
 _REPLACED = "tmp-replaced-"
-RESUME_COPY = "tmp-resume"
-"""Copy of a checkpoint that stands for another step number, while a run goes on from it."""
-_LEFTOVER = re.compile(r"tmp-(resume|weights|((replaced|deleted)-)?checkpoint-\d+)")
+_OVERWRITTEN = "tmp-overwritten"
+_LEFTOVER = re.compile(
+    r"tmp-(weights|resume|((replaced|deleted)-)?checkpoint-\d+(-\w{8})?|train_config\.json(-\w{8})?)"
+)
+_NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}
 
 
-def lacks_to_resume(folder: Path) -> list[str]:
-    """Names of the files without which training can't go on from a checkpoint, missing ones and damaged ones."""
-    lacking = [name for name in (*_WEIGHTS, *_STATE) if not _is_whole(folder / name)]
-    if RUN_STATE in lacking:
-        return lacking
-    try:
-        processes = RunState.read(folder).geometry.num_processes
-    except CheckpointError:
-        return [*lacking, RUN_STATE]
-    random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    return lacking + [name for name in random if not _is_whole(folder / name)]
+@contextlib.contextmanager
+def hold_run_folder(args: VLMTrainingArguments) -> Iterator[None]:
+    """Keep other runs out of `--output_dir` while the block runs, and clear away what a killed run left there.
 
+    The first process holds the lock for all. After the launcher alone is killed, it goes on training and holding it.
 
-def newest_resumable(run: Path) -> Path | None:
-    """The checkpoint of a run folder that has come furthest, of those that training can go on from.
-
-    Checkpoints that are passed over are logged.
+    Raises:
+        FileLockError: on every process, if another run holds it.
     """
-    for folder in numbered_checkpoints(run) if run.is_dir() else []:
-        lacking = lacks_to_resume(folder)
-        if not lacking:
-            return folder
-        logger.warning("%s is passed over: %s missing or damaged", folder, ", ".join(lacking))
-    return None
+    folder = Path(str(args.output_dir))
+    with contextlib.ExitStack() as lock:
+
+        def take() -> None:
+            lock.callback(_remove_empty, [path for path in (folder, *folder.parents) if not path.exists()])
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.enter_context(hold(folder))
+            except FileLockError as error:
+                raise OSError(str(error)) from error
+            clear_leftovers(folder)
+
+        problem = first_problem(take if args.process_index == 0 else list)
+        if problem:
+            raise FileLockError(f"--output_dir {problem}")
+        yield
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file is there and not cut short, as far as that shows without reading all of it."""
-    try:
-        if not path.is_file():
-            return False
-        if path.suffix == ".json":
-            read_json(path)
-            return True
-        if path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if length > min(path.stat().st_size, MAX_JSON_BYTES):
-                    return False
-                header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            return path.stat().st_size == 8 + length + max(ends, default=0)
-        return zipfile.is_zipfile(path)  # PyTorch's; the directory of a zip file stands at its end
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return False
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders that were created for a run which was refused."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+# ---- Checkpoints
 
 
 def put_in_place(staging: Path, target: Path) -> None:
     """Give a finished folder its name, once all of it is on the disk.
 
-    What had the name (a checkpoint of the same step, saved twice or by an earlier try) stays until the new one has
-    it. If the process is killed in between, `restore_replaced` gives it its name back.
+    An older folder of that name (of the same step, saved twice or by an earlier try) stays until the new one has
+    it. If the process is killed in between, `clear_leftovers` gives it its name back.
     """
     for path in [*staging.iterdir(), staging]:
         flush_to_disk(path)
     replaced = target.with_name(_REPLACED + target.name)
-    if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists() or target.is_symlink():
+        remove(replaced)
         target.rename(replaced)
     try:
         staging.rename(target)
@@ -95,58 +94,145 @@ def put_in_place(staging: Path, target: Path) -> None:
             replaced.rename(target)
         raise
     flush_to_disk(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
 
 
-def restore_replaced(run: Path) -> None:
-    """Mend what a kill in `put_in_place` left; every process may call it."""
+def clear_leftovers(run: Path) -> None:
+    """Restore the checkpoint that a run was replacing when it was killed, and delete its other unfinished work."""
     for replaced in run.glob(f"{_REPLACED}checkpoint-*"):
         target = run / replaced.name.removeprefix(_REPLACED)
         if not target.exists():
-            try:
-                replaced.rename(target)
-            except OSError as error:  # another process was faster, or the file system is at fault
-                if not target.exists():
-                    logger.warning("%s could not be renamed to %s: %s", replaced, target.name, error)
-
-
-def leftovers(run: Path) -> list[Path]:
-    """What a run that was killed has left of unfinished work; nothing that `restore_replaced` still has to mend."""
-    found = [path for path in run.glob("tmp-*") if _LEFTOVER.fullmatch(path.name)]
-    return [
-        path
-        for path in found
-        if not path.name.startswith(_REPLACED) or (run / path.name.removeprefix(_REPLACED)).exists()
-    ]
+            replaced.rename(target)
+    for path in run.glob("tmp-*"):
+        if _LEFTOVER.fullmatch(path.name):
+            remove(path)
 
 
 def delete_old_checkpoints(run: Path, limit: int | None, keep: set[Path]) -> None:
-    """Delete the oldest checkpoints of a run, so that at most `limit` stay; those to keep do in any case.
+    """Delete the oldest checkpoints of a run, so that at most `limit` remain.
 
     Args:
         run: the run's folder.
-        limit: how many may stay; None or 0: all of them.
-        keep: the one that was just written, and the best one.
+        limit: how many may remain; None or 0: all of them.
+        keep: the newest one and the best one, which remain in any case.
     """
     if not limit or limit < 0:
         return
     kept = {path.resolve() for path in keep}
-    folders = numbered_checkpoints(run)
-    others = [path for path in folders if path.resolve() not in kept]
-    # Those that training can't go on from are the first to go, whatever their age.
-    others.sort(key=lambda path: (not lacks_to_resume(path), path.stat().st_mtime_ns, -folders.index(path)))
+    folders = numbered_checkpoints(run)[::-1]
+    others = sorted((path for path in folders if path.resolve() not in kept), key=lambda path: path.stat().st_mtime_ns)
     for path in others[: max(len(folders) - limit, 0)]:
         doomed = run / f"tmp-deleted-{path.name}"  # or a kill in here would leave part of a checkpoint
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(doomed)
         try:
             path.rename(doomed)
         except OSError as error:
             logger.warning("%s could not be deleted: %s", path, error)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(doomed)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder as far as that is possible."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- The run as a whole
 
 
 def files_of_a_run(folder: Path) -> list[Path]:
-    """Checkpoints and final weights that a run has written into a folder."""
+    """Return the checkpoints and final weights that a run has written into a folder."""
     if not folder.is_dir():
         return []
-    return [*numbered_checkpoints(folder), *(folder / name for name in _WEIGHTS if (folder / name).is_file())]
+    return [*numbered_checkpoints(folder), *(folder / name for name in WEIGHTS if (folder / name).is_file())]
+
+
+def run_config(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> dict[str, Any]:
+    """Return every flag as it was understood, for `train_config.json`."""
+    resolved = {
+        "model": asdict(model_args),
+        "data": asdict(data_args),
+        "training": args.to_dict(),
+        "package_versions": package_versions(),
+    }
+    values: dict[str, Any] = json.loads(json.dumps(resolved, default=str))
+    return values
+
+
+class RunFiles(TrainerCallback):
+    """Writes `train_config.json` when a run begins, and takes an overwritten run's files away once it has begun.
+
+    They are set aside before the first step and deleted after it; if the run fails before, they are put back.
+
+    Args:
+        folder: the output folder.
+        config: every flag as it was understood; None: nothing is written.
+        overwritten: the files of the run that is overwritten.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any] | None, overwritten: Sequence[Path]) -> None:
+        self.folder = folder
+        self.config = config
+        self.overwritten = overwritten
+        self._aside = folder / _OVERWRITTEN
+        self._has_begun = False
+
+    def begin(self, resumed_from: Path | None) -> None:
+        """Set the old run aside, write the configuration, and log what differs from that of the run resumed from.
+
+        Raises:
+            OSError: if that is not possible.
+        """
+        old = resumed_from.parent / RUN_CONFIG if resumed_from is not None else None
+        if old is not None and self.config is not None and old.is_file():
+            differences = changes(old, self.config)
+            if differences:
+                logger.warning("resuming with other settings than before: %s", "; ".join(differences))
+        if self.overwritten:
+            remove(self._aside)
+            self._aside.mkdir()
+            for path in self.overwritten:
+                path.rename(self._aside / path.name)
+        elif self._aside.exists():
+            logger.warning("%s holds a run that was to be overwritten; it is deleted after the first step", self._aside)
+        if self.config is not None:
+            text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+            whole = self.folder / f"tmp-{RUN_CONFIG}-{secrets.token_hex(4)}"
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole.open("x", encoding="utf-8") as file:
+                file.write(text)
+            whole.replace(self.folder / RUN_CONFIG)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Delete the old run after the first step."""
+        if not self._has_begun and args.process_index == 0:
+            remove(self._aside)
+        self._has_begun = True
+
+    def end(self) -> None:
+        """Put the old run back if the new one has not taken a step."""
+        for path in self.overwritten if not self._has_begun else ():
+            if (self._aside / path.name).exists():
+                remove(path)
+                (self._aside / path.name).rename(path)
+        with contextlib.suppress(OSError):
+            self._aside.rmdir()
+
+
+def changes(old: Path, now: dict[str, Any]) -> list[str]:
+    """Return what differs from a `train_config.json`, flag by flag; nothing if it can't be read."""
+    try:
+        before: dict[str, Any] = read_json(old)
+    except CheckpointError:
+        return []
+    found = []
+    for section, values in now.items():
+        known = before.get(section)
+        known = known if isinstance(known, dict) else {}
+        for name, value in values.items():
+            if name in known and known[name] != value and name not in _NOT_COMPARED:
+                found.append(f"{name} was {known[name]} and is now {value}")
+    return found

@@ -1,32 +1,35 @@
-"""What a run must know to go on as if it had not been stopped, beside what Trainer saves itself.
+"""Extra state for an exact resume, in addition to what Trainer saves.
 
-`run_state.json` in a checkpoint says what the run trains on and with what (so that a resume on something else is
-refused), how many samples of the epoch were given (so that batch size and process count may change), and the losses
+`run_state.json` in a checkpoint holds what the run trains on and with (a resumed run must have the same), how its
+epochs are cut into steps (a resumed run may split its steps differently, but not change their size), and the losses
 since the last logged step (so that the next logged loss is that of an uninterrupted run).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-from dataprocess.messages import format_count
+from dataprocess.messages import shorten
 
-from ..checkpoints.checkpoint import RUN_STATE
-from ..checkpoints.folders import read_json
-from ..checkpoints.tensor_files import CheckpointError
+from ..checkpoints.base_models import comparable
+from ..checkpoints.tensor_files import CheckpointError, read_json, reading
+from .collectives import gather_objects
 
 logger = logging.getLogger(__name__)
 
+RUN_STATE = "run_state.json"
 TRAINER_STATE = "trainer_state.json"
-SCHEDULER = "scheduler.pt"
+FROM_WEIGHTS = "start a new run from its weights with --previous_lora_weights"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Geometry:
 
     @property
     def samples_per_step(self) -> int:
-        """Samples that one optimizer step takes, over accumulation and processes."""
+        """Samples of one optimizer step, over accumulation and processes."""
         return self.batch_size * self.accumulation * self.num_processes
 
     @property
@@ -52,25 +55,30 @@ class Geometry:
         """Optimizer steps of an epoch; the last may be smaller."""
         return -(-self.num_samples // self.samples_per_step)
 
+    def position(self, step: int) -> tuple[int, int]:
+        """Return the epoch after so many steps of a run, and how many of its samples were trained on."""
+        epoch, steps = divmod(step, self.steps_per_epoch)
+        return epoch, steps * self.samples_per_step
+
 
 @dataclass(frozen=True)
 class RunState:
     """Content of `run_state.json`."""
 
     identity: dict[str, Any]
-    """What is trained on and with what; a resumed run must agree."""
+    """What is trained on and with; a resumed run must agree."""
     geometry: Geometry
     """How the run that saved it cut its epochs."""
     epoch: int
     """Epoch, counted from 0."""
     position: int
-    """Samples of that epoch that were given already."""
+    """Samples of that epoch that were trained on."""
     loss_sums: list[float]
     """Sum of the losses since the last logged step, for each process."""
     steps_since_log: int
     """Steps since the last logged one."""
     bad: list[int] = field(default_factory=list)
-    """Places in the data set of samples that turned out bad."""
+    """Positions of samples in the data set that turned out bad."""
 
     def write(self, folder: Path) -> None:
         """Write `run_state.json` into a checkpoint folder."""
@@ -79,96 +87,166 @@ class RunState:
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
-        """Read `run_state.json`.
+        """Read `run_state.json` and check it against the checkpoint's step.
 
         Raises:
-            CheckpointError: if it is missing or can't be read.
+            CheckpointError: if it is missing, can't be read, or says what no run can have written.
         """
-        try:
-            values = read_json(folder / RUN_STATE)
+        values = read_json(folder / RUN_STATE)
+        step: Any = read_json(folder / TRAINER_STATE).get("global_step")
+        with reading(folder / RUN_STATE):
             state = cls(**{**values, "geometry": Geometry(**values["geometry"])})
-            state._check()
-            return state
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{folder / RUN_STATE}: can't be read ({error}), so training can't go on from this checkpoint; start "
-                "anew from its weights with --previous_lora_weights"
-            ) from error
-
-    def _check(self) -> None:
-        whole = {**asdict(self.geometry), "epoch": self.epoch, "position": self.position}
-        whole["steps_since_log"] = self.steps_since_log
-        for name, value in whole.items():
-            if type(value) is not int or value < (name in asdict(self.geometry)):
-                raise ValueError(f"{name} is {value!r}")
-        if not isinstance(self.identity, dict) or not isinstance(self.loss_sums, list) or not self.loss_sums:
-            raise ValueError("identity or loss_sums are not of their type")
-        if not all(isinstance(value, (int, float)) for value in self.loss_sums):
-            raise ValueError("a loss is no number")
-        if not isinstance(self.bad, list):
-            raise ValueError("bad is no list")
-        if not all(type(index) is int and 0 <= index < self.geometry.num_samples for index in self.bad):
-            raise ValueError("bad holds something else than places in the data set")
+            at_least_1 = asdict(state.geometry)
+            counts = {"epoch": state.epoch, "position": state.position, "steps_since_log": state.steps_since_log}
+            for name, value in {"global_step": step, **counts, **at_least_1}.items():
+                if type(value) is not int or not (name in at_least_1) <= value < 1 << 53:
+                    raise ValueError(f"{name} is {shorten(value)}")
+            if (state.epoch, state.position) != state.geometry.position(step):
+                raise ValueError(
+                    f"epoch {state.epoch} and position {state.position} of {state.geometry.num_samples} samples do not "
+                    f"belong to step {step}; {FROM_WEIGHTS}"
+                )
+            if not isinstance(state.identity, dict) or len(state.loss_sums) != state.geometry.num_processes:
+                raise ValueError("identity is no object, or loss_sums are not one for each process")
+            if not all(type(value) in (int, float) and abs(value) < 1e30 for value in state.loss_sums):
+                raise ValueError("a loss is no number")
+            if not all(type(index) is int and 0 <= index < state.geometry.num_samples for index in state.bad):
+                raise ValueError("bad holds something else than positions of samples")
+        return state
 
 
-def check_identity(state: RunState, identity: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with something else than the run was begun with.
+# ---- Is it the same run?
+
+
+def check_same_steps(state: RunState, args: TrainingArguments, folder: Path) -> None:
+    """Refuse steps of another size: step numbers, schedule and order of the samples would all mean something else.
+
+    Raises:
+        CheckpointError: naming the accumulation that fits, if there is one.
+    """
+    before = state.geometry.samples_per_step
+    per_batch = args.train_batch_size * args.world_size
+    if before == per_batch * args.gradient_accumulation_steps:
+        return
+    fits = (
+        f"give --gradient_accumulation_steps {before // per_batch}"
+        if before % per_batch == 0
+        else "no --gradient_accumulation_steps fits, so change --per_device_train_batch_size or the number of processes"
+    )
+    raise CheckpointError(
+        f"--resume_from_checkpoint {folder}: its steps are of {before} samples, {args.train_batch_size} rows × "
+        f"{args.gradient_accumulation_steps} accumulated × {args.world_size} processes make "
+        f"{per_batch * args.gradient_accumulation_steps}; {fits}"
+    )
+
+
+def check_identity(folder: str | Path, identity: dict[str, Any]) -> None:
+    """Refuse to resume a run on other data or models than it was started with.
 
     Raises:
         CheckpointError: naming every difference.
     """
-    differences = [
-        f"{name} was {state.identity.get(name)!r} and is now {identity.get(name)!r}"
-        for name in {**state.identity, **identity}
-        if state.identity.get(name) != identity.get(name)
-    ]
+    state = RunState.read(Path(folder))
+    differences = []
+    for name in {**state.identity, **identity}:
+        before, now = state.identity.get(name), identity.get(name)
+        if name in ("vision_tower", "language_model") and before and not comparable(before, now):
+            logger.warning("%s: its fingerprint of the %s is of an older kind and is not compared", folder, name)
+        elif before != now:
+            differences.append(f"{name} was {before!r} and is now {now!r}")
     if differences:
         raise CheckpointError(
-            f"--resume_from_checkpoint {folder}: {'; '.join(differences)}; go on with what the run was begun with, or "
-            "start a new run from its weights with --previous_lora_weights"
+            f"--resume_from_checkpoint {folder}: {'; '.join(differences)}; resume with what the run was started with, "
+            f"or {FROM_WEIGHTS}"
         )
 
 
-def place_in_run(folder: Path, state: RunState, geometry: Geometry, staging: Path, *, write: bool) -> tuple[Path, int]:
-    """Say where a checkpoint stands in a run that may cut its epochs differently.
+class ResumePoint(TrainerCallback):
+    """Takes from a run what Trainer does not save of it, and gives it to the run that resumes.
 
-    Args:
-        folder: the checkpoint.
-        state: its run state.
-        geometry: how epochs are cut now.
-        staging: a folder that may be (re)made for a copy of the checkpoint.
-        write: whether this process is the one to make it.
-
-    Returns:
-        The checkpoint to resume from, and how many samples the epoch's order is to leave out in front. Where steps
-        are what they were, that is the folder itself. Otherwise it is a copy whose step number and schedule are what
-        they would be had the run been cut like this from its start.
+    Attributes:
+        loading: the checkpoint that Trainer is loading; None once that is done, and in a new run.
+        saved: what it holds.
     """
-    steps, skipped = divmod(state.position, geometry.samples_per_step)
-    new_step = state.epoch * geometry.steps_per_epoch + steps
-    trainer_state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
-    old_step = trainer_state.global_step
-    if new_step == old_step and (skipped == 0 or geometry == state.geometry):
-        return folder, skipped
-    logger.warning(
-        "steps are of %s now, they were of %d: the run goes on behind sample %d of epoch %d, in the same "
-        "order; step %d counts as step %d, and the learning rates go on from there in a schedule of %s an epoch",
-        *(
-            format_count(geometry.samples_per_step, "sample"),
-            state.geometry.samples_per_step,
-            state.position,
-            state.epoch,
-        ),
-        *(old_step, new_step, format_count(geometry.steps_per_epoch, "step")),
-    )
-    if not write:
-        return staging, skipped
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(folder, staging)
-    trainer_state.global_step = new_step
-    trainer_state.epoch = state.epoch + state.position / geometry.num_samples
-    trainer_state.save_to_json(str(staging / TRAINER_STATE))
-    schedule = torch.load(folder / SCHEDULER, weights_only=True)
-    schedule["last_epoch"] = new_step
-    torch.save(schedule, staging / SCHEDULER)
-    return staging, skipped
+
+    def __init__(self, trainer: Any) -> None:  # a VLMTrainer, which imports this file
+        self.trainer = trainer
+        self.loading: Path | None = None
+        self.saved: RunState | None = None
+
+    def prepare(self, folder: Path) -> None:
+        """Check that a checkpoint is of the run that is about to be resumed, and keep what is needed of it.
+
+        Raises:
+            CheckpointError: if it is of a run on something else, or with other steps.
+        """
+        self.saved, self.loading = RunState.read(folder), folder
+        check_same_steps(self.saved, self.trainer.args, folder)
+        if self.trainer.identity is not None:
+            check_identity(folder, self.trainer.identity)
+        for index in self.saved.bad if self._bad_samples() is not None else ():
+            self._bad_samples().mark(index)
+
+    def _bad_samples(self) -> Any:
+        """Return which samples of the training set turned out bad; None if the data set does not count them."""
+        dataset = self.trainer.train_dataset
+        return getattr(getattr(dataset, "dataset", dataset), "bad", None)
+
+    @contextlib.contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Name the checkpoint where loading its training state fails: files of a stranger may hold nearly anything.
+
+        Raises:
+            CheckpointError: likewise.
+        """
+        try:
+            yield
+        except Exception:
+            if self.loading is None:
+                raise
+            with reading(self.loading):
+                raise
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the losses since the last logged step."""
+        saved, self.saved = self.saved, None
+        if saved is None:
+            return
+        sums, trainer = saved.loss_sums, self.trainer
+        mean = sum(sums) / len(sums)
+        own = sums[args.process_index] if len(sums) == args.world_size else mean
+        trainer._tr_loss = torch.tensor(own, device=args.device)
+        trainer._globalstep_last_logged = state.global_step - saved.steps_since_log
+        trainer._total_loss_scalar = -mean  # `train_loss` at the end is the mean of the steps of this call
+
+    def run_state(self) -> RunState:
+        """Return what a checkpoint of this moment has to hold; every process must call it."""
+        trainer, args, bad = self.trainer, self.trainer.args, self._bad_samples()
+        geometry = Geometry(
+            num_samples=len(trainer.train_dataset),
+            batch_size=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            num_processes=args.world_size,
+        )
+        step = trainer.state.global_step
+        epoch, position = geometry.position(step)
+        return RunState(
+            identity=trainer.identity or {},
+            geometry=geometry,
+            epoch=epoch,
+            position=position,
+            loss_sums=gather_objects(trainer._tr_loss.item()),
+            steps_since_log=step - trainer._globalstep_last_logged,
+            bad=bad.indices if bad is not None else [],
+        )
+
+
+def callback_states(callbacks: Sequence[Any]) -> Any:
+    """Return what `trainer_state.json` holds of callbacks that have a state; Trainer loses that of a second one."""
+    states: dict[str, list[Any]] = {}
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+    return {name: found if len(found) > 1 else found[0] for name, found in states.items()}

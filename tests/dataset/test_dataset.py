@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import pickle
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, image_caption_dataset
-from dataset.annotations import Annotations, _refuse_repeated_keys, images_of
+from dataset.annotations import Annotations, _refuse_repeated_keys
 from dataset.bad_samples import TooManyBadSamplesError
 from dataset.image_caption_dataset import draw_alternative
 
@@ -139,13 +138,6 @@ def test_a_relative_path_counts_from_here_and_then_from_the_file(make, images, t
     assert dataset[0]["pixel_values"][0, :, 0, 0].tolist() == [0, 0, 1], "settled when the file was read"
 
 
-def test_survives_pickling_and_odd_text(make, tokenizer):
-    dataset = make({"k": {"image_file": None, "ID": -5}}, {"-5": {"q": "e\u0301😀", "a": "\u2028好"}})
-    again = pickle.loads(pickle.dumps(dataset))
-    assert again[0]["labels"].tolist() == dataset[0]["labels"].tolist()
-    assert answers(again, tokenizer) == ["\u2028好<|endoftext|>"]
-
-
 # ---- Alternatives and epochs
 
 
@@ -222,13 +214,10 @@ def test_persistent_workers_see_the_epoch_and_their_cuts_are_counted(make, conte
     [
         ({"image_file": ["red.png", "red.png"]}, ASK, "1 image placeholder <.*2 images"),
         ({"image_file": [None]}, ASK, "sample 0: .*file name"),
-        ({"image_file": "../red.png"}, ASK, "sample 0: .*red.png"),
-        ({"image_file": "/etc/passwd"}, ASK, "sample 0: .*absolute"),
         ({"ID": True}, ASK, "ID must be an integer"),
-        ({"path": 5}, ASK, "sample 0: `path`"),
         ({}, {"turns": [ASK, {"q": "A"}]}, 'sample 0: turn 2: "a"'),
     ],
-    ids=["two images", "null among images", "leads out", "absolute", "true as ID", "path", "second turn"],
+    ids=["two images", "null among images", "true as ID", "second turn"],
 )
 def test_bad_samples_name_themselves(make, images, entry, caption, message):
     with pytest.raises(SampleError, match=message):
@@ -242,17 +231,12 @@ def test_one_message_tells_of_several_bad_samples(make, images):
         make(entries, captions)
 
 
-@pytest.mark.parametrize("how", ["error", "skip"])
-def test_the_first_samples_are_counted_good_or_bad(make, how):
+def test_the_first_samples_are_counted_good_or_bad(make):
     entries = {str(i): {"image_file": None, "ID": i} for i in range(4)}
-    captions = {"1": TEXT_ONLY, "2": TEXT_ONLY, "3": {"q": 5}}
-    if how == "error":
-        with pytest.raises(SampleError, match="1 bad sample "):
-            make(entries, captions, max_samples=2)
-    else:
-        dataset = make(entries, captions, max_samples=2, on_bad_sample="skip")
-        assert [dataset[i]["id"] for i in range(len(dataset))] == [1]
-        assert len(dataset.bad) == 1
+    captions = {"1": TEXT_ONLY, "2": TEXT_ONLY, "3": TEXT_ONLY}
+    dataset = make(entries, captions, max_samples=2, on_bad_sample="skip")
+    assert [sample.id for sample in dataset.annotations] == [1]
+    assert len(dataset.bad) == 1
 
 
 @pytest.mark.parametrize("place", ["path", "image_file", "key", "question", "ID"])
@@ -273,20 +257,6 @@ def test_messages_of_huge_values_are_short_and_name_the_sample(make, images, pla
     dataset = make(entries, captions, on_bad_sample="skip")
     assert len(dataset) == 1
     assert len(dataset.bad_sample_messages()[0]) < 400
-
-
-def test_images_are_opened_only_when_asked_for(make, images):
-    entries = {"a": one(images, "red.png", 0), "b": one(images, "missing.png", 1)}
-    dataset = make(entries, {str(i): ASK for i in range(2)})
-    assert dataset[0]["id"] == 0
-    with pytest.raises(ImageError, match=r"sample 1: .*missing\.png"):
-        dataset[1]
-
-
-def test_a_question_that_leaves_no_room_names_its_sample(make):
-    dataset = make({"k": {"image_file": None, "ID": 3}}, {"3": {"q": "A " * 100, "a": "B"}}, max_length=50)
-    with pytest.raises(SampleError, match=r"sample 3: .*max_length = 50"):
-        dataset[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -310,7 +280,10 @@ def test_listing_builds_no_bad_sample_twice(make, images, workers, monkeypatch):
 def test_a_bad_sample_marked_elsewhere_that_can_be_read_is_said_so(make, images):
     dataset = make({"k": one(images, sample_id=7)}, {"7": ASK}, on_bad_sample="skip")
     dataset.bad.mark(0)  # as a resumed run does
-    assert "sample 7" in dataset.bad_sample_messages()[0]
+    messages = dataset.bad_sample_messages()
+    assert "sample 7" in messages[0]
+    dataset.bad.mark(0, "another draw of its answers was too long")
+    assert dataset.bad_sample_messages() == messages, "one line for each sample"
     assert dataset.cuts.totals() == (0, 0)
 
 
@@ -412,18 +385,17 @@ def test_the_fingerprint_tells_samples_but_not_folders(write, images, tmp_path):
     assert fingerprint(moved) == original, "a run goes on after its pictures were moved"
 
 
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("captions", [{"0": TEXT_ONLY}, {}, None])
-def test_garbage_is_collected_as_before(write, captions, before):
-    files = write({"k": {"image_file": None, "ID": 0}}, captions)
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_is_collected_as_before(write, collects):
+    entries = {"k": {"image_file": None, "ID": 0}}
+    switch = gc.enable if collects else gc.disable
     try:
-        gc.enable() if before else gc.disable()
-        if captions:
-            Annotations(*files)
-        else:
-            with pytest.raises(ValueError, match=r"captions\.json|no entry"):
-                Annotations(*files)
-        assert gc.isenabled() == before
+        switch()
+        Annotations(*write(entries, {"0": TEXT_ONLY}))
+        assert gc.isenabled() == collects
+        with pytest.raises(ValueError, match=r"captions\.json"):
+            Annotations(*write(entries, []))
+        assert gc.isenabled() == collects
     finally:
         gc.enable()
 
@@ -439,14 +411,11 @@ def test_numbers_out_of_range(make, name):
         make({"k": {"image_file": None, "ID": 3}}, {"3": TEXT_ONLY}, **{name: 0})
 
 
-def test_captions_without_an_entry_are_reported(make, images, caplog):
+def test_captions_without_an_entry_are_reported(write, images, caplog):
     with caplog.at_level(logging.WARNING, logger="dataset"):
-        assert len(make({"k": one(images)}, {"0": ASK, "1": ASK, "2": ASK})) == 1
-    assert "2 entries" in caplog.text
-
-
-def test_images_of_an_image_map_alone(write, images):
-    entries = {"a": one(images), "b": one(images, ["red.png", "blue.png"], 0), "c": 5, "d": {"image_file": "red.png"}}
-    found, errors = images_of(write(entries, {})[0])
-    assert found == [(str(images), "red.png"), (str(images), "blue.png")]
-    assert ["'c'" in errors[0], "'d'" in errors[1], len(errors)] == [True, True, 2]
+        Annotations(*write({"k": one(images)}, {"0": ASK, "1": ASK, "2": ASK}))
+        assert "2 entries" in caplog.text
+        caplog.clear()
+        bad = {"k": one(images), "bad": {"ID": 1}}
+        assert len(Annotations(*write(bad, {"0": ASK, "1": ASK}), skip_bad=True).errors) == 1
+    assert caplog.text == "", "the entry of a bad sample is one, too"

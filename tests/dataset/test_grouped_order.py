@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stopped_runs import Answers, KillAt, Killed, answer_lengths, assert_same_end, go_on, new_trainer
+from stopped_runs import Answers, KillAt, Killed, answer_lengths, assert_same_end, new_trainer, resume
 from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, write_data
 
 import train
@@ -96,13 +96,13 @@ def common(**changes) -> dict:
     return {"size": SIZE, "num_train_epochs": 2, "lengths": answer_lengths(SIZE), **changes}
 
 
-@pytest.mark.parametrize("call", [2, 8])
-def test_a_killed_run_ends_as_one_that_was_not(tiny_bases, tmp_path, call):
+def test_a_killed_run_ends_as_one_that_was_not(tiny_bases, tmp_path):
+    call = 8  # in the second epoch
     whole = new_trainer(tiny_bases, tmp_path / "whole", save_strategy="no", **common())
     whole.train()
     with pytest.raises(Killed):
         new_trainer(tiny_bases, tmp_path / "run", callbacks=[KillAt("on_step_end", call)], **common()).train()
-    resumed = go_on(tiny_bases, tmp_path / "run", **common())
+    resumed = resume(tiny_bases, tmp_path / "run", **common())
     assert_same_end(resumed, whole)
     assert [number for step in whole.seen for number in step] == ids(0) + ids(1)
     assert resumed.seen == whole.seen[call - 1 :]
@@ -115,24 +115,12 @@ def test_a_resumed_run_may_split_its_steps_otherwise(tiny_bases, tmp_path):
     with pytest.raises(Killed):
         first.train()
     other = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    rest = go_on(tiny_bases, tmp_path, **common(**other))
+    rest = resume(tiny_bases, tmp_path, **common(**other))
     seen = [number for step in first.seen[:3] + rest.seen for number in step]
     assert seen == ids(0) + ids(1)
 
 
 # ---- Lengths, and the command line
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A man in a red coat walks his dog along the river while two children watch from the bridge.",
-        "球场上有一个穿着红色球衣的男人在踢足球，旁边站着两个孩子。",
-    ],
-)
-def test_bytes_tell_the_number_of_tokens_roughly(tokenizer, text):
-    tokens = len(tokenizer.encode_text(text))
-    assert 0.7 < len(text.encode()) / 4 / tokens < 1.6
 
 
 @pytest.fixture
@@ -198,7 +186,7 @@ def arguments(strategy: str, process_index: int = 0) -> SimpleNamespace:
 @pytest.mark.parametrize("process_index", [0, 1])
 def test_only_the_process_that_says_it_counts_the_padding(open_samples, monkeypatch, process_index):
     data, counted = open_samples(MIXED_CAPTIONS), []
-    monkeypatch.setattr(train, "padding_shares", lambda *_: counted.append(1) or (0.1, 0.2))
+    monkeypatch.setattr("model.runs.program.padding_shares", lambda *_: counted.append(1) or (0.1, 0.2))
     order = train.in_epoch_order(data, arguments("group_by_length", process_index))
     assert torch.equal(order.permutation(0), grouped_permutation(estimated_lengths(data), 3, 0))
     assert len(counted) == (process_index == 0)

@@ -96,6 +96,20 @@ def test_what_can_not_be_answered(model, tokenizer, prompts):
         answer_batch(model, tokenizer, prompts, max_new_tokens=2)
 
 
+def test_tokens_of_a_bf16_model_are_drawn_from_fp32_scores(tokenizer, prompts):
+    model = tiny_model(MultimodalQWenLMHeadModel, vocab_size=VOCABULARY).to(torch.bfloat16)
+    dtypes = set()
+
+    def spy(ids, scores):
+        dtypes.add(scores.dtype)
+        return scores
+
+    options = {"do_sample": True, "max_new_tokens": 3, "logits_processor": [spy]}
+    together = answer_batch(model, tokenizer, prompts[1:4:2], seed=5, **options)
+    assert together == alone(model, tokenizer, prompts[1:4:2], [None] * 2, seed=5, **options)
+    assert dtypes == {torch.float32}
+
+
 def test_padding_adds_no_token_that_the_row_does_not_hold():
     ids, mask = pad_left([[5, 6, 7], [8]], torch.device("cpu"))
     assert ids.tolist() == [[5, 6, 7], [8, 8, 8]]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_run import losses, make_bases, make_pictures, one_line_error, trained_weights, write_data
+from tiny_run import losses, make_pictures, one_line_error, trained_weights, write_data
 
 import train
 
@@ -19,11 +19,6 @@ QUICK = shlex.split(
     "--lora_rank 4 --lora_dropout 0 --logging_steps 1 --save_steps 100 --num_train_epochs 1 --use_cpu true "
     "--report_to none --disable_tqdm true --learning_rate 1e-2"
 )
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory, qwen_tiktoken) -> list[str]:
-    return make_bases(tmp_path_factory.mktemp("bases"), qwen_tiktoken)
 
 
 @pytest.fixture
@@ -40,8 +35,8 @@ def data(tmp_path) -> list[str]:
     return write_data(tmp_path / "data", samples, folder)
 
 
-def run(output: Path, bases: list[str], data: list[str], *flags: object) -> int:
-    return train.main([*QUICK, *bases, *data, "--output_dir", str(output), *map(str, flags)])
+def run(output: Path, base_flags: list[str], data: list[str], *flags: object) -> int:
+    return train.main([*QUICK, *base_flags, *data, "--output_dir", str(output), *map(str, flags)])
 
 
 def listed(output: Path) -> list[str]:
@@ -51,12 +46,14 @@ def listed(output: Path) -> list[str]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_bad_samples_are_skipped_counted_and_listed(bases, data, tmp_path, capsys, workers, batch):
+def test_bad_samples_are_skipped_counted_and_listed(base_flags, data, tmp_path, capsys, workers, batch):
     """With one sample a batch, whole steps consist of bad samples: their loss is 0, and nothing breaks."""
     out = tmp_path / "run"
     flags = ["--max_bad_fraction", 0.5, "--dataloader_num_workers", workers, "--per_device_train_batch_size", batch]
-    assert run(out, bases, data, *flags) == 0
+    assert run(out, base_flags, data, *flags) == 0
     messages = listed(out)
+    assert messages[0].startswith("sample 3:")  # known from the files; the others as they are found
+    messages[1:] = sorted(messages[1:])
     assert [message.split(":")[0] for message in messages] == ["sample 3", "sample 0", "sample 1", "sample 2"]
     for message, reason in zip(messages, ("0 image placeholders", "cut short", "not an image", "missing"), strict=True):
         assert reason in message
@@ -68,7 +65,7 @@ def test_bad_samples_are_skipped_counted_and_listed(bases, data, tmp_path, capsy
     assert steps.count(0) == (3 if batch == 1 else 1)  # of 5, 5 and 1
 
 
-def test_bad_samples_found_before_a_stop_stay_on_the_list_and_in_the_count(bases, data, tmp_path, capsys):
+def test_bad_samples_found_before_a_stop_stay_on_the_list_and_in_the_count(base_flags, data, tmp_path, capsys):
     out = tmp_path / "run"
     flags = [
         "--max_bad_fraction",
@@ -80,37 +77,37 @@ def test_bad_samples_found_before_a_stop_stay_on_the_list_and_in_the_count(bases
         "--save_steps",
         8,
     ]
-    assert run(out, bases, data, *flags) == 0
+    assert run(out, base_flags, data, *flags) == 0
     for later in [path for path in out.glob("checkpoint-*") if path.name != "checkpoint-8"]:
         shutil.rmtree(later)
     found = json.loads((out / "checkpoint-8/run_state.json").read_text())["bad"]
     assert 0 < len(found) < 3
     (out / "bad_samples.jsonl").unlink()
     on = ["--resume_from_checkpoint", "auto"]
-    assert run(out, bases, data, *flags, *on) == 0
+    assert run(out, base_flags, data, *flags, *on) == 0
     assert len(listed(out)) == 4
     shutil.rmtree(out / "checkpoint-11")
     fewer = ["--max_bad_fraction", (1.5 + len(found)) / 12]  # the first half has few enough, both have not
-    assert run(out, bases, data, *flags, *on, *fewer) == 2
+    assert run(out, base_flags, data, *flags, *on, *fewer) == 2
     assert "4 of 12 samples are bad" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_sample_ends_the_run_where_it_is_to_be_an_error(bases, data, tmp_path, capsys, workers):
+def test_a_bad_sample_ends_the_run_where_it_is_to_be_an_error(base_flags, data, tmp_path, capsys, workers):
     captions = json.loads(Path(data[3]).read_text())
     captions["3"]["q"] += "<|extra_0|>"  # now only the pictures are bad
     Path(data[3]).write_text(json.dumps(captions))
     out = tmp_path / "run"
-    assert run(out, bases, data, "--on_bad_sample", "error", "--dataloader_num_workers", workers) == 2
+    assert run(out, base_flags, data, "--on_bad_sample", "error", "--dataloader_num_workers", workers) == 2
     said = one_line_error(capsys.readouterr().err, "train.py")
     assert any(f"sample {number}: " in said for number in (0, 1, 2))
     assert not list(out.glob("checkpoint-*"))
 
 
-def test_more_bad_samples_than_allowed_are_an_error_that_says_where_they_are_listed(bases, data, tmp_path, capsys):
+def test_more_bad_samples_than_allowed_are_an_error_that_says_where_they_are_listed(base_flags, data, tmp_path, capsys):
     for fraction, flags in ((0.01, []), (0.2, ["--max_bad_fraction", 0.2])):
         out = tmp_path / f"run {fraction}"
-        assert run(out, bases, data, *flags) == 2
+        assert run(out, base_flags, data, *flags) == 2
         said = one_line_error(capsys.readouterr().err, "train.py")
         assert re.search(r"1 of 12 samples is bad|[2-9] of 12 samples are bad", said)
         assert f" bad, more than --max_bad_fraction {fraction}" in said
@@ -119,12 +116,12 @@ def test_more_bad_samples_than_allowed_are_an_error_that_says_where_they_are_lis
         assert not list(out.glob("checkpoint-*"))
 
 
-def test_nothing_but_bad_samples(bases, data, tmp_path, capsys):
+def test_nothing_but_bad_samples(base_flags, data, tmp_path, capsys):
     entries = json.loads(Path(data[1]).read_text())
     Path(data[1]).write_text(json.dumps(dict(list(entries.items())[:3])))
     out = tmp_path / "run"
-    assert run(out, bases, data, "--max_bad_fraction", 1) == 0  # as was asked for
+    assert run(out, base_flags, data, "--max_bad_fraction", 1) == 0  # as was asked for
     assert len(listed(out)) == 3
     assert all(tensor.isfinite().all() for tensor in trained_weights(out).values())
-    assert run(tmp_path / "other", bases, data, "--max_bad_fraction", 0.9) == 2
+    assert run(tmp_path / "other", base_flags, data, "--max_bad_fraction", 0.9) == 2
     assert "3 of 3 samples are bad" in capsys.readouterr().err

@@ -1,26 +1,29 @@
-"""A run that was killed goes on as if it had not been: the same losses and weights, to the last bit."""
+"""A run that was killed ends as if it had not been: the same losses and weights, to the last bit."""
 
 from __future__ import annotations
 
-import logging
+import json
 import shutil
 
 import pytest
+import torch
 from stopped_runs import (
     Answers,
     KillAt,
     Killed,
     assert_same_end,
     checkpoints,
-    go_on,
     logged,
     new_trainer,
-    position,
+    resume,
+    weights,
 )
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from dataset.epoch_order import EpochOrder
-from model.checkpoints.checkpoint import resolve_checkpoint
-from model.runs.run_folder import newest_resumable
+from model import CheckpointError
+from model.runs.resuming import newest_resumable
 
 # ---- To the last bit. An epoch of 11 samples is 3 steps of 4, 4 and 3 samples, in batches of 2; dropout is 0.3.
 
@@ -41,11 +44,11 @@ def uncut(tiny_bases, tmp_path_factory):
         ("on_step_begin", 1, 1, None, 0),  # before anything was saved
         ("on_substep_end", 2, 1, 1, 0),  # within accumulation
         ("on_pre_optimizer_step", 5, 1, 4, 0),
-        ("on_step_end", 5, 2, 4, 2),  # in mid-epoch, behind a logged step
+        ("on_step_end", 5, 2, 4, 2),  # in the middle of an epoch, after a logged step
         ("on_step_end", 7, 2, 6, 0),  # the newest checkpoint is of the end of an epoch
         ("on_epoch_end", 1, 3, 3, 2),  # at the edge, before the epoch is declared over
         ("on_epoch_begin", 2, 3, 3, 0),
-        ("on_step_begin", 7, 5, 5, 2),  # the newest checkpoint lies an epoch back
+        ("on_step_begin", 7, 5, 5, 2),  # the newest checkpoint is an epoch old
         ("on_log", 2, 3, 6, 0),
         ("on_save", 9, 1, 9, 0),  # nothing is left to be done
     ],
@@ -61,27 +64,28 @@ def test_a_killed_run_ends_as_one_that_was_not(uncut, tiny_bases, tmp_path, even
         resumed = new_trainer(tiny_bases, tmp_path, **changes)
         resumed.train()
     else:
-        resumed = go_on(tiny_bases, tmp_path, **changes)
+        resumed = resume(tiny_bases, tmp_path, **changes)
     assert_same_end(resumed, uncut)
     assert (killed.seen[:left] if left else []) + resumed.seen == uncut.seen
     assert checkpoints(tmp_path)[-1].startswith("checkpoint-"), "unfinished work is cleared away"
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(uncut, tiny_bases, tmp_path):
     with pytest.raises(Killed):
         new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 2)]).train()
     for _ in range(6):
         with pytest.raises(Killed):
-            go_on(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 2)])
+            resume(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 2)])
     assert newest_resumable(tmp_path).name == "checkpoint-7"
-    assert_same_end(go_on(tiny_bases, tmp_path), uncut)
+    assert_same_end(resume(tiny_bases, tmp_path), uncut)
 
 
-def test_persistent_workers_see_the_epoch_that_a_run_goes_on_in(uncut, tiny_bases, tmp_path):
+def test_persistent_workers_see_the_epoch_of_the_resumed_run(uncut, tiny_bases, tmp_path):
     changes = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "save_steps": 4}
     with pytest.raises(Killed):
         new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 5)], **changes).train()
-    resumed = go_on(tiny_bases, tmp_path, **changes)
+    resumed = resume(tiny_bases, tmp_path, **changes)
     assert_same_end(resumed, uncut)
     assert resumed.seen == uncut.seen[4:]
 
@@ -99,7 +103,7 @@ def test_logs_and_checkpoints_by_epoch(tiny_bases, tmp_path, strategy):
     whole.train()
     with pytest.raises(Killed):
         new_trainer(tiny_bases, tmp_path / "run", callbacks=[KillAt("on_step_begin", 8)], **changes).train()
-    resumed = go_on(tiny_bases, tmp_path / "run", **changes)
+    resumed = resume(tiny_bases, tmp_path / "run", **changes)
     assert_same_end(resumed, whole)
     evaluated = [
         [entry["eval_loss"] for entry in t.state.log_history if "eval_loss" in entry] for t in (whole, resumed)
@@ -112,16 +116,18 @@ def test_an_evaluation_in_between_changes_nothing(uncut, tiny_bases, tmp_path):
     changes = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5}
     with pytest.raises(Killed):
         new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 6)], **changes).train()
-    resumed = go_on(tiny_bases, tmp_path, **changes)
+    resumed = resume(tiny_bases, tmp_path, **changes)
     assert_same_end(resumed, uncut)
     assert resumed.evaluate()["eval_loss"] > 0
 
 
-def test_a_finished_run_that_goes_on_has_nothing_to_do(uncut, tiny_bases, tmp_path):
-    new_trainer(tiny_bases, tmp_path).train()
-    resumed = go_on(tiny_bases, tmp_path)
+@pytest.mark.parametrize("length", [{"num_train_epochs": 1}, {"max_steps": 5}, {"max_steps": 3}])
+def test_a_finished_run_that_is_resumed_has_nothing_to_do(tiny_bases, tmp_path, length):
+    whole = new_trainer(tiny_bases, tmp_path, logging_steps=1, **length)
+    whole.train()
+    resumed = resume(tiny_bases, tmp_path, logging_steps=1, **length)
     assert resumed.seen == []
-    assert_same_end(resumed, uncut)
+    assert_same_end(resumed, whole)
 
 
 def test_true_means_the_newest_checkpoint(uncut, tiny_bases, tmp_path):
@@ -133,68 +139,162 @@ def test_true_means_the_newest_checkpoint(uncut, tiny_bases, tmp_path):
     assert resumed.seen == uncut.seen[5:]
 
 
-def test_a_longer_run_goes_on_at_the_rates_of_its_own_schedule(uncut, tiny_bases, tmp_path):
+# ---- Steps that are split differently, and steps of another size
+
+
+def test_the_same_steps_may_be_split_differently(tiny_bases, tmp_path):
+    """The same samples in the same steps; only the rounding differs."""
+    common = {"dropout": 0.0, "logging_steps": 1}
+    whole = new_trainer(tiny_bases, tmp_path / "whole", save_strategy="no", **common)
+    whole.train()
+    with pytest.raises(Killed):
+        new_trainer(tiny_bases, tmp_path / "run", callbacks=[KillAt("on_step_end", 6)], **common).train()
+    for rows, accumulation in ((1, 4), (4, 1)):
+        run = shutil.copytree(tmp_path / "run", tmp_path / f"run {rows}")
+        cut = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+        rest = resume(tiny_bases, run, **common, **cut)
+        assert rest.seen == whole.seen[5:]
+        assert [loss for _, _, loss, *_ in logged(rest)] == pytest.approx(
+            [loss for _, _, loss, *_ in logged(whole)], abs=1e-5
+        )
+        for name, tensor in weights(whole).items():
+            torch.testing.assert_close(weights(rest)[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulation", "said"),
+    [
+        (1, 1, r"4 samples, 1 rows × 1 accumulated × 1 processes make 1; give --gradient_accumulation_steps 4"),
+        (2, 4, r"make 8; give --gradient_accumulation_steps 2"),
+        (3, 1, r"make 3; no --gradient_accumulation_steps fits.*--per_device_train_batch_size"),
+    ],
+)
+def test_steps_of_another_size_are_refused_and_the_fitting_accumulation_is_named(
+    tiny_bases, tmp_path, rows, accumulation, said
+):
+    new_trainer(tiny_bases, tmp_path, max_steps=1).train()
+    cut = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+    with pytest.raises(CheckpointError, match=said):
+        resume(tiny_bases, tmp_path, **cut)
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
+
+
+# ---- Flags that take effect on resuming
+
+
+def test_a_longer_run_goes_on_at_the_rates_of_its_own_schedule(tiny_bases, tmp_path):
     new_trainer(tiny_bases, tmp_path, num_train_epochs=1, logging_steps=1).train()
-    rest = go_on(tiny_bases, tmp_path, num_train_epochs=3, logging_steps=1)
+    rest = resume(tiny_bases, tmp_path, num_train_epochs=3, logging_steps=1)
     rates = [rate for *_, rate in logged(rest)]
     assert rates[:3] == pytest.approx([1e-2 * share for share in (1, 2 / 3, 1 / 3)])
     assert rates[3:] == pytest.approx([1e-2 * share / 9 for share in (6, 5, 4, 3, 2, 1)])
 
 
-# ---- Other batches
+@pytest.mark.parametrize("kind", ["linear", "reduce_lr_on_plateau"])
+def test_other_rates_and_weight_decay_take_effect(tiny_bases, tmp_path, kind):
+    changes = {"num_train_epochs": 3, "logging_steps": 1, "lr_scheduler_type": kind, "eval_strategy": "epoch"}
+    with pytest.raises(Killed):
+        new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 4)], **changes).train()
+    rest = resume(tiny_bases, tmp_path, learning_rate=1e-4, feature_proj_lr=3e-4, weight_decay=0.5, **changes)
+    steps = [entry for entry in rest.state.log_history if "loss" in entry]
+    share = [1.0] * 9 if kind == "reduce_lr_on_plateau" else [1 - step / 9 for step in range(9)]
+    assert [entry["learning_rate"] for entry in steps[3:]] == pytest.approx([1e-4 * part for part in share[3:]])
+    assert [entry["feature_proj_lr"] for entry in steps[3:]] == pytest.approx([3e-4 * part for part in share[3:]])
+    assert [group["weight_decay"] for group in rest.optimizer.param_groups] == [0.5, 0.5, 0.0]
 
 
-@pytest.mark.parametrize("size", [12, 13])
-@pytest.mark.parametrize(
-    ("before", "after", "steps"), [((1, 1), (2, 2), 5), ((1, 1), (4, 1), 7), ((2, 2), (1, 3), 1), ((3, 1), (2, 2), 3)]
-)
-def test_other_batches_go_on_behind_the_last_sample(tiny_bases, tmp_path, caplog, size, before, after, steps):
-    """Every sample of both epochs is seen once, in the order of a run that was not cut, and the run ends in full."""
-    cut = [{"per_device_train_batch_size": b, "gradient_accumulation_steps": a} for b, a in (before, after)]
-    common = {"size": size, "num_train_epochs": 2, "dropout": 0.0}
-    first = new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", steps + 1)], **common, **cut[0])
+# ---- The state of callbacks and of the gradient scaler
+
+
+class Counter(TrainerCallback, ExportableState):
+    def __init__(self, name: str, steps: int = 0) -> None:
+        self.name, self.steps = name, steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1 if self.name == "one" else 10
+
+    def state(self):
+        return {"args": {"name": self.name}, "attributes": {"steps": self.steps}}
+
+
+def test_callbacks_keep_their_state_also_two_of_one_class(tiny_bases, tmp_path):
+    changes = {"restore_callback_states_from_checkpoint": True, "num_train_epochs": 1}
+    new_trainer(tiny_bases, tmp_path, callbacks=[Counter("one"), Counter("ten")], **changes).train()
+    assert newest_resumable(tmp_path).name == "checkpoint-3"
+    rest = new_trainer(tiny_bases, tmp_path, callbacks=[Counter("one"), Counter("ten")], **{**changes, "max_steps": 5})
+    rest.train(resume_from_checkpoint=True)
+    counters = [callback for callback in rest.callback_handler.callbacks if isinstance(callback, Counter)]
+    assert {counter.name: counter.steps for counter in counters} == {"one": 5, "ten": 50}
+
+
+def test_early_stopping_keeps_its_patience(tiny_bases, tmp_path):
+    changes = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "metric_for_best_model": "loss",
+        "learning_rate": 0.0,
+        "feature_proj_lr": 0.0,
+        "restore_callback_states_from_checkpoint": True,
+    }
+
+    def patience():
+        return EarlyStoppingCallback(early_stopping_patience=3)
+
+    with pytest.raises(Killed):  # the first evaluation is the best, and two more are no better
+        new_trainer(tiny_bases, tmp_path, callbacks=[patience(), KillAt("on_step_begin", 4)], **changes).train()
+    rest = resume(tiny_bases, tmp_path, callbacks=[patience()], **changes)
+    assert rest.state.global_step == 4
+
+
+def test_the_gradient_scaler_is_saved_and_restored(tiny_bases, tmp_path):
+    def scaled():
+        trainer = new_trainer(tiny_bases, tmp_path, num_train_epochs=1)
+        trainer.args.fp16 = True  # too late for accelerate, which would refuse it on a CPU
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+        return trainer
+
+    first = scaled()
+    first.add_callback(KillAt("on_step_begin", 3))
     with pytest.raises(Killed):
         first.train()
-    assert newest_resumable(tmp_path).name == f"checkpoint-{steps}"
-    with caplog.at_level(logging.WARNING):
-        rest = go_on(tiny_bases, tmp_path, **common, **cut[1])
-    told = [record.getMessage() for record in caplog.records if "samples now" in record.getMessage()]
-    assert len(told) == 1
-    samples_per_step = after[0] * after[1]
-    assert f"steps are of {samples_per_step} samples now" in told[0]
-    assert f"behind sample {steps * before[0] * before[1]} of epoch 0" in told[0]
-    assert "learning rates" in told[0]
-
-    order = EpochOrder(Answers(size), 3)
-    expected = []
-    for epoch in range(2):
-        order.set_epoch(epoch)
-        expected += [order[i]["id"] for i in range(size)]
-    seen = [number for step in first.seen[:steps] + rest.seen for number in step]
-    assert seen == expected
-    per_epoch = -(-size // samples_per_step)
-    assert rest.state.global_step == rest.state.max_steps == 2 * per_epoch
-    last = newest_resumable(tmp_path)
-    assert position(last) == (2, 0)
-    assert resolve_checkpoint(tmp_path) == last, "the one that has come furthest, not that of the highest number"
-    assert len(rest.seen[-per_epoch:]) == per_epoch
-    assert rest.lr_scheduler.last_epoch == 2 * per_epoch
+    assert torch.load(tmp_path / "checkpoint-2/scaler.pt", weights_only=True)["scale"] == 2.0**7
+    rest = scaled()
+    rest.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3)
+    rest.train(resume_from_checkpoint=True)
+    assert rest.accelerator.scaler.get_scale() == 2.0**7
 
 
-def test_a_run_with_other_batches_can_be_killed_and_go_on(tiny_bases, tmp_path):
-    """Also where its first epoch has a step less than others: samples 7 to 10 and 11 to 13, of 13."""
-    common = {"size": 13, "logging_steps": 1, "save_total_limit": 2}
-    singles = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+# ---- Older checkpoints
+
+
+def test_a_checkpoint_without_checksums_and_with_old_fingerprints_is_resumed_with_warnings(
+    uncut, tiny_bases, tmp_path, caplog
+):
+    identity = {"seed": 3, "vision_tower": "0123456789abcdef"}
+    killed = new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 6)], identity=identity)
     with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path / "start", callbacks=[KillAt("on_step_end", 7)], **common, **singles).train()
-    shutil.copytree(tmp_path / "start", tmp_path / "whole")
-    whole = go_on(tiny_bases, tmp_path / "whole", **common)
-    assert [step for step, *_ in logged(whole)[6:]] == [2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
-    assert checkpoints(tmp_path / "whole") == ["checkpoint-11", "checkpoint-12"]
-    for calls in (2, 3, 4):
-        run = tmp_path / f"run {calls}"
-        shutil.copytree(tmp_path / "start", run)
-        with pytest.raises(Killed):
-            go_on(tiny_bases, run, callbacks=[KillAt("on_step_end", calls)], **common)
-        assert_same_end(go_on(tiny_bases, run, **common), whole)
-        assert newest_resumable(run).name == "checkpoint-12"
+        killed.train()
+    old = newest_resumable(tmp_path)
+    (old / "checksums.json").unlink()
+    config = json.loads((old / "multimodal_config.json").read_text())
+    config.update(vision_tower_fingerprint="0123456789abcdef", language_model_fingerprint="fp16-0123456789abcdef")
+    (old / "multimodal_config.json").write_text(json.dumps(config))
+    rest = resume(tiny_bases, tmp_path, identity={"seed": 3, "vision_tower": "v2-0000000000000000"})
+    assert_same_end(rest, uncut)
+    assert "no checksums.json" in caplog.text
+    assert caplog.text.count("of an older kind") >= 3
+    with pytest.raises(CheckpointError, match="seed was 3 and is now 4"):
+        resume(tiny_bases, tmp_path, identity={"seed": 4, "vision_tower": "v2-0000000000000000"})
+    with pytest.raises(CheckpointError, match="seed was 3 and is now None"):  # a field that is no longer there
+        resume(tiny_bases, tmp_path, identity={"vision_tower": "v2-0000000000000000"})
+    with pytest.raises(CheckpointError, match="order was None and is now 'random'"):  # one that was not there
+        resume(tiny_bases, tmp_path, identity={**identity, "order": "random"})
+
+
+def test_an_epoch_takes_every_sample_once_in_the_order_of_the_seed(uncut):
+    order = EpochOrder(Answers(11), 3)
+    wanted = []
+    for epoch in range(3):
+        order.set_epoch(epoch)
+        wanted += [order[i]["id"] for i in range(11)]
+    assert [number for step in uncut.seen for number in step] == wanted

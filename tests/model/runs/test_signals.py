@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step is finished and saved, and the run goes on from there as if nothing had been."""
+"""SIGTERM and SIGINT: the step is finished and saved, and the run resumes from there as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 
 import pytest
-from stopped_runs import Answers, KillAt, Killed, assert_same_end, checkpoints, go_on, new_trainer, position
+from stopped_runs import Answers, KillAt, Killed, assert_same_end, checkpoints, new_trainer, position, resume
 from tiny_run import one_line_error
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 import model.runs.callbacks
 import train
 from model.runs.data_workers import with_calm_workers
-from model.runs.run_folder import newest_resumable
+from model.runs.resuming import newest_resumable
 
 
 class Send(TrainerCallback):
@@ -66,7 +66,7 @@ def test_the_step_is_finished_and_saved(uncut, tiny_bases, tmp_path, capfd, numb
     assert stopped.state.global_step == step
     assert newest_resumable(tmp_path).name == f"checkpoint-{step}"
     assert f"{signal.Signals(number).name}: finishing this step, then saving" in capfd.readouterr().err
-    resumed = go_on(tiny_bases, tmp_path, **changes)
+    resumed = resume(tiny_bases, tmp_path, **changes)
     assert_same_end(resumed, uncut)
     assert stopped.seen + resumed.seen == uncut.seen
 
@@ -79,7 +79,7 @@ def test_what_belongs_to_an_epochs_end_is_left_to_it(tiny_bases, tmp_path):
     stopped = new_trainer(tiny_bases, tmp_path / "run", callbacks=[Send("on_step_begin", 5, signal.SIGTERM)], **changes)
     stopped.train()
     assert [entry["step"] for entry in stopped.state.log_history if "eval_loss" in entry] == [3]
-    resumed = go_on(tiny_bases, tmp_path / "run", **changes)
+    resumed = resume(tiny_bases, tmp_path / "run", **changes)
     assert_same_end(resumed, whole)
     assert [entry["step"] for entry in resumed.state.log_history if "eval_loss" in entry] == [3, 6, 9]
     assert checkpoints(tmp_path / "run") == ["checkpoint-3", "checkpoint-5", "checkpoint-6", "checkpoint-9"]
@@ -90,7 +90,7 @@ def test_a_run_without_checkpoints_is_saved_too(uncut, tiny_bases, tmp_path):
     changes = {"save_strategy": "no"}
     new_trainer(tiny_bases, tmp_path, callbacks=[Send("on_step_begin", 4, signal.SIGTERM)], **changes).train()
     assert checkpoints(tmp_path) == ["checkpoint-4"]
-    assert_same_end(go_on(tiny_bases, tmp_path, **changes), uncut)
+    assert_same_end(resume(tiny_bases, tmp_path, **changes), uncut)
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
@@ -111,7 +111,7 @@ def test_a_second_signal_quits_at_once(tiny_bases, tmp_path, monkeypatch, second
 
 def exit_status(monkeypatch, trainer) -> int:
     """What train.py makes of a trainer's run."""
-    monkeypatch.setattr(train, "build_trainer", lambda argv: trainer)
+    monkeypatch.setattr(train, "build_trainer", lambda *_: trainer)
     return train.main([])
 
 
@@ -120,7 +120,7 @@ def test_exit_status_and_what_is_said(tiny_bases, tmp_path, monkeypatch, capsys,
     trainer = new_trainer(tiny_bases, tmp_path, callbacks=[Send("on_step_begin", 2, number)], save_steps=100)
     assert exit_status(monkeypatch, trainer) == status
     said = capsys.readouterr().err
-    assert f"stopped by {number.name} after step 2, which is saved;" in said
+    assert f"stopped by {number.name} after step 2, which is saved" in said
     assert "Traceback" not in said
 
 
@@ -154,7 +154,7 @@ def test_ctrl_c_outside_of_the_steps_is_one_line(monkeypatch, tmp_path, tiny_bas
     if where == "finish":
         trainer = new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_begin", 1, OSError("never"))])
         trainer.train = lambda **kwargs: None
-        monkeypatch.setattr(train, "build_trainer", lambda argv: trainer)
+        monkeypatch.setattr(train, "build_trainer", lambda *_: trainer)
     elif where == "build_datasets":
         monkeypatch.setattr(train, "load_tokenizer", lambda *_: None)
         monkeypatch.setattr(train, "build_model", lambda *_: None)

@@ -16,9 +16,10 @@ from stopped_runs import (
     answer_lengths,
     assert_same_end,
     checkpoints,
-    go_on,
+    is_resumable,
     logged,
     new_trainer,
+    resume,
     weights,
 )
 from tiny_run import ROOT, one_line_error, start
@@ -29,36 +30,32 @@ from two_processes import GROUPED, POISON, Poisoned
 
 import train
 from dataset.epoch_order import EpochOrder
+from model import CheckpointError
 from model.runs.callbacks import MOST_SKIPPED, NotFiniteError
-from model.runs.run_folder import lacks_to_resume, newest_resumable
+from model.runs.resuming import newest_resumable
 
 
 @pytest.fixture(scope="module")
-def bases(tiny_bases):
-    return tiny_bases
-
-
-@pytest.fixture(scope="module")
-def two(bases, tmp_path_factory) -> tuple[Path, list[dict]]:
+def two(tiny_bases, tmp_path_factory) -> tuple[Path, list[dict]]:
     """The folder in which two processes did it all, and what each of them saw."""
     out = tmp_path_factory.mktemp("two")
     script = Path(__file__).parents[2] / "two_processes.py"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = start("torchrun", "--nproc_per_node=2", "--master_port=25747", script, out, *bases, PYTHONPATH=path)
+    done = start("torchrun", "--standalone", "--nproc_per_node=2", script, out, *tiny_bases, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     return out, [torch.load(out / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def one_process(bases, folder, batch_size, accumulation, **changes):
+def one_process(tiny_bases, folder, batch_size, accumulation, **changes):
     cut = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     settings = {"dropout": 0.0, "size": 12, "num_train_epochs": 4, "logging_steps": 1, "save_strategy": "no"}
-    trainer = new_trainer(bases, folder, **{**settings, **cut, **changes})
+    trainer = new_trainer(tiny_bases, folder, **{**settings, **cut, **changes})
     return trainer
 
 
 @pytest.fixture(scope="module")
-def as_one(bases, tmp_path_factory):
-    trainer = one_process(bases, tmp_path_factory.mktemp("one"), 4, 1)
+def as_one(tiny_bases, tmp_path_factory):
+    trainer = one_process(tiny_bases, tmp_path_factory.mktemp("one"), 4, 1)
     trainer.train()
     return trainer
 
@@ -69,9 +66,9 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
-def test_one_batch_or_several_accumulated(as_one, bases, tmp_path):
+def test_one_batch_or_several_accumulated(as_one, tiny_bases, tmp_path):
     for batch_size, accumulation in ((2, 2), (1, 4)):
-        split = one_process(bases, tmp_path, batch_size, accumulation)
+        split = one_process(tiny_bases, tmp_path, batch_size, accumulation)
         split.train()
         assert [loss for _, _, loss, *_ in logged(split)] == pytest.approx(
             [loss for _, _, loss, *_ in logged(as_one)], abs=1e-5
@@ -141,10 +138,10 @@ def test_two_processes_take_their_batches_from_one_grouped_order(two):
     assert not torch.equal(order.permutation(0), EpochOrder(Answers(GROUPED), 3).permutation(0))
 
 
-def test_grouped_one_process_or_two(two, bases, tmp_path):
+def test_grouped_one_process_or_two(two, tiny_bases, tmp_path):
     """The epoch ends in a step of 2 samples, so that its loss and gradient are means over fewer."""
     lengths = answer_lengths(GROUPED)
-    alone = one_process(bases, tmp_path, 4, 1, size=GROUPED, lengths=lengths, num_train_epochs=2)
+    alone = one_process(tiny_bases, tmp_path, 4, 1, size=GROUPED, lengths=lengths, num_train_epochs=2)
     alone.train()
     ranks = [found["grouped split"] for found in two[1]]
     assert ranks[0]["step"] == alone.state.global_step == 12
@@ -167,18 +164,24 @@ def test_grouped_two_processes_killed_in_mid_epoch_and_resumed(two):
             assert torch.equal(resumed["weights"][name], tensor), name
 
 
-def test_one_process_goes_on_with_what_two_began(as_one, two, bases, tmp_path, caplog):
-    """At the same samples; with steps of the same size, to the same weights."""
+def test_one_process_resumes_what_two_began(as_one, two, tiny_bases):
+    """Steps are of the same size, so it sees the same samples and comes to the same weights."""
     folder = two[0] / "for one"
     assert newest_resumable(folder).name == "checkpoint-4"
     same = {"dropout": 0.0, "size": 12, "num_train_epochs": 4, "logging_steps": 1}
-    rest = go_on(bases, folder, **same)
+    rest = resume(tiny_bases, folder, **same)
     assert rest.seen == as_one.seen[4:]
     assert_close(weights(rest), weights(as_one))
-    assert not [r for r in caplog.records if "samples now" in r.getMessage()], "steps are what they were"
-    smaller = go_on(bases, tmp_path, folder / "checkpoint-4", **same, gradient_accumulation_steps=1)
-    assert "steps are of 2 samples now, they were of 4" in caplog.text
-    assert [*chain(*smaller.seen)] == [*chain(*as_one.seen[4:])]
+    with pytest.raises(CheckpointError, match=r"give --gradient_accumulation_steps 2"):
+        resume(tiny_bases, folder, **same, gradient_accumulation_steps=1)
+
+
+def test_the_evaluation_loss_of_two_processes_is_that_of_one(as_one, two):
+    """Though samples are repeated so that both have full batches."""
+    for size in (5, 7, 8):
+        as_one.eval_dataset = Answers(size)
+        alone = as_one.evaluate()["eval_loss"]
+        assert [found["eval_loss"][size] for found in two[1]] == pytest.approx([alone] * 2, rel=1e-5), size
 
 
 def test_one_process_that_is_told_to_stop_stops_all(two):
@@ -207,7 +210,7 @@ def test_a_loss_of_one_process_that_is_not_finite_stops_all(two):
     (message,) = messages
     assert f"the loss of step {step + 1} is not finite; the step was not taken" in message
     assert f"IDs {', '.join(map(str, ids))}." in message
-    assert not lacks_to_resume(two[0] / "poisoned" / f"checkpoint-{step}")
+    assert is_resumable(two[0] / "poisoned" / f"checkpoint-{step}")
 
 
 # ---- In one process
@@ -234,10 +237,10 @@ class Spoil(TrainerCallback):
     ("what", "called"),
     [("weight", "loss"), ("infinite gradient", "gradient"), ("huge gradient", "gradient")],
 )
-def test_a_step_that_is_not_finite_is_not_taken(bases, tmp_path, monkeypatch, capsys, what, called, clip):
+def test_a_step_that_is_not_finite_is_not_taken(tiny_bases, tmp_path, monkeypatch, capsys, what, called, clip):
     """Also where every number of the gradient is finite, but its norm is too large for fp32: clipping would zero it."""
-    trainer = new_trainer(bases, tmp_path, callbacks=[Spoil(what)], max_grad_norm=clip, size=12)
-    monkeypatch.setattr(train, "build_trainer", lambda argv: trainer)
+    trainer = new_trainer(tiny_bases, tmp_path, callbacks=[Spoil(what)], max_grad_norm=clip, size=12)
+    monkeypatch.setattr(train, "build_trainer", lambda *_: trainer)
     assert train.main([]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     ids = sorted(trainer.seen[2])
@@ -247,30 +250,30 @@ def test_a_step_that_is_not_finite_is_not_taken(bases, tmp_path, monkeypatch, ca
     assert trainer.state.global_step == 2
     assert newest_resumable(tmp_path).name == "checkpoint-2"
     assert not (tmp_path / "adapter_model.safetensors").exists()
-    fresh = new_trainer(bases, tmp_path / "again", size=12)
+    fresh = new_trainer(tiny_bases, tmp_path / "again", size=12)
     fresh.model.load_checkpoint(tmp_path / "checkpoint-2")
     assert all(tensor.isfinite().all() for tensor in weights(fresh).values())
 
 
 @pytest.mark.parametrize("logs", [1, 100])
-def test_an_image_that_is_not_finite(bases, tmp_path, logs):
+def test_an_image_that_is_not_finite(tiny_bases, tmp_path, logs):
     """In the second of two accumulated batches or the first; where it is left out, the run goes on from before it."""
-    trainer = new_trainer(bases, tmp_path, logging_steps=logs)
+    trainer = new_trainer(tiny_bases, tmp_path, logging_steps=logs)
     trainer.train_dataset = EpochOrder(Poisoned(11), 3)
     with pytest.raises(NotFiniteError, match="the loss of step"):
         trainer.train()
     assert POISON in trainer.seen[-1]
     assert len(trainer.seen) == trainer.state.global_step + 1
-    whole = new_trainer(bases, tmp_path / "whole", logging_steps=logs, save_strategy="no", num_train_epochs=3)
+    whole = new_trainer(tiny_bases, tmp_path / "whole", logging_steps=logs, save_strategy="no", num_train_epochs=3)
     whole.train()
-    healed = go_on(bases, tmp_path, logging_steps=logs)
+    healed = resume(tiny_bases, tmp_path, logging_steps=logs)
     if logs == 1:
         assert_same_end(healed, whole)
 
 
-def test_a_killed_step_leaves_nothing_behind(bases, tmp_path):
+def test_a_killed_step_leaves_nothing_behind(tiny_bases, tmp_path):
     """A trainer that is asked again after an error counts the samples of its new step only."""
-    trainer = new_trainer(bases, tmp_path, callbacks=[KillAt("on_substep_end", 1)], size=12)
+    trainer = new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_substep_end", 1)], size=12)
     with pytest.raises(Killed):
         trainer.train()
     trainer.seen.clear()
@@ -281,25 +284,25 @@ def test_a_killed_step_leaves_nothing_behind(bases, tmp_path):
     assert len(ids) == 4
 
 
-def fp16_trainer(bases, folder, num_bad: int, **changes):
-    """A trainer whose gradients go through a scaler, as fp16 has it on a GPU; those of the first steps are infinite."""
-    trainer = new_trainer(bases, folder, size=4, save_strategy="no", **changes)
+def fp16_trainer(tiny_bases, folder, bad, **changes):
+    """A trainer whose gradients go through a scaler, as fp16 has it on a GPU; those of the `bad` steps are infinite."""
+    trainer = new_trainer(tiny_bases, folder, size=4, save_strategy="no", **changes)
     trainer.args.fp16 = True  # too late for accelerate, which would refuse it on a CPU
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     calls = [0]
 
     def spoil(gradient):
         calls[0] += 1
-        return gradient * float("inf") if calls[0] <= num_bad else gradient
+        return gradient * float("inf") if calls[0] - 1 in bad else gradient
 
     next(iter(trainable_parameters(trainer.model).values())).register_hook(spoil)
     return trainer
 
 
-def test_fp16_that_overflows_for_ever_is_an_error(bases, tmp_path, monkeypatch, capsys):
-    trainer = fp16_trainer(bases, tmp_path, 10**9, num_train_epochs=200, gradient_accumulation_steps=1)
+def test_fp16_that_overflows_for_ever_is_an_error(tiny_bases, tmp_path, monkeypatch, capsys):
+    trainer = fp16_trainer(tiny_bases, tmp_path, range(10**9), num_train_epochs=200, gradient_accumulation_steps=1)
     before = weights(trainer)
-    monkeypatch.setattr(train, "build_trainer", lambda argv: trainer)
+    monkeypatch.setattr(train, "build_trainer", lambda *_: trainer)
     assert train.main([]) == 1
     said = one_line_error(capsys.readouterr().err, "train.py")
     assert f"the gradients of {MOST_SKIPPED} steps in a row, up to step {MOST_SKIPPED}, were not finite in fp16" in said
@@ -308,9 +311,25 @@ def test_fp16_that_overflows_for_ever_is_an_error(bases, tmp_path, monkeypatch, 
     assert all(torch.equal(before[name], weight) for name, weight in weights(trainer).items())
 
 
-def test_fp16_that_overflows_at_first_goes_on(bases, tmp_path):
-    trainer = fp16_trainer(bases, tmp_path, MOST_SKIPPED - 1, num_train_epochs=30, gradient_accumulation_steps=1)
+def test_no_graph_outlives_its_batch(tiny_bases, tmp_path):
+    """The losses that are checked before the optimizer's step hold no activations."""
+    trainer = new_trainer(tiny_bases, tmp_path, save_strategy="no", max_steps=1)
+    kept = []
+
+    class Look(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            kept.extend(trainer._finite._losses)
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert kept
+    assert all(loss.grad_fn is None for loss in kept)
+
+
+def test_fp16_may_overflow_as_often_as_it_likes_but_not_in_a_row(tiny_bases, tmp_path):
+    bad = {*range(MOST_SKIPPED - 1), *range(MOST_SKIPPED, 2 * MOST_SKIPPED - 1)}
+    trainer = fp16_trainer(tiny_bases, tmp_path, bad, num_train_epochs=60, gradient_accumulation_steps=1)
     before = weights(trainer)
     trainer.train()
-    assert trainer.state.global_step == 60
+    assert trainer.state.global_step == 120
     assert not all(torch.equal(before[name], weight) for name, weight in weights(trainer).items())

@@ -1,4 +1,4 @@
-"""The matrix products that a training step cannot do without, counted, and how fast this machine does them bare."""
+"""The matrix products that a training step cannot do without: counted, and how fast this machine does them alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Product = tuple[int, int, int]
 """(m, k, n): (m, k) times (k, n), which takes 2 · m · k · n floating-point operations."""
 
 
-def counted_work(model: VisionLanguageModel, batches: Iterable[tuple[int, ...]]) -> Counter[Product]:
+def counted_products(model: VisionLanguageModel, batches: Iterable[tuple[int, ...]]) -> Counter[Product]:
     """Count the products of training steps.
 
     A frozen matrix multiplies twice (forward, and the gradient of its input), a trained one three times; the tower runs
-    forward only; the head, and the last layer behind its attention, run at supervised positions only. Attention's
+    forward only; the head, and the last layer after its attention, run at supervised positions only. Attention's
     products count by half, being causal.
 
     Args:
@@ -56,7 +56,7 @@ def _count_text(work: Counter[Product], model: VisionLanguageModel, rows: int, t
     last = f"{len(model.qwen.transformer.h) - 1}."
     for name, module in model.qwen.transformer.h.named_modules():
         everywhere = "c_attn" in name or not name.startswith(last)
-        m = rows * tokens if everywhere else supervised  # the last layer mixes no positions behind its attention
+        m = rows * tokens if everywhere else supervised  # the last layer mixes no positions after its attention
         if isinstance(module, LoraLinear):
             _count_frozen(work, m, module.base_layer)
             _count_trained(work, m, module.lora_A["default"])
@@ -82,8 +82,8 @@ def _count_tower(work: Counter[Product], tower: Any, images: int) -> None:
     work[tokens, width, tokens] += 2 * images * config.num_attention_heads * config.num_hidden_layers
 
 
-def gemm_seconds(work: Counter[Product], dtype: torch.dtype, rounds: int = 3) -> tuple[float, float]:
-    """What the products take bare, each shape measured by itself (the quicker half of its calls), and their operations.
+def seconds_of_products(work: Counter[Product], dtype: torch.dtype, rounds: int = 3) -> tuple[float, float]:
+    """Time the products when nothing else runs, each shape by itself; the median of the rounds counts.
 
     Returns:
         Processor seconds, of all threads, and floating-point operations.

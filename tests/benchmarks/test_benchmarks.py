@@ -1,0 +1,294 @@
+"""The benchmarks: that each starts and compares like with like, on a model of no size; and what their tables say."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_run import start
+from tiny_vlm import collate, enliven_trained, new_model, sample
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionModel
+
+from benchmarks import measure, random_weights
+from benchmarks.answering import load
+from benchmarks.data import prepare
+from benchmarks.inputs import write_samples
+from benchmarks.peers import TINY, Size, build_ours, build_peer, copy_weights, write_ours
+from benchmarks.training import full_size, grouped, growth, matrix_products, step_runs, train_step, workers
+from qwen import IMAGE_TOKEN_ID, QWenLMHeadModel
+
+
+def run(name: str, folder, *flags: object) -> tuple[str, dict]:
+    """Run a benchmark's command; returns what it printed and what it wrote."""
+    done = start(sys.executable, "-m", f"benchmarks.{name}", "--output", folder, *flags)
+    assert done.returncode == 0, done.stderr
+    name = name.split(".")[-1]
+    assert (folder / f"{name}.png").stat().st_size > 1000
+    return done.stdout, json.loads((folder / f"{name}.json").read_text())
+
+
+# ---- Measuring
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_every_round_runs_all_and_turns_the_order(tmp_path):
+    log = tmp_path / "log"
+    write = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
+    runs = measure.run_in_turn({name: [*python(write), str(log), name] for name in "abc"}, 3)
+    assert log.read_text() == "abccbaabc"
+    assert {name: [run.values for run in done] for name, done in runs.items()} == {name: [{}] * 3 for name in "abc"}
+
+
+def test_a_process_is_measured_by_itself():
+    code = (
+        "import json, os, resource, time; x = b'x' * {}; time.sleep(0.1); print('x');"
+        "print(json.dumps({{'own': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,"
+        " 'threads': os.environ['OMP_NUM_THREADS']}}))"
+    )
+    for size in (300, 900):
+        run = measure.run_once(python(code.format(size * 2**20)), threads=3)
+        assert abs(run.peak_bytes - run.values["own"] * 1024) < 8 * 2**20
+        assert run.peak_bytes > size * 2**20
+        assert run.seconds > 0.1
+        assert run.values["threads"] == "3"
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(measure.RunFailedError, match="3\nbecause"):
+        measure.run_once(python("import sys; print('because', file=sys.stderr); sys.exit(3)"))
+
+
+def test_medians_are_of_numbers_only():
+    runs = [
+        measure.Run(seconds, 0.5, 10, {"n": n, "name": "x", "ok": True})
+        for seconds, n in ((3.0, 1), (1.0, 5), (2.0, 4))
+    ]
+    assert measure.medians(runs) == {"seconds": 2.0, "cpu_seconds": 0.5, "peak_bytes": 10, "n": 4}
+
+
+def test_weights_in_shards_load_as_published(tmp_path, qwen_tiktoken):
+    config = random_weights.qwen_config(layers=2, width=16, heads=2, inner=24, vocabulary=300)
+    total = random_weights.write_language_model(tmp_path / "qwen", config, torch.bfloat16, shard_bytes=8000)
+    shards = sorted((tmp_path / "qwen").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert sum(shard.stat().st_size for shard in shards) >= total
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            # The embedding alone is larger than a shard may be; nothing is added to it.
+            assert len(list(file.keys())) == 1 or shard.stat().st_size < 8000 + 2000
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "qwen")
+    assert model.dtype == torch.bfloat16
+    assert model.transformer.h[0].attn.c_attn.weight.float().std().item() == pytest.approx(0.02, rel=0.2)
+    assert (tmp_path / "qwen/qwen.tiktoken").read_bytes() == qwen_tiktoken.read_bytes()
+    random_weights.write_tower(tmp_path / "clip", random_weights.clip_config(2, 64, 128), shard_bytes=100_000)
+    assert CLIPVisionModel.from_pretrained(tmp_path / "clip").config.hidden_size == 64
+
+
+# ---- Training
+
+
+def test_both_peers_are_the_same_function():
+    ours, peer = build_ours(TINY, torch.float32), build_peer(TINY, torch.float32)
+    copy_weights(ours, peer)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
+    ids = torch.tensor([[1, 2, *[IMAGE_TOKEN_ID] * TINY.num_image_tokens, 3, 4]])
+    pixels = torch.randn(1, 3, TINY.image_size, TINY.image_size)
+    with torch.no_grad():
+        expected = peer(input_ids=ids, pixel_values=pixels).logits
+        torch.testing.assert_close(ours(ids, pixel_values=pixels).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_train_step_compares_from_the_same_loss(tmp_path):
+    flags = ["--tiny", "--rounds", 1, "--sizes", "proportional", "--dtypes", "float32", "--steps", 2, "--skipped", 1]
+    printed, results = run("training.train_step", tmp_path, *flags)
+    assert printed.splitlines()[1].split()[:3] == ["proportional,", "float32", "peer"]
+    peers = results["sizes"]["proportional"]["float32"]["peers"]
+    assert peers["ours"]["first_loss"] == pytest.approx(peers["peer"]["first_loss"], rel=1e-5)
+    assert peers["ours"]["trained_parameters"] > 1000
+
+
+def test_ratios_are_over_the_peer():
+    ours = {"samples_per_second": 2.0, "processor_seconds": 1.0, "peak_bytes_vm": 6, "baseline_bytes": 2}
+    peer = {"samples_per_second": 0.5, "processor_seconds": 3.0, "peak_bytes_vm": 10, "baseline_bytes": 2}
+    found = train_step.ratios({"ours": ours, "peer": peer})
+    assert found == {"speed": 4.0, "by_processor": 3.0, "memory": 0.6, "less_imports": 0.5}
+
+
+def test_the_operations_are_those_that_a_step_does(tiny_bases):
+    model = enliven_trained(new_model(tiny_bases))
+    batch = collate(sample(1, num_words=30, num_answer=5), sample(1, num_words=30, num_answer=5, seed=1))
+    rows, tokens = batch["input_ids"].shape
+    with FlopCounterMode(display=False) as counter:
+        model.train()(**batch, return_logits=False).loss.backward()
+    products = counter.get_flop_counts()["Global"]
+    seen = sum(number for op, number in products.items() if "attention" not in str(op))
+    config, tower = model.qwen.config, model.vision_tower.config
+    by_text = 6 * tokens * config.kv_channels * tokens * rows * config.num_attention_heads * config.num_hidden_layers
+    width = tower.hidden_size // tower.num_attention_heads
+    by_tower = 4 * 5 * width * 5 * 2 * tower.num_attention_heads * tower.num_hidden_layers
+    work = matrix_products.counted_products(model, [(rows, tokens, rows * tokens, 10, 2)])
+    counted = sum(2 * m * k * n * count for (m, k, n), count in work.items())
+    assert counted - by_text - by_tower == pytest.approx(seen, rel=0.02)
+
+
+def test_products_are_timed_once_for_each_shape():
+    seconds, operations = matrix_products.seconds_of_products(Counter({(8, 4, 2): 3}), torch.float32, rounds=1)
+    assert seconds > 0
+    assert operations == 3 * 2 * 8 * 4 * 2
+
+
+def test_a_small_vocabulary_takes_token_ids_of_any_size(tmp_path):
+    write_samples(tmp_path, 4)
+    write_ours(tmp_path, replace(TINY, vocabulary=4748))
+    trainer = step_runs.build_ours(tmp_path, str(tmp_path / "out"), "float32", 1, ["--lora_rank", "4"])
+    assert math.isfinite(trainer.train().training_loss)
+
+
+@pytest.mark.slow
+def test_grouped_compares_the_same_samples(tmp_path):
+    flags = ["--tiny", "--rounds", 1, "--scale", 0.01, "--batches", 4, "--samples", 8]
+    printed, results = run("training.grouped", tmp_path, *flags)
+    assert printed.startswith("3,100 samples ")
+    shares = results["counted"]["shares"]
+    assert 0 < shares["grouped, batch 4"]["padding"] < 0.03 < shares["random, batch 4"]["padding"]
+    random, ordered = (results["measured"]["4"][name] for name in ("random", "grouped"))
+    assert random["samples"] == ordered["samples"] == 8
+    assert ordered["padding"] < random["padding"]
+    # Eight samples of the same real tokens, in different times.
+    tokens = [one["tokens_per_second"] / one["samples_per_second"] for one in (random, ordered)]
+    assert tokens[0] == pytest.approx(tokens[1])
+
+
+def test_padding_costs_attention_its_square():
+    assert grouped.attention_share(torch.tensor([4, 4, 2, 2]), 2) == 0
+    assert grouped.attention_share(torch.tensor([4, 2, 3]), 2) == pytest.approx(1 - (16 + 4 + 9) / (2 * 16 + 9))
+
+
+@pytest.mark.slow
+def test_growth_changes_one_thing_and_compares_it_with_the_base(tmp_path):
+    flags = ["--tiny", "--rounds", 1, "--things", "checkpointing", "cache", "--steps", 2, "--tokens", 2]
+    printed, results = run("training.growth", tmp_path, *flags)
+    lines = [line.split() for line in printed.splitlines()]
+    assert lines[1][:2] == ["checkpointing", "off"]
+    assert lines[1][3::2] == ["1.00", "1.00"]
+    assert lines[2][0] == "on"
+    assert results["figures"]["checkpointing"]["on"]["step_seconds"] > 0
+    assert results["figures"]["cache"]["2,048 tokens"]["step_seconds"] > 0
+
+
+def test_what_grows_is_what_the_table_says():
+    base = Size()
+    sizes = {
+        (thing, value): growth.size_of(change.times, tiny=False)
+        for thing, changes in growth.TRAINING.items()
+        for value, change in changes.items()
+    }
+    assert sizes["picture", "336 px, 576 tokens"].num_image_tokens == 576
+    assert sizes["layers", "16"].layers == 16 == 2 * base.layers
+    wide = sizes["width", "1,024"]
+    assert (wide.width, wide.inner, wide.width // wide.heads) == (1024, 2 * base.inner, base.width // base.heads)
+    assert sizes["vocabulary", "303,872"].vocabulary == 303_872 == 2 * base.vocabulary
+    folders = {change.inputs for changes in growth.TRAINING.values() for change in changes.values()}
+    assert len(folders | {growth.BASE.inputs}) == 7, "one for each size, and for each length of answers"
+
+
+@pytest.mark.slow
+def test_workers_deliver_what_is_trained(tmp_path):
+    flags = ["--tiny", "--rounds", 1, "--workers", 2, "--steps", 3, "--skipped", 1, "--pictures", 44]
+    printed, results = run("training.workers", tmp_path, *flags)
+    assert printed.splitlines()[1].split()[0] == "2"
+    (one,) = results["figures"].values()
+    assert 0 < one["wait_seconds"] < one["step_seconds"]
+    assert 100_000 < one["picture_bytes"] < 200_000, "as photographs of that size have"
+
+
+def test_what_a_step_waits_is_noted_and_handed_on():
+    class Trainer:
+        def get_batch_samples(self, iterator, number):
+            return [next(iterator) for _ in range(number)], None
+
+    trainer = Trainer()
+    waiting = workers.Waiting(trainer)
+    assert trainer.get_batch_samples(iter("abc"), 2) == (["a", "b"], None)
+    assert len(waiting.seconds) == 1
+
+
+@pytest.mark.slow
+def test_full_size_at_a_small_scale(tmp_path):
+    flags = ["--folder", tmp_path / "files", "--scale", "0.03", "--lora_rank", 2]
+    printed, results = run("training.full_size", tmp_path, *flags)
+    assert printed.count("as it should") == 7  # each of the others as it ends, and all four in the table
+    training = results["processes"]["train.py, two steps"]
+    assert training["peak_bytes"] > training["anonymous_bytes"] > 1e8
+
+
+def test_a_process_is_ended_where_memory_runs_low(tmp_path):
+    assert full_size.watch([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "log", 2**60).status == -9
+
+
+# ---- Answering and data
+
+
+@pytest.mark.slow
+def test_generate_gets_the_same_tokens_from_both(tmp_path):
+    flags = ["--tiny", "--dtypes", "float32", "--batches", "2", "--tokens", "4", "--rounds", "1", "--clock", "cpu"]
+    printed, results = run("answering.generate", tmp_path, *flags)
+    assert "fp32, batch 2: the same tokens from both" in printed
+    figures = results["medians"]["fp32, batch 2"]
+    assert all(figures[peer][name] > 0 for peer in ("ours", "llava") for name in ("first", "whole", "rate"))
+
+
+@pytest.mark.slow
+def test_load_starts_both(tmp_path):
+    printed, results = run("answering.load", tmp_path, "--layers", 1, "--width", 64, "--rounds", 1)
+    assert printed.splitlines()[1].startswith("seconds ")
+    assert results["medians"]["llava"]["files"] > 1e6
+
+
+def test_the_imports_are_taken_off_within_a_round():
+    """In rounds that were slow for both: of the medians alone, the difference would be 5 - 1 = 4 seconds."""
+
+    def took(*seconds: float) -> list[measure.Run]:
+        return [measure.Run(one, 2 * one, int(one * 1e9), {}) for one in seconds]
+
+    runs = {"ours": took(3, 9, 5), "ours, imports": took(1, 8, 1), "llava": took(4, 5, 6)}
+    figures = load.figures_of({**runs, "llava, imports": took(0.5, 1, 2)})
+    assert figures["ours, less imports"] == {"seconds": 2, "cpu_seconds": 4, "peak_bytes": 2e9}
+    figures["ours"]["files"] = figures["llava"]["files"] = 1e9
+    lines = load.show(figures).splitlines()
+    assert lines[1].split()[-3:] == ["5.00", "5.00", "1.00x"]
+    assert lines[2].split()[-3:] == ["2.00", "4.00", "2.00x"]
+
+
+@pytest.mark.slow
+def test_feature_cache_changes_no_loss(tmp_path):
+    _, results = run("data.feature_cache", tmp_path, "--tiny", "--rounds", 1)
+    without, cached = results["figures"].values()
+    assert without["last_loss"] == pytest.approx(cached["last_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_prepare_at_a_small_scale(tmp_path):
+    printed, results = run("data.prepare", tmp_path, "--scale", "0.01", "--pictures", "12")
+    assert printed.startswith("3,100 samples")
+    assert results["figures"]["a tenth"]["samples"] == 310
+    assert 0 < results["figures"]["whole"]["worker_bytes"] < 200e6
+
+
+def test_annotations_of_the_real_size_are_as_many_and_as_long(tmp_path):
+    prepare.write_annotations(tmp_path, 0.001, pictures=3)
+    records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ai_challenger", "detail")}
+    assert [len(record["caption"]) for record in records["ai_challenger"]] == [5] * 210
+    answers = [record["conversations"][1]["value"] for record in records["detail"]]
+    assert 300 < sum(map(len, answers)) / len(answers) < 1000
