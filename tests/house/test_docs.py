@@ -29,7 +29,7 @@ FORMATS = PAIRS[2]
 DOCUMENTS = sorted([*READMES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.S | re.M)
 # Made by training, by the demo or by the user, or belonging to a checkpoint.
-NOT_IN_REPOSITORY = ("data/", "weights/", "./weights/", "runs/", "checkpoint-", ".venv")
+NOT_IN_REPOSITORY = ("data/", "weights/", "./weights/", "runs/", "checkpoint-", ".venv", "tmp-")
 HUB_OWNERS = ("Qwen/", "openai/", "google/")
 
 
@@ -180,6 +180,12 @@ def test_scripts_of_commands_exist(name: str) -> None:
     scripts = set(re.findall(r"\b(?:sh|python) ((?:[\w.]+/)*[\w]+\.(?:sh|py))", commands))
     scripts |= {module.replace(".", "/") + ".py" for module in re.findall(r"-m (benchmarks[\w.]+)", text_of(name))}
     assert [script for script in sorted(scripts) if not (ROOT / script).is_file()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_tests_that_are_named_exist(name: str) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text_of(name))
+    assert [test for file, test in named if f"\ndef {test}(" not in text_of(file)] == []
 
 
 @pytest.mark.parametrize("name", READMES)
