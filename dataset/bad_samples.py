@@ -33,10 +33,10 @@ class BadSamples:
         self.max_fraction = max_fraction
 
     def mark(self, index: int, message: str = "") -> None:
-        """Remember that a sample is bad and, if it is known here, why."""
+        """Remember that a sample is bad and, if it is known here, why; the first message stays."""
         self.flags[index] = 1
         if message:
-            self.messages[index] = message
+            self.messages.setdefault(index, message)
 
     def __len__(self) -> int:
         return int(self.flags.sum()) + len(self.unreadable)

@@ -71,8 +71,9 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         on_bad_sample: "error", or "skip": a sample that the two files show to be bad is left out; one that turns out
             bad when it is asked for becomes a sample of one token without a label. `bad` counts both.
         max_bad_fraction: with "skip", the share of samples that may be bad, 0 to 1; `bad.check` compares with it.
-        feature_cache: has the features of every image: `key_of(path)` hashes a file, `read(key)` gives (P, D) or None.
-        need_folders: refuse image folders that do not exist; a dry run opens no image.
+        feature_cache: holds the features of every image: `key_of(path)` hashes a file, `read(key)` returns (P, D) or
+            None.
+        need_folders: a missing image folder makes its samples bad; a dry run needs none.
 
     Raises:
         ValueError: a file cannot be read or has not the expected form, or a number is out of range.
@@ -118,7 +119,8 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         )
         self.bad = BadSamples(len(self), self.annotations.errors, max_bad_fraction)
         self.cuts = CutAnswers(len(self), max_length, str(captions_file))
-        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # data workers that outlive an epoch see the new
+        # In shared memory: data workers that outlive an epoch see the next one.
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         logger.info("%s: %s", captions_file, format_count(len(self), "sample"))
 
     def __len__(self) -> int:

@@ -280,7 +280,10 @@ def test_listing_builds_no_bad_sample_twice(make, images, workers, monkeypatch):
 def test_a_bad_sample_marked_elsewhere_that_can_be_read_is_said_so(make, images):
     dataset = make({"k": one(images, sample_id=7)}, {"7": ASK}, on_bad_sample="skip")
     dataset.bad.mark(0)  # as a resumed run does
-    assert "sample 7" in dataset.bad_sample_messages()[0]
+    messages = dataset.bad_sample_messages()
+    assert "sample 7" in messages[0]
+    dataset.bad.mark(0, "another draw of its answers was too long")
+    assert dataset.bad_sample_messages() == messages, "one line for each sample"
     assert dataset.cuts.totals() == (0, 0)
 
 
