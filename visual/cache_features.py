@@ -84,34 +84,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def list_images(image_maps: Sequence[str]) -> tuple[list[tuple[str, str]], int]:
-    """List (folder, name) of every image, each once, and count the entries that can't be used; those are logged.
+def list_images(image_maps: Sequence[str], allow_links: bool) -> tuple[list[Path], list[str], list[str]]:
+    """List the image files of several image maps, each once.
+
+    Returns:
+        The files; what is wrong with images that lead out of their folder; what is wrong with entries.
 
     Raises:
         ValueError: if a file can't be read, or there is no image in all of them.
     """
     images: dict[tuple[str, str], None] = {}
-    num_bad = 0
+    bad_images, bad_entries = [], []
     for image_map in image_maps:
         found, errors = images_of(image_map)
-        images.update(dict.fromkeys(found))
-        num_bad += len(errors)
-        for error in errors:
-            logger.warning("bad: %s", error)
+        images |= dict.fromkeys(found)
+        bad_entries += errors
     if not images:
         raise ValueError(f"{' '.join(image_maps)}: there are no images; dataprocess/process_image.py writes image maps")
-    return list(images), num_bad
-
-
-def find_files(images: Sequence[tuple[str, str]], allow_links: bool) -> tuple[list[Path], list[str]]:
-    """Return the images' files, and what is wrong with those that lead out of their folder."""
-    paths, problems = [], []
+    paths = []
     for folder, name in images:
         try:
             paths.append(resolve_image_path(folder, name, allow_links))
         except ImageError as error:
-            problems.append(str(error))
-    return paths, problems
+            bad_images.append(str(error))
+    return paths, bad_images, bad_entries
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,22 +119,21 @@ def run(args: argparse.Namespace) -> int:
     """
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype) if args.dtype else pick_dtype(device)
-    images, num_bad = list_images(args.image_map)
+    paths, bad_images, bad_entries = list_images(args.image_map, args.allow_links)
     previous = read_checkpoint(args.previous_lora_weights) if args.previous_lora_weights is not None else None
     drop = drops_first_patch(previous, args.base_value_model)
     tower = build_vision_tower(args.base_value_model, dtype, drop_first_patch=drop).to(device)
     cache = open_feature_cache(args.feature_cache, tower, args.feature_cache_dtype)
-    problem = lack_of_space(cache, tower, find_files(images, args.allow_links)[0])
+    problem = lack_of_space(cache, tower, paths)
     if problem and not args.skip_space_check:
         raise ValueError(
             f"--feature_cache {args.feature_cache}: {problem}; make room, give another folder, or "
             "say --skip_space_check"
         )
-    part = images[args.shard :: args.num_shards]
-    paths, problems = find_files(part, args.allow_links)
-    for problem in problems:
+    for problem in (*bad_entries, *bad_images):
         logger.warning("bad: %s", problem)
-    filled = fill_feature_cache(tower, cache, paths, batch_size=args.batch_size, num_workers=args.num_workers)
+    part = paths[args.shard :: args.num_shards]
+    filled = fill_feature_cache(tower, cache, part, batch_size=args.batch_size, num_workers=args.num_workers)
     if filled.failure:
         logger.error(
             "cache_features.py: %s of %s images were stored, then the disk failed (%s); what is stored can be used, "
@@ -146,14 +141,14 @@ def run(args: argparse.Namespace) -> int:
             *(f"{filled.num_stored:,}", f"{len(part):,}", filled.failure),
         )
         return 1
-    num_unusable = filled.num_bad + len(problems)
+    total, num_bad = len(part) + len(bad_images), filled.num_bad + len(bad_images)
     logger.info(
         "%s: %s stored now, %s were there, %s bad; %s stored in all",
-        format_count(len(part), "image"),
-        *(f"{number:,}" for number in (filled.num_stored, len(part) - filled.num_stored - num_unusable)),
-        *(f"{number:,}" for number in (num_unusable + num_bad, cache.num_pictures())),
+        format_count(total, "image"),
+        *(f"{number:,}" for number in (filled.num_stored, total - filled.num_stored - num_bad)),
+        *(f"{number:,}" for number in (num_bad + len(bad_entries), cache.num_pictures())),
     )
-    return int(num_unusable == len(part) > 0)
+    return int(num_bad == total > 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -192,11 +192,11 @@ def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, images: Col
     """
     folder, dtype = Path(str(asked.feature_cache)).absolute(), asked.feature_cache_dtype
     size = (shape.image_tokens, shape.tower_width)
-    space = disk_space(FeatureCache(folder / "tower", size, DTYPES[dtype]))
+    per_image, free, disk = disk_space(FeatureCache(folder / "tower", size, DTYPES[dtype]))
     number = format_count(len(images), "distinct image")
     lines = [
         f"feature cache: {number}, {size[0]:,} × {size[1]:,} {dtype} each: at most "
-        f"{in_gb(len(images) * space.per_image)} on the disk; {in_gb(space.free)} free in {space.folder}"
+        f"{in_gb(len(images) * per_image)} on the disk; {in_gb(free)} free in {disk}"
     ]
     stored = pictures_stored(folder, tower, size, dtype)
     lines += [f"stored already, of a tower called {tower}: {count:,} in {name}" for name, count in stored.items()]

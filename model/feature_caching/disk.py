@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,23 +18,16 @@ from visual.feature_cache import DTYPES, NOTE, FeatureCache
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class DiskSpace:
-    """The room that a cache's files take and have."""
+def disk_space(cache: FeatureCache) -> tuple[int, int, Path]:
+    """Look at the disk that a cache is on, or will be.
 
-    folder: Path
-    """The cache's folder, or the nearest one above it that exists."""
-    per_image: int
-    """Bytes that one picture's features take, in whole blocks of the file system."""
-    free: int
-    """Bytes that are free."""
-
-
-def disk_space(cache: FeatureCache) -> DiskSpace:
-    """Look at the disk that a cache is on, or will be."""
+    Returns:
+        Bytes that one picture's features take, in whole blocks of the file system; bytes that are free; the cache's
+        folder, or the nearest one above it that exists.
+    """
     folder = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.is_dir())
     block = os.statvfs(folder).f_frsize
-    return DiskSpace(folder, -(-cache.file_bytes // block) * block, shutil.disk_usage(folder).free)
+    return -(-cache.file_bytes // block) * block, shutil.disk_usage(folder).free, folder
 
 
 def pictures_stored(folder: Path, tower: str, shape: tuple[int, int], dtype: str) -> dict[str, int]:
@@ -72,13 +64,13 @@ def lack_of_space(cache: FeatureCache, tower: VisionTower, paths: Sequence[Path]
     Returns:
         How much room is missing, or an empty string.
     """
-    space, dtype = disk_space(cache), str(cache.dtype).removeprefix("torch.")
+    (per_image, free, folder), dtype = disk_space(cache), str(cache.dtype).removeprefix("torch.")
     stored = pictures_stored(cache.folder.parent, tower.name_or_path, cache.shape, dtype)
     of_this_tower = stored.pop(cache.folder.name, 0)
     logger.info(
         "%s, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
-        *(format_count(len(paths), "image"), *cache.shape, dtype, in_gb(len(paths) * space.per_image)),
-        *(f"{of_this_tower:,}", in_gb(space.free), space.folder),
+        *(format_count(len(paths), "image"), *cache.shape, dtype, in_gb(len(paths) * per_image)),
+        *(f"{of_this_tower:,}", in_gb(free), folder),
     )
     if stored:
         logger.warning(
@@ -90,13 +82,13 @@ def lack_of_space(cache: FeatureCache, tower: VisionTower, paths: Sequence[Path]
             ),
         )
     missing = len(paths)
-    if of_this_tower and missing * space.per_image > space.free:
+    if of_this_tower and missing * per_image > free:
         keys = (cache.key_of(path) for path in tqdm(paths, desc="looking for stored images", mininterval=0.5))
         missing = sum(key is None or not cache.path_of(key).is_file() for key in keys)
-    needed = missing * space.per_image
-    if needed <= space.free:
+    needed = missing * per_image
+    if needed <= free:
         return ""
-    return f"{format_count(missing, 'image')} to be stored will take {in_gb(needed)}, and {in_gb(space.free)} are free"
+    return f"{format_count(missing, 'image')} to be stored will take {in_gb(needed)}, and {in_gb(free)} are free"
 
 
 def in_gb(number: int) -> str:

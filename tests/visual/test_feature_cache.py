@@ -11,16 +11,13 @@ import pickle
 import resource
 import shutil
 import signal
-import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import ROOT, environment, make_pictures
+from tiny_run import make_pictures
 from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint, make_vit_checkpoint
 
 from model.feature_caching.disk import lack_of_space, pictures_stored
@@ -89,13 +86,6 @@ def test_it_can_be_sent_to_a_worker(cache):
     assert bool(FeatureCache(cache.folder / "none", (4, 32), torch.bfloat16)), "an empty one is no falsehood"
 
 
-def test_files_are_as_open_to_others_as_new_files_are(cache):
-    cache.write(KEY, features())
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE(cache.path_of(KEY).stat().st_mode) == 0o666 & ~mask
-
-
 def test_the_key_of_an_image_is_its_content(tmp_path):
     pictures = make_pictures(tmp_path / "pictures")
     copy = shutil.copy(pictures["red"], tmp_path / "other name.jpg")
@@ -120,48 +110,41 @@ def test_what_is_no_file_has_no_key(tmp_path):
 # ---- Never stale
 
 
-def one_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    name = next(n for n in weights if n.startswith("vision_model") and n.endswith("fc1.weight"))
-    weights[name][7, 13] += 1e-3
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def with_weights(change):
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return apply
 
 
-def weights_change_places(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    names = [f"vision_model.encoder.layers.0.self_attn.{part}_proj.weight" for part in ("q", "k")]
-    weights[names[0]], weights[names[1]] = weights[names[1]], weights[names[0]]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def setting(file: str, *path: str, value):
-    def change(folder: Path) -> None:
-        content = inner = json.loads((folder / file).read_text())
-        for name in path[:-1]:
-            inner = inner[name]
-        assert inner[path[-1]] != value
-        inner[path[-1]] = value
+def with_setting(file: str, **values):
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        (content["vision_config"] if file == "config.json" else content).update(values)
         (folder / file).write_text(json.dumps(content))
 
-    return change
+    return apply
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        one_weight,
-        weights_change_places,
-        setting("config.json", "vision_config", "hidden_act", value="gelu"),
-        setting("config.json", "vision_config", "layer_norm_eps", value=1e-3),
-        setting("config.json", "vision_config", "num_attention_heads", value=2),
-        setting("preprocessor_config.json", "image_mean", value=[0.5, 0.5, 0.5]),
-        setting("preprocessor_config.json", "image_std", value=[0.5, 0.5, 0.5]),
-        setting("preprocessor_config.json", "resample", value=2),
-        setting("preprocessor_config.json", "rescale_factor", value=0.5),
-        setting("preprocessor_config.json", "do_normalize", value=False),
-        setting("preprocessor_config.json", "size", value={"shortest_edge": 29}),
-    ],
-)
+QUERY, KEYS = (f"vision_model.encoder.layers.0.self_attn.{part}_proj.weight" for part in ("q", "k"))
+CHANGES = {
+    "one weight": with_weights(lambda weights: weights[QUERY][7, 13].add_(1e-3)),
+    "weights change places": with_weights(lambda w: w.update({QUERY: w[KEYS], KEYS: w[QUERY]})),
+    "activation": with_setting("config.json", hidden_act="gelu"),
+    "epsilon": with_setting("config.json", layer_norm_eps=1e-3),
+    "heads": with_setting("config.json", num_attention_heads=2),
+    "mean": with_setting("preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]),
+    "deviation": with_setting("preprocessor_config.json", image_std=[0.5, 0.5, 0.5]),
+    "filter": with_setting("preprocessor_config.json", resample=2),
+    "scale": with_setting("preprocessor_config.json", rescale_factor=0.5),
+    "not normalised": with_setting("preprocessor_config.json", do_normalize=False),
+    "size": with_setting("preprocessor_config.json", size={"shortest_edge": 29}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_whatever_changes_the_features_changes_the_towers_key(tmp_path, clip, tower, change):
     folder = Path(shutil.copytree(clip, tmp_path / "changed"))
     assert tower_key(build_vision_tower(folder)) == tower_key(tower), "a moved one is the same"
@@ -196,57 +179,35 @@ def test_the_towers_key_is_that_of_the_published_files(tmp_path, make, monkeypat
     assert tower_key(tower) == key
 
 
-def test_the_key_is_the_same_in_another_process(clip):
-    code = f"from visual import *; from visual.feature_cache import *; print(tower_key(build_vision_tower({clip!r})))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.stdout.strip() == tower_key(build_vision_tower(clip)), done.stderr
-
-
-def damage_truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def damage_one_bit(path: Path) -> None:
+def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-30] ^= 4
     path.write_bytes(data)
 
 
-def damage_header(path: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(b"\xff" * 8 + data[8:])
-
-
-def damage_zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def damage_shape(path: Path) -> None:
-    path.write_bytes(FeatureCache(path.parents[1], (32, 4), torch.bfloat16)._serialise(KEY, features().view(32, 4)))
-
-
-def damage_dtype(path: Path) -> None:
-    path.write_bytes(FeatureCache(path.parents[1], (4, 32), torch.float16)._serialise(KEY, features().half()))
-
-
-def damage_other_picture(path: Path) -> None:
-    path.write_bytes(FeatureCache(path.parents[1], (4, 32), torch.bfloat16)._serialise(bytes(32), features(1)))
-
-
-def damage_other_tower(path: Path) -> None:
-    other = FeatureCache(Path("9999-bfloat16"), (4, 32), torch.bfloat16)
-    path.write_bytes(other._serialise(KEY, features(1)))
-
-
-def damage_pipe(path: Path) -> None:
+def become_a_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
 
 
-DAMAGES = [value for name, value in globals().items() if name.startswith("damage_")]
+def become(shape: tuple[int, int], key: bytes = KEY, folder: str = "0123-bfloat16"):
+    """Hold what another picture's, tower's or format's file would hold."""
+    other = FeatureCache(Path(folder), shape, torch.bfloat16)
+    return lambda path: path.write_bytes(other._serialise(key, features(1).view(shape)))
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.removeprefix("damage_"))
+DAMAGES = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "header": lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]),
+    "one bit": flip_a_bit,
+    "pipe": become_a_pipe,
+    "other shape": become((32, 4)),
+    "other picture": become((4, 32), key=bytes(KEY_BYTES)),
+    "other tower": become((4, 32), folder="9999-bfloat16"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_file_is_said_once_and_can_be_replaced(cache, damage, caplog):
     cache.write(KEY, features())
     damage(cache.path_of(KEY))

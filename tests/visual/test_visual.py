@@ -118,11 +118,6 @@ def test_nothing_gets_a_gradient_or_leaves_eval(checkpoints, kind):
     assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
 
 
-def test_dropout_in_the_configuration_never_shows(tmp_path):
-    tower = build_vision_tower(make_clip_checkpoint(tmp_path, attention_dropout=0.5)).train()
-    assert torch.equal(tower(pixels()), tower(pixels()))
-
-
 def test_only_the_vision_half_is_held(checkpoints):
     tower = build_vision_tower(checkpoints["clip"])
     in_file = load_file(f"{checkpoints['clip']}/model.safetensors")
@@ -212,19 +207,12 @@ def test_loading_says_nothing_about_the_text_half(checkpoints, caplog, capfd):
 
 def test_data_types(checkpoints):
     reference = build_vision_tower(checkpoints["clip"])
-    assert reference.config.model_type == "clip_vision_model"
     assert reference(pixels().double()).dtype == torch.float32
     tower = build_vision_tower(checkpoints["clip"], dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in tower.parameters()} == {torch.bfloat16}
     features = tower(pixels())  # the pixels are float32: the tower casts them
     assert features.dtype == torch.bfloat16
     assert (features.float() - reference(pixels())).norm() < 0.02 * reference(pixels()).norm()
-
-
-def test_a_checkpoint_in_half_precision_is_held_in_float32_unless_asked(checkpoints, tmp_path):
-    folder = make_vit_checkpoint(tmp_path)
-    AutoModel.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
-    assert build_vision_tower(folder)(pixels()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", MAKERS)
