@@ -33,7 +33,7 @@ import train
 from dataset import ImageCaptionDataset, VLMCollator
 from model import VisionLanguageModel
 from model.command_line import parse_arguments
-from qwen import QWenTokenizer
+from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
 
 PUBLISHED = shlex.split(
     "--nproc_per_node=1 --master_port=25642 train.py --lora_rank 128 --lora_dropout 0.10 "
@@ -166,6 +166,16 @@ def test_help_is_short_and_help_all_is_not(capsys):
     assert "\n  --adam_beta1" in everything
     assert "--adam_beta1" not in short
     assert short.index("--image_map") < short.index("--lora_rank") < short.index("--learning_rate")
+
+
+def test_the_language_model_is_built_once(bases, data, tmp_path, monkeypatch):
+    built = []
+    init = MultimodalQWenLMHeadModel.__init__
+    monkeypatch.setattr(
+        MultimodalQWenLMHeadModel, "__init__", lambda self, *a, **k: (built.append(1), init(self, *a, **k))[1]
+    )
+    train.build_trainer([*bases, *data, *QUICK, "--output_dir", str(tmp_path / "run")])
+    assert len(built) == 1
 
 
 # ---- train.sh
