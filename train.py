@@ -11,7 +11,6 @@ Every flag of transformers' `TrainingArguments` is accepted too.
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +18,6 @@ from typing import Any
 from transformers import set_seed
 
 from dataset import ImageCaptionDataset, VLMCollator
-from dataset.epoch_order import EpochOrder
-from dataset.sample_lengths import estimated_lengths, padding_shares
 from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
 from model.arguments import DataArguments, ModelArguments
 from model.checkpoints.checkpoint import read_checkpoint
@@ -30,12 +27,12 @@ from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
 from model.language_model import load_tokenizer
 from model.runs.callbacks import WatchBadEvalSamples, WatchBadSamples
-from model.runs.program import finish, report_failure, run_identity
-from model.runs.resuming import check_identity, checkpoint_to_resume, files_in_the_way
+from model.runs.failures import report_failure
+from model.runs.program import finish, in_epoch_order, run_identity
+from model.runs.resuming import checkpoint_to_resume, files_in_the_way
 from model.runs.run_folder import hold_run_folder, run_config
+from model.runs.run_state import check_identity
 from qwen import QWenTokenizer
-
-logger = logging.getLogger("train")
 
 
 def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> VisionLanguageModel:
@@ -81,27 +78,12 @@ def build_datasets(
     return train_set, eval_set
 
 
-def in_epoch_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -> EpochOrder:
-    """Put the training set in the order that `--train_sampling_strategy` names: a function of seed and epoch alone."""
-    seed = args.seed if args.data_seed is None else args.data_seed
-    if args.train_sampling_strategy != "group_by_length":
-        return EpochOrder(train_set, seed, shuffled=args.train_sampling_strategy == "random")
-    lengths = estimated_lengths(train_set)
-    if args.process_index == 0:  # one process logs it: it takes a second or two
-        shares = [100 * share for share in padding_shares(train_set, lengths, args.train_batch_size, seed)]
-        logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
-    return EpochOrder(train_set, seed, lengths)
-
-
 def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack | None = None) -> VLMTrainer:
     """Do everything that comes before the first step; no file of an earlier run is deleted or changed.
 
     Args:
         argv: the command line.
         lock: keeps other runs out of the output folder until it is closed; None: nothing does.
-
-    Returns:
-        The trainer; `args.resume_from_checkpoint` is the checkpoint that it resumes from, or None.
 
     Raises:
         ValueError: for whatever the user can fix; the message says how.

@@ -117,8 +117,8 @@ class Annotations:
                 shown.append(f"and {len(self.errors) - len(shown)} more")
             bad = format_count(len(self.errors), "bad sample")
             raise SampleError(f"{bad} in {image_map} and {captions_file}: {'; '.join(shown)}")
-        if max_samples is None and len(captions) > len(key_of_id):
-            surplus = format_count(len(captions) - len(key_of_id), "entry has", "entries have")
+        if max_samples is None and len(captions) > len(entries):
+            surplus = format_count(len(captions) - len(entries), "entry has", "entries have")
             logger.warning("%s: %s no image_map entry", captions_file, surplus)
         self.fingerprint = digest.hexdigest()[:16]
         self._packed = torch.frombuffer(packed, dtype=torch.uint8)  # (bytes,)

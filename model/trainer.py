@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 from dataset.epoch_order import EpochOrder
@@ -29,9 +28,9 @@ from .checkpoints.tensor_files import CHECKSUMS, write_checksums
 from .runs.callbacks import RatesAndSpeed, StopOnNonFinite, StopOnSignal
 from .runs.collectives import first_problem, gather_objects, gather_rows
 from .runs.data_workers import with_calm_workers
-from .runs.resuming import check_identity, check_resumable, check_same_steps, newest_resumable, use_settings
+from .runs.resuming import check_resumable, newest_resumable, use_settings
 from .runs.run_folder import RunFiles, delete_old_checkpoints, put_in_place, remove
-from .runs.run_state import TRAINER_STATE, Geometry, ResumePoint, RunState
+from .runs.run_state import TRAINER_STATE, ResumePoint, RunState, callback_states
 from .vision_language_model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
@@ -200,7 +199,7 @@ class VLMTrainer(Trainer):
         """Evaluate as Trainer does; the loss is summed over the supervised tokens of all batches and divided once."""
         self._evaluated, self._eval_samples = [], len(dataloader.dataset)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        own = torch.stack(self._evaluated).double().sum(dim=0).tolist() if self._evaluated else [0.0, 0.0]
+        own = torch.stack(self._evaluated).cpu().double().sum(dim=0).tolist()
         total, tokens = gather_rows(own, self.args.device).sum(dim=0).tolist()
         mean = total / tokens if tokens else float("nan")
         return output._replace(metrics={**(output.metrics or {}), f"{metric_key_prefix}_loss": mean})
@@ -218,7 +217,8 @@ class VLMTrainer(Trainer):
             resume_from_checkpoint = str(newest_resumable(self.run_folder) or self.run_folder)
         checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         if checkpoint is not None:
-            self._prepare_to_resume(checkpoint)
+            check_resumable(checkpoint)
+            self._resume.prepare(checkpoint)
         try:
             problem = first_problem(lambda: self._files.begin(checkpoint) if self.args.should_save else None)
             if problem:
@@ -231,30 +231,6 @@ class VLMTrainer(Trainer):
             self.stop_on_signal.restore()
             if self.args.should_save:
                 self._files.end()
-
-    @property
-    def bad_samples(self) -> Any:
-        """Return which samples of the training set turned out bad; None where the data set does not count them."""
-        return getattr(getattr(self.train_dataset, "dataset", self.train_dataset), "bad", None)
-
-    def geometry(self) -> Geometry:
-        """Return how epochs are cut into steps."""
-        return Geometry(
-            num_samples=len(self.train_dataset),  # type: ignore[arg-type]
-            batch_size=self.args.train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            num_processes=self.args.world_size,
-        )
-
-    def _prepare_to_resume(self, folder: Path) -> None:
-        check_resumable(folder)
-        state = RunState.read(folder)
-        check_same_steps(state, self.args, folder)
-        if self.identity is not None:
-            check_identity(folder, self.identity)
-        for index in state.bad if self.bad_samples is not None else ():
-            self.bad_samples.mark(index)
-        self._resume.loading, self._resume.saved = folder, state
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_checkpoint(resume_from_checkpoint)
@@ -326,13 +302,7 @@ class VLMTrainer(Trainer):
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))  # every process has its own
         if self.args.should_save:
-            states: dict[str, list[Any]] = {}
-            for callback in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(callback, ExportableState):
-                    states.setdefault(type(callback).__name__, []).append(callback.state())
-            self.state.stateful_callbacks = {  # type: ignore[assignment]
-                name: found if len(found) > 1 else found[0] for name, found in states.items()
-            }
+            self.state.stateful_callbacks = callback_states([*self.callback_handler.callbacks, self.control])
             self.state.save_to_json(str(folder / TRAINER_STATE))
             run_state.write(folder)
 

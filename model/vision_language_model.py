@@ -187,6 +187,7 @@ class VisionLanguageModel(nn.Module):
                 f"got pixel_values {tuple(pixel_values.shape)} and vision_features {tuple(vision_features.shape)}; all "
                 "images of a batch come as pixels, or all as features of the tower: give one of them"
             )
+        kwargs.pop("ids", None)  # the collator names samples by them, for messages
         images = pixel_values if vision_features is None else vision_features
         num_images = 0 if images is None else len(images)
         if num_images or labels is not None:

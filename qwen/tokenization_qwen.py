@@ -1,13 +1,16 @@
 """The tokenizer of QWen-1: byte-level BPE by tiktoken behind the conventions of transformers' slow tokenizers.
 
-The ids 0 … 151642 are the ranks of the vocabulary file (see `vocabulary.py`); the special tokens follow them.
-
-Ordinary tokens are `bytes` (a token may be a part of a character), special tokens are `str`.
+The vocabulary file `qwen.tiktoken` holds one line per token: the token's bytes in base64, a space, and its rank. The
+ranks are the ids 0 … 151642; the special tokens, which are not in the file, follow them. Ordinary tokens are `bytes` (a
+token may be a part of a character), special tokens are `str`.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
+import shutil
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ import tiktoken
 from transformers import PreTrainedTokenizer
 from transformers.tokenization_utils_base import AddedToken
 
-from .vocabulary import NUM_RANKS, load_vocabulary, write_vocabulary
+NUM_RANKS = 151643
 
 ENDOFTEXT = "<|endoftext|>"
 IMSTART = "<|im_start|>"
@@ -40,7 +43,7 @@ PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# The pattern backtracks over white space, and tiktoken's stack does not hold for runs of about a million characters.
+# The pattern backtracks over white space, and tiktoken's stack overflows at runs of about a million characters.
 MAX_WHITESPACE_RUN = 100_000
 
 _SPECIAL_SPLIT = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
@@ -68,6 +71,46 @@ def _pieces(text: str) -> Iterator[str]:
             yield text[start:cut]
             start = cut
     yield text[start:]
+
+
+def load_vocabulary(path: str | Path) -> dict[bytes, int]:
+    """Read a `qwen.tiktoken` file: token bytes -> id, 151,643 of them, with the ids 0 … 151642.
+
+    Raises:
+        ValueError: the file is missing, unreadable, damaged or has another number of tokens.
+    """
+    again = "copy or download qwen.tiktoken again"
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read the vocabulary {path}: {error.strerror or error}; {again}") from error
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"{path}, line {number}: expected a base64 token, a space and its rank, got {line[:60]!r}; {again}"
+            ) from None
+    if len(ranks) != NUM_RANKS or set(ranks.values()) != set(range(NUM_RANKS)):
+        raise ValueError(f"{path} holds {len(ranks):,} different tokens, expected {NUM_RANKS:,} ranked from 0; {again}")
+    return ranks
+
+
+def write_vocabulary(ranks: dict[bytes, int], path: Path) -> None:
+    """Write a `qwen.tiktoken` file; an earlier one stays until the new one is complete."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+            file.write(base64.b64encode(token) + b" %d\n" % rank)
+    shutil.move(temporary, path)
+
+
+def _join(tokens: list[Any]) -> bytes:
+    return b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
 
 
 class QWenTokenizer(PreTrainedTokenizer):
@@ -119,7 +162,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or another process needs: the ranks, from which the rest is built."""
+        """Return what a copy or another process needs: the ranks, from which the rest is built."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_encoding", "_tokens")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -128,41 +171,41 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, the special ones included: 151,851. A model's table may be larger."""
+        """Return the number of ids, the special ones included: 151,851. A model's table may be larger."""
         return NUM_RANKS + len(SPECIAL_TOKENS)
 
     @property
     def eod_id(self) -> int:
-        """The id of `<|endoftext|>`."""
+        """Return the id of `<|endoftext|>`."""
         return ENDOFTEXT_ID
 
     @property
     def im_start_id(self) -> int:
-        """The id of `<|im_start|>`."""
+        """Return the id of `<|im_start|>`."""
         return IMSTART_ID
 
     @property
     def im_end_id(self) -> int:
-        """The id of `<|im_end|>`."""
+        """Return the id of `<|im_end|>`."""
         return IMEND_ID
 
     @property
     def image_token_id(self) -> int:
-        """The id of `<|extra_0|>`, the place of one image feature."""
+        """Return the id of `<|extra_0|>`, the place of one image feature."""
         return IMAGE_TOKEN_ID
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """All 208 special tokens, in the order of their ids."""
+        """Return all 208 special tokens, in the order of their ids."""
         return list(SPECIAL_TOKENS)
 
     @property
     def all_special_ids(self) -> list[int]:
-        """The ids of all 208 special tokens, ascending."""
+        """Return the ids of all 208 special tokens, ascending."""
         return list(SPECIAL_TOKENS.values())
 
     def get_vocab(self) -> dict[Any, int]:
-        """Every token and its id: `bytes` for ordinary tokens, `str` for special ones."""
+        """Return every token and its id: `bytes` for ordinary tokens, `str` for special ones."""
         return {**self._ranks, **SPECIAL_TOKENS}
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
@@ -175,13 +218,10 @@ class QWenTokenizer(PreTrainedTokenizer):
         return 0
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text as content: whatever it contains, no special token comes out.
+        """Return the token ids of a text as content: whatever it contains, no special token comes out.
 
-        Args:
-            text: any string; it is NFC-normalised, and lone surrogates become U+FFFD.
-
-        Returns:
-            Token ids below 151643. White space runs of over 100,000 characters are tokenised in parts.
+        The text is NFC-normalised, and lone surrogates become U+FFFD. White space runs of over 100,000 characters are
+        tokenised in parts.
 
         Raises:
             TypeError: `text` is not a string.
@@ -198,16 +238,9 @@ class QWenTokenizer(PreTrainedTokenizer):
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
     ) -> list[Any]:
-        """Tokens of a text: `bytes`, and `str` for special tokens (parsed unless `split_special_tokens` is true).
+        """Return a text's tokens: `bytes`, and `str` for special ones (parsed unless `split_special_tokens` is true).
 
-        Args:
-            text: any string; it is NFC-normalised first.
-            pair: ignored, as transformers' own slow tokenizers do.
-            add_special_tokens: ignored: QWen puts none around a text.
-            **kwargs: `split_special_tokens`; others are ignored.
-
-        Returns:
-            The tokens, in order.
+        The other arguments are transformers' own, and ignored: QWen puts no token around a text.
         """
         text = normalize(text)
         if kwargs.get("split_special_tokens", self.split_special_tokens):
@@ -228,13 +261,9 @@ class QWenTokenizer(PreTrainedTokenizer):
         return self._ranks.get(token.encode("utf-8", "surrogatepass"))
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Ids of tokens; `str` is looked up as a special token and then by its UTF-8 bytes.
+        """Return the id of a token, or those of a list; `str` is a special token, or else stands for its UTF-8 bytes.
 
-        Args:
-            tokens: one token (`bytes` or `str`) or a list of them.
-
-        Returns:
-            One id or a list; None for what is not a token, as QWen has no unknown token.
+        What is not a token has None: QWen has no unknown token.
         """
         if tokens is None or isinstance(tokens, (str, bytes)):
             return None if tokens is None else self._convert_token_to_id(tokens)
@@ -247,9 +276,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         return self._tokens.get(index, _REPLACEMENT)
 
     def convert_tokens_to_string(self, tokens: list[Any]) -> str:
-        """The text that tokens (`bytes` or `str`) stand for; malformed UTF-8 is treated as `errors` says."""
-        joined = b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
-        return joined.decode("utf-8", errors=self.errors)
+        """Return the text that tokens (`bytes` or `str`) stand for; malformed UTF-8 is treated as `errors` says."""
+        return _join(tokens).decode("utf-8", errors=self.errors)
 
     def _decode(
         self,
@@ -259,22 +287,13 @@ class QWenTokenizer(PreTrainedTokenizer):
         errors: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """Text of ids. Byte-level text has its own spaces, so `clean_up_tokenization_spaces` would only damage it."""
+        """Return the text of ids. It has its own spaces: `clean_up_tokenization_spaces` would only damage it."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
-        joined = b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
-        return joined.decode("utf-8", errors=errors or self.errors)
+        return _join(tokens).decode("utf-8", errors=errors or self.errors)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Write `qwen.tiktoken` into a folder, from memory: the file that it was read from need not exist any more.
-
-        Args:
-            save_directory: an existing folder.
-            filename_prefix: put before the name, with a hyphen.
-
-        Returns:
-            The path written.
-        """
+        """Write `qwen.tiktoken` into a folder, from memory: the file that it was read from need not exist any more."""
         name = (filename_prefix + "-" if filename_prefix else "") + VOCAB_FILES_NAMES["vocab_file"]
         path = Path(save_directory) / name
         if path.exists() and Path(self.vocab_file).exists() and path.samefile(self.vocab_file):

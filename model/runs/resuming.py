@@ -1,4 +1,4 @@
-"""What a run resumes from, whether it may, and what is in the way of a new one."""
+"""Find what a run resumes from, and what is in the way of a new one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 
 from ..arguments import VLMTrainingArguments
-from ..checkpoints.base_models import comparable
 from ..checkpoints.checkpoint import WEIGHTS, numbered_checkpoints
 from ..checkpoints.tensor_files import CHECKSUMS, CheckpointError, check_checksums, read_json, reading
 from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES
 from .collectives import gather_objects
 from .run_folder import RUN_CONFIG, files_of_a_run
-from .run_state import RUN_STATE, TRAINER_STATE, RunState
+from .run_state import FROM_WEIGHTS, RUN_STATE, TRAINER_STATE, RunState, check_same_steps
 
 logger = logging.getLogger(__name__)
 
 _STATE = (TRAINER_STATE, RUN_STATE, "optimizer.pt", "scheduler.pt")
-_FROM_WEIGHTS = "start a new run from its weights with --previous_lora_weights"
 _OF_FLAGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
 """Options of an optimizer's groups that flags decide."""
 _SHAPED_AS_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -119,7 +117,7 @@ def check_resumable(folder: Path) -> None:
     if missing:
         raise CheckpointError(
             f"--resume_from_checkpoint {folder}: {', '.join(missing)} missing, so training can't be resumed from it; "
-            f"if it holds weights, {_FROM_WEIGHTS}"
+            f"if it holds weights, {FROM_WEIGHTS}"
         )
     optional = [path.name for pattern in ("scaler.pt", "rng_state*.pth") for path in folder.glob(pattern)]
     check_checksums(folder, (*WEIGHTS, *_STATE, *optional), everything=True)
@@ -128,52 +126,6 @@ def check_resumable(folder: Path) -> None:
         state = TrainerState(**read_json(folder / TRAINER_STATE))
         if not isinstance(state.log_history, list) or not isinstance(state.stateful_callbacks, dict):
             raise ValueError("log_history or stateful_callbacks are not of their type")
-
-
-# ---- Is it the same run?
-
-
-def check_same_steps(state: RunState, args: VLMTrainingArguments, folder: Path) -> None:
-    """Refuse steps of another size: step numbers, schedule and order of the samples would all mean something else.
-
-    Raises:
-        CheckpointError: naming the accumulation that fits, if there is one.
-    """
-    before = state.geometry.samples_per_step
-    per_batch = args.train_batch_size * args.world_size
-    if before == per_batch * args.gradient_accumulation_steps:
-        return
-    fits = (
-        f"give --gradient_accumulation_steps {before // per_batch}"
-        if before % per_batch == 0
-        else "no --gradient_accumulation_steps fits, so change --per_device_train_batch_size or the number of processes"
-    )
-    raise CheckpointError(
-        f"--resume_from_checkpoint {folder}: its steps are of {before} samples, {args.train_batch_size} rows × "
-        f"{args.gradient_accumulation_steps} accumulated × {args.world_size} processes make "
-        f"{per_batch * args.gradient_accumulation_steps}; {fits}"
-    )
-
-
-def check_identity(folder: str | Path, identity: dict[str, Any]) -> None:
-    """Refuse to resume a run on other data or models than it was started with.
-
-    Raises:
-        CheckpointError: naming every difference.
-    """
-    state = RunState.read(Path(folder))
-    differences = []
-    for name in {**state.identity, **identity}:
-        before, now = state.identity.get(name), identity.get(name)
-        if name in ("vision_tower", "language_model") and before and not comparable(before, now):
-            logger.warning("%s: its fingerprint of the %s is of an older kind and is not compared", folder, name)
-        elif before != now:
-            differences.append(f"{name} was {before!r} and is now {now!r}")
-    if differences:
-        raise CheckpointError(
-            f"--resume_from_checkpoint {folder}: {'; '.join(differences)}; resume with what the run was started with, "
-            f"or {_FROM_WEIGHTS}"
-        )
 
 
 # ---- Flags that take effect on resuming

@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from dataprocess.messages import shorten
 
-from ..checkpoints.tensor_files import read_json, reading
+from ..checkpoints.base_models import comparable
+from ..checkpoints.tensor_files import CheckpointError, read_json, reading
 from .collectives import gather_objects
+
+logger = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"
 TRAINER_STATE = "trainer_state.json"
+FROM_WEIGHTS = "start a new run from its weights with --previous_lora_weights"
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class RunState:
             if (state.epoch, state.position) != state.geometry.position(step):
                 raise ValueError(
                     f"epoch {state.epoch} and position {state.position} of {state.geometry.num_samples} samples do not "
-                    f"belong to step {step}; start a new run from its weights with --previous_lora_weights"
+                    f"belong to step {step}; {FROM_WEIGHTS}"
                 )
             if not isinstance(state.identity, dict) or len(state.loss_sums) != state.geometry.num_processes:
                 raise ValueError("identity is no object, or loss_sums are not one for each process")
@@ -107,6 +113,52 @@ class RunState:
             if not all(type(index) is int and 0 <= index < state.geometry.num_samples for index in state.bad):
                 raise ValueError("bad holds something else than positions of samples")
         return state
+
+
+# ---- Is it the same run?
+
+
+def check_same_steps(state: RunState, args: TrainingArguments, folder: Path) -> None:
+    """Refuse steps of another size: step numbers, schedule and order of the samples would all mean something else.
+
+    Raises:
+        CheckpointError: naming the accumulation that fits, if there is one.
+    """
+    before = state.geometry.samples_per_step
+    per_batch = args.train_batch_size * args.world_size
+    if before == per_batch * args.gradient_accumulation_steps:
+        return
+    fits = (
+        f"give --gradient_accumulation_steps {before // per_batch}"
+        if before % per_batch == 0
+        else "no --gradient_accumulation_steps fits, so change --per_device_train_batch_size or the number of processes"
+    )
+    raise CheckpointError(
+        f"--resume_from_checkpoint {folder}: its steps are of {before} samples, {args.train_batch_size} rows × "
+        f"{args.gradient_accumulation_steps} accumulated × {args.world_size} processes make "
+        f"{per_batch * args.gradient_accumulation_steps}; {fits}"
+    )
+
+
+def check_identity(folder: str | Path, identity: dict[str, Any]) -> None:
+    """Refuse to resume a run on other data or models than it was started with.
+
+    Raises:
+        CheckpointError: naming every difference.
+    """
+    state = RunState.read(Path(folder))
+    differences = []
+    for name in {**state.identity, **identity}:
+        before, now = state.identity.get(name), identity.get(name)
+        if name in ("vision_tower", "language_model") and before and not comparable(before, now):
+            logger.warning("%s: its fingerprint of the %s is of an older kind and is not compared", folder, name)
+        elif before != now:
+            differences.append(f"{name} was {before!r} and is now {now!r}")
+    if differences:
+        raise CheckpointError(
+            f"--resume_from_checkpoint {folder}: {'; '.join(differences)}; resume with what the run was started with, "
+            f"or {FROM_WEIGHTS}"
+        )
 
 
 class ResumePoint(TrainerCallback):
@@ -121,6 +173,24 @@ class ResumePoint(TrainerCallback):
         self.trainer = trainer
         self.loading: Path | None = None
         self.saved: RunState | None = None
+
+    def prepare(self, folder: Path) -> None:
+        """Check that a checkpoint is of the run that is about to be resumed, and keep what is needed of it.
+
+        Raises:
+            CheckpointError: if it is of a run on something else, or with other steps.
+        """
+        self.saved, self.loading = RunState.read(folder), folder
+        check_same_steps(self.saved, self.trainer.args, folder)
+        if self.trainer.identity is not None:
+            check_identity(folder, self.trainer.identity)
+        for index in self.saved.bad if self._bad_samples() is not None else ():
+            self._bad_samples().mark(index)
+
+    def _bad_samples(self) -> Any:
+        """Return which samples of the training set turned out bad; None if the data set does not count them."""
+        dataset = self.trainer.train_dataset
+        return getattr(getattr(dataset, "dataset", dataset), "bad", None)
 
     @contextlib.contextmanager
     def named_errors(self) -> Iterator[None]:
@@ -153,8 +223,14 @@ class ResumePoint(TrainerCallback):
 
     def run_state(self) -> RunState:
         """Return what a checkpoint of this moment has to hold; every process must call it."""
-        trainer, bad = self.trainer, self.trainer.bad_samples
-        step, geometry = trainer.state.global_step, trainer.geometry()
+        trainer, args, bad = self.trainer, self.trainer.args, self._bad_samples()
+        geometry = Geometry(
+            num_samples=len(trainer.train_dataset),
+            batch_size=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            num_processes=args.world_size,
+        )
+        step = trainer.state.global_step
         epoch, position = geometry.position(step)
         return RunState(
             identity=trainer.identity or {},
@@ -165,3 +241,12 @@ class ResumePoint(TrainerCallback):
             steps_since_log=step - trainer._globalstep_last_logged,
             bad=bad.indices if bad is not None else [],
         )
+
+
+def callback_states(callbacks: Sequence[Any]) -> Any:
+    """Return what `trainer_state.json` holds of callbacks that have a state; Trainer loses that of a second one."""
+    states: dict[str, list[Any]] = {}
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+    return {name: found if len(found) > 1 else found[0] for name, found in states.items()}

@@ -411,7 +411,11 @@ def test_numbers_out_of_range(make, name):
         make({"k": {"image_file": None, "ID": 3}}, {"3": TEXT_ONLY}, **{name: 0})
 
 
-def test_captions_without_an_entry_are_reported(make, images, caplog):
+def test_captions_without_an_entry_are_reported(write, images, caplog):
     with caplog.at_level(logging.WARNING, logger="dataset"):
-        assert len(make({"k": one(images)}, {"0": ASK, "1": ASK, "2": ASK})) == 1
-    assert "2 entries" in caplog.text
+        Annotations(*write({"k": one(images)}, {"0": ASK, "1": ASK, "2": ASK}))
+        assert "2 entries" in caplog.text
+        caplog.clear()
+        bad = {"k": one(images), "bad": {"ID": 1}}
+        assert len(Annotations(*write(bad, {"0": ASK, "1": ASK}), skip_bad=True).errors) == 1
+    assert caplog.text == "", "the entry of a bad sample is one, too"

@@ -186,7 +186,7 @@ def arguments(strategy: str, process_index: int = 0) -> SimpleNamespace:
 @pytest.mark.parametrize("process_index", [0, 1])
 def test_only_the_process_that_says_it_counts_the_padding(open_samples, monkeypatch, process_index):
     data, counted = open_samples(MIXED_CAPTIONS), []
-    monkeypatch.setattr(train, "padding_shares", lambda *_: counted.append(1) or (0.1, 0.2))
+    monkeypatch.setattr("model.runs.program.padding_shares", lambda *_: counted.append(1) or (0.1, 0.2))
     order = train.in_epoch_order(data, arguments("group_by_length", process_index))
     assert torch.equal(order.permutation(0), grouped_permutation(estimated_lengths(data), 3, 0))
     assert len(counted) == (process_index == 0)

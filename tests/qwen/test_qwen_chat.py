@@ -36,6 +36,7 @@ SETTINGS = {
     "warped": {"temperature": 0.7, "top_k": 30, "repetition_penalty": 1.2},
     "greedy with processors": {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 9},
     "no cache": {"use_cache": False, "max_new_tokens": 6},
+    "beams": {"num_beams": 3, "do_sample": False},
     "bf16": {"temperature": 2.0, "top_p": 1.0, "max_new_tokens": 24},
 }
 
@@ -92,13 +93,16 @@ def test_chat_and_stream_equal_generate(model, tokenizer, name, history):
         want = generated_text(model, tokenizer, ids, seed, **settings)
         torch.manual_seed(seed)
         answer, new_history = model.chat(tokenizer, "为什么？", history, **settings)
+        assert answer == want
+        assert new_history == [*(history or []), ("为什么？", want)]
+        if name == "beams":
+            continue  # they cannot be streamed
         torch.manual_seed(seed)
         texts = list(model.chat_stream(tokenizer, "为什么？", history, **settings))
         torch.manual_seed(seed)
         ours = list(stream_ids(model, tokenizer, torch.tensor([ids]), **settings))
-        assert answer == texts[-1] == want
+        assert texts[-1] == want
         assert ours == texts, "our loop and the library's draw the same"
-        assert new_history == [*(history or []), ("为什么？", want)]
         assert len(texts) > 2
         assert all(later.startswith(earlier) and later != earlier for earlier, later in itertools.pairwise(texts))
 
@@ -277,16 +281,6 @@ def test_own_stop_ids(tokenizer, do_sample):
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
-def test_every_token_counts_at_the_length_limit(tokenizer, do_sample):
-    ids = tokenizer.encode_text("one two three four")
-    for limit in range(1, 5):
-        want = tokenizer.decode(ids[:limit])
-        settings = {"do_sample": do_sample, "max_new_tokens": limit}
-        assert scripted(QWenLMHeadModel, ids).chat(tokenizer, "q", **settings)[0] == want
-        assert list(scripted(QWenLMHeadModel, ids).chat_stream(tokenizer, "q", **settings))[-1] == want
-
-
-@pytest.mark.parametrize("do_sample", [True, False])
 def test_an_empty_answer(tokenizer, do_sample):
     script = [tokenizer.im_end_id]
     assert scripted(QWenLMHeadModel, script).chat(tokenizer, "q", do_sample=do_sample) == ("", [("q", "")])
@@ -312,13 +306,6 @@ def test_no_broken_character_is_shown(tokenizer):
             assert len(later) > len(earlier)
         assert all("\ufffd" not in text for text in texts)
     assert len(list(decode_growing(tokenizer, byte_ids(tokenizer, "中文👩".encode())))) == 3
-
-
-@pytest.mark.parametrize("do_sample", [True, False])
-def test_no_broken_character_is_shown_while_streaming(tokenizer, do_sample):
-    ids = [*byte_ids(tokenizer, HARD_TEXT.encode()), tokenizer.im_end_id]
-    texts = list(scripted(QWenLMHeadModel, ids).chat_stream(tokenizer, "q", do_sample=do_sample))
-    assert texts == [HARD_TEXT[: i + 1] for i in range(len(HARD_TEXT))]
 
 
 @pytest.mark.parametrize(
@@ -394,12 +381,6 @@ def test_settings_that_cannot_be_used_are_refused_at_once(model, tokenizer, name
 def test_beams_cannot_be_streamed(model, tokenizer):
     with pytest.raises(ValueError, match="num_beams is 2"):
         model.chat_stream(tokenizer, "q", num_beams=2)
-
-
-def test_beams_are_fine_without_streaming(model, tokenizer):
-    _, ids = make_context(tokenizer, "q", None, "")
-    settings = {"num_beams": 3, "do_sample": False}
-    assert model.chat(tokenizer, "q", system="", **settings)[0] == generated_text(model, tokenizer, ids, 0, **settings)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (3,), (1, 0)])

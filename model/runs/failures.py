@@ -1,0 +1,88 @@
+"""How train.py fails: one line for what the user can fix, an exit status, and a word to torchrun."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dataprocess.image_io import ImageError
+from dataset import SampleError
+from dataset.bad_samples import TooManyBadSamplesError
+
+from ..checkpoints.tensor_files import CheckpointError
+from ..console import in_one_line, is_out_of_memory, out_of_memory
+from .callbacks import NotFiniteError
+
+logger = logging.getLogger("train")
+
+HOW_TO_RESUME = "resume with the same command and --resume_from_checkpoint auto"
+_LESS_MEMORY = (
+    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, which leaves the steps as "
+    "they are, or try --gradient_checkpointing true, --bf16 true, a smaller --max_length or --lora_rank; "
+    "--resume_from_checkpoint auto resumes from the last checkpoint"
+)
+_AFTER_TORCHRUN = """
+import os, select, sys
+try:
+    select.select([os.pidfd_open(int(sys.argv[1]))], [], [], 60)
+except ProcessLookupError:
+    pass
+os.write(2, os.fsencode(sys.argv[2] + chr(10)))
+"""
+
+
+def report_failure(error: BaseException, *, has_begun: bool) -> int:
+    """Log an error that the user can do something about in one line; any other is raised again.
+
+    Args:
+        error: the error that is being handled.
+        has_begun: whether training had begun.
+
+    Returns:
+        The exit status: 2 for a mistake in what the user gave, 1 for a run that failed, 130 for Ctrl-C.
+    """
+    if isinstance(error, KeyboardInterrupt):  # between the first step and the last, it is waited for
+        return fail("stopped by SIGINT before or after the steps; checkpoints are unchanged", 128 + signal.SIGINT)
+    if is_out_of_memory(error):
+        return fail(out_of_memory(error, _LESS_MEMORY), 1)
+    if isinstance(error, NotFiniteError):
+        return fail(in_one_line(error), 1)
+    if isinstance(error, OSError) and has_begun:
+        return fail(f"{in_one_line(error)}; fix that, and {HOW_TO_RESUME}", 1)
+    of_data = (SampleError, ImageError, TooManyBadSamplesError, CheckpointError, ImportError)
+    if isinstance(error, of_data if has_begun else (ValueError, OSError, ImportError)):
+        return fail(in_one_line(error), 2)
+    raise error
+
+
+def fail(message: str, status: int) -> int:
+    """Log why the program ends, tell torchrun, and return the exit status."""
+    message = f"train.py: {message}"
+    logger.error(message)
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        _tell_torchrun(message, Path(error_file))
+    return status
+
+
+def _tell_torchrun(message: str, error_file: Path) -> None:
+    """Have the message end what the user sees, which is a screenful of torchrun's own once a process has failed.
+
+    torchrun's report names what its error file says. The line is then printed again after torchrun has ended, by a
+    process of its own and once for all ranks.
+    """
+    note = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+    try:
+        error_file.write_text(json.dumps({"message": note}), encoding="utf-8")
+        (error_file.parent.parent / "said").touch(exist_ok=False)
+        if hasattr(os, "pidfd_open"):  # Linux
+            command = [sys.executable, "-S", "-c", _AFTER_TORCHRUN, str(os.getppid()), message]
+            quiet = subprocess.DEVNULL
+            subprocess.Popen(command, stdin=quiet, stdout=quiet, start_new_session=True)
+    except OSError as error:
+        logger.debug("torchrun could not be told: %s", error)
