@@ -62,8 +62,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path: folder or hub name.
             output_loading_info: whether to return what was found missing or unexpected, too.
             ignore_mismatched_sizes: whether weights of another shape may be replaced by random ones.
-            args: as transformers takes them.
-            kwargs: likewise.
+            args: as transformers takes them, and so are `kwargs`.
 
         Raises:
             ValueError: if a weight is missing or has another shape; the message names the first few.
