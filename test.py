@@ -27,7 +27,7 @@ from dataprocess.image_io import ImageError, pictures_in
 from dataset import SYSTEM_PROMPT, load_image
 from dataset.prompt import with_placeholders
 from model.asking.assistant import Assistant, load_assistant
-from model.asking.batch_answers import answer_file
+from model.asking.batch_answers import answer_questions
 from model.asking.chat import chat
 from model.asking.flags import add_generation_flags, check_flags, explain
 from model.console import OneLineErrors, is_out_of_memory, one_line, set_up_logging, show, use_utf8
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     """Ask what the flags say; return the exit status."""
     # A file of questions brings its own pictures and prompts.
     if args.batch is not None:
-        return answer_file(args)
+        return answer_questions(args)
 
     # Open the pictures and look at the prompt first: a mistake there should not cost the loading of the model.
     paths = pictures_in(args.folder) if args.folder else args.image_path

@@ -87,18 +87,17 @@ class EpochOrder(Dataset[dict[str, Any]]):
         self.seed = seed
         self.lengths = lengths
         self.shuffled = shuffled
-        # Epoch and first position, in shared memory: data workers that outlive an epoch see the new ones.
-        self._state = torch.zeros(2, dtype=torch.long).share_memory_()
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # workers that outlive an epoch see the next
         self._cached: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self.dataset) - int(self._state[1])
+        return len(self.dataset)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        epoch, start = self._state.tolist()
+        epoch = int(self._epoch)
         if self._cached is None or self._cached[0] != epoch:
             self._cached = (epoch, self.permutation(epoch))
-        return self.dataset[int(self._cached[1][start + position])]
+        return self.dataset[int(self._cached[1][position])]
 
     def permutation(self, epoch: int) -> Tensor:
         """Return the whole order of an epoch, (samples,) int64."""
@@ -110,10 +109,5 @@ class EpochOrder(Dataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted from 0, before iterating over it."""
-        if epoch != int(self._state[0]):  # data loaders repeat the epoch, after start_at too
-            self._state[0], self._state[1] = epoch, 0
+        self._epoch.fill_(epoch)
         self.dataset.set_epoch(epoch)
-
-    def start_at(self, position: int) -> None:
-        """Skip the first samples of the chosen epoch, for a run that is resumed in its middle."""
-        self._state[1] = position

@@ -138,7 +138,14 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     Raises:
         ValueError: for what is wrong, with what is expected.
     """
-    check_ranges(model_args, data_args, args)
+    values = {name: value for group in (model_args, data_args, args) for name, value in vars(group).items()}
+    wrong = [
+        f"--{name} {values[name]}: must be {expected}"
+        for name, (is_valid, expected) in _RANGES.items()
+        if values[name] is not None and not is_valid(values[name])
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     if args.eval_strategy != "no" and data_args.eval_image_map is None:
@@ -158,22 +165,6 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     for name, folder in (("output_dir", args.output_dir), ("feature_cache", data_args.feature_cache)):
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
             raise ValueError(f"--{name} {folder} is a file; give a folder, which is made if need be")
-
-
-def check_ranges(*arguments: object) -> None:
-    """Check numbers that would otherwise fail deep inside a library, or not at all.
-
-    Raises:
-        ValueError: with every value that is out of its range.
-    """
-    values = {name: value for group in arguments for name, value in vars(group).items()}
-    wrong = [
-        f"--{name} {values[name]}: must be {expected}"
-        for name, (is_valid, expected) in _RANGES.items()
-        if values[name] is not None and not is_valid(values[name])
-    ]
-    if wrong:
-        raise ValueError("; ".join(wrong))
 
 
 def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:

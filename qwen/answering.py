@@ -88,7 +88,7 @@ def stream_ids(
     Tokens are drawn only while the iterator is used: closing or dropping it ends the answer.
 
     Args:
-        loop: what draws the tokens.
+        loop: what draws the tokens, `decode` or `sampling_loop.library_decode`.
 
     Returns:
         An iterator of the whole text so far, longer each time; the last is what `answer_ids` gives (an empty answer

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 IGNORE_INDEX = -100
-"""Label of the positions that no loss is taken on (PyTorch's default for cross entropy)."""
+"""Label of positions without a loss (PyTorch's default for cross entropy)."""
 
 
 @strict
@@ -14,7 +14,7 @@ class QWenConfig(PreTrainedConfig):
     """Sizes and switches of a QWen model; the defaults are those of Qwen-7B-Chat.
 
     The names are those of the published `config.json` files, which load unchanged. A published file's `auto_map`
-    (a pointer to Python code beside the weights) is dropped: this package is the code, nothing remote is ever run.
+    (a pointer to Python code next to the weights) is dropped: this package is the code, nothing remote is ever run.
 
     Args:
         vocab_size: rows of the embedding and of the language head (the tokenizer's 151,851 ids, padded).
@@ -39,7 +39,7 @@ class QWenConfig(PreTrainedConfig):
         use_logn_attn: whether queries past `seq_length` are scaled by log-n (inference only).
 
     The remaining fields (`use_flash_attn`, `bf16`, `fp16`, `fp32`, `softmax_in_fp32`, `use_cache_quantization`,
-    `use_cache_kernel`, `onnx_safe`) are read and written, so that files survive a round trip, but rule nothing:
+    `use_cache_kernel`, `onnx_safe`) are kept for compatibility and otherwise ignored:
     the dtype and the attention implementation are chosen in `from_pretrained(dtype=, attn_implementation=)`.
     """
 

@@ -18,9 +18,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from . import cpu_kernels
 from .cache import GrowingCache
 from .configuration_qwen import QWenConfig
+from .cpu_kernels import apply_head
 from .layers import QWenBlock, QWenRMSNorm
 from .loss import next_token_loss
 from .positions import Rotation, attention_mask_4d, log_n_scale, ntk_alpha, position_ids_of, rotary_tables
@@ -62,8 +62,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path: folder or hub name.
             output_loading_info: whether to return what was found missing or unexpected, too.
             ignore_mismatched_sizes: whether weights of another shape may be replaced by random ones.
-            args: as transformers takes them.
-            kwargs: likewise.
+            args: as transformers takes them, and so are `kwargs`.
 
         Raises:
             ValueError: if a weight is missing or has another shape; the message names the first few.
@@ -279,7 +278,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         )
         hidden = out.last_hidden_state  # (B, T, D), or (S, D) with positions
         hidden = hidden[:, columns] if positions is None else hidden.unflatten(0, (len(inputs), -1))  # (B, kept, D)
-        logits = cpu_kernels.apply_head(self.lm_head, hidden)  # (B, kept, V)
+        logits = apply_head(self.lm_head, hidden)  # (B, kept, V)
         loss = None
         if labels is not None:
             if logits.shape[1] != labels.shape[1]:

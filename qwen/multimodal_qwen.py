@@ -50,11 +50,7 @@ def place_image_features(
 
 
 def part_by_rows(input_ids: Tensor, image_features: Tensor) -> tuple[Tensor, ...]:
-    """Part the features of a batch into one tensor (image tokens of the row, D) for each row of `input_ids` (B, T).
-
-    Raises:
-        ValueError: if the number of features is not the number of image tokens.
-    """
+    """Part the features of a batch into one tensor (image tokens of the row, D) for each row of `input_ids` (B, T)."""
     features = image_features.flatten(0, -2)  # (F, D)
     is_image = input_ids == IMAGE_TOKEN_ID
     _check_counts(is_image, len(features))
@@ -170,17 +166,17 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
         """Give the image features to the call that reads the prompt; later calls find them in the cache.
 
         Args:
-            input_ids: (B · copies, T).
-            args: as transformers takes them.
+            input_ids: (B · copies, T); `copies` for beams and for several answers.
+            args: as transformers takes them, and so are all arguments that are not named here.
             image_features: one tensor (image tokens of the row, D) for each of the B rows of the prompt, or None.
-            inputs_embeds: (B · copies, T, D), a prompt in place of ids. `generate` looks for this name.
+            inputs_embeds: (B · copies, T, D) in place of ids; named because `generate` looks for it here.
             is_first_iteration: whether this call reads the prompt.
-            kwargs: as transformers takes them.
+            kwargs: passed on.
         """
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
         inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
         if image_features and (is_first_iteration or not kwargs.get("use_cache", True)):
-            copies = len(input_ids) // len(image_features)  # beams, or several answers
+            copies = len(input_ids) // len(image_features)
             inputs["image_features"] = torch.cat([row for row in image_features for _ in range(copies)])  # (F, D)
         return inputs

@@ -1,6 +1,7 @@
 """Positions: rotary embedding, its stretching past the trained length, log-n attention, and the attention mask.
 
-Shape legend: B rows, T tokens of this call, K keys (past + T), H heads, C channels of one head, R rotary channels.
+Shape legend: B rows, T tokens of this call, K keys (cached tokens and T), H heads, C channels of one head, R
+rotary channels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """What every layer needs to know of the positions of one call."""
+    """The positions of one call, as every layer needs them."""
 
     cos: Tensor
     """(B or 1, 1, T, R) in fp32."""
@@ -30,19 +31,19 @@ def position_ids_of(attention_mask: Tensor | None, num_past: int, num_tokens: in
         attention_mask: (B, K) with 0 for padding, or None.
         num_past: tokens that are cached already.
         num_tokens: T.
-        device: where the result is wanted if there is no mask.
+        device: of the result, if there is no mask.
 
     Returns:
-        (B, T), or (1, T) without a mask. Padding in front of a row gets position 0.
+        (B, T), or (1, T) without a mask. Padding before a row gets position 0.
     """
     if attention_mask is None or attention_mask.dim() != 2:
         return torch.arange(num_past, num_past + num_tokens, device=device)[None]
-    positions = attention_mask.long().cumsum(-1) - 1
+    positions = attention_mask.long().cumsum(-1) - 1  # (B, K)
     return positions.clamp(min=0)[:, -num_tokens:]
 
 
 def ntk_alpha(attention_mask: Tensor | None, num_keys: int, seq_length: int) -> Tensor | None:
-    """Dynamic NTK factor of each row, from its true length n: max(2^ceil(log2(n / seq_length) + 1) - 1, 1).
+    """Return the dynamic NTK factor of each row, from its true length n: max(2^ceil(log2(n / seq_length) + 1) - 1, 1).
 
     Returns:
         (B,) in fp32, or None where it is 1 for certain (no row can be past `seq_length`).
@@ -58,7 +59,7 @@ def ntk_alpha(attention_mask: Tensor | None, num_keys: int, seq_length: int) -> 
 
 
 def rotary_tables(position_ids: Tensor, dim: int, base: float, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (https://arxiv.org/abs/2104.09864), computed on use, in fp32.
+    """Compute the cosines and sines of the rotary embedding (https://arxiv.org/abs/2104.09864), in fp32.
 
     Args:
         position_ids: (B, T).
@@ -70,13 +71,13 @@ def rotary_tables(position_ids: Tensor, dim: int, base: float, alpha: Tensor | N
         Two tensors (B, 1, T, R); the second half of the channels repeats the first.
     """
     device = position_ids.device
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim  # (R / 2)
     bases = torch.full((1, 1), float(base), device=device)
     if alpha is not None and dim > 2:
         bases = bases * alpha.to(device)[:, None] ** (dim / (dim - 2))
     frequencies = 1.0 / bases**exponents  # (B or 1, R / 2)
-    angles = position_ids[:, :, None].float() * frequencies[:, None, :]
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    angles = position_ids[:, :, None].float() * frequencies[:, None, :]  # (B, T, R / 2); bf16 is wrong past 256
+    angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, T, R)
     return angles.cos(), angles.sin()
 
 
@@ -85,13 +86,13 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = rotation.cos, rotation.sin
     dim = cos.shape[-1]
     turned, passed = x[..., :dim].float(), x[..., dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    lower, upper = turned.chunk(2, dim=-1)  # (B, H, T, R / 2): channel i turns against channel i + R / 2
+    turned = turned * cos + torch.cat((-upper, lower), dim=-1) * sin
     return torch.cat((turned.to(x.dtype), passed), dim=-1) if passed.shape[-1] else turned.to(x.dtype)
 
 
 def log_n_scale(position_ids: Tensor, seq_length: int) -> Tensor:
-    """Log-n factors max(1, log(p + 1) / log(seq_length)) of queries at 0-based positions p.
+    """Return the log-n factors max(1, log(p + 1) / log(seq_length)) of queries at 0-based positions p.
 
     Args:
         position_ids: (B, T).
@@ -107,10 +108,10 @@ def log_n_scale(position_ids: Tensor, seq_length: int) -> Tensor:
 def attention_mask_4d(
     attention_mask: Tensor | None, num_rows: int, num_tokens: int, num_keys: int, device: torch.device
 ) -> Tensor | None:
-    """Which key each query may see: those before it that are no padding, and itself.
+    """Say which keys each query may see: those before it that are no padding, and itself.
 
-    No mask is made where plain causal attention does the same: without padding, and with padding behind the real
-    tokens only (nothing before them can see it).
+    No mask is made where plain causal attention does the same: without padding, and with padding after the real
+    tokens only (nothing before it can see it).
 
     Args:
         attention_mask: (B, K) with 0 for padding, or None; or (B, 1, T, K), True where a key may be seen, or in
@@ -118,13 +119,13 @@ def attention_mask_4d(
         num_rows: B.
         num_tokens: T.
         num_keys: K.
-        device: where the result is wanted.
+        device: of the result.
 
     Returns:
-        Booleans (B or 1, 1, T, K), or None where plain causal attention is meant.
+        Booleans (B or 1, 1, T, K), or None for plain causal attention.
 
     Raises:
-        ValueError: if the mask's shape is another one.
+        ValueError: if the mask has another shape.
     """
     if attention_mask is not None:
         if attention_mask.dim() == 4 and attention_mask.is_floating_point():
@@ -141,6 +142,7 @@ def attention_mask_4d(
             attention_mask = None
     if attention_mask is None and num_tokens in (1, num_keys):
         return None
+    # (1, 1, T, K): query t is key K - T + t
     visible = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_tokens)[None, None]
     if attention_mask is None:
         return visible
@@ -151,7 +153,7 @@ def attention_mask_4d(
 
 
 def is_right_padded(mask: Tensor) -> bool:
-    """Whether every row of a mask (B, T) has its padding behind its real tokens, or none."""
+    """Return whether every row of a mask (B, T) has its padding after its real tokens, or none."""
     return bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 

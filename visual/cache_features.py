@@ -49,9 +49,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ValueError: for flags that do not exist, and for values that are impossible.
     """
     parser = OneLineErrors(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    text = {"image_map": "image_map.json, one or several", "feature_cache": "folder in which features are kept"}
-    parser.add_argument("--image_map", nargs="+", required=True, metavar="FILE", help=text["image_map"])
-    parser.add_argument("--feature_cache", required=True, metavar="DIR", help=text["feature_cache"])
+    parser.add_argument("--image_map", nargs="+", required=True, metavar="FILE", help="image_map.json, one or several")
+    parser.add_argument("--feature_cache", required=True, metavar="DIR", help="folder in which features are kept")
     parser.add_argument(
         "--base_value_model", default="openai/clip-vit-large-patch14", help="hub name or folder of the vision tower"
     )

@@ -220,6 +220,7 @@ def _prepare(folder: Path, note: str) -> None:
 
 
 def _write_whole(folder: Path, target: Path, content: bytes) -> None:
+    """Write a file under another name and rename it, so that it appears whole or not at all."""
     part = folder / "tmp" / secrets.token_hex(16)
     try:
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ Outcome = str | ValueError
 """An answer, or why there is none."""
 
 
-def answer_file(args: argparse.Namespace) -> int:
+def answer_questions(args: argparse.Namespace) -> int:
     """Answer the questions in the file `--batch` that have no line in `--output` yet; return the exit status.
 
     Raises:

@@ -1,7 +1,7 @@
 """Fill a feature cache: show each picture to the frozen tower once, and store its features.
 
-`train.py --feature_cache` does so before its first step, `visual/cache_features.py` without
-training. Pictures whose features are stored are left alone, so filling may be stopped and started again at any time.
+`train.py --feature_cache` does so before its first step, `visual/cache_features.py` without training. A picture whose
+features are stored is left alone, so filling may be stopped and started again at any time.
 
 Shape legend: N pictures of a batch, P tokens per image, D width of the tower.
 """
@@ -103,10 +103,10 @@ def complete_feature_cache(
 
     Args:
         folder: as `--feature_cache` names it.
-        dtype: of the stored features, a name in `DTYPES`.
-        model: its tower is used.
-        datasets: the data sets; None is passed over.
-        args: tell processes, data workers and whether to show progress.
+        dtype: dtype of the stored features, a name in `DTYPES`.
+        model: the model whose tower is used.
+        datasets: the data sets; None is skipped.
+        args: processes, data workers, and whether to show progress.
 
     Raises:
         ValueError: if the folder cannot be made, or the disk is too small.
@@ -185,8 +185,8 @@ def store(cache: FeatureCache, pictures: Sequence[Opened], features: Tensor, fil
         What is wrong with the pictures whose features cannot be stored.
     """
     rounded = features.to(cache.dtype).cpu()  # (N, P, D)
-    fits = rounded.flatten(1).isfinite().all(dim=1).tolist()  # N
-    finite = features.flatten(1).isfinite().all(dim=1).tolist()  # N
+    fits = rounded.flatten(1).isfinite().all(dim=1).tolist()  # (N,)
+    finite = features.flatten(1).isfinite().all(dim=1).tolist()  # (N,)
     problems = []
     for row, picture in enumerate(pictures):
         if not finite[row]:

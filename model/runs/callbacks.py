@@ -1,4 +1,4 @@
-"""Callbacks that stop a run in good order: signals, numbers that are not finite, too many bad samples."""
+"""Callbacks that stop a run in good order: signals, numbers that are not finite, too many bad samples; and its log."""
 
 from __future__ import annotations
 
@@ -25,11 +25,9 @@ logger = logging.getLogger(__name__)
 
 BAD_SAMPLES = "bad_samples.jsonl"
 BAD_EVAL_SAMPLES = "bad_eval_samples.jsonl"
-
-
 MOST_SKIPPED = 50
-"""Steps in a row that may overflow under fp16. A scale of 2**16 that halves each time is 2**-34 then: no gradient of
-sane size is too large for that."""
+"""Steps in a row that may overflow under fp16. A scale of 2**16 that halves each time is then 2**-34, with which no
+gradient of sane size overflows."""
 
 
 class NotFiniteError(RuntimeError):
@@ -77,12 +75,12 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep Trainer from logging, evaluating and saving as at an epoch's end, where the run stops in its middle."""
+        """Keep Trainer from logging, evaluating and saving as at the end of an epoch if the run stops in its middle."""
         if self._stops and (state.epoch or 0) % 1:
             control.should_log = control.should_evaluate = control.should_save = False
 
     def restore(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the earlier signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -91,8 +89,8 @@ class StopOnSignal(TrainerCallback):
 class StopOnNonFinite(TrainerCallback):
     """Raises before an optimizer step whose loss or gradient is not finite, on all processes.
 
-    Under fp16 a gradient may overflow: the gradient scaler then skips the step and halves its scale. That goes on for
-    `MOST_SKIPPED` steps in a row at most.
+    Under fp16 a gradient may overflow: the gradient scaler then skips the step and halves its scale. That may happen
+    in fewer than `MOST_SKIPPED` steps in a row.
     """
 
     def __init__(self) -> None:
@@ -103,7 +101,7 @@ class StopOnNonFinite(TrainerCallback):
         self._num_skipped = 0
 
     def remember(self, loss: Tensor, ids: list[int] | None) -> None:
-        """Note a batch of the step."""
+        """Note loss and samples of a batch of the step."""
         self._losses.append(loss.detach())
         self._ids += ids or []
 
@@ -117,10 +115,10 @@ class StopOnNonFinite(TrainerCallback):
         """
         finite = torch.stack([loss.isfinite().all() for loss in self._losses]).all()
         finite_gradient = bool(torch.as_tensor(self.gradient_norm).isfinite().all())
-        # The norm, not accelerate's word, for a fused optimizer is called in steps that are skipped, too.
+        # The norm tells, and not accelerate: a fused optimizer is called in skipped steps, too.
         self._num_skipped = 0 if finite_gradient else self._num_skipped + 1
-        may_go_on = finite_gradient or (args.fp16 and self._num_skipped < MOST_SKIPPED)
-        rows = gather_rows([float(finite), float(may_go_on)], args.device)
+        may_continue = finite_gradient or (args.fp16 and self._num_skipped < MOST_SKIPPED)
+        rows = gather_rows([float(finite), float(may_continue)], args.device)
         ids, self._ids, self._losses = self._ids, [], []
         if rows.all():
             return
@@ -136,7 +134,7 @@ class StopOnNonFinite(TrainerCallback):
             )
         raise NotFiniteError(
             f"the {what} of step {step} is not finite; the step was not taken. Its samples {named}. Look at them, or "
-            f"lower --learning_rate and --feature_proj_lr; checkpoints in {args.output_dir} are as they were"
+            f"lower --learning_rate and --feature_proj_lr; checkpoints in {args.output_dir} are unchanged"
         )
 
 

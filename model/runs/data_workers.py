@@ -1,7 +1,7 @@
-"""Processes that load data, and signals that are meant for the process they work for.
+"""Data workers ignore signals that are meant for the process they work for.
 
-A terminal's Ctrl-C and torchrun's SIGTERM reach a whole group of processes. Data workers that died of them would make
-the step fail that the run is to finish.
+A terminal's Ctrl-C and torchrun's SIGTERM reach a whole group of processes. If the workers die, the step in progress
+fails, which the run is to finish and save.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 
 
 @dataclass(frozen=True)
-class _LeaveSignalsAlone:
-    """What a worker does first."""
+class _IgnoreSignals:
+    """Initialises a worker."""
 
     then: Callable[[int], Any] | None
-    """What it would have done first otherwise."""
+    """The loader's own initialisation."""
 
     def __call__(self, worker_id: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if hasattr(signal, "sigwaitinfo"):  # on Linux one can tell who sent it
+        if hasattr(signal, "sigwaitinfo"):  # Linux tells who sent a signal
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             threading.Thread(target=_wait_for_the_parent, args=(os.getppid(),), daemon=True).start()
         if self.then is not None:
@@ -33,20 +33,20 @@ class _LeaveSignalsAlone:
 
 
 def _wait_for_the_parent(parent: int) -> None:
-    """End this process on the SIGTERM by which the process it works for ends it; others are not for us."""
+    """End this process on the SIGTERM with which PyTorch ends its workers; others are not for us."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(128 + signal.SIGTERM)
 
 
 def with_calm_workers(loader: Any) -> Any:
-    """Keep a data loader, whose workers are not started yet, from what would disturb the run.
+    """Prepare a data loader whose workers are not started yet, and return it.
 
-    Its workers leave SIGINT and SIGTERM to the process they work for. The loader draws their seeds from a generator of
-    its own: dropout does not depend on how often an evaluation starts workers, or on whether a run went on in between.
+    Its workers ignore signals from anybody but the process they work for. It draws their seeds from a generator of its
+    own, so that dropout depends neither on how often an evaluation starts workers nor on whether a run was resumed.
     """
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate's is a shell around PyTorch's
-    if not isinstance(inner.worker_init_fn, _LeaveSignalsAlone):
-        inner.worker_init_fn = _LeaveSignalsAlone(inner.worker_init_fn)
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps PyTorch's
+    if not isinstance(inner.worker_init_fn, _IgnoreSignals):
+        inner.worker_init_fn = _IgnoreSignals(inner.worker_init_fn)
         inner.generator = torch.Generator()
     return loader

@@ -52,25 +52,9 @@ def test_it_may_be_the_order_of_the_data_set():
         assert ids(order) == list(range(20))
 
 
-def test_a_start_in_mid_epoch_holds_for_that_epoch():
-    order = EpochOrder(Answers(20), 5)
-    order.set_epoch(2)
-    order.start_at(7)
-    assert len(order) == 13
-    assert ids(order) == epoch_permutation(20, 5, 2).tolist()[7:]
-    order.set_epoch(2)  # as data loaders say once more
-    assert ids(order) == epoch_permutation(20, 5, 2).tolist()[7:]
-    order.set_epoch(3)
-    assert ids(order) == epoch_permutation(20, 5, 3).tolist()
-    order.start_at(4)
-    order.start_at(0)
-    assert len(order) == 20
-
-
 def test_workers_that_outlive_an_epoch_follow():
     order = EpochOrder(Answers(12), 5)
     loader = DataLoader(order, num_workers=2, persistent_workers=True, collate_fn=lambda batch: batch[0]["id"])
-    order.start_at(3)
-    assert list(loader) == epoch_permutation(12, 5, 0).tolist()[3:]
+    assert list(loader) == epoch_permutation(12, 5, 0).tolist()
     order.set_epoch(1)
     assert list(loader) == epoch_permutation(12, 5, 1).tolist()

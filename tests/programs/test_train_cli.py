@@ -178,6 +178,19 @@ def test_the_language_model_is_built_once(bases, data, tmp_path, monkeypatch):
     assert len(built) == 1
 
 
+def test_the_final_weights_are_tried_where_the_last_checkpoint_failed(bases, data, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("model.trainer.put_in_place", full)
+    assert quick_run(*bases, *data, "--max_steps", "2", "--output_dir", tmp_path) == 1
+    said = one_line_error(capsys.readouterr().err, "train.py")
+    assert "No space left on device" in said
+    assert f"final weights are in {tmp_path}" in said
+    assert len(trained_weights(tmp_path)) == 2 * 3 * 2 + 4
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 # ---- train.sh
 
 

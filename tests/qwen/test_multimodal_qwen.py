@@ -151,19 +151,6 @@ def test_gradient_reaches_the_features_and_not_the_frozen_embedding():
     assert model.get_input_embeddings().weight.grad is None
 
 
-def test_gradients_with_checkpointing():
-    model = tiny_model(MultimodalQWenLMHeadModel, vocab_size=151936).train().requires_grad_(False)
-    ids, mask = batch(ONE_IMAGE, TWO_IMAGES)
-    grads = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        images = features(3).requires_grad_()
-        model(ids, attention_mask=mask, image_features=images, labels=ids).loss.backward()
-        grads.append(images.grad)
-    assert_close(*grads, atol=1e-8, rtol=1e-5)
-
-
 def test_trained_embedding_gets_no_gradient_at_the_image_token():
     model = tiny_model(MultimodalQWenLMHeadModel, vocab_size=151936).train()
     ids = torch.tensor([ONE_IMAGE])
@@ -181,15 +168,6 @@ def test_bfloat16_model_takes_float32_features(model):
     half = tiny_model(MultimodalQWenLMHeadModel, vocab_size=151936).to(torch.bfloat16)
     got = half(ids, attention_mask=mask, image_features=images).logits[mask.bool()]
     assert got.dtype == torch.bfloat16
-    assert (got.float() - want).norm() / want.norm() < 0.03
-
-
-@torch.no_grad()
-def test_autocast(model):
-    ids = torch.tensor([ONE_IMAGE])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = model(ids, image_features=features(1)).logits
-    want = model(ids, image_features=features(1)).logits
     assert (got.float() - want).norm() / want.norm() < 0.03
 
 

@@ -181,25 +181,6 @@ def prompt_of(model, monkeypatch):
     return seen
 
 
-def test_prompt_is_chatml_with_system_and_history(model, tokenizer, monkeypatch):
-    seen = prompt_of(model, monkeypatch)
-    model.chat(tokenizer, "q", HISTORY, "系统")
-    list(model.chat_stream(tokenizer, "q", HISTORY, "系统"))
-    model.chat(tokenizer, "q")
-    want = (
-        "<|im_start|>system\n系统<|im_end|>"
-        "\n<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n你好！<|im_end|>"
-        "\n<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA cat 🐈.<|im_end|>"
-        "\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    )
-    texts = [tokenizer.decode(ids) for ids, _ in seen]
-    assert texts[:2] == [want, want]
-    assert texts[2] == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>"
-        "\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
 def test_caller_s_history_and_config_are_not_changed(model, tokenizer):
     history = list(HISTORY)
     config = GenerationConfig(do_sample=False, max_new_tokens=3)

@@ -33,7 +33,7 @@ from torch.testing import assert_close
 
 from model import CheckpointError, LoraSettings, VisionLanguageModel, read_checkpoint
 from model.checkpoints.checkpoint import numbered_checkpoints, resolve_checkpoint
-from model.checkpoints.tensor_files import check_weights, read_tensors, write_checksums
+from model.checkpoints.tensor_files import read_tensors, write_checksums
 from qwen import MultimodalQWenLMHeadModel
 
 FILES = {
@@ -166,15 +166,6 @@ def test_what_stands_in_the_way_of_a_save_is_named(trained, saved, folder):
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
-def test_what_a_killed_save_left_behind_is_cleared(trained, saved, folder):
-    (folder / "tmp-weights").mkdir()
-    (folder / "tmp-weights" / "adapter_model.safetensors").write_bytes(b"half")
-    trained.save_checkpoint(folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        path.name: path.read_bytes() for path in saved.iterdir()
-    }
-
-
 def test_weights_that_cannot_be_written_leave_the_old_ones(trained, saved, folder, monkeypatch):
     def full(tensors, path):
         Path(path).write_bytes(b"half")
@@ -250,15 +241,6 @@ def test_weights_go_back_into_a_model_that_is_there(tiny_bases, saved, trained, 
     assert_close(logits_of(model, batch), logits_of(trained, batch), rtol=0, atol=0)
 
 
-def test_a_projector_of_one_layer_comes_back(tiny_bases, tmp_path, batch):
-    model = enliven_trained(new_model(tiny_bases, layers=1))
-    model.save_checkpoint(tmp_path)
-    assert read_checkpoint(tmp_path).config.projector_layers == 1
-    loaded = load(tmp_path)
-    assert len(loaded.projector) == 1
-    assert_close(logits_of(loaded, batch), logits_of(model, batch), rtol=0, atol=0)
-
-
 def test_saving_and_loading_ask_no_hub(tiny_bases, saved, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the hub was asked")
@@ -306,15 +288,6 @@ def test_a_folder_without_any_complete_checkpoint(saved, tmp_path):
     for child in make_run(tmp_path, saved, 1, 2):
         (child / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"none of its 2 checkpoint-\* folders is complete"):
-        resolve_checkpoint(tmp_path)
-
-
-def test_all_that_is_missing_is_named(tmp_path):
-    expected = (
-        r"adapter_config\.json and adapter_model\.safetensors or adapter_model\.bin and "
-        r"projector\.safetensors or other_params\.bin missing$"
-    )
-    with pytest.raises(CheckpointError, match=expected):
         resolve_checkpoint(tmp_path)
 
 
@@ -455,53 +428,6 @@ def test_siglip_loses_its_first_patch_in_what_the_original_trained_and_only_ther
 # What does not fit
 
 
-class Poison:
-    """A pickle that would write a file when it is loaded."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self):
-        return (Path.touch, (self.file,))
-
-
-@pytest.mark.parametrize("name", ["adapter_model.bin", "other_params.bin"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_poisoned_pickle_is_refused_and_does_not_run(saved, tiny_bases, tmp_path, name, zipped):
-    folder, proof = write_original(tmp_path / "original", saved), tmp_path / "it ran"
-    weights = torch.load(folder / name, weights_only=True)
-    torch.save({**weights, "extra": Poison(proof)}, folder / name, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError) as error:
-        load(folder, *tiny_bases)
-    assert not proof.exists()
-    assert name in str(error.value)
-    assert "trust" not in str(error.value)  # no advice to switch the protection off
-    torch.load(folder / name, weights_only=False)  # it is a poison indeed
-    assert proof.exists()
-
-
-def test_no_environment_variable_lets_a_pickle_run(tmp_path, monkeypatch):
-    torch.save({"0.weight": torch.ones(1), "extra": Poison(tmp_path / "it ran")}, tmp_path / "other_params.bin")
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    with pytest.raises(CheckpointError, match=r"other_params\.bin: .* could run code"):
-        read_tensors(tmp_path / "other_params.bin")
-    assert not (tmp_path / "it ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [(OSError("Input/output error\nfurther lines"), "Input/output error"), (EOFError(), "EOFError")],
-)
-def test_the_reason_why_a_file_cannot_be_read_is_one_line(tmp_path, monkeypatch, error, reason):
-    def fail(*args, **kwargs):
-        raise error
-
-    (tmp_path / "other_params.bin").write_bytes(b"anything")
-    monkeypatch.setattr("torch.load", fail)
-    with pytest.raises(CheckpointError, match=rf"other_params\.bin: can't be read: {reason}$"):
-        read_tensors(tmp_path / "other_params.bin")
-
-
 @pytest.mark.parametrize("name", ["adapter_model.bin", "other_params.bin"])
 @pytest.mark.parametrize(
     "content",
@@ -530,16 +456,6 @@ def test_a_pickle_of_something_else_than_tensors(tmp_path, content):
     torch.save(content, tmp_path / "other_params.bin")
     with pytest.raises(CheckpointError, match=r"other_params\.bin: .*names and tensors"):
         read_tensors(tmp_path / "other_params.bin")
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "projector.safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.7])
-def test_a_cut_file_is_named(folder, name, share):
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: int(len(content) * share)])
-    write_checksums(folder, [name])
-    with pytest.raises(CheckpointError, match=name):
-        load(folder)
 
 
 ADAPTER, PROJECTOR = "adapter_model.safetensors", "projector.safetensors"
@@ -583,32 +499,17 @@ def test_many_faults_make_a_short_message(folder):
     assert len(str(error.value)) < 700
 
 
-@pytest.mark.parametrize(("number", "shown", "more"), [(1, 1, None), (4, 4, None), (5, 4, 1), (6, 4, 2)])
-def test_the_first_four_differences_are_shown(number, shown, more):
-    expected = {f"{i}.weight": torch.ones(2) for i in range(number)}
-    with pytest.raises(CheckpointError) as error:
-        check_weights(expected, {}, "the file", "another tower")
-    names = "; ".join(f"missing {i}.weight" for i in range(shown)) + (f"; and {more} more" if more else "")
-    assert str(error.value) == f"the file does not fit (was it trained for another tower?): {names}"
-    check_weights(expected, {name: torch.zeros(2) for name in expected}, "the file", "another tower")
-
-
-def test_a_rank_that_the_configuration_does_not_say(folder):
-    rewrite(folder / "adapter_config.json", lambda config: config.update(r=8))
-    with pytest.raises(CheckpointError, match=r"is \(48, 4\), expected \(48, 8\)|is \(4, 16\), expected \(8, 16\)"):
-        load(folder)
-
-
-def test_a_large_rank_that_the_weights_have_is_read(tiny_bases, tmp_path):
-    model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
-    model.add_lora(LoraSettings(rank=4200, target_modules=("c_attn",)))
-    model.save_checkpoint(tmp_path)
-    assert load(tmp_path).language_model.peft_config["default"].r == 4200
-
-
-def test_targets_that_the_base_model_does_not_have(folder):
-    rewrite(folder / "adapter_config.json", lambda config: config.update(target_modules=["q_proj"]))
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"r": 8}, r"expected \("),
+        ({"target_modules": ["q_proj"]}, "adapter_config"),
+        ({"target_modules": ["wte"]}, "wte"),
+    ],
+)
+def test_layers_that_the_weights_or_the_base_model_do_not_have(folder, changes, said):
+    rewrite(folder / "adapter_config.json", lambda config: config.update(changes))
+    with pytest.raises(CheckpointError, match=said):
         load(folder)
 
 
@@ -668,16 +569,6 @@ def test_another_tower_is_refused(folder, tiny_bases, tiny_siglip, tmp_path):
         load(folder, None, larger)
 
 
-def test_every_difference_of_the_base_models_is_named(folder, tmp_path):
-    other = make_clip_checkpoint(tmp_path / "other", hidden_size=48, image_size=42)
-    expected = (
-        f"{re.escape(str(folder))} does not fit the base models: num_image_tokens is 9, the checkpoint was trained "
-        "with 4; vision_hidden_size is 48, the checkpoint was trained with 32$"
-    )
-    with pytest.raises(CheckpointError, match=expected):
-        load(folder, None, other)
-
-
 def test_another_tower_of_the_same_shape_is_refused_where_it_is_known(folder, tiny_bases, tmp_path):
     other = Path(shutil.copytree(tiny_bases[1], tmp_path / "other"))
     patches = "vision_model.embeddings.patch_embedding.weight"
@@ -687,12 +578,6 @@ def test_another_tower_of_the_same_shape_is_refused_where_it_is_known(folder, ti
         load(folder, None, str(other))
     rewrite(folder / "multimodal_config.json", lambda config: config.update(vision_tower_fingerprint=""))
     load(folder, None, str(other))
-
-
-def test_lora_on_an_embedding_is_refused(folder):
-    rewrite(folder / "adapter_config.json", lambda config: config.update(target_modules=["c_attn", "w1", "w2", "wte"]))
-    with pytest.raises(CheckpointError, match=r"wte is of class Embedding; LoRA is for linear layers"):
-        load(folder)
 
 
 def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):

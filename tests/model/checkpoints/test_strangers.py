@@ -137,7 +137,10 @@ def test_poison_in_files_that_nobody_reads_stays_there(stranger, base_flags, dat
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "other_params.bin"])
-def test_poison_of_the_original_is_refused_by_both_programs(run, base_flags, tmp_path, refused, capsys, name):
+def test_poison_of_the_original_is_refused_by_both_programs(
+    run, base_flags, tmp_path, refused, capsys, monkeypatch, name
+):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # no variable lets a pickle run
     folder = write_as_the_original(run / "checkpoint-2", tmp_path / "folder" / "original")
     proof = tmp_path / "it ran"
     torch.save({"0.weight": torch.ones(1), "extra": Poison(proof)}, folder / name)
@@ -278,18 +281,16 @@ def test_links_inside_and_to_a_checkpoint_are_fine(stranger, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("name", ["run_state.json", "checksums.json", "trainer_state.json", "adapter_config.json"])
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", ["run_state.json", "checksums.json", "adapter_config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_what_is_no_file_is_refused_and_not_waited_for(stranger, refused, name, kind):
     (stranger / name).unlink()
     if kind == "pipe":
         os.mkfifo(stranger / name)
-    elif kind == "device":
-        (stranger / name).symlink_to("/dev/zero")
     else:
-        (stranger / name).mkdir()
+        (stranger / name).symlink_to("/dev/zero")
     assert name in refused(stranger)
-    if name in ("run_state.json", "trainer_state.json"):
+    if name == "run_state.json":
         load(stranger)  # asking does not read it
     else:
         with pytest.raises(CheckpointError, match=name):
