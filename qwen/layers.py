@@ -81,16 +81,13 @@ def ntk_alpha(attention_mask: Tensor | None, num_keys: int, seq_length: int) -> 
 
 
 def rotary_tables(position_ids: Tensor, dim: int, base: float, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute the cosines and sines of the rotary embedding (https://arxiv.org/abs/2104.09864), in fp32.
+    """Compute cosines and sines (B, 1, T, R) of the rotary embedding (https://arxiv.org/abs/2104.09864), in fp32.
 
     Args:
         position_ids: (B, T).
-        dim: R, the channels that are turned; even.
+        dim: R, the channels that are turned; even. The second half of them repeats the first.
         base: base of the frequencies.
         alpha: (B,) factors by which dynamic NTK stretches the base to `base * alpha ** (R / (R - 2))`; None: 1.
-
-    Returns:
-        Two tensors (B, 1, T, R); the second half of the channels repeats the first.
     """
     device = position_ids.device
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim  # (R / 2)
@@ -224,14 +221,11 @@ def _sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float, dropout: float
 ) -> tuple[Tensor, None]:
     # Without a mask, T is K (nothing cached) or 1 (everything may be seen); is_causal is right for the first only.
-    options: dict[str, Any] = {
-        "dropout_p": dropout,
-        "is_causal": visible is None and query.shape[-2] > 1,
-        "scale": scale,
-    }
-    trains = torch.is_grad_enabled()
-    attend = F.scaled_dot_product_attention if trains else cpu_kernels.scaled_dot_product_attention  # equal, but faster
-    return attend(query, key, value, visible, **options), None
+    is_causal = visible is None and query.shape[-2] > 1
+    attend: Any = F.scaled_dot_product_attention
+    if not torch.is_grad_enabled():
+        attend = cpu_kernels.scaled_dot_product_attention  # the same, but faster
+    return attend(query, key, value, visible, dropout_p=dropout, is_causal=is_causal, scale=scale), None
 
 
 def _eager_attention(
