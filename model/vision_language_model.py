@@ -30,15 +30,9 @@ from .checkpoints.base_models import (
     load_language_model,
     num_projector_layers,
 )
-from .checkpoints.checkpoint import (
-    CheckpointError,
-    load_adapter_weights,
-    load_lora,
-    load_projector,
-    read_checkpoint,
-    save_checkpoint,
-)
+from .checkpoints.checkpoint import load_lora, load_projector, read_checkpoint, save_checkpoint
 from .checkpoints.configs import multimodal_config
+from .checkpoints.previous import restore_weights
 from .device import pick_device, pick_dtype
 from .lora import LoraSettings, add_lora, merge_lora
 from .projector import build_projector
@@ -283,16 +277,7 @@ class VisionLanguageModel(nn.Module):
         Raises:
             CheckpointError: if names or shapes differ, or LoRA's scale, or the base models.
         """
-        checkpoint = read_checkpoint(folder)
-        check_bases(checkpoint, self.vision_tower, self.qwen, self.fingerprints)
-        alpha = self.language_model.peft_config["default"].lora_alpha
-        if checkpoint.lora_config.lora_alpha != alpha:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.folder} was trained with lora_alpha {checkpoint.lora_config.lora_alpha}, the "
-                f"model has {alpha}; give the same --lora_alpha"
-            )
-        load_adapter_weights(self.language_model, checkpoint.folder)
-        load_projector(self.projector, checkpoint.folder)
+        restore_weights(self, folder)
 
     # ---- What others ask it
 

@@ -1,13 +1,15 @@
-"""Compare the flags of a run with the checkpoint whose weights it starts from."""
+"""Earlier weights: a run may start from those of a checkpoint, and a model may return to them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from typing import Any
 
 from ..arguments import ModelArguments
 from ..lora import LoraSettings
-from .base_models import num_projector_layers
-from .checkpoint import Checkpoint, CheckpointError
+from .base_models import check_bases, num_projector_layers
+from .checkpoint import Checkpoint, CheckpointError, load_adapter_weights, load_projector, read_checkpoint
 
 
 def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:
@@ -40,3 +42,21 @@ def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:
 
 def _with_bars(names: Iterable[str]) -> str:
     return "|".join(sorted(set(names)))
+
+
+def restore_weights(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Do what `VisionLanguageModel.load_checkpoint` says.
+
+    Raises:
+        CheckpointError: likewise.
+    """
+    checkpoint = read_checkpoint(folder)
+    check_bases(checkpoint, model.vision_tower, model.qwen, model.fingerprints)
+    alpha = model.language_model.peft_config["default"].lora_alpha
+    if checkpoint.lora_config.lora_alpha != alpha:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} was trained with lora_alpha {checkpoint.lora_config.lora_alpha}, the "
+            f"model has {alpha}; give the same --lora_alpha"
+        )
+    load_adapter_weights(model.language_model, checkpoint.folder)
+    load_projector(model.projector, checkpoint.folder)
