@@ -20,7 +20,7 @@ from qwen.batch_answering import answer_batch, check_settings
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
 from qwen.prompt_cache import PromptCache
 
-from ..language_model import load_tokenizer
+from ..checkpoints.base_models import load_tokenizer
 from ..vision_language_model import VisionLanguageModel
 from .prompt_window import fit_prompt
 
