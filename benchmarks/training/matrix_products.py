@@ -72,7 +72,7 @@ def _count_text(work: Counter[Product], model: VisionLanguageModel, rows: int, t
 
 def _count_tower(work: Counter[Product], tower: Any, images: int) -> None:
     config = tower.config
-    tokens = (tower.image_size // config.patch_size) ** 2 + tower.num_prefix_tokens(config)
+    tokens = tower.num_image_tokens + tower.num_skipped
     for layer in tower.modules():
         if isinstance(layer, nn.Linear):
             n, k = layer.weight.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 
@@ -383,21 +382,6 @@ def test_the_fingerprint_tells_samples_but_not_folders(write, images, tmp_path):
     assert fingerprint(answer="C") != original
     moved = images.rename(tmp_path / "moved")
     assert fingerprint(moved) == original, "a run goes on after its pictures were moved"
-
-
-@pytest.mark.parametrize("collects", [True, False])
-def test_garbage_is_collected_as_before(write, collects):
-    entries = {"k": {"image_file": None, "ID": 0}}
-    switch = gc.enable if collects else gc.disable
-    try:
-        switch()
-        Annotations(*write(entries, {"0": TEXT_ONLY}))
-        assert gc.isenabled() == collects
-        with pytest.raises(ValueError, match=r"captions\.json"):
-            Annotations(*write(entries, []))
-        assert gc.isenabled() == collects
-    finally:
-        gc.enable()
 
 
 def test_a_missing_file_is_named(tmp_path):
