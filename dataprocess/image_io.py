@@ -25,8 +25,9 @@ import stat
 import warnings
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from .deep_grey import deep_grey_to_rgb
 
 MAX_PIXELS = 100_000_000
 """Pixels of the largest picture accepted (10,000 × 10,000): opening it takes about a gigabyte."""
@@ -205,29 +206,12 @@ def _read_jpeg(path: str) -> io.BytesIO | None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey_to_rgb(image)
+        return deep_grey_to_rgb(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
         return white.convert("RGB")
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
-
-
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)  # (H, W), integers or floats
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not finite")
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "I" and image.format == "TIFF" and low >= 0 and high <= 255:  # elsewhere "I" means 16 bits
-        grey = values.astype(np.uint8)
-    elif image.mode != "F" and low >= 0 and high <= 65535:
-        grey = np.rint(np.arange(65536) * (255 / 65535)).astype(np.uint8)[values]
-    else:
-        grey = np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # PNG: the grey level that stands for "nothing here"
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
 
 
 def _turn_upright(rgb: Image.Image, source: Image.Image) -> Image.Image:

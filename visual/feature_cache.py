@@ -25,9 +25,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from .base import VisionTower
-from .loading import published_weights
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,12 @@ def tower_key(tower: VisionTower) -> str:
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(_bytes_of(value))
     return digest.hexdigest()[:16]
+
+
+def published_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a model's weights by the names of its published file, whatever this version of transformers calls them."""
+    weights = revert_weight_conversion(model, model.state_dict())
+    return {name.removeprefix("vision_model."): value for name, value in weights.items()}  # the prefix comes and goes
 
 
 def _bytes_of(value: Tensor) -> memoryview:

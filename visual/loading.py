@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 # A block that the configuration does not know. Other surplus weights (a text half, a pooling head) are no fault.
@@ -133,12 +132,6 @@ def load_image_processor(name_or_path: str) -> Any:
         processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", trust_remote_code=False)
         processor(images=Image.new("RGB", (40, 30)), return_tensors="pt")
     return processor
-
-
-def published_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return a model's weights by the names of its published file, whatever this version of transformers calls them."""
-    weights = revert_weight_conversion(model, model.state_dict())
-    return {name.removeprefix("vision_model."): value for name, value in weights.items()}  # the prefix comes and goes
 
 
 @contextmanager
