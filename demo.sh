@@ -1,8 +1,8 @@
 #!/bin/sh
 # The whole pipeline on public data, on any computer, with no GPU and no model hub:
 #     sh demo.sh
-# Sets up, makes two small base models, prepares easy-vqa, trains, measures, answers. What is there already is used
-# again; to start anew, remove demo_output/. OUTPUT=folder writes elsewhere.
+# Sets up, makes two small base models, prepares easy-vqa, trains, measures, answers. Stages that an earlier call has
+# finished are skipped; to restart from scratch, remove demo_output/. OUTPUT=folder writes elsewhere.
 set -eu
 cd "$(dirname "$0")"
 . tests/setup.sh
@@ -13,15 +13,15 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 OUTPUT=${OUTPUT:-demo_output}
 mkdir -p "$OUTPUT"
 TITLE="" # of the stage that runs, for the message if it fails
-REDO=""  # set once a stage has run: those after it are based on what was there before
-trap '[ -z "$TITLE" ] || echo "demo.sh: stopped in stage \"$TITLE\"; sh demo.sh goes on from there" >&2' EXIT
+REDO=""  # set once a stage has run: the results of later stages are then out of date
+trap '[ -z "$TITLE" ] || echo "demo.sh: stopped in stage \"$TITLE\"; sh demo.sh resumes there" >&2' EXIT
 
 stage() { # stage NAME TITLE COMMAND...: run the command unless it succeeded in an earlier demo; remember its seconds
     _done="$OUTPUT/.done-$1"
     TITLE=$2
     shift 2
     if [ -z "$REDO" ] && [ -f "$_done" ]; then
-        echo "== $TITLE: there already (took $(cat "$_done") s)" >&2
+        echo "== $TITLE: done before (took $(cat "$_done") s)" >&2
     else
         echo "== $TITLE" >&2
         rm -f "$_done"
@@ -42,7 +42,7 @@ prepare() {
     "$PYTHON" dataprocess/process_image.py --config "$OUTPUT/annotations/config.yaml"
 }
 
-pretrain() { # pretrain clip|qwen; training can't go on from checkpoints of another base
+pretrain() { # pretrain clip|qwen; training can't resume from checkpoints of another base
     rm -rf "$OUTPUT/vlm"
     "$PYTHON" -m "benchmarks.easy_vqa.pretrain_$1" --output "$OUTPUT/base_$1"
 }
@@ -95,9 +95,9 @@ $(cat "$OUTPUT/three_answers.txt")
 
 Times
 $TIMES
-Where everything lies
+Files
   $OUTPUT/annotations/    annotations in LLaVA's and AI Challenger's formats, config.yaml
-  $OUTPUT/image_map.json, captions.json    what process_image.py made of them
+  $OUTPUT/image_map.json, captions.json    made of them by process_image.py
   $OUTPUT/base_clip/, base_qwen/           both base models, in the published formats
   $OUTPUT/vlm/            the trained checkpoint: LoRA and projector
   $OUTPUT/results/        results.json, answers.jsonl (every test question), table.txt

@@ -2,9 +2,9 @@
 
     python -m benchmarks.easy_vqa.evaluate --model_weights demo_output/vlm --output demo_output/results
 
-Answers count if they are exactly the right word. Beside the model stand itself blind (each question about another
-test picture) and the answer that is most frequent in training for the question's kind. Writes results.json,
-answers.jsonl and table.txt.
+Answers count if they are exactly the right word. The table compares the model with itself blind (each question is about
+another test picture), and with the answer that is most frequent in training for the question's kind. Writes
+results.json, answers.jsonl and table.txt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Respondent:
         self._pixels: dict[int, torch.Tensor] = {}
 
     def answer_all(self, questions: Sequence[Question], images: Sequence[int], title: str) -> list[str]:
-        """One answer for each question about the test picture beside it, in the order of the questions."""
+        """Return one answer for each question about the test picture of the same position."""
         prompts = [
             encode_prompt(self.tokenizer, IMAGE_TOKEN + question.text, self.model.num_image_tokens)[0]
             for question in questions
@@ -87,14 +87,14 @@ class Respondent:
 
 
 def wrong_images(questions: Sequence[Question]) -> list[int]:
-    """Another test picture for each question: the one half the pictures away."""
+    """Return another test picture for each question: the one half the pictures away."""
     images = sorted({question.image_id for question in questions})
     place = {image: number for number, image in enumerate(images)}
     return [images[(place[question.image_id] + len(images) // 2) % len(images)] for question in questions]
 
 
 def majority_answers(training: Sequence[Question], questions: Sequence[Question]) -> list[str]:
-    """For each question the answer that is most frequent for its kind in training."""
+    """Return for each question the answer that is most frequent for its kind in training."""
     counts: dict[str, Counter[str]] = {}
     for question in training:
         counts.setdefault(question.kind, Counter())[question.answer] += 1
@@ -102,7 +102,7 @@ def majority_answers(training: Sequence[Question], questions: Sequence[Question]
 
 
 def accuracies(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Share of exactly right answers, 0 to 1, for each kind of question and for all."""
+    """Return the share of exactly right answers, 0 to 1, for each kind of question and for all."""
     right = [question.answer == answer for question, answer in zip(questions, answers, strict=True)]
     result = {}
     for kind in KINDS:
@@ -114,7 +114,7 @@ def accuracies(questions: Sequence[Question], answers: Sequence[str]) -> dict[st
 
 
 def table(questions: Sequence[Question], results: dict[str, dict[str, float]]) -> str:
-    """The accuracies in percent, one line for each kind of question, one column for each way of answering."""
+    """Return accuracies in percent, one line for each kind of question, one column for each way of answering."""
     counts = Counter(question.kind for question in questions)
     counts["all"] = len(questions)
     lines = [f"{'question':<12}{'number':>8}" + "".join(f"{name:>12}" for name in results)]
@@ -126,7 +126,7 @@ def table(questions: Sequence[Question], results: dict[str, dict[str, float]]) -
 
 
 def measure(answer_all: Callable[[Sequence[Question], Sequence[int], str], list[str]], output: Path) -> str:
-    """Ask everything, seeing and blind, write what came of it into a folder, and give the table."""
+    """Ask everything, seeing and blind; write the results into a folder, and return the table."""
     questions = load_questions("test")
     images, others = [question.image_id for question in questions], wrong_images(questions)
     answers = {

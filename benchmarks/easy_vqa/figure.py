@@ -23,7 +23,7 @@ NUMBER = 9
 
 
 def choose(answers: list[dict[str, Any]], number: int = NUMBER) -> list[dict[str, Any]]:
-    """Draw lots for questions about different pictures, all kinds in turn, whether they are answered right or not."""
+    """Choose questions about different pictures at random, all kinds in turn, whether answered right or not."""
     rng = random.Random(SEED)
     shuffled = rng.sample(answers, k=len(answers))
     chosen: list[dict[str, Any]] = []
@@ -35,7 +35,7 @@ def choose(answers: list[dict[str, Any]], number: int = NUMBER) -> list[dict[str
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of three pictures in a row; right answers are green, wrong ones red beside the right one."""
+    """Write a PNG of three pictures in a row; right answers are green, wrong ones red and followed by the right one."""
     matplotlib.use("Agg")
     figure, axes = pyplot.subplots(3, 3, figsize=(9, 10))
     for axis, record in zip(axes.flat, records, strict=True):

@@ -1,4 +1,4 @@
-"""What both small base models are trained with, and how results are written: whole, or not at all."""
+"""Train a small base model, and write results whole or not at all."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Schedule:
     """On matrices only."""
 
     def rate(self, step: int) -> float:
-        """The learning rate at a step, counted from 0."""
+        """Return the learning rate at a step, counted from 0."""
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         decay = 1.0 if progress < 0 else 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * decay
 
 
 def autocast_dtype() -> torch.dtype:
-    """The fastest dtype for matrix products here: as training has it on a GPU; on a CPU by a short trial.
+    """Return the fastest dtype for matrix products here: as training has it on a GPU; on a CPU by a short trial.
 
     CPUs with bf16 instructions are about three times as fast in bf16, others slower.
     """
@@ -93,7 +93,7 @@ def fit(model: nn.Module, loss_of_batch: Callable[[], Tensor], schedule: Schedul
 
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder to write into, which becomes `folder` at the end if nothing went wrong.
+    """Give a temporary folder to write into; it becomes `folder` at the end if nothing went wrong.
 
     Args:
         folder: replaced if it exists.

@@ -27,7 +27,7 @@ SEED = 42
 
 
 def llava_records(questions: list[Question], num_turns: int = TURNS) -> list[dict[str, Any]]:
-    """Conversations of `num_turns` questions about one picture, in a seeded random order, in LLaVA's format."""
+    """Return conversations of `num_turns` questions about one picture, in a seeded random order, in LLaVA's format."""
     rng = random.Random(SEED)
     records = []
     for image_id, group in questions_by_image(questions).items():
@@ -43,7 +43,7 @@ def llava_records(questions: list[Question], num_turns: int = TURNS) -> list[dic
 
 
 def ai_challenger_records(scenes: dict[int, Scene]) -> list[dict[str, Any]]:
-    """Five Chinese captions of every picture, in AI Challenger's format."""
+    """Return five Chinese captions of every picture, in AI Challenger's format."""
     return [
         {"url": "", "image_id": f"{image_id}.png", "caption": scene.chinese_captions}
         for image_id, scene in scenes.items()

@@ -49,13 +49,13 @@ CAPTION_KINDS: tuple[tuple[str, ...], ...] = (
 
 
 def true_captions(scene: Scene) -> tuple[int, int, int]:
-    """The place of a scene's true caption within each kind."""
+    """Return the position of a scene's true caption within each kind."""
     true = (scene.caption, f"a {scene.shape}", f"a {scene.color} shape")
     return tuple(captions.index(caption) for captions, caption in zip(CAPTION_KINDS, true, strict=True))  # type: ignore[return-value]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, those of the captions."""
+    """Return a tokenizer of whole words, those of the captions."""
     words = sorted({word for captions in CAPTION_KINDS for caption in captions for word in caption.split()})
     vocabulary = {word: number for number, word in enumerate([START, END, *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=END))
@@ -67,7 +67,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
-    """A fresh CLIP: 64 patches of 8 pixels, 3 layers of width 96; one layer for the text."""
+    """Return a fresh CLIP: 64 patches of 8 pixels, 3 layers of width 96; one layer for the text."""
     config = CLIPConfig(
         vision_config={
             "image_size": IMAGE_SIZE,
@@ -96,7 +96,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
 
 
 def make_processor() -> CLIPImageProcessorPil:
-    """Pixels from -1 to 1, at the size that the model takes."""
+    """Return a processor that gives pixels from -1 to 1, at the size that the model takes."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -104,7 +104,7 @@ def make_processor() -> CLIPImageProcessorPil:
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """An RGB picture as bytes (3, H, W)."""
+    """Return an RGB picture as bytes (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -122,7 +122,7 @@ class PictureSource:
         self.images = torch.stack([pixels(load_image(image_path("train", image_id))) for image_id in told])
 
     def draw(self, size: int) -> tuple[Tensor, Tensor]:
-        """Half training pictures, half drawn ones: pixels from -1 to 1 (size, 3, H, W), captions (size, kinds)."""
+        """Return training and drawn pictures, half each: pixels -1 to 1 (size, 3, H, W), captions (size, kinds)."""
         chosen = [self.rng.randrange(len(self.scenes)) for _ in range(size // 2)]
         drawn = [random_scene(self.rng) for _ in range(size - len(chosen))]
         fresh = torch.stack([pixels(draw_scene(scene, self.rng)) for scene in drawn])
@@ -132,7 +132,7 @@ class PictureSource:
 
 
 def image_embeddings(model: CLIPModel, pixel_values: Tensor) -> list[Tensor]:
-    """Unit vectors (N, projection) from the class token, as CLIP has them, and from the mean of the patch features."""
+    """Return unit vectors (N, projection) from the class token, like CLIP, and from the mean of the patch features."""
     states = model.vision_model(pixel_values=pixel_values).last_hidden_state
     pooled = (states[:, 0], states[:, 1:].mean(dim=1))
     projected = [model.visual_projection(model.vision_model.post_layernorm(state)) for state in pooled]
@@ -140,7 +140,7 @@ def image_embeddings(model: CLIPModel, pixel_values: Tensor) -> list[Tensor]:
 
 
 def contrastive_loss(similarity: Tensor, true: Tensor) -> Tensor:
-    """CLIP's loss, both ways, where several pictures may share a caption.
+    """Return CLIP's loss, both ways, where several pictures may share a caption.
 
     Args:
         similarity: (N pictures, C captions), scaled.
@@ -155,7 +155,7 @@ def contrastive_loss(similarity: Tensor, true: Tensor) -> Tensor:
 
 
 def pretrain(schedule: Schedule) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
-    """Train from a fixed seed; the model is given back on the CPU."""
+    """Train from a fixed seed; the model is returned on the CPU."""
     torch.manual_seed(SEED)
     device = pick_device()
     tokenizer = make_tokenizer()

@@ -61,12 +61,12 @@ class TextSource:
         self.scenes = list(self.by_kind)
 
     def draw_batch(self) -> list[list[Turn]]:
-        """Conversations of one length, so that little is padding: many short ones, or some long ones."""
+        """Return conversations of one length, so that little is padding: many short ones, or some long ones."""
         size, num_turns = self.rng.choice(BATCHES)
         return [self.draw(num_turns) for _ in range(size)]
 
     def draw(self, num_turns: int = 1) -> list[Turn]:
-        """Questions about one scene, or a scene to be told in Chinese."""
+        """Return questions about one scene, or a scene to be told in Chinese."""
         rng = self.rng
         if rng.random() < CAPTION_SHARE:
             return captioning(random_scene(rng), rng)
@@ -86,7 +86,7 @@ def _kind_and_answer(question: Question) -> str:
 
 
 def occurring_ids(tokenizer: QWenTokenizer, questions: list[Question]) -> list[int]:
-    """All token ids that conversations of a `TextSource` can hold, ascending."""
+    """Return all token ids that conversations of a `TextSource` can hold, ascending."""
     found: set[int] = set()
     for text in {question.text for question in questions}:
         found.update(encode_sample(tokenizer, [(text, "yes"), (text, "no")], 1).input_ids)
@@ -102,7 +102,7 @@ def occurring_ids(tokenizer: QWenTokenizer, questions: list[Question]) -> list[i
 
 
 def config_of(vocab_size: int) -> QWenConfig:
-    """The demo's QWen with a vocabulary of this size."""
+    """Return the configuration of the demo's QWen with a vocabulary of this size."""
     return QWenConfig(
         vocab_size=vocab_size,
         hidden_size=HIDDEN,
@@ -134,7 +134,7 @@ class SmallVocabulary:
         self.bias[self.other] = math.log(VOCAB_SIZE - len(ids))
 
     def batch(self, tokenizer: QWenTokenizer, conversations: list[list[Turn]]) -> tuple[Tensor, Tensor]:
-        """Rows of this vocabulary and labels, both (conversations, tokens of the longest), padded on the right."""
+        """Return rows of this vocabulary and labels, both (conversations, longest), padded on the right."""
         samples = [encode_sample(tokenizer, turns, 1) for turns in conversations]
         longest = max(len(sample.input_ids) for sample in samples)
         ids = torch.full((len(samples), longest), self.row_of[tokenizer.eod_id])
@@ -147,7 +147,7 @@ class SmallVocabulary:
         return ids.to(self.bias.device), labels.to(self.bias.device)
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of the next token where labels are, over the full vocabulary."""
+        """Return the cross entropy of the next token where labels are, over the full vocabulary."""
         hidden = self.model.transformer(input_ids=ids).last_hidden_state[:, :-1]
         supervised = labels[:, 1:] != IGNORE_INDEX
         logits = self.model.lm_head(hidden[supervised]).float() + self.bias
@@ -155,7 +155,7 @@ class SmallVocabulary:
 
     @torch.no_grad()
     def full_size(self) -> QWenLMHeadModel:
-        """The same model over the full vocabulary."""
+        """Return the same model over the full vocabulary."""
         full = QWenLMHeadModel(config_of(VOCAB_SIZE))
         small = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
         wte, head = small.pop("transformer.wte.weight"), small.pop("lm_head.weight")

@@ -26,12 +26,12 @@ class Question:
 
     @property
     def is_negated(self) -> bool:
-        """Whether it asks what is *not* there."""
+        """Tell whether it asks what is *not* there."""
         return not {"no", "not"}.isdisjoint(self.text.split())
 
     @property
     def kind(self) -> str:
-        """What is asked for: "what color", "what shape", or one of four kinds of yes/no questions."""
+        """Return the kind of question: "what color", "what shape", or one of four kinds of yes/no questions."""
         if self.text.startswith("what"):
             return "what color" if "color" in self.text else "what shape"
         subject = "color" if any(color in self.words for color in COLORS) else "shape"
@@ -39,7 +39,7 @@ class Question:
 
     @property
     def words(self) -> list[str]:
-        """The words without the question mark."""
+        """Return the words without the question mark."""
         return self.text.rstrip("?").split()
 
 
@@ -48,7 +48,7 @@ KINDS = ("what color", "what shape", "a color?", "a shape?", "no color?", "no sh
 
 
 def data_folder() -> Path:
-    """The data folder of the installed package.
+    """Return the data folder of the installed package.
 
     Raises:
         FileNotFoundError: if it is not installed.
@@ -60,17 +60,17 @@ def data_folder() -> Path:
 
 
 def image_folder(split: str) -> Path:
-    """The folder with the pictures `0.png`, `1.png`, … of a split."""
+    """Return the folder with the pictures `0.png`, `1.png`, … of a split."""
     return data_folder() / split / "images"
 
 
 def image_path(split: str, image_id: int) -> Path:
-    """The file of a picture."""
+    """Return the file of a picture."""
     return image_folder(split) / f"{image_id}.png"
 
 
 def load_questions(split: str) -> list[Question]:
-    """All questions of a split ("train" or "test"), in the file's order."""
+    """Return all questions of a split ("train" or "test"), in the file's order."""
     records = json.loads((data_folder() / split / "questions.json").read_text(encoding="utf-8"))
     return [Question(*record) for record in records]
 
@@ -84,7 +84,7 @@ def questions_by_image(questions: Sequence[Question]) -> dict[int, list[Question
 
 
 def scenes_told(questions: Sequence[Question]) -> dict[int, Scene]:
-    """What pictures show, as far as their questions and answers tell; those that leave colour or shape open are absent.
+    """Return what pictures show by their questions and answers; pictures whose colour or shape stays open are left out.
 
     Args:
         questions: of the training split: of test pictures nothing must be known before they are asked about.

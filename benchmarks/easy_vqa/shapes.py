@@ -1,4 +1,4 @@
-"""Scenes of one coloured shape, as easy-vqa has them: what they hold, how they are drawn and how they are described.
+"""Scenes of one coloured shape, as in easy-vqa: their content, how they are drawn and how they are described.
 
 Drawing further scenes gives the vision tower more to learn from than the 4,000 training images. Sizes, colours and
 backgrounds were measured on the training images; no test image was looked at.
@@ -49,7 +49,7 @@ _OVERSAMPLING = 4  # drawn that much larger, so that edges come out smooth
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """The content of a picture."""
 
     shape: str
     """One of `SHAPES`."""
@@ -58,12 +58,12 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The English caption, e.g. "a blue circle"."""
+        """Return the English caption, e.g. "a blue circle"."""
         return f"a {self.color} {self.shape}"
 
     @property
     def chinese_captions(self) -> list[str]:
-        """Five Chinese sentences, as many as AI Challenger has for each photo."""
+        """Return five Chinese sentences, as many as AI Challenger has for each photo."""
         color, shape = CHINESE[self.color], CHINESE[self.shape]
         return [
             f"图中有一个{color}的{shape}。",
@@ -75,7 +75,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """Draw lots for shape and colour, all equally likely."""
+    """Choose shape and colour at random, all equally likely."""
     return Scene(rng.choice(SHAPES), rng.choice(list(COLORS)))
 
 

@@ -1,7 +1,7 @@
 """Text to pretrain the language model on: the training questions about scenes that are told in words, not shown.
 
-No image is involved. A description stands where the image will stand later, so that the model learns to read what
-there is and to answer from it; what is left for the vision-language stage is to make image features read like words.
+No image is involved. A description takes the place that the image will have later, so that the model learns to answer
+from it; what is left for the vision-language stage is to make image features read like words.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def describe(scene: Scene, rng: random.Random) -> str:
 
 
 def conversation(scene: Scene, questions: Sequence[Question], rng: random.Random) -> list[Turn]:
-    """Questions about one scene and their answers; its description comes before the first question."""
+    """Return questions about one scene and their answers; its description comes before the first question."""
     turns = [(question.text, question.answer) for question in questions]
     turns[0] = (f"{describe(scene, rng)}\n{turns[0][0]}", turns[0][1])
     return turns
 
 
 def captioning(scene: Scene, rng: random.Random) -> list[Turn]:
-    """The data set's two Chinese questions, with the description where the image will be, and a Chinese caption."""
+    """Return a Chinese question of the data set, its image replaced by the description, and a Chinese caption."""
     question = rng.choice(PROMPTS).replace(PLACEHOLDER, describe(scene, rng))
     return [(question, rng.choice(scene.chinese_captions))]
 

@@ -108,7 +108,7 @@ def write_inputs(folder: Path, chosen: list[Any], *, tiny: bool) -> None:
 def measure(folder: Path, batch: int, given: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Train the drawn samples once in each order, in turn; returns medians."""
     number = given.samples // max(given.batches) * max(given.batches)
-    ours = [*RUNS, "ours", "--folder", str(folder / "inputs"), "--dtype", given.dtype, "--no_products"]
+    ours = [*RUNS, "ours", "--folder", str(folder / "inputs"), "--dtype", given.dtype]
     ours += ["--steps", str(number // batch), "--skipped", "0", "--per_device_train_batch_size", str(batch)]
     commands = {name: [*ours, "--train_sampling_strategy", flag] for name, flag in STRATEGIES.items()}
     return {name: medians(runs) for name, runs in run_in_turn(commands, given.rounds, given.threads).items()}

@@ -122,7 +122,7 @@ def commands(root: Path, given: argparse.Namespace) -> dict[tuple[str, str], lis
         folder = root / change.inputs
         if not folder.exists():
             run_once([*script, "--write", str(folder), json.dumps(change.times), str(change.answer)])
-        ours = [*RUNS, "ours", "--folder", str(folder), "--dtype", given.dtype, "--no_products"]
+        ours = [*RUNS, "ours", "--folder", str(folder), "--dtype", given.dtype]
         steps = ["--steps", str(given.steps), "--skipped", "1", "--per_device_train_batch_size", str(BATCH)]
         found[name] = [*ours, *steps, *change.flags]
     for cached in CACHED if "cache" in given.things else ():

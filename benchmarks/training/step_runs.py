@@ -35,7 +35,6 @@ from ..inputs import SEED, train_flags, write_samples
 from ..measure import DTYPES, resident
 from ..peers import SIZES, TINY, write_both
 from ..small_vocabulary import fold_token_ids
-from .matrix_products import counted_products, seconds_of_products
 
 RANK, ALPHA, RATE, BATCH = 128, 32, 1e-4, 4
 _PEER_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|up_proj|gate_proj)"
@@ -113,13 +112,13 @@ def build_peer(folder: Path, output: str, dtype: str, steps: int, extra: Sequenc
 
 
 def noting_shapes(collate: Callable[..., dict[str, Any]]) -> tuple[Callable[..., dict[str, Any]], list[Any]]:
-    """Return a collator that notes (rows, tokens, real tokens, supervised tokens, images), and its notes."""
+    """Return a collator that notes (rows, tokens, real tokens) of each batch, and the list of its notes."""
     seen: list[tuple[int, ...]] = []
 
     def noting(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = collate(samples)
-        mask, labels = batch["attention_mask"], batch["labels"]
-        seen.append((*mask.shape, int(mask.sum()), int((labels[:, 1:] >= 0).sum()), len(batch["pixel_values"])))
+        mask = batch["attention_mask"]  # (B, T)
+        seen.append((*mask.shape, int(mask.sum())))
         return batch
 
     return noting, seen
@@ -130,18 +129,16 @@ def measure(trainer: Trainer, steps: int, skipped: int) -> dict[str, Any]:
     trainer.data_collator, seen = noting_shapes(trainer.data_collator)
     clock = Clock()
     trainer.add_callback(clock)
-    loaded = resident("VmHWM")
     trainer.train()
     seconds = clock.ends[-1] - clock.ends[skipped]
     measured = seen[skipped:steps]
-    padded, real = sum(b * t for b, t, *_ in measured), sum(n for *_, n, _, _ in measured)
-    samples = sum(b for b, *_ in measured)
+    padded, real = sum(rows * tokens for rows, tokens, _ in measured), sum(real for _, _, real in measured)
+    samples = sum(rows for rows, _, _ in measured)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "samples_per_second": samples / seconds,
         "tokens_per_second": real / seconds,
         "peak_bytes_vm": resident("VmHWM"),
-        "peak_bytes_loaded": loaded,
         "step_seconds": seconds / (steps - skipped),
         "processor_seconds": (clock.processor[-1] - clock.processor[skipped]) / (steps - skipped),
         "samples": samples,
@@ -149,22 +146,6 @@ def measure(trainer: Trainer, steps: int, skipped: int) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "losses": losses,
         "first_loss": losses[0],
-        "batches": measured,
-    }
-
-
-def share_of_products(trainer: Trainer, figures: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return the share of a step that its matrix products take when nothing else runs, by processor time.
-
-    They are timed in the same process right after the steps, so that other work on the machine does not count.
-    """
-    work = counted_products(trainer.model, figures["batches"])
-    seconds, flops = seconds_of_products(work, dtype)
-    number = len(figures["batches"])
-    return {
-        "counted_gflop": flops / number / 1e9,
-        "gemm_gflops": flops / seconds / 1e9,
-        "share_of_gemm_rate": seconds / number / figures["processor_seconds"],
     }
 
 
@@ -178,7 +159,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--skipped", type=int, default=3)
-    parser.add_argument("--no_products", action="store_true", help="do not time the matrix products alone")
     given, extra = parser.parse_known_args()
     if given.what == "write":
         write_samples(given.folder, 128)
@@ -188,8 +168,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         trainer = build(given.folder, output, given.dtype, given.steps, extra)
         figures = measure(trainer, given.steps, given.skipped)
-    if given.what == "ours" and not given.no_products:
-        figures |= share_of_products(trainer, figures, getattr(torch, given.dtype))
     print(json.dumps({"baseline_bytes": baseline, **figures}))
 
 

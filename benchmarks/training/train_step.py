@@ -23,12 +23,11 @@ RUNS = itself(str(Path(__file__).with_name("step_runs.py")))
 LOSSES_AGREE = {"float32": 1e-5, "bfloat16": 2e-3}
 """By how much the first losses may differ, relatively: by the order of additions."""
 HEADS = (
-    *("size, dtype", "who", "samples/s", "per CPU s", "peak MB", "less imports", "padding", "products"),
+    *("size, dtype", "who", "samples/s", "per CPU s", "peak MB", "less imports", "padding"),
     *("speed", "by CPU", "memory", "less imports"),
 )
 LEGEND = """per CPU s, by CPU: by the processor time of all threads, which other programs on the machine change little
-less imports: peak memory less what the process had after its imports
-products: the share of the step that its matrix products take when nothing else runs, by processor time"""
+less imports: peak memory less what the process had after its imports"""
 
 
 def measure(size: str, dtypes: list[str], given: Any) -> dict[str, dict[str, Any]]:
@@ -87,7 +86,6 @@ def rows(size: str, dtype: str, figures: dict[str, Any]) -> list[list[str]]:
             f"{_over_imports(one) / 1e6:,.0f}",
             f"{100 * one['padding']:.1f}%",
         ]
-        line += [f"{100 * one['share_of_gemm_rate']:.0f}%" if "share_of_gemm_rate" in one else ""]
         line += [f"{ratio:.2f} x" for ratio in ratios(figures).values()] if who == "ours" else [""] * 4
         lines.append(line)
     return lines

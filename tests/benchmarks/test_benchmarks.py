@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from tiny_run import start
-from tiny_vlm import collate, enliven_trained, new_model, sample
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionModel
 
 from benchmarks import measure, random_weights
@@ -21,7 +18,7 @@ from benchmarks.answering import load
 from benchmarks.data import prepare
 from benchmarks.inputs import write_samples
 from benchmarks.peers import TINY, Size, build_ours, build_peer, copy_weights, write_ours
-from benchmarks.training import full_size, grouped, growth, matrix_products, step_runs, train_step, workers
+from benchmarks.training import full_size, grouped, growth, step_runs, train_step, workers
 from qwen import IMAGE_TOKEN_ID, QWenLMHeadModel
 
 
@@ -123,29 +120,6 @@ def test_ratios_are_over_the_peer():
     peer = {"samples_per_second": 0.5, "processor_seconds": 3.0, "peak_bytes_vm": 10, "baseline_bytes": 2}
     found = train_step.ratios({"ours": ours, "peer": peer})
     assert found == {"speed": 4.0, "by_processor": 3.0, "memory": 0.6, "less_imports": 0.5}
-
-
-def test_the_operations_are_those_that_a_step_does(tiny_bases):
-    model = enliven_trained(new_model(tiny_bases))
-    batch = collate(sample(1, num_words=30, num_answer=5), sample(1, num_words=30, num_answer=5, seed=1))
-    rows, tokens = batch["input_ids"].shape
-    with FlopCounterMode(display=False) as counter:
-        model.train()(**batch, return_logits=False).loss.backward()
-    products = counter.get_flop_counts()["Global"]
-    seen = sum(number for op, number in products.items() if "attention" not in str(op))
-    config, tower = model.qwen.config, model.vision_tower.config
-    by_text = 6 * tokens * config.kv_channels * tokens * rows * config.num_attention_heads * config.num_hidden_layers
-    width = tower.hidden_size // tower.num_attention_heads
-    by_tower = 4 * 5 * width * 5 * 2 * tower.num_attention_heads * tower.num_hidden_layers
-    work = matrix_products.counted_products(model, [(rows, tokens, rows * tokens, 10, 2)])
-    counted = sum(2 * m * k * n * count for (m, k, n), count in work.items())
-    assert counted - by_text - by_tower == pytest.approx(seen, rel=0.02)
-
-
-def test_products_are_timed_once_for_each_shape():
-    seconds, operations = matrix_products.seconds_of_products(Counter({(8, 4, 2): 3}), torch.float32, rounds=1)
-    assert seconds > 0
-    assert operations == 3 * 2 * 8 * 4 * 2
 
 
 def test_a_small_vocabulary_takes_token_ids_of_any_size(tmp_path):

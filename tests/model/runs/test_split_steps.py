@@ -77,6 +77,7 @@ def test_one_batch_or_several_accumulated(as_one, tiny_bases, tmp_path):
         assert split.seen == as_one.seen
 
 
+@pytest.mark.slow
 def test_one_process_or_two(as_one, two):
     """Of 1 to 7 supervised tokens a sample, with batches that have no image on one of the processes."""
     ranks = [found["split"] for found in two[1]]
@@ -93,6 +94,7 @@ def test_one_process_or_two(as_one, two):
     assert any(not any(step) for step in images), "a step in which one process sees no image"
 
 
+@pytest.mark.slow
 def test_every_sample_of_an_epoch_is_seen_once_but_for_the_padding(two):
     """11 samples on 2 processes: the last step is filled up with the epoch's first sample."""
     ranks = [found["whole"]["seen"] for found in two[1]]
@@ -104,6 +106,7 @@ def test_every_sample_of_an_epoch_is_seen_once_but_for_the_padding(two):
         assert sorted(seen) == sorted([*wanted, wanted[0]])
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed(two):
     for found in two[1]:
         whole, resumed = found["whole"], found["resumed"]
@@ -122,6 +125,7 @@ def test_two_processes_killed_and_resumed(two):
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= files
 
 
+@pytest.mark.slow
 def test_two_processes_take_their_batches_from_one_grouped_order(two):
     """In turn, sample by sample, each exactly once an epoch: both work on samples of similar length in every step."""
     order = EpochOrder(Answers(GROUPED), 3, answer_lengths(GROUPED))
@@ -138,6 +142,7 @@ def test_two_processes_take_their_batches_from_one_grouped_order(two):
     assert not torch.equal(order.permutation(0), EpochOrder(Answers(GROUPED), 3).permutation(0))
 
 
+@pytest.mark.slow
 def test_grouped_one_process_or_two(two, tiny_bases, tmp_path):
     """The epoch ends in a step of 2 samples, so that its loss and gradient are means over fewer."""
     lengths = answer_lengths(GROUPED)
@@ -155,6 +160,7 @@ def test_grouped_one_process_or_two(two, tiny_bases, tmp_path):
     assert together == [sorted(step) for step in alone.seen]
 
 
+@pytest.mark.slow
 def test_grouped_two_processes_killed_in_mid_epoch_and_resumed(two):
     for found in two[1]:
         whole, resumed = found["grouped whole"], found["grouped resumed"]
@@ -164,6 +170,7 @@ def test_grouped_two_processes_killed_in_mid_epoch_and_resumed(two):
             assert torch.equal(resumed["weights"][name], tensor), name
 
 
+@pytest.mark.slow
 def test_one_process_resumes_what_two_began(as_one, two, tiny_bases):
     """Steps are of the same size, so it sees the same samples and comes to the same weights."""
     folder = two[0] / "for one"
@@ -176,6 +183,7 @@ def test_one_process_resumes_what_two_began(as_one, two, tiny_bases):
         resume(tiny_bases, folder, **same, gradient_accumulation_steps=1)
 
 
+@pytest.mark.slow
 def test_the_evaluation_loss_of_two_processes_is_that_of_one(as_one, two):
     """Though samples are repeated so that both have full batches."""
     for size in (5, 7, 8):
@@ -184,6 +192,7 @@ def test_the_evaluation_loss_of_two_processes_is_that_of_one(as_one, two):
         assert [found["eval_loss"][size] for found in two[1]] == pytest.approx([alone] * 2, rel=1e-5), size
 
 
+@pytest.mark.slow
 def test_one_process_that_is_told_to_stop_stops_all(two):
     for found in two[1]:
         assert found["signal"]["received"] == signal.SIGTERM
@@ -193,12 +202,14 @@ def test_one_process_that_is_told_to_stop_stops_all(two):
             assert torch.equal(found["after signal"]["weights"][name], tensor), name
 
 
+@pytest.mark.slow
 def test_one_process_that_can_not_write_keeps_the_checkpoint_from_appearing(two):
     for found in two[1]:
         assert "No space left on device" in found["full"]["failure"]
         assert found["full"]["there"] == []
 
 
+@pytest.mark.slow
 def test_a_loss_of_one_process_that_is_not_finite_stops_all(two):
     messages = {found["poisoned"]["message"] for found in two[1]}
     assert len(messages) == 1
