@@ -86,6 +86,8 @@ class VisionTower(nn.Module):
 
     name_or_path: str
     """The folder or hub name that the tower was loaded from, as it was given."""
+    config: PreTrainedConfig
+    """The vision model's configuration."""
     drop_first_patch: bool
     """Whether SigLIP's first patch is left out."""
     image_size: int
@@ -105,6 +107,7 @@ class VisionTower(nn.Module):
         config = load_config(self.model_class, name_or_path, self.config_overrides)
         self.image_transform = ImageTransform(load_image_processor(name_or_path))
         self.image_size = self.input_size(name_or_path, config, self.image_transform)
+        self.config = config
         self.hidden_size = config.hidden_size
         self.drop_first_patch = drop_first_patch
         registers = getattr(config, "num_register_tokens", 0)  # extra tokens after the class token
@@ -117,11 +120,6 @@ class VisionTower(nn.Module):
             "vision tower %s (%s): %d px, %d tokens of %d, %s, frozen",
             *(name_or_path, self.kind, self.image_size, self.num_image_tokens, self.hidden_size, self.model.dtype),
         )
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The configuration of the vision model."""
-        return self.model.config
 
     def train(self, mode: bool = True) -> "VisionTower":
         """Stay in `eval()`, whatever the model around it does: dropout would change the features."""
