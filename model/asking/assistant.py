@@ -19,7 +19,7 @@ from qwen.answering import answer_batch, answer_ids, check_settings, stream_ids
 from qwen.cache import PromptCache
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
 
-from ..language_model import load_tokenizer
+from ..checkpoints.base_models import load_tokenizer
 from ..vision_language_model import VisionLanguageModel
 from .prompt_window import fit_prompt
 

@@ -1,4 +1,4 @@
-"""Which base models a checkpoint needs, and whether those at hand are the same ones, wherever they are stored."""
+"""Load the base language model, and see whether the base models at hand are those that a checkpoint was trained on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from qwen import MultimodalQWenLMHeadModel, QWenLMHeadModel
+from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTokenizer
 from visual.base import VisionTower
 from visual.loading import read_config
 
@@ -110,6 +111,70 @@ def check_bases(
             )
     if differences:
         raise CheckpointError(f"checkpoint {checkpoint.folder} does not fit the base models: {'; '.join(differences)}")
+
+
+# ---- The language model
+
+
+def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWenLMHeadModel:
+    """Load QWen from a hub name or folder, its weights in this dtype.
+
+    Raises:
+        ValueError: if there is no such folder or name, or no complete QWen in it.
+    """
+    read_language_config(name_or_path)  # another model's name is an error before its weights are downloaded
+    try:
+        model: Any = MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
+    except OSError as error:
+        raise _not_found(name_or_path, error) from error
+    return model
+
+
+def load_tokenizer(name_or_path: str) -> QWenTokenizer:
+    """Load QWen's tokenizer from the hub name or folder of the language model.
+
+    Raises:
+        ValueError: if there is no such folder or name, or no vocabulary in it.
+    """
+    try:
+        PreTrainedConfig.get_config_dict(name_or_path)  # a wrong name is another mistake than a missing vocabulary
+        return QWenTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise _not_found(name_or_path, error) from error
+
+
+def read_language_config(name_or_path: str) -> QWenConfig:
+    """Read QWen's configuration from a hub name or folder; no other file is needed.
+
+    Raises:
+        ValueError: if there is no such folder or name, or it is not a QWen's.
+    """
+    base = f"base language model {name_or_path!r}"
+    try:
+        values = PreTrainedConfig.get_config_dict(name_or_path)[0]
+    except (OSError, ValueError) as error:
+        raise _not_found(name_or_path, error) from error
+    if not values:
+        raise ValueError(f"{base}: no config.json in this folder; give a QWen's, or a hub name")
+    if values.get("model_type") != QWenConfig.model_type:
+        raise ValueError(
+            f"{base} has model_type {values.get('model_type')!r}, expected {QWenConfig.model_type!r}: give a QWen of "
+            "the first generation, as Qwen/Qwen-7B-Chat"
+        )
+    try:
+        config: QWenConfig = QWenConfig.from_dict(values)
+    except Exception as error:  # a file's values may be of any type
+        raise ValueError(f"{base}: its config.json can't be used: {' '.join(str(error).split())}") from error
+    return config
+
+
+def _not_found(name: str, error: Exception) -> ValueError:
+    if Path(name).is_dir():
+        return ValueError(f"base language model {name!r}: {error}")
+    return ValueError(
+        f"base language model {name!r} is no local folder, and the hub does not give it: {str(error).rstrip('.')}. "
+        "Give a folder (config.json, weights, qwen.tiktoken), or a name that can be downloaded or is in the cache"
+    )
 
 
 # ---- Fingerprints

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..lora_linear import make_lean
+from ..lora import make_lean
 from .configs import ADAPTER_CONFIG, MULTIMODAL_CONFIG, MultimodalConfig, read_lora_config, read_multimodal_config
 from .tensor_files import (
     CHECKSUMS,

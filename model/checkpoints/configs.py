@@ -135,6 +135,29 @@ def read_multimodal_config(folder: Path) -> MultimodalConfig:
     return MultimodalConfig(**{name: values[name] for name in types})
 
 
+def multimodal_config(model: Any) -> MultimodalConfig:
+    """Describe the base models and the projector of a `VisionLanguageModel`."""
+    tower, config = model.vision_tower, model.qwen.config
+    language, vision = (
+        str(Path(name).absolute()) if Path(name).is_dir() else name
+        for name in (model.base_language_model, tower.name_or_path)
+    )
+    return MultimodalConfig(
+        base_language_model=language,
+        base_value_model=vision,
+        vision_tower=tower.kind,
+        num_image_tokens=tower.num_image_tokens,
+        vision_hidden_size=tower.hidden_size,
+        language_hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        projector_layers=model.projector_layers,
+        **model.fingerprints,
+        drop_first_patch=tower.drop_first_patch,
+        dtype=str(model.dtype).removeprefix("torch."),
+        package_versions=package_versions(),
+    )
+
+
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that matter for a checkpoint."""
     return {name: version(name) for name in _PACKAGES}
