@@ -210,10 +210,11 @@ class ResumePoint(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore the losses since the last logged step."""
+        """Restore the losses since the last logged step; log, evaluate and save at the steps that the flags say."""
         saved, self.saved = self.saved, None
         if saved is None:
             return
+        state.compute_steps(args, state.max_steps)  # Trainer takes those of the checkpoint
         sums, trainer = saved.loss_sums, self.trainer
         mean = sum(sums) / len(sums)
         own = sums[args.process_index] if len(sums) == args.world_size else mean
