@@ -190,11 +190,12 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
 
     def bad_sample_messages(self) -> list[str]:
         """Return what is wrong with each of the samples found bad so far; each message names its sample."""
-        for index in self.bad.indices:
+        indices = self.bad.indices  # once: a data worker may mark another sample at any moment
+        for index in indices:
             if index not in self.bad.messages:  # marked by a data worker, another process, or before resuming
                 try:
                     self._build(index)
                     self.bad.mark(index, f"sample {self.annotations[index].id}: could not be read, but can be now")
                 except (SampleError, ImageError) as error:
                     self.bad.mark(index, str(error))
-        return [*self.bad.unreadable, *(self.bad.messages[index] for index in self.bad.indices)]
+        return [*self.bad.unreadable, *(self.bad.messages[index] for index in indices)]

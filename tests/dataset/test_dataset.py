@@ -271,6 +271,16 @@ def test_a_bad_sample_marked_elsewhere_that_can_be_read_is_said_so(make, images)
     assert dataset.cuts.totals() == (0, 0)
 
 
+def test_a_sample_that_a_worker_marks_while_others_are_listed_is_listed_next_time(make, images, monkeypatch):
+    entries = {str(i): one(images, f"missing {i}.png", i) for i in range(2)}
+    dataset = make(entries, {"0": ASK, "1": ASK}, on_bad_sample="skip", max_bad_fraction=1.0)
+    dataset.bad.mark(0)
+    build = dataset._build
+    monkeypatch.setattr(dataset, "_build", lambda index: (dataset.bad.flags.fill_(1), build(index)))
+    assert [message.split(":")[0] for message in dataset.bad_sample_messages()] == ["sample 0"]
+    assert len(dataset.bad_sample_messages()) == 2
+
+
 def test_too_many_bad_samples_are_found_by_the_check_not_on_opening(make, images):
     entries = {"a": one(images), "b": {"image_file": None, "ID": 1}}
     dataset = make(entries, {"1": TEXT_ONLY}, on_bad_sample="skip", max_bad_fraction=0.4)
