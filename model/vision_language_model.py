@@ -36,9 +36,8 @@ from .checkpoints.checkpoint import (
     load_lora,
     load_projector,
     read_checkpoint,
-    save_checkpoint,
 )
-from .checkpoints.configs import MultimodalConfig, package_versions
+from .checkpoints.saving import MultimodalConfig, package_versions, save_checkpoint
 from .device import pick_device, pick_dtype
 from .language_model import load_language_model
 from .lora import LoraSettings, add_lora, merge_lora
