@@ -212,7 +212,7 @@ class WatchBadSamples(TrainerCallback):
         """Begin the list with what the two files already showed to be bad, and with what a resumed run had found."""
         if args.process_index == 0:
             Path(str(args.output_dir), self.list_name).unlink(missing_ok=True)
-        self._look(args)
+        self.on_step_end(args, state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look for new ones.
@@ -220,17 +220,6 @@ class WatchBadSamples(TrainerCallback):
         Raises:
             TooManyBadSamplesError: if they are too many.
         """
-        self._look(args)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look for new ones in an evaluation set: a loss over what is left of it may mean little.
-
-        Raises:
-            TooManyBadSamplesError: if they are too many.
-        """
-        self._look(args)
-
-    def _look(self, args: TrainingArguments) -> None:
         counts = gather_rows([float(len(self.dataset.bad))], args.device)
         if int(counts.max()) == self._known and bool((counts == counts[0]).all()):
             return
@@ -248,6 +237,8 @@ class WatchBadSamples(TrainerCallback):
             verb = "was" if self._known == 1 else "were"
             logger.warning("%s %s left out so far; see %s", format_count(self._known, "bad sample"), verb, path)
         self.dataset.bad.check(str(path))
+
+    on_evaluate = on_step_end  # a loss over what is left of an evaluation set may mean little
 
     def _append_new(self, path: Path) -> None:
         new = [message for message in self.dataset.bad_sample_messages() if message not in self._listed]
