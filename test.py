@@ -28,9 +28,10 @@ from dataset import SYSTEM_PROMPT, load_image
 from dataset.prompt import with_placeholders
 from model.asking.assistant import Assistant, load_assistant
 from model.asking.batch_answers import answer_questions
-from model.asking.chat import chat
+from model.asking.chat import chat, show
 from model.asking.flags import add_generation_flags, check_flags, explain
-from model.console import OneLineErrors, is_out_of_memory, one_line, set_up_logging, show, use_utf8
+from model.console import OneLineErrors, one_line, set_up_logging, use_utf8
+from model.errors import is_out_of_memory
 from qwen import IMAGE_TOKEN
 
 logger = logging.getLogger("test")

@@ -19,13 +19,13 @@ from transformers import set_seed
 
 from dataset import ImageCaptionDataset, VLMCollator
 from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
-from model.arguments import DataArguments, ModelArguments
+from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arguments
+from model.checkpoints.base_models import load_tokenizer
 from model.checkpoints.checkpoint import read_checkpoint
-from model.command_line import check_previous, is_dry_run, parse_arguments
+from model.checkpoints.previous import check_previous
 from model.console import set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
-from model.language_model import load_tokenizer
 from model.runs.callbacks import WatchBadEvalSamples, WatchBadSamples
 from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity

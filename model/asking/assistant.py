@@ -15,11 +15,12 @@ from torch import Tensor
 
 from dataset.prompt import encode_prompt
 from qwen import QWenTokenizer
-from qwen.answering import answer_batch, answer_ids, check_settings, stream_ids
-from qwen.cache import PromptCache
+from qwen.answering import answer_ids, stream_ids
+from qwen.batch_answering import answer_batch, check_settings
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
+from qwen.prompt_cache import PromptCache
 
-from ..language_model import load_tokenizer
+from ..checkpoints.base_models import load_tokenizer
 from ..vision_language_model import VisionLanguageModel
 from .prompt_window import fit_prompt
 

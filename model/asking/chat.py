@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
 from dataset.prompt import with_placeholders
 from qwen import IMAGE_TOKEN
 
-from ..console import show
 from .assistant import Assistant, Turns
 from .flags import explain
 
@@ -46,3 +46,25 @@ def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
             continue
         if answer:  # a question that was stopped before the first word of its answer counts as not asked
             history.append((question, answer))
+
+
+def show(texts: Iterator[str], *, may_be_stopped: bool = False) -> str:
+    """Print a growing text as it grows, and a line break at its end; returns what was printed.
+
+    With `may_be_stopped`, Ctrl-C ends the text there, and nothing else.
+    """
+    shown = ""
+    try:
+        with contextlib.closing(texts):  # type: ignore[type-var]
+            for text in texts:
+                new, shown = text[len(shown) :], text
+                print(new, end="", flush=True)  # noqa: T201
+    except BaseException as error:
+        if not (may_be_stopped and isinstance(error, KeyboardInterrupt)):
+            if shown:
+                print(flush=True)  # noqa: T201, whatever comes next begins a line
+            raise
+        sys.stderr.write(" [stopped]")
+        sys.stderr.flush()
+    print(flush=True)  # noqa: T201
+    return shown

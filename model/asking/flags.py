@@ -10,8 +10,8 @@ from dataset.prompt import count_placeholders
 from qwen import IMAGE_TOKEN
 from qwen.answering import MOST_EXTREME
 
-from ..console import in_one_line, is_out_of_memory, out_of_memory
 from ..device import parse_dtype, pick_device, pick_dtype
+from ..errors import in_one_line, is_out_of_memory, out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..lora_linear import make_lean
+from qwen import MultimodalQWenLMHeadModel
+from visual.base import VisionTower
+
+from ..lora import make_lean
+from .base_models import comparable
 from .configs import read_lora_config, read_multimodal_config
 from .saving import (
     ADAPTER_CONFIG,
@@ -130,6 +134,62 @@ def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = Fa
             f"checkpoint {folder}: not what was written, by {CHECKSUMS}: {', '.join(wrong)} (damaged, or from another "
             "checkpoint); copy the checkpoint again, or use another one"
         )
+
+
+# ---- Does it fit the base models?
+
+
+def num_projector_layers(checkpoint: Checkpoint) -> int:
+    """Return the checkpoint's number of projector layers; the original project's show it by their weights only."""
+    if checkpoint.config is not None:
+        return checkpoint.config.projector_layers
+    return 2 if any(name.startswith("2.") for name in read_projector(checkpoint.folder)) else 1
+
+
+def check_bases(
+    checkpoint: Checkpoint,
+    tower: VisionTower,
+    language_model: MultimodalQWenLMHeadModel,
+    fingerprints: dict[str, str],
+) -> None:
+    """Check that the base models match the checkpoint; the original project's checkpoints record nothing.
+
+    Args:
+        checkpoint: the checkpoint.
+        tower: the vision tower at hand.
+        language_model: the language model at hand.
+        fingerprints: of both, as `base_fingerprints` gives them.
+
+    Raises:
+        CheckpointError: with every difference.
+    """
+    config = checkpoint.config
+    if config is None:
+        return
+    found = {
+        "vision_tower": tower.kind,
+        "num_image_tokens": tower.num_image_tokens,
+        "vision_hidden_size": tower.hidden_size,
+        "language_hidden_size": language_model.config.hidden_size,
+        "vocab_size": language_model.config.vocab_size,
+    }
+    differences = [
+        f"{name} is {value}, the checkpoint was trained with {getattr(config, name)}"
+        for name, value in found.items()
+        if value != getattr(config, name)
+    ]
+    for name, value in fingerprints.items() if not differences else ():
+        recorded = getattr(config, name)
+        base = "base_value_model" if name.startswith("vision") else "base_language_model"
+        if recorded and not comparable(value, recorded):
+            logger.warning("%s: its %s is of an older kind and is not compared", checkpoint.folder, name)
+        elif recorded and value != recorded:
+            differences.append(
+                f"the weights or settings of --{base} differ from those of {getattr(config, base)}, which it was "
+                "trained on"
+            )
+    if differences:
+        raise CheckpointError(f"checkpoint {checkpoint.folder} does not fit the base models: {'; '.join(differences)}")
 
 
 # ---- Load

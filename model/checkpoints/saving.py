@@ -14,6 +14,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -61,6 +62,29 @@ class MultimodalConfig:
     """Dtype of the frozen weights while training, as in `bfloat16`."""
     package_versions: dict[str, str]
     """Versions of the packages that trained it."""
+
+
+def multimodal_config(model: Any) -> MultimodalConfig:
+    """Describe the base models and the projector of a `VisionLanguageModel`."""
+    tower, config = model.vision_tower, model.qwen.config
+    language, vision = (
+        str(Path(name).absolute()) if Path(name).is_dir() else name
+        for name in (model.base_language_model, tower.name_or_path)
+    )
+    return MultimodalConfig(
+        base_language_model=language,
+        base_value_model=vision,
+        vision_tower=tower.kind,
+        num_image_tokens=tower.num_image_tokens,
+        vision_hidden_size=tower.hidden_size,
+        language_hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        projector_layers=model.projector_layers,
+        **model.fingerprints,
+        drop_first_patch=tower.drop_first_patch,
+        dtype=str(model.dtype).removeprefix("torch."),
+        package_versions=package_versions(),
+    )
 
 
 def package_versions() -> dict[str, str]:

@@ -15,9 +15,9 @@ from dataset import ImageCaptionDataset
 from visual.feature_cache import DTYPES, FeatureCache
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
+from ..checkpoints.base_models import load_tokenizer
 from ..console import set_up_logging
 from ..feature_caching.disk import disk_space, in_gb, pictures_stored
-from ..language_model import load_tokenizer
 from .data_sizes import DataSizes, data_sizes
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_memory
 from .planned_model import largest, planned_model, settings_to_show

@@ -32,7 +32,7 @@ from transformers import TrainingArguments
 import train
 from dataset import ImageCaptionDataset, VLMCollator
 from model import VisionLanguageModel
-from model.command_line import parse_arguments
+from model.arguments import parse_arguments
 from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
 
 PUBLISHED = shlex.split(
