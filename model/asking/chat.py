@@ -1,4 +1,4 @@
-"""A chat about images on the terminal."""
+"""The terminal: a chat about images, answers that grow, and one line about an error."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 from dataset.prompt import with_placeholders
 from qwen import IMAGE_TOKEN
 
+from ..errors import in_one_line, is_out_of_memory, out_of_memory
 from .assistant import Assistant, Turns
-from .flags import explain
 
 logger = logging.getLogger(__name__)
 
@@ -68,3 +68,20 @@ def show(texts: Iterator[str], *, may_be_stopped: bool = False) -> str:
         sys.stderr.flush()
     print(flush=True)  # noqa: T201
     return shown
+
+
+def explain(error: Exception) -> str:
+    """Return one line about an error, with advice where memory ran out.
+
+    Raises:
+        Exception: the error itself, if it is one of this program's own.
+    """
+    if is_out_of_memory(error):
+        return out_of_memory(
+            error,
+            "give fewer images and shorter questions, lower --max_new_tokens or --batch_size, load half the bytes with "
+            "--dtype bfloat16, or use --device cpu",
+        )
+    if isinstance(error, (ValueError, OSError)):
+        return in_one_line(error)
+    raise error
