@@ -101,19 +101,15 @@ def check_image_name(name: str) -> str | None:
 
 
 def resolve_image_path(root: str | os.PathLike[str], name: str, allow_links: bool = False) -> Path:
-    """Join an image folder and a name from an annotation file, never leaving the folder.
+    """Join an image folder and a name from an annotation file, never leaving the folder; the file may be missing.
 
     Args:
         root: the image folder; it may itself be a link.
         name: the image's name relative to `root`.
         allow_links: also accept links that lead out of `root`.
 
-    Returns:
-        `root/name`. The file may be missing; `load_image` says so.
-
     Raises:
-        ImageError: the name is empty, absolute or climbs out of `root`, or a link in it resolves outside the real
-            `root` and `allow_links` is not set.
+        ImageError: the name is empty, absolute or climbs out of `root`, or a link in it does, unless that is allowed.
     """
     reason = check_image_name(name)
     if reason:
@@ -131,13 +127,7 @@ def resolve_image_path(root: str | os.PathLike[str], name: str, allow_links: boo
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Open a picture completely and convert it to RGB; the module's docstring says how.
-
-    Args:
-        path: the file; its extension does not matter.
-
-    Returns:
-        A loaded `PIL.Image` of mode "RGB", holding no open file.
+    """Open a picture completely and convert it to RGB; the module's docstring says how. No file stays open.
 
     Raises:
         ImageError: the file is missing, a directory or no regular file, empty, unreadable, not a picture of a known

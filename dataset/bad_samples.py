@@ -47,11 +47,7 @@ class BadSamples:
         return self.flags.nonzero().flatten().tolist()
 
     def check(self, where: str | None) -> None:
-        """Refuse more bad samples than are allowed.
-
-        Args:
-            where: the file that lists them; None: there is none, and the first unreadable one is named.
-        """
+        """Refuse more bad samples than are allowed, naming the file that lists them, or the first unreadable one."""
         total = len(self.flags) + len(self.unreadable)
         if len(self) > self.max_fraction * total:
             which = f"{where} lists them" if where else f"the first: {self.unreadable[0]}"

@@ -119,7 +119,6 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         """Return the sample at a position; one token without a label in place of a bad one that is skipped.
 
         Raises:
-            IndexError: there is no such position.
             SampleError: its questions leave no room for an answer; the message names its ID.
             ImageError: an image of it cannot be used; the message names its ID and the file.
         """

@@ -251,7 +251,8 @@ class Resumed(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore the losses since the last logged step."""
+        """Restore the losses since the last logged step; log, evaluate and save at the steps that the flags say."""
+        state.compute_steps(args, state.max_steps)  # Trainer takes those of the checkpoint
         sums, trainer = self.saved.loss_sums, self.trainer
         mean = sum(sums) / len(sums)
         own = sums[args.process_index] if len(sums) == args.world_size else mean
