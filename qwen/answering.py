@@ -1,4 +1,4 @@
-"""Answers to one prompt, at once or while they grow (many prompts: `batch_answering.py`), and the one loop of tokens.
+"""Answers to one prompt, and the one loop of tokens, which `streaming.py` and `batch_answering.py` use too.
 
 Settings (temperature, top_p, repetition penalty, …) work as in transformers: its `generate` makes them logits
 processors and stopping criteria, and calls `decode` with them. The tokens are those that `generate` draws itself.
@@ -10,10 +10,9 @@ vocabulary, D the model's width.
 
 from __future__ import annotations
 
-import codecs
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ def answer_ids(
     Raises:
         ValueError: if `input_ids` is not one row, or for settings that can't be used.
     """
-    _check_one_row(input_ids)
+    check_one_row(input_ids)
     config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
     if (config.num_beams or 1) > 1:
         input_ids = input_ids.to(model.device)
@@ -69,58 +68,8 @@ def answer_ids(
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **inputs)
         new_ids = output[0, input_ids.shape[1] :].tolist()
     else:
-        new_ids = list(_new_tokens(model, input_ids, config, inputs, prompt_cache))
+        new_ids = list(new_tokens(model, input_ids, config, inputs, prompt_cache))
     return str(tokenizer.decode(trim_answer(new_ids, config.eos_token_id)))
-
-
-def stream_ids(
-    model: Any,
-    tokenizer: QWenTokenizer,
-    input_ids: Tensor,
-    generation_config: GenerationConfig | None = None,
-    *,
-    prompt_cache: PromptCache | None = None,
-    loop: TokenLoop | None = None,
-    **kwargs: Any,
-) -> Iterator[str]:
-    """Answer a prompt as `answer_ids` does, which see for the arguments, and show the answer while it grows.
-
-    Tokens are drawn only while the iterator is used: closing or dropping it ends the answer.
-
-    Args:
-        loop: what draws the tokens, `decode` (the default) or `sampling_loop.library_decode`.
-
-    Returns:
-        An iterator of the whole text so far, longer each time; the last is what `answer_ids` gives (an empty answer
-        is given too). A character is held back until all its bytes are there.
-
-    Raises:
-        ValueError: as for `answer_ids`, and if beams are asked for: their text is not known before the end.
-    """
-    _check_one_row(input_ids)
-    config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
-    if (config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams is {config.num_beams}: beams can't be streamed; use 1, or ask without streaming")
-    tokens = _new_tokens(model, input_ids, config, inputs, prompt_cache, loop)
-    return decode_growing(tokenizer, itertools.takewhile(lambda token: token not in config.eos_token_id, tokens))
-
-
-def decode_growing(tokenizer: QWenTokenizer, token_ids: Iterable[int]) -> Iterator[str]:
-    """Yield the whole text so far, whenever it has grown, and at the end if nothing was given yet.
-
-    Bytes that may still become a character are held back; the last text is `tokenizer.decode` of all ids.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
-    text = ""
-    for index in token_ids:
-        token = tokenizer.convert_ids_to_tokens(index)
-        new = decoder.decode(token if isinstance(token, bytes) else token.encode())
-        if new:
-            text += new
-            yield text
-    rest = decoder.decode(b"", final=True)
-    if rest or not text:
-        yield text + rest
 
 
 # ---- Settings
@@ -170,7 +119,8 @@ def complete_settings(
     return config, inputs
 
 
-def _check_one_row(input_ids: Tensor) -> None:
+def check_one_row(input_ids: Tensor) -> None:
+    """Refuse anything but one prompt."""
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected one prompt: (1, T) with T at least 1")
 
@@ -178,7 +128,7 @@ def _check_one_row(input_ids: Tensor) -> None:
 # ---- Tokens
 
 
-def _new_tokens(
+def new_tokens(
     model: Any,
     input_ids: Tensor,
     config: GenerationConfig,

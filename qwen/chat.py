@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .answering import answer_ids, decode, merge_settings, stream_ids
+from .answering import answer_ids, decode, merge_settings
 from .chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, make_context
 from .modeling_qwen import QWenLMHeadModel
 from .sampling_loop import library_decode
+from .streaming import stream_ids
 from .tokenization_qwen import QWenTokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from dataset.prompt import encode_prompt
 from qwen import QWenTokenizer
-from qwen.answering import MOST_EXTREME, answer_ids, stream_ids
+from qwen.answering import MOST_EXTREME, answer_ids
 from qwen.batch_answering import answer_batch, check_settings
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
 from qwen.prompt_cache import PromptCache
+from qwen.streaming import stream_ids
 
 from ..checkpoints.base_models import load_tokenizer
 from ..device import parse_dtype, pick_device, pick_dtype
