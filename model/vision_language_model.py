@@ -22,17 +22,10 @@ from qwen.loss import head_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
 
-from .checkpoints.base_models import (
-    base_fingerprints,
-    base_models,
-    check_bases,
-    drops_first_patch,
-    load_language_model,
-    num_projector_layers,
-)
-from .checkpoints.checkpoint import load_lora, load_projector, read_checkpoint, save_checkpoint
-from .checkpoints.configs import multimodal_config
+from .checkpoints.base_models import base_fingerprints, base_models, drops_first_patch, load_language_model
+from .checkpoints.checkpoint import check_bases, load_lora, load_projector, num_projector_layers, read_checkpoint
 from .checkpoints.previous import restore_weights
+from .checkpoints.saving import multimodal_config, save_checkpoint
 from .device import pick_device, pick_dtype
 from .lora import LoraSettings, add_lora, merge_lora
 from .projector import build_projector

@@ -1,4 +1,4 @@
-"""Load the base language model, and see whether the base models at hand are those that a checkpoint was trained on."""
+"""Name the base models, load the language model, and take fingerprints that tell whether two models are the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTok
 from visual.base import VisionTower
 from visual.loading import read_config
 
-from .checkpoint import Checkpoint, read_projector
 from .tensor_files import CheckpointError, map_tensors, reading
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -58,59 +60,6 @@ def drops_first_patch(checkpoint: Checkpoint | None, vision_name: str) -> bool:
         return False
     is_siglip = str(read_config(vision_name).get("model_type")).startswith("siglip")
     return is_siglip and (checkpoint.config is None or checkpoint.config.drop_first_patch)
-
-
-def num_projector_layers(checkpoint: Checkpoint) -> int:
-    """Return the checkpoint's number of projector layers; the original project's show it by their weights only."""
-    if checkpoint.config is not None:
-        return checkpoint.config.projector_layers
-    return 2 if any(name.startswith("2.") for name in read_projector(checkpoint.folder)) else 1
-
-
-def check_bases(
-    checkpoint: Checkpoint,
-    tower: VisionTower,
-    language_model: MultimodalQWenLMHeadModel,
-    fingerprints: dict[str, str],
-) -> None:
-    """Check that the base models match the checkpoint; the original project's checkpoints record nothing.
-
-    Args:
-        checkpoint: the checkpoint.
-        tower: the vision tower at hand.
-        language_model: the language model at hand.
-        fingerprints: of both, as `base_fingerprints` gives them.
-
-    Raises:
-        CheckpointError: with every difference.
-    """
-    config = checkpoint.config
-    if config is None:
-        return
-    found = {
-        "vision_tower": tower.kind,
-        "num_image_tokens": tower.num_image_tokens,
-        "vision_hidden_size": tower.hidden_size,
-        "language_hidden_size": language_model.config.hidden_size,
-        "vocab_size": language_model.config.vocab_size,
-    }
-    differences = [
-        f"{name} is {value}, the checkpoint was trained with {getattr(config, name)}"
-        for name, value in found.items()
-        if value != getattr(config, name)
-    ]
-    for name, value in fingerprints.items() if not differences else ():
-        recorded = getattr(config, name)
-        base = "base_value_model" if name.startswith("vision") else "base_language_model"
-        if recorded and not comparable(value, recorded):
-            logger.warning("%s: its %s is of an older kind and is not compared", checkpoint.folder, name)
-        elif recorded and value != recorded:
-            differences.append(
-                f"the weights or settings of --{base} differ from those of {getattr(config, base)}, which it was "
-                "trained on"
-            )
-    if differences:
-        raise CheckpointError(f"checkpoint {checkpoint.folder} does not fit the base models: {'; '.join(differences)}")
 
 
 # ---- The language model

@@ -8,8 +8,15 @@ from typing import Any
 
 from ..arguments import ModelArguments
 from ..lora import LoraSettings
-from .base_models import check_bases, num_projector_layers
-from .checkpoint import Checkpoint, CheckpointError, load_adapter_weights, load_projector, read_checkpoint
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_bases,
+    load_adapter_weights,
+    load_projector,
+    num_projector_layers,
+    read_checkpoint,
+)
 
 
 def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:

@@ -12,8 +12,8 @@ from qwen.loss import CHUNK_LOGITS
 from visual import TowerShape, read_tower_shape
 
 from ..arguments import ModelArguments, VLMTrainingArguments
-from ..checkpoints.base_models import drops_first_patch, num_projector_layers, read_language_config
-from ..checkpoints.checkpoint import read_checkpoint
+from ..checkpoints.base_models import drops_first_patch, read_language_config
+from ..checkpoints.checkpoint import num_projector_layers, read_checkpoint
 from ..checkpoints.previous import check_previous
 from ..lora import LoraSettings, check_targets
 from ..projector import build_projector

@@ -28,7 +28,7 @@ from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
 
 from ..arguments import VLMTrainingArguments
-from ..runs.collectives import gather_objects
+from ..runs.callbacks import gather_objects
 from ..runs.data_workers import with_calm_workers
 from ..vision_language_model import VisionLanguageModel
 from .disk import lack_of_space
