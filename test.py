@@ -18,19 +18,19 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 from transformers import set_seed
 
-from dataprocess.image_io import ImageError, pictures_in
+from dataprocess.image_io import pictures_in
 from dataset import SYSTEM_PROMPT, load_image
 from dataset.prompt import with_placeholders
-from model.asking.assistant import Assistant, load_assistant
+from model.asking.assistant import Assistant, add_generation_flags, check_flags, load_assistant
 from model.asking.batch_answers import answer_questions
-from model.asking.chat import chat
-from model.asking.flags import add_generation_flags, check_flags, explain
-from model.console import OneLineErrors, is_out_of_memory, one_line, set_up_logging, show, use_utf8
+from model.asking.chat import chat, explain, show
+from model.asking.folder import ask_about_each, check_folder
+from model.console import OneLineErrors, set_up_logging, use_utf8
+from model.errors import is_out_of_memory
 from qwen import IMAGE_TOKEN
 
 logger = logging.getLogger("test")
@@ -60,7 +60,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:0, …; default: a GPU if there is one")
     add("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on CUDA, float32 on CPU")
     add_generation_flags(parser)
-    return check_flags(parser.parse_args(argv))
+    args = check_flags(parser.parse_args(argv))
+    if args.folder is not None:
+        check_folder(args)
+    return args
 
 
 def ask_once(assistant: Assistant, prompt: str, images: Sequence[Image.Image], stream: bool) -> None:
@@ -70,22 +73,6 @@ def ask_once(assistant: Assistant, prompt: str, images: Sequence[Image.Image], s
         show(assistant.stream(prompt, features))
     else:
         print(assistant.answer(prompt, features))
-
-
-def ask_about_each(assistant: Assistant, prompt: str, paths: Sequence[Path], seed: int) -> int:
-    """Print `name<TAB>answer` for every picture; return the number of pictures that can't be read."""
-    failed = 0
-    for path in paths:
-        name = one_line(path.name)
-        try:
-            features = assistant.features([load_image(path)])
-        except ImageError as error:
-            logger.error("test.py: %s", error)
-            failed += 1
-            continue
-        set_seed(seed)  # a sampled answer does not depend on the pictures before
-        print(f"{name}\t{one_line(assistant.answer(prompt, features, name))}", flush=True)
-    return failed
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,19 +19,18 @@ from transformers import set_seed
 
 from dataset import ImageCaptionDataset, VLMCollator
 from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
-from model.arguments import DataArguments, ModelArguments
+from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arguments
+from model.checkpoints.base_models import load_tokenizer
 from model.checkpoints.checkpoint import read_checkpoint
-from model.command_line import check_previous, is_dry_run, parse_arguments
+from model.checkpoints.previous import check_previous
 from model.console import set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
-from model.language_model import load_tokenizer
 from model.runs.callbacks import WatchBadEvalSamples, WatchBadSamples
 from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity
-from model.runs.resuming import checkpoint_to_resume, files_in_the_way
-from model.runs.run_folder import hold_run_folder, run_config
-from model.runs.run_state import check_identity
+from model.runs.resuming import check_identity, checkpoint_to_resume
+from model.runs.run_folder import files_in_the_way, hold_run_folder, run_config
 from qwen import QWenTokenizer
 
 
@@ -96,7 +95,7 @@ def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack | None = None)
     # One run, one folder: take it, and find the checkpoint to resume from, or an old run to overwrite.
     if lock is not None:
         lock.enter_context(hold_run_folder(args))
-    resume = checkpoint_to_resume(args)
+    resume = checkpoint_to_resume(args) if args.resume_from_checkpoint is not None else None
     old_files = files_in_the_way(args, resume)
 
     # Put tower, projector and language model together; the seed decides the first weights of what is trained.

@@ -19,6 +19,7 @@ _ALI = ("ali_image_path", "ali_image_path_label_file")
 _COCO = ("coco_image_path", "coco_image_path_label_file1", "coco_image_path_label_file2")
 _OUTPUTS = ("output_image_map", "output_captions")
 _LLAVA = ("image_path", "label_file")
+Kind = Literal["ai_challenger", "llava"]
 KNOWN_KEYS = (*_ALI, *_COCO, "llava_sources", "seed", *_OUTPUTS)
 
 
@@ -28,7 +29,7 @@ class Source:
 
     name: str
     """Unique in a configuration: ai_challenger, coco_1, coco_2, llava_1, llava_2, …"""
-    kind: Literal["ai_challenger", "llava"]
+    kind: Kind
     """The file's format."""
     image_path: str
     """Absolute folder of the photos, without a trailing slash."""
@@ -62,16 +63,12 @@ def load_config(path: Path, need_images: bool = False) -> Config:
         path: a YAML file; relative paths in it start from its folder.
         need_images: the image folders must exist (otherwise they are only named in the output).
 
-    Returns:
-        The configuration with absolute paths.
-
     Raises:
         DataError: the file cannot be read or is not YAML, or it has problems, all of which are named.
     """
     values = _read_yaml(path)
     checker = _Checker(Path(os.path.abspath(path)).parent, need_images)  # noqa: PTH100 - keeps links
-    checker.check_keys(values, KNOWN_KEYS)
-    values = _without_empty(values)
+    values = checker.check_keys(values, KNOWN_KEYS)
     sources = checker.sources(values)
     if not sources and not checker.problems:
         checker.problems.append(f"no source: give {' and '.join(_ALI)}, or the coco_ keys, or llava_sources")
@@ -95,12 +92,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                key = key_node.value
-                if key in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {key!r} is repeated", problem_mark=key_node.start_mark)
-                seen.add(key)
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is repeated", problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -123,11 +118,6 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return values
 
 
-def _without_empty(values: dict[Any, Any]) -> dict[Any, Any]:
-    """Drop keys without a value (`key:`), which are as good as absent."""
-    return {key: value for key, value in values.items() if value is not None and value != ""}
-
-
 class _Checker:
     """Collects problems instead of stopping at the first."""
 
@@ -136,11 +126,13 @@ class _Checker:
         self.need_images = need_images
         self.problems: list[str] = []
 
-    def check_keys(self, values: dict[Any, Any], known: tuple[str, ...], where: str = "") -> None:
+    def check_keys(self, values: dict[Any, Any], known: tuple[str, ...], where: str = "") -> dict[Any, Any]:
+        """Return the values without empty ones (`key:`), which are as good as absent."""
         for key in values:
             if key not in known:
                 nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
                 self.problems.append(f"{where}unknown key {shorten(key)}: did you mean {nearest}?")
+        return {key: value for key, value in values.items() if value is not None and value != ""}
 
     def path(self, values: dict[Any, Any], key: str, where: str = "") -> Path | None:
         """Return the absolute path that a key names; None if the key is absent or its value is a problem."""
@@ -175,20 +167,14 @@ class _Checker:
         for number, entry in enumerate(entries, 1):
             where = f"llava_sources, entry {number}: "
             if isinstance(entry, dict) and entry:
-                self.check_keys(entry, _LLAVA, where)
-                found.append(self.source(f"llava_{number}", "llava", _without_empty(entry), *_LLAVA, where))
+                values = self.check_keys(entry, _LLAVA, where)
+                found.append(self.source(f"llava_{number}", "llava", values, *_LLAVA, where))
             else:
                 self.problems.append(f"{where}must hold image_path and label_file, got {shorten(entry)}")
         return [source for source in found if source]
 
     def source(
-        self,
-        name: str,
-        kind: Literal["ai_challenger", "llava"],
-        values: dict[Any, Any],
-        image_key: str,
-        label_key: str,
-        where: str = "",
+        self, name: str, kind: Kind, values: dict[Any, Any], image_key: str, label_key: str, where: str = ""
     ) -> Source | None:
         for key, other in ((image_key, label_key), (label_key, image_key)):
             if key not in values:

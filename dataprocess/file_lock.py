@@ -18,7 +18,6 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _held: set[int] = set()
 """Descriptors of the locks of this process."""
 
@@ -42,56 +41,51 @@ def hold(path: Path) -> Iterator[None]:
         OSError: if the lock can't be created.
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
-    descriptor = _lock(path, lock)
+    while (descriptor := _lock(path, lock)) is None:
+        pass  # its holder has deleted it between the opening and the locking
     _held.add(descriptor)
     try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         if descriptor in _held:  # not so in a forked process that leaves the block
             _held.remove(descriptor)
             with contextlib.suppress(OSError):
-                lock.unlink()  # while it is held, so that a process that waits for it notices, see `_lock`
+                lock.unlink()  # while it is held, so that a process that waits for it notices
             os.close(descriptor)
 
 
-def _lock(path: Path, lock: Path) -> int:
-    """Create the lock file and lock it; return its descriptor."""
+def _lock(path: Path, lock: Path) -> int | None:
+    """Create the lock file and lock it; return its descriptor, or None if the file was deleted meanwhile."""
     # O_NONBLOCK: opening a pipe would wait for a reader.
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    while True:
-        try:
-            descriptor = os.open(lock, flags, 0o666)
-        except OSError as error:
-            if lock.is_symlink():
-                raise FileLockError(f"{lock}: a link where the lock of {path} belongs; delete it") from error
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise FileLockError(f"{lock}: no regular file, but the lock of {path} belongs there; delete it")
-            _flock(path, descriptor)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), lock.stat()):
-                    os.ftruncate(descriptor, 0)
-                    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its holder has deleted it between the opening and the locking
-
-
-def _flock(path: Path, descriptor: int) -> None:
     try:
-        if fcntl is None:
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-        raise FileLockError(f"{path}: {holder} is writing to it; wait until it has ended, or stop it") from error
+        descriptor = os.open(lock, flags, 0o666)
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        logger.warning("%s: no locks here (%s); make sure that no other process writes to it", path, error.strerror)
+        if lock.is_symlink():
+            raise FileLockError(f"{lock}: a link where the lock of {path} belongs; delete it") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileLockError(f"{lock}: no regular file, but the lock of {path} belongs there; delete it")
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            raise FileLockError(f"{path}: {holder} is writing to it; wait until it has ended, or stop it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            logger.warning("%s: no locks here (%s); make sure that no other process writes to it", path, error.strerror)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                stack.pop_all()
+                return descriptor
+    return None
 
 
 def _forget_locks() -> None:

@@ -1,7 +1,6 @@
 """Find and open image files: the one place that decides which files are pictures and what they look like.
 
-Training, answering and data preparation (`process_image.py --check_images`) all open pictures here, so what was
-checked is what is trained on. Only Pillow and numpy are imported.
+Training, answering and `process_image.py --check_images` all open pictures here, so they all see the same.
 
 Every picture becomes 8-bit RGB, as a person would see it in a viewer:
 
@@ -26,8 +25,9 @@ import stat
 import warnings
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from .deep_grey import deep_grey_to_rgb
 
 MAX_PIXELS = 100_000_000
 """Pixels of the largest picture accepted (10,000 × 10,000): opening it takes about a gigabyte."""
@@ -75,11 +75,7 @@ def _known_formats() -> tuple[str, ...]:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Return the files of a folder whose extension is that of a picture, sorted by name.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """Return the files of a folder whose extension is that of a picture, by name; refuse a folder without any."""
     formats = _known_formats()  # first, because it makes Pillow register the extensions
     known = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
@@ -89,46 +85,34 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def check_image_name(name: str) -> str | None:
-    """Check an image name without touching the disk.
-
-    Args:
-        name: the name in an annotation file, relative to the image folder.
-
-    Returns:
-        None if the name stays inside its folder, else the short reason why it is refused.
-    """
+    """Return why a name from an annotation file is refused, or None if it stays inside its folder; no disk is used."""
     if not name:
         return "empty image name"
     if "\0" in name:
         return "image name holds a NUL character"
     if name.startswith(("/", "\\")) or (name[1:2] == ":" and name[2:3] in ("/", "\\") and name[0].isalpha()):
         return "image name is absolute"
-    if ".." in name:
-        depth = 0
-        for part in name.replace("\\", "/").split("/"):
-            depth += -1 if part == ".." else part not in ("", ".")
-            if depth < 0:
-                return "image name leads out of its folder"
+    depth = 0
+    for part in name.replace("\\", "/").split("/"):
+        depth += -1 if part == ".." else part not in ("", ".")
+        if depth < 0:
+            return "image name leads out of its folder"
     return None
 
 
 def resolve_image_path(root: str | os.PathLike[str], name: str, allow_links: bool = False) -> Path:
-    """Join an image folder and a name from an annotation file, never leaving the folder.
+    """Join an image folder and a name from an annotation file, never leaving the folder; the file may be missing.
 
     Args:
         root: the image folder; it may itself be a link.
         name: the image's name relative to `root`.
         allow_links: also accept links that lead out of `root`.
 
-    Returns:
-        `root/name`. The file may be missing; `load_image` says so.
-
     Raises:
-        ImageError: the name is empty, absolute or climbs out of `root`, or a link in it resolves outside the real
-            `root` and `allow_links` is not set.
+        ImageError: the name is empty, absolute or climbs out of `root`, or a link in it does, unless that is allowed.
     """
     reason = check_image_name(name)
-    if reason is not None:
+    if reason:
         raise _error(name, reason, f"it must be inside {os.fspath(root)!r}")
     path = Path(root, name)
     if not allow_links:
@@ -143,13 +127,7 @@ def resolve_image_path(root: str | os.PathLike[str], name: str, allow_links: boo
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Open a picture completely and convert it to RGB; the module's docstring says how.
-
-    Args:
-        path: the file; its extension does not matter.
-
-    Returns:
-        A loaded `PIL.Image` of mode "RGB", holding no open file.
+    """Open a picture completely and convert it to RGB; the module's docstring says how. No file stays open.
 
     Raises:
         ImageError: the file is missing, a directory or no regular file, empty, unreadable, not a picture of a known
@@ -164,14 +142,13 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
                 raise Image.DecompressionBombError(f"{width} × {height} pixels")
             image.load()
             return _turn_upright(_to_rgb(image), image)
-    except Image.DecompressionBombError as exc:
-        raise _error(path, "image too large", f"{exc}; at most {MAX_PIXELS:,} pixels are accepted") from None
+    except (Image.DecompressionBombError, MemoryError) as exc:
+        problem = str(exc) or "not enough memory to decode it"
+        raise _error(path, "image too large", f"{problem}; at most {MAX_PIXELS:,} pixels are accepted") from None
     except UnidentifiedImageError:
         raise _error(path, "not an image", f"none of {', '.join(_known_formats())}") from None
     except PermissionError as exc:
         raise _error(path, "unreadable", exc.strerror or str(exc)) from None
-    except MemoryError:
-        raise _error(path, "image too large", "not enough memory to decode it") from None
     except ImageError:
         raise
     except Exception as exc:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
@@ -198,9 +175,8 @@ def _check_file(path: str) -> None:
 def _read_jpeg(path: str) -> io.BytesIO | None:
     """Read a JPEG file so that missing data are an error; return None for other formats.
 
-    If the end marker comes too early, libjpeg fills the rest of the picture with grey, and Pillow hides its warning.
-    Without the marker, Pillow calls the file cut short unless it has decoded all rows. The zeros that replace the
-    marker are for the decoder, which looks some bits ahead at the end of a whole picture too.
+    If the end marker comes too early, libjpeg fills the rest of the picture with grey. Without the marker, Pillow calls
+    the file cut short unless it has decoded all rows. The zeros in its place are for the decoder, which looks ahead.
     """
     with open(path, "rb") as file:  # noqa: PTH123
         if file.read(3) != b"\xff\xd8\xff":
@@ -220,29 +196,12 @@ def _read_jpeg(path: str) -> io.BytesIO | None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey_to_rgb(image)
+        return deep_grey_to_rgb(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
         return white.convert("RGB")
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
-
-
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)  # (H, W), integers or floats
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not finite")
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "I" and image.format == "TIFF" and low >= 0 and high <= 255:  # elsewhere "I" means 16 bits
-        grey = values.astype(np.uint8)
-    elif image.mode != "F" and low >= 0 and high <= 65535:
-        grey = np.rint(np.arange(65536) * (255 / 65535)).astype(np.uint8)[values]
-    else:
-        grey = np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # PNG: the grey level that stands for "nothing here"
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
 
 
 def _turn_upright(rgb: Image.Image, source: Image.Image) -> Image.Image:

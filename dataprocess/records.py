@@ -44,14 +44,11 @@ class Sample:
 
 
 def check_text(value: object, what: str) -> str:
-    """Check that a value is text that can be trained on and written as UTF-8.
+    """Return a value if it is text that can be trained on and written as UTF-8.
 
     Args:
         value: the value in the annotation file.
         what: its name in the reason, such as "caption".
-
-    Returns:
-        The value, unchanged.
 
     Raises:
         RecordError: it is not text, is empty or blank, or holds half of a surrogate pair.
@@ -68,14 +65,9 @@ def check_text(value: object, what: str) -> str:
 
 
 def check_image(value: object) -> str:
-    """Check that a value names a file inside its image folder. The disk is not touched.
-
-    Raises:
-        RecordError: it is not text, or not a name that stays inside the folder.
-    """
+    """Return a value if it is a name that stays inside its image folder; the disk is not touched."""
     name = check_text(value, "image name")
-    problem = check_image_name(name)
-    if problem is not None:
+    if problem := check_image_name(name):
         raise RecordError(problem, shorten(name))
     return name
 
@@ -139,9 +131,6 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-_BLANK = re.compile(r"[ \t\n\r]*")
-
-
 def _array_elements(text: str) -> Iterator[Record]:
     repeated: list[str] = []
 
@@ -151,9 +140,11 @@ def _array_elements(text: str) -> Iterator[Record]:
             repeated.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
         return fields
 
+    not_blank = re.compile(r"[^ \t\n\r]")
+
     def skip_blanks(position: int) -> int:
-        match = _BLANK.match(text, position)
-        return match.end() if match else position
+        match = not_blank.search(text, position)
+        return match.start() if match else len(text)
 
     decode = json.JSONDecoder(object_pairs_hook=to_dict).raw_decode
     at = skip_blanks(0)

@@ -72,14 +72,7 @@ class Outputs:
     num_samples: int = 0
 
     def write(self, record: Record, sample_id: int, outcome: Sample | RecordError, counts: Counts) -> None:
-        """Write the sample made of a record, or the reason why there is none, and count it.
-
-        Args:
-            record: the record.
-            sample_id: an ID for the sample, unique over all sources.
-            outcome: the sample or the reason; alternatives that the sample leaves out are listed too.
-            counts: the counts of the record's source.
-        """
+        """Write the sample made of a record under an ID unique over all sources, or why there is none, and count it."""
         source = counts.source
         counts.records += 1
         if isinstance(outcome, RecordError):
@@ -88,18 +81,15 @@ class Outputs:
             return
         counts.samples += 1
         counts.images.update(outcome.images)
-        self._add(source, record, sample_id, outcome)
         for position, error in outcome.left_out:
             counts.left_out[error.reason] += 1
             self._reject(source, record, error, position)
-
-    def _add(self, source: Source, record: Record, sample_id: int, sample: Sample) -> None:
-        images = sample.images
+        images = outcome.images
         image_file: Any = None if not images else images[0] if len(images) == 1 else images
         # Source and record make the key unique; the file's name is there for people who search.
         key = f"{source.name}/{record.index:06d}" + (f"/{images[0][-100:]}" if images else "")
         entry = {"image_file": image_file, "ID": sample_id, "path": source.image_path}
-        turns: list[dict[str, Any]] = [{"q": question, "a": answer} for question, answer in sample.turns]
+        turns: list[dict[str, Any]] = [{"q": question, "a": answer} for question, answer in outcome.turns]
         caption = turns[0] if len(turns) == 1 else {"turns": turns}
         start = ",\n" if self.num_samples else "{\n"
         self.image_map.write(f"{start}{_encode(key)}: {_encode(entry)}".encode())
@@ -168,7 +158,7 @@ def _new_file(path: Path) -> Iterator[_NewFile]:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn an error while an output is written into a message that names the output."""
+    """Name the output in an error while it is written."""
     try:
         yield
     except FileLockError as exc:

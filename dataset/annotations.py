@@ -9,7 +9,6 @@ Files of the original project are read too: they call the first field `iamge_fil
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 import json
 import logging
@@ -17,7 +16,6 @@ import os
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,8 +33,7 @@ logger = logging.getLogger(__name__)
 _MAX_ERRORS_SHOWN = 3
 _abridged = reprlib.Repr()
 _abridged.maxstring = _abridged.maxother = 100
-_short = _abridged.repr
-"""Format a value for a message, which a key of a megabyte must not fill."""
+_short = _abridged.repr  # a value as messages show it: a key of a megabyte must not fill them
 
 
 @dataclass(frozen=True)
@@ -90,27 +87,26 @@ class Annotations:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         packed, ends, self.errors = bytearray(), [0], []
         digest = hashlib.sha256()
-        with _garbage_collection_paused():
-            entries, captions = _read_object(image_map), _read_object(captions_file)
-            if not entries:
-                raise ValueError(f"{image_map} holds no samples; prepare the data with dataprocess/process_image.py")
-            find_folder = _folder_finder(Path(image_map), need_folders)
-            encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for each sample
-            key_of_id: dict[int, str] = {}
-            for key, entry in islice(entries.items(), max_samples):
-                try:
-                    sample = _parse_entry(key, entry, captions, find_folder)
-                    if sample.id in key_of_id:
-                        keys = f"{_short(key_of_id[sample.id])} and {_short(key)}"
-                        raise SampleError(f"sample {sample.id}: {keys} both have this ID")
-                except SampleError as error:
-                    self.errors.append(str(error))
-                    continue
-                key_of_id[sample.id] = key
-                digest.update(repr((sample.id, sample.image_files, sample.turns)).encode("utf-8", "surrogatepass"))
-                record = [sample.id, sample.image_folder, sample.image_files, sample.turns]
-                packed += encode(record).encode("utf-8", "surrogatepass")
-                ends.append(len(packed))
+        entries, captions = read_object(image_map), read_object(captions_file)
+        if not entries:
+            raise ValueError(f"{image_map} holds no samples; prepare the data with dataprocess/process_image.py")
+        folder_of = functools.cache(functools.partial(find_folder, Path(image_map), need_folders))
+        encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for each sample
+        key_of_id: dict[int, str] = {}
+        for key, entry in islice(entries.items(), max_samples):
+            try:
+                sample = _parse_entry(key, entry, captions, folder_of)
+                if sample.id in key_of_id:
+                    keys = f"{_short(key_of_id[sample.id])} and {_short(key)}"
+                    raise SampleError(f"sample {sample.id}: {keys} both have this ID")
+            except SampleError as error:
+                self.errors.append(str(error))
+                continue
+            key_of_id[sample.id] = key
+            digest.update(repr((sample.id, sample.image_files, sample.turns)).encode("utf-8", "surrogatepass"))
+            record = [sample.id, sample.image_folder, sample.image_files, sample.turns]
+            packed += encode(record).encode("utf-8", "surrogatepass")
+            ends.append(len(packed))
         if self.errors and not (skip_bad and key_of_id):
             shown = self.errors[:_MAX_ERRORS_SHOWN]
             if len(self.errors) > len(shown):
@@ -143,35 +139,21 @@ class Annotations:
         return list(dict.fromkeys((sample.image_folder, name) for sample in self for name in sample.image_files))
 
 
-@contextmanager
-def _garbage_collection_paused() -> Iterator[None]:
-    # Python would search the millions of new objects for cycles again and again, a quarter of the time.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def find_folder(image_map: Path, must_exist: bool, written: str) -> str:
+    """Return the absolute folder for a `path` of the image map.
+
+    A relative one counts from the current folder, as in the original project, or else from the file's own.
+    """
+    for folder in (Path(written).absolute(), (image_map.parent / written).absolute()):
+        if os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name of 5,000 characters
+            return str(folder)
+    if must_exist:
+        raise SampleError(f"image folder {_short(written)} does not exist; correct `path` in {image_map}")
+    return written
 
 
-def _folder_finder(image_map: Path, must_exist: bool) -> Callable[[str], str]:
-    """Return a function that gives the absolute folder for a `path` of the image map, and looks for each only once."""
-
-    @functools.cache
-    def find(written: str) -> str:
-        # A relative path counts from the current folder, as in the original project, or else from the file's own.
-        for folder in (Path(written).absolute(), (image_map.parent / written).absolute()):
-            if os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name of 5,000 characters
-                return str(folder)
-        if must_exist:
-            raise SampleError(f"image folder {_short(written)} does not exist; correct `path` in {image_map}")
-        return written
-
-    return find
-
-
-def _read_object(path: str | Path) -> dict[str, Any]:
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object; refuse any other."""
     try:
         with Path(path).open(encoding="utf-8-sig") as file:
             value = json.load(file, object_pairs_hook=_refuse_repeated_keys)
@@ -193,14 +175,14 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _parse_entry(key: str, entry: Any, captions: dict[str, Any], find_folder: Callable[[str], str]) -> Sample:
+def _parse_entry(key: str, entry: Any, captions: dict[str, Any], folder_of: Callable[[str], str]) -> Sample:
     if not isinstance(entry, dict):
         raise SampleError(f"entry {_short(key)} must be an object, got {type(entry).__name__}")
     sample_id = entry.get("ID")
     if type(sample_id) is not int or not -(2**63) <= sample_id < 2**63:  # True is an int, too
         raise SampleError(f"entry {_short(key)}: ID must be an integer of at most 64 bits, got {_short(sample_id)}")
     try:
-        folder, files = _folder_and_files(entry, find_folder)
+        folder, files = folder_and_files(entry, folder_of)
         turns = _turns(captions.get(str(sample_id)))
         placeholders = sum(count_placeholders(question) for question, _ in turns)
         if placeholders != len(files):
@@ -213,8 +195,10 @@ def _parse_entry(key: str, entry: Any, captions: dict[str, Any], find_folder: Ca
     return Sample(sample_id, folder, files, turns)
 
 
-def _folder_and_files(entry: dict[str, Any], find_folder: Callable[[str], str]) -> tuple[str, list[str]]:
+def folder_and_files(entry: Any, folder_of: Callable[[str], str]) -> tuple[str, list[str]]:
     """Return the folder of an entry's images, empty if it has none, and their names."""
+    if not isinstance(entry, dict):
+        raise SampleError(f"must be an object, got {type(entry).__name__}")
     field = next((name for name in ("image_file", "iamge_file") if name in entry), None)
     if field is None:
         raise SampleError("has no `image_file`; write null for a sample without images")
@@ -229,59 +213,32 @@ def _folder_and_files(entry: dict[str, Any], find_folder: Callable[[str], str]) 
         return "", []
     if not isinstance(entry.get("path"), str):
         raise SampleError(f"`path` must be the image folder, got {_short(entry.get('path'))}")
-    return find_folder(entry["path"]), files
+    return folder_of(entry["path"]), files
 
 
 def _turns(caption: Any) -> list[tuple[str, list[str]]]:
+    """Return the (question, alternative answers) of each turn."""
     if caption is None:
         raise SampleError("has no entry in the captions file")
     if not isinstance(caption, dict):
         raise SampleError(f'its caption must be {{"q", "a"}} or {{"turns"}}, got {type(caption).__name__}')
-    if "turns" not in caption:
-        return [_turn(caption, "")]
-    if "q" in caption or "a" in caption:
+    turns = caption.get("turns", [caption])
+    if "turns" in caption and ("q" in caption or "a" in caption):
         raise SampleError('its caption has both "turns" and "q" or "a"; keep one form')
-    turns = caption["turns"]
     if not isinstance(turns, list) or not turns:
         raise SampleError(f'"turns" must be a list of {{"q", "a"}} objects, got {_short(turns)}')
-    return [_turn(turn, f"turn {number}: ") for number, turn in enumerate(turns, start=1)]
-
-
-def _turn(turn: Any, where: str) -> tuple[str, list[str]]:
-    if not isinstance(turn, dict):
-        raise SampleError(f'{where}expected {{"q", "a"}}, got {_short(turn)}')
-    question, answer = turn.get("q"), turn.get("a")
-    if not isinstance(question, str):
-        raise SampleError(f'{where}"q" must be a string, got {_short(question)}')
-    answers: list[Any] = answer if isinstance(answer, list) else [answer]
-    if not answers or not all(isinstance(text, str) for text in answers):
-        raise SampleError(f'{where}"a" must be a string or a list of them, got {_short(answer)}')
-    if not all(text.strip() for text in answers):
-        raise SampleError(f"{where}an answer is empty")
-    return question, answers
-
-
-def images_of(image_map: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """List every image of an image map once, without its captions.
-
-    Args:
-        image_map: path of `image_map.json`.
-
-    Returns:
-        (absolute folder, file name) in the order of the file, and a message for each entry that cannot be used.
-
-    Raises:
-        ValueError: the file cannot be read or is not of the form above.
-    """
-    find_folder = _folder_finder(Path(image_map), must_exist=True)
-    images: dict[tuple[str, str], None] = {}
-    errors = []
-    for key, entry in _read_object(image_map).items():
-        try:
-            if not isinstance(entry, dict):
-                raise SampleError(f"must be an object, got {type(entry).__name__}")
-            folder, files = _folder_and_files(entry, find_folder)
-            images.update(dict.fromkeys((folder, file) for file in files))
-        except SampleError as error:
-            errors.append(f"{image_map}: entry {_short(key)}: {error}")
-    return list(images), errors
+    checked = []
+    for number, turn in enumerate(turns, start=1):
+        where = f"turn {number}: " if "turns" in caption else ""
+        if not isinstance(turn, dict):
+            raise SampleError(f'{where}expected {{"q", "a"}}, got {_short(turn)}')
+        question, answer = turn.get("q"), turn.get("a")
+        if not isinstance(question, str):
+            raise SampleError(f'{where}"q" must be a string, got {_short(question)}')
+        answers: list[Any] = answer if isinstance(answer, list) else [answer]
+        if not answers or not all(isinstance(text, str) for text in answers):
+            raise SampleError(f'{where}"a" must be a string or a list of them, got {_short(answer)}')
+        if not all(text.strip() for text in answers):
+            raise SampleError(f"{where}an answer is empty")
+        checked.append((question, answers))
+    return checked

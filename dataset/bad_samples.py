@@ -26,7 +26,7 @@ class BadSamples:
 
     def __init__(self, num_samples: int, unreadable: list[str], max_fraction: float) -> None:
         self.flags = torch.zeros(num_samples, dtype=torch.uint8).share_memory_()
-        """(samples,) 1 for a bad one. In shared memory, so that data workers and the main process see the same."""
+        """(samples,) 1 for a bad one; in shared memory for the data workers."""
         self.messages: dict[int, str] = {}
         """What is wrong with samples, by position, as far as this process knows."""
         self.unreadable = unreadable
@@ -47,45 +47,31 @@ class BadSamples:
         return self.flags.nonzero().flatten().tolist()
 
     def check(self, where: str | None) -> None:
-        """Compare the number of bad samples with what is allowed.
-
-        Args:
-            where: the file that lists them; None: there is none, and the first unreadable one is named.
-
-        Raises:
-            TooManyBadSamplesError: if there are more.
-        """
+        """Refuse more bad samples than are allowed, naming the file that lists them, or the first unreadable one."""
         total = len(self.flags) + len(self.unreadable)
         if len(self) > self.max_fraction * total:
-            verb = "is" if len(self) == 1 else "are"
-            which = f"the first: {self.unreadable[0]}" if where is None else f"{where} lists them"
+            which = f"{where} lists them" if where else f"the first: {self.unreadable[0]}"
             raise TooManyBadSamplesError(
-                f"{len(self):,} of {format_count(total, 'sample')} {verb} bad, more than --max_bad_fraction "
-                f"{self.max_fraction:g} allows; {which}; "
+                f"{len(self):,} of {format_count(total, 'sample')} {'is' if len(self) == 1 else 'are'} bad, more than "
+                f"--max_bad_fraction {self.max_fraction:g} allows; {which}; "
                 "fix the data (or --max_length, if it is too small), or raise the fraction"
             )
 
 
 class CutAnswers:
-    """The answers that had to be cut at `max_length`, over all epochs.
-
-    Args:
-        num_samples: samples of the data set.
-        max_length: the most tokens of a sample.
-        name: of the data set, for the log.
-    """
+    """The answers that had to be cut at `max_length`, over all epochs."""
 
     def __init__(self, num_samples: int, max_length: int, name: str) -> None:
         self.max_length = max_length
         self.name = name
+        """Of the data set, for the log."""
         # (samples, 2): how often, and tokens lost. In shared memory; no two data workers write to one row at a time.
         self._counts = torch.zeros(num_samples, 2, dtype=torch.int32).share_memory_()
         self._logged = 0
 
     def add(self, index: int, num_tokens: int) -> None:
-        """Count a sample whose answer lost some tokens, or none."""
-        if num_tokens:
-            self._counts[index] += torch.tensor([1, num_tokens])
+        """Count a sample whose answers lost some tokens."""
+        self._counts[index] += torch.tensor([1, num_tokens])
 
     def totals(self) -> tuple[int, int]:
         """Return how many times an answer was cut, and how many tokens, end tokens included, were lost."""

@@ -21,17 +21,7 @@ other samples into a batch."""
 
 
 def epoch_permutation(num_samples: int, seed: int, epoch: int, what: str = "order") -> Tensor:
-    """Shuffle 0 … num_samples - 1, the same way whenever seed and epoch are the same.
-
-    Args:
-        num_samples: how many there are.
-        seed: the run's seed.
-        epoch: counted from 0.
-        what: a label mixed into the seed, so that shuffling two things gives two orders.
-
-    Returns:
-        (num_samples,) int64.
-    """
+    """Shuffle 0 … num_samples - 1, (num_samples,) int64, the same way whenever the other arguments are the same."""
     digest = hashlib.blake2b(f"{what}/{seed}/{epoch}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.randperm(num_samples, generator=generator)
@@ -48,9 +38,6 @@ def grouped_permutation(lengths: Tensor, seed: int, epoch: int) -> Tensor:
         lengths: (samples,) in any unit; estimates will do.
         seed: the run's seed.
         epoch: counted from 0.
-
-    Returns:
-        (samples,) int64.
     """
     shuffled = epoch_permutation(len(lengths), seed, epoch)  # (samples,)
     block = max(1, min(BLOCK, len(lengths) // 8))

@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
-from dataprocess.messages import format_count
 from qwen import IGNORE_INDEX
-from qwen.chatml import Turn
 from qwen.tokenization_qwen import QWenTokenizer
 
 from .annotations import Annotations, Sample
@@ -31,19 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alternatives: int) -> int:
-    """Draw which of a turn's alternative answers is used in an epoch.
+    """Draw which of a turn's alternative answers is used in an epoch: an index below `num_alternatives`, uniformly.
 
     A pure function: it does not depend on the order of samples, on data workers or on any random generator's state.
-
-    Args:
-        seed: the run's seed.
-        epoch: counted from 0.
-        sample_id: the sample's ID.
-        turn: the turn's number in the conversation, from 0.
-        num_alternatives: the number of alternative answers.
-
-    Returns:
-        An index below `num_alternatives`, drawn uniformly.
     """
     digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}/{turn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % num_alternatives
@@ -118,10 +106,11 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             image_map, captions_file, max_samples, skip_bad=self.skips_bad, need_folders=need_folders
         )
         self.bad = BadSamples(len(self), self.annotations.errors, max_bad_fraction)
+        self.fingerprint = self.annotations.fingerprint  # of the samples; the folders of their images do not count
         self.cuts = CutAnswers(len(self), max_length, str(captions_file))
         # In shared memory: data workers that outlive an epoch see the next one.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
-        logger.info("%s: %s", captions_file, format_count(len(self), "sample"))
+        logger.info("%s: %s samples", captions_file, f"{len(self):,}")
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -130,7 +119,6 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         """Return the sample at a position; one token without a label in place of a bad one that is skipped.
 
         Raises:
-            IndexError: there is no such position.
             SampleError: its questions leave no room for an answer; the message names its ID.
             ImageError: an image of it cannot be used; the message names its ID and the file.
         """
@@ -143,7 +131,8 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             # It has no label, so it adds nothing to the loss, and the batch keeps its number of rows.
             ids, labels = torch.tensor([self.tokenizer.eod_id]), torch.tensor([IGNORE_INDEX])  # (1,), (1,)
             return {"input_ids": ids, "labels": labels, "id": self.annotations[index].id}
-        self.cuts.add(index, num_cut)
+        if num_cut:
+            self.cuts.add(index, num_cut)
         return item
 
     def _build(self, index: int) -> tuple[dict[str, Any], int]:
@@ -167,21 +156,16 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             raise type(error)(f"sample {sample.id}: {error}") from None
         return item, encoded.num_cut
 
-    def choose_answers(self, sample: Sample) -> list[Turn]:
-        """Return a sample's (question, answer) pairs, one answer of each turn as the current epoch draws it."""
-        turns = []
-        for turn, (question, answers) in enumerate(sample.turns):
-            drawn = draw_alternative(self.seed, self.epoch, sample.id, turn, len(answers)) if self.training else 0
-            turns.append((question, answers[drawn]))
-        return turns
-
     def encode(self, sample: Sample) -> EncodedSample:
-        """Turn a sample's text into token ids and labels, with the answers of the current epoch.
+        """Turn a sample's text into token ids and labels, with the answers that the current epoch draws.
 
         Raises:
             SampleError: its questions leave no room for an answer.
         """
-        turns = self.choose_answers(sample)
+        epoch, turns = int(self._epoch), []
+        for turn, (question, answers) in enumerate(sample.turns):
+            drawn = draw_alternative(self.seed, epoch, sample.id, turn, len(answers)) if self.training else 0
+            turns.append((question, answers[drawn]))
         return encode_sample(self.tokenizer, turns, self.num_image_tokens, self.system, self.max_length)
 
     def _features(self, path: Path) -> Tensor:
@@ -192,16 +176,6 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             load_image(path)  # raises if something is wrong with the picture itself
             raise ImageError(f"'{path}': the feature cache lacks it; it changed, or could not be stored")
         return features
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the samples; the folders of their images do not count."""
-        return self.annotations.fingerprint
-
-    @property
-    def epoch(self) -> int:
-        """The epoch whose alternatives are drawn, counted from 0."""
-        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted from 0, before iterating over it; logs what was cut until now."""
@@ -216,11 +190,12 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
 
     def bad_sample_messages(self) -> list[str]:
         """Return what is wrong with each of the samples found bad so far; each message names its sample."""
-        for index in self.bad.indices:
+        indices = self.bad.indices  # once: a data worker may mark another sample at any moment
+        for index in indices:
             if index not in self.bad.messages:  # marked by a data worker, another process, or before resuming
                 try:
                     self._build(index)
                     self.bad.mark(index, f"sample {self.annotations[index].id}: could not be read, but can be now")
                 except (SampleError, ImageError) as error:
                     self.bad.mark(index, str(error))
-        return [*self.bad.unreadable, *(self.bad.messages[index] for index in self.bad.indices)]
+        return [*self.bad.unreadable, *(self.bad.messages[index] for index in indices)]

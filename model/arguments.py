@@ -1,65 +1,57 @@
-"""The flags of train.py.
+"""The command line of train.py: its flags, defaults that depend on the machine, and values that can't work.
 
-`VLMTrainingArguments` extends transformers' `TrainingArguments`, so every flag of Trainer exists here too.
+`VLMTrainingArguments` extends transformers' `TrainingArguments`, so every flag of Trainer exists here too. What can't
+work is found before a model is loaded, and said in one line.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg, string_to_bool
+from transformers.integrations import get_available_reporting_integrations
 
 from visual.feature_cache import DTYPES
 
+from .console import OneLineErrors
+from .device import pick_device, pick_dtype
+from .help_page import HelpFormatter, ShortHelp
 from .lora import LoraSettings
 
-_NOT_SUPPORTED = {
-    # Trainer shifts the labels of language models in its own list only; here it would smooth the wrong tokens.
-    "label_smoothing_factor": "leave it out",
-    "dataloader_drop_last": "no sample of an epoch is left out; leave the flag out",
-    "ignore_data_skip": "a run resumes after the last sample it was given, at no cost; leave the flag out",
-    "auto_find_batch_size": "give a smaller --per_device_train_batch_size, with --gradient_accumulation_steps",
-    "fsdp": "every GPU holds the whole model; leave it out",
-    "deepspeed": "every GPU holds the whole model; leave it out",
-    "push_to_hub": "leave it out, and upload the finished checkpoint folder yourself",
-}
+flag: Any = HfArg  # Any: a field is of its value's type for type checkers
 
 
 @dataclass
 class ModelArguments:
     """Which models are put together, and which LoRA layers are trained."""
 
-    base_language_model: str = field(
-        default="Qwen/Qwen-7B-Chat", metadata={"help": "Hub name or folder of the QWen language model."}
-    )
-    base_value_model: str = field(
+    base_language_model: str = flag(default="Qwen/Qwen-7B-Chat", help="Hub name or folder of the QWen language model.")
+    base_value_model: str = flag(
         default="openai/clip-vit-large-patch14",
-        metadata={"help": "Hub name or folder of the vision tower: CLIP, SigLIP, DINOv2 or ViT."},
+        help="Hub name or folder of the vision tower: CLIP, SigLIP, DINOv2 or ViT.",
     )
-    lora_rank: int | None = field(
-        default=None, metadata={"help": "LoRA rank. Default: 128, or that of --previous_lora_weights."}
+    lora_rank: int | None = flag(default=None, help="LoRA rank. Default: 128, or that of --previous_lora_weights.")
+    lora_alpha: int | None = flag(
+        default=None, help="LoRA updates are scaled by alpha / rank. Default: 32, or that of --previous_lora_weights."
     )
-    lora_alpha: int | None = field(
+    lora_dropout: float = flag(default=0.10, help="Dropout before the LoRA layers.")
+    target_modules: str | None = flag(
         default=None,
-        metadata={"help": "LoRA updates are scaled by alpha / rank. Default: 32, or that of --previous_lora_weights."},
+        help="Linear layers that get LoRA: last parts of their names, separated by bars. Default: c_attn|w1|w2, or "
+        "those of --previous_lora_weights.",
     )
-    lora_dropout: float = field(default=0.10, metadata={"help": "Dropout before the LoRA layers."})
-    target_modules: str | None = field(
-        default=None,
-        metadata={
-            "help": "Linear layers that get LoRA: last parts of their names, separated by bars. "
-            "Default: c_attn|w1|w2, or those of --previous_lora_weights."
-        },
+    projector_layers: int | None = flag(
+        default=None, help="2 (Linear, GELU, Linear) or 1 (Linear). Default: 2, or that of --previous_lora_weights."
     )
-    projector_layers: int | None = field(
-        default=None,
-        metadata={"help": "2 (Linear, GELU, Linear) or 1 (Linear). Default: 2, or that of --previous_lora_weights."},
-    )
-    previous_lora_weights: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint (also of the original project) whose LoRA and projector training starts from."},
+    previous_lora_weights: str | None = flag(
+        default=None, help="Checkpoint (also of the original project) whose LoRA and projector training starts from."
     )
 
     @property
@@ -79,33 +71,29 @@ class ModelArguments:
 class DataArguments:
     """Which data the run trains and evaluates on."""
 
-    image_map: str = field(metadata={"help": "image_map.json, as dataprocess/process_image.py writes it."})
-    captions_file: str = field(metadata={"help": "captions.json, as dataprocess/process_image.py writes it."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many samples only."})
-    max_length: int = field(
-        default=2048, metadata={"help": "Tokens per sample, image tokens included; longer answers are cut."}
+    image_map: str = flag(help="image_map.json, as dataprocess/process_image.py writes it.")
+    captions_file: str = flag(help="captions.json, as dataprocess/process_image.py writes it.")
+    max_train_samples: int | None = flag(default=None, help="Train on this many samples only.")
+    max_length: int = flag(default=2048, help="Tokens per sample, image tokens included; longer answers are cut.")
+    eval_image_map: str | None = flag(default=None, help="Like --image_map, for evaluation.")
+    eval_captions_file: str | None = flag(default=None, help="Like --captions_file, for evaluation.")
+    on_bad_sample: str = flag(
+        default="skip", help="What a sample that cannot be used does.", metadata={"choices": ["error", "skip"]}
     )
-    eval_image_map: str | None = field(default=None, metadata={"help": "Like --image_map, for evaluation."})
-    eval_captions_file: str | None = field(default=None, metadata={"help": "Like --captions_file, for evaluation."})
-    on_bad_sample: str = field(
-        default="skip",
-        metadata={"help": "What a sample that cannot be used does.", "choices": ["error", "skip"]},
+    max_bad_fraction: float = flag(
+        default=0.01, help="With --on_bad_sample skip: a larger share of bad samples stops the run."
     )
-    max_bad_fraction: float = field(
-        default=0.01, metadata={"help": "With --on_bad_sample skip: a larger share of bad samples stops the run."}
+    allow_links: bool = flag(default=False, help="Follow links in the image folder that lead out of it.")
+    dry_run: bool = flag(
+        default=False, help="Print parameters, tokens, steps and expected memory, then stop. No weights are needed."
     )
-    allow_links: bool = field(default=False, metadata={"help": "Follow links in the image folder that lead out of it."})
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Print parameters, tokens, steps and expected memory, then stop. No weights are needed."},
+    feature_cache: str | None = flag(
+        default=None, help="Folder that stores the tower's features, so that it sees every image only once."
     )
-    feature_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder that stores the tower's features, so that it sees every image only once."},
-    )
-    feature_cache_dtype: str = field(
+    feature_cache_dtype: str = flag(
         default="bfloat16",
-        metadata={"help": "Dtype of the stored features; float32 changes no result.", "choices": list(DTYPES)},
+        help="Dtype of the stored features; float32 changes no result.",
+        metadata={"choices": [*DTYPES]},
     )
 
 
@@ -113,37 +101,51 @@ class DataArguments:
 class VLMTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the projector's learning rate, and defaults that fit this model."""
 
-    feature_proj_lr: float = field(
-        default=1e-4, metadata={"help": "Learning rate of the projector; --learning_rate is that of LoRA."}
-    )
-    learning_rate: float = field(default=3e-5, metadata={"help": "Learning rate of the LoRA layers."})
-    global_batch_size: int | None = field(
+    feature_proj_lr: float = flag(default=1e-4, help="Learning rate of the projector; --learning_rate is that of LoRA.")
+    learning_rate: float = flag(default=3e-5, help="Learning rate of the LoRA layers.")
+    global_batch_size: int | None = flag(
         default=None,
-        metadata={
-            "help": "Samples per optimizer step over all processes; sets --gradient_accumulation_steps to fit, so that "
-            "a run can resume with another number of GPUs."
-        },
+        help="Samples per optimizer step over all processes; sets --gradient_accumulation_steps to fit, so that a run "
+        "can resume with another number of GPUs.",
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: the data set returns exactly what the model takes."}
+    remove_unused_columns: bool = flag(
+        default=False, help="Must stay false: the data set returns exactly what the model takes."
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the run that --output_dir holds, and start a new one."}
+    overwrite_output_dir: bool = flag(
+        default=False, help="Delete the run that --output_dir holds, and start a new one."
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Not needed: LoRA and projector get a gradient in every step, also without an image."},
+    ddp_find_unused_parameters: bool | None = flag(
+        default=False, help="Not needed: LoRA and projector get a gradient in every step, also without an image."
     )
 
     def __post_init__(self) -> None:
-        """Refuse what Trainer would accept and this project does not do; derive the accumulation.
+        """Refuse what Trainer accepts but would train something else than it says; derive the accumulation.
 
         Raises:
             ValueError: for flags that are not supported, with what to do instead.
         """
-        check_supported(self)
+        given = {name: getattr(self, name) for name in _NOT_SUPPORTED if getattr(self, name)}
+        if given:
+            raise ValueError(
+                "; ".join(f"--{name} {value} is not supported: {_NOT_SUPPORTED[name]}" for name, value in given.items())
+            )
         super().__post_init__()
-        check_parsed(self)
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches:
+            raise ValueError(
+                '--accelerator_config {"dispatch_batches": true} is not supported: images would be split like rows, '
+                "and arrive in other rows; leave it out"
+            )
+        strategy, optimizer = choice(self.train_sampling_strategy), choice(self.optim)
+        if strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(
+                f"--train_sampling_strategy {strategy} is not supported; take random, sequential or group_by_length"
+            )
+        if optimizer.startswith(("galore", "apollo", "lomo", "adalomo")):
+            raise ValueError(
+                f"--optim {optimizer} is not supported: it groups the model's parameters itself, and LoRA and "
+                "projector need two learning rates; leave it out for AdamW, or take adafactor or sgd"
+            )
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
 
@@ -175,45 +177,144 @@ class VLMTrainingArguments(TrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
 
-def check_supported(args: VLMTrainingArguments) -> None:
-    """Refuse flags that Trainer accepts, but that would train something else than they say.
+# ---- Parsing
+
+
+class _Parser(OneLineErrors, HfArgumentParser):
+    """Takes the flags of several dataclasses."""
+
+
+def parse_arguments(
+    argv: Sequence[str], description: str | None = None
+) -> tuple[ModelArguments, DataArguments, VLMTrainingArguments]:
+    """Read the command line; `description` is the first paragraph of `--help`.
 
     Raises:
-        ValueError: naming all of them, with what to do instead.
+        ValueError: for flags that do not exist, and for values that are impossible or contradict each other.
     """
-    given = [
-        f"--{name} {getattr(args, name)} is not supported: {why}"
-        for name, why in _NOT_SUPPORTED.items()
-        if getattr(args, name)
+    parser = _Parser(
+        (DataArguments, ModelArguments, VLMTrainingArguments),  # type: ignore[arg-type]
+        usage="train.py --image_map FILE --captions_file FILE [--FLAG VALUE …]",
+        description=description,
+        epilog="--help_all explains every other flag of transformers' Trainer.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action=ShortHelp, nargs=0, help="Explain the flags that matter most, and stop.")
+    parser.add_argument("--help_all", "--help-all", action="help", help="Explain every flag, and stop.")
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        args=with_machine_defaults(argv), look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)}")
+    data_args, model_args, training_args = parsed[:3]
+    check_arguments(model_args, data_args, training_args)
+    return model_args, data_args, training_args
+
+
+def with_machine_defaults(argv: Sequence[str]) -> list[str]:
+    """Add the flags whose default depends on the machine, unless the user gave them.
+
+    They are added before `TrainingArguments` is built, because it sets up the process group: two processes that learn
+    later that they run on the CPU would each believe to be alone.
+    """
+    given = {word.split("=", 1)[0].replace("-", "_").removeprefix("__") for word in argv if word.startswith("--")}
+    defaults: dict[str, str] = {}
+    if not torch.accelerator.is_available():
+        defaults["use_cpu"] = "true"
+    elif not _asks_for("use_cpu", argv):
+        defaults["dataloader_num_workers"] = "4"
+        autocast = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(pick_dtype(pick_device()))
+        if autocast is not None and not given & {"bf16", "fp16"}:
+            defaults[autocast] = "true"
+    if find_spec("tensorboard") is not None:
+        defaults["report_to"] = "tensorboard"
+    if "eval_image_map" in given:
+        defaults["eval_strategy"] = "epoch"
+    added = [word for name, value in defaults.items() if name not in given for word in (f"--{name}", value)]
+    return [*added, *argv]
+
+
+def is_dry_run(argv: Sequence[str]) -> bool:
+    """Return whether the command line asks for `--dry_run`."""
+    return _asks_for("dry_run", argv)
+
+
+def _asks_for(flag: str, argv: Sequence[str]) -> bool:
+    """Read one yes-or-no flag before the others are parsed."""
+    parser = OneLineErrors(add_help=False, allow_abbrev=False)
+    names = f"--{flag}", f"--{flag.replace('_', '-')}"
+    parser.add_argument(*names, dest=flag, type=string_to_bool, nargs="?", const=True, default=False)
+    return bool(getattr(parser.parse_known_args(argv)[0], flag))
+
+
+# ---- Values that cannot work
+
+_NOT_SUPPORTED = {
+    # Trainer shifts the labels of language models in its own list only; here it would smooth the wrong tokens.
+    "label_smoothing_factor": "leave it out",
+    "dataloader_drop_last": "no sample of an epoch is left out; leave the flag out",
+    "ignore_data_skip": "a run resumes after the last sample it was given, at no cost; leave the flag out",
+    "auto_find_batch_size": "give a smaller --per_device_train_batch_size, with --gradient_accumulation_steps",
+    "fsdp": "every GPU holds the whole model; leave it out",
+    "deepspeed": "every GPU holds the whole model; leave it out",
+    "push_to_hub": "leave it out, and upload the finished checkpoint folder yourself",
+}
+_RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda value: value >= 1,
+        (
+            *("lora_rank", "lora_alpha", "max_train_samples", "max_length", "per_device_train_batch_size"),
+            *("per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+        ),
+    ),
+    "0 or more": (
+        lambda value: 0 <= value < math.inf,
+        ("learning_rate", "feature_proj_lr", "max_grad_norm", "weight_decay"),
+    ),
+    "above 0": (lambda value: 0 < value < math.inf, ("num_train_epochs",)),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("lora_dropout",)),
+    "0 to 1": (lambda value: 0 <= value <= 1, ("max_bad_fraction",)),
+    "1 or 2": (lambda value: value in (1, 2), ("projector_layers",)),
+    "at least 1, or -1 to count by epochs": (lambda value: value == -1 or value >= 1, ("max_steps",)),
+}
+
+
+def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> None:
+    """Check ranges, files, and flags that belong together.
+
+    Raises:
+        ValueError: for what is wrong, with what is expected.
+    """
+    values = {name: value for group in (model_args, data_args, args) for name, value in vars(group).items()}
+    wrong = [
+        f"--{name} {values[name]}: must be {expected}"
+        for expected, (is_valid, names) in _RANGES.items()
+        for name in names
+        if values[name] is not None and not is_valid(values[name])
     ]
-    if given:
-        raise ValueError("; ".join(given))
-
-
-def check_parsed(args: VLMTrainingArguments) -> None:
-    """Refuse settings that Trainer has parsed by now and that do not fit this model.
-
-    Raises:
-        ValueError: for batches that one process splits for all, orders that can't be resumed, and optimizers that
-            need the model itself.
-    """
-    accelerator: Any = args.accelerator_config
-    if accelerator.dispatch_batches:
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
+        raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
+    if args.eval_strategy != "no" and data_args.eval_image_map is None:
         raise ValueError(
-            '--accelerator_config {"dispatch_batches": true} is not supported: images would be split like rows, and '
-            "arrive in other rows; leave it out"
+            f"--eval_strategy {choice(args.eval_strategy)} needs --eval_image_map and --eval_captions_file; "
+            "give both, or leave it out"
         )
-    strategy = choice(args.train_sampling_strategy)
-    if strategy not in ("random", "sequential", "group_by_length"):
-        raise ValueError(
-            f"--train_sampling_strategy {strategy} is not supported; take random, sequential or group_by_length"
-        )
-    kind = choice(args.optim)
-    if kind.startswith(("galore", "apollo", "lomo", "adalomo")):
-        raise ValueError(
-            f"--optim {kind} is not supported: it groups the model's parameters itself, and LoRA and projector need "
-            "two learning rates; leave it out for AdamW, or take adafactor or sgd"
-        )
+    if args.remove_unused_columns:
+        raise ValueError("--remove_unused_columns must be false: the data set returns exactly what the model takes")
+    for name in ("image_map", "captions_file", "eval_image_map", "eval_captions_file"):
+        path = getattr(data_args, name)
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"--{name} {path}: there is no such file; dataprocess/process_image.py writes it")
+    missing = set(args.report_to or ()) - set(get_available_reporting_integrations())
+    if missing:
+        raise ValueError(f"--report_to {' '.join(sorted(missing))}: not installed; install it, or give none")
+    for name, folder in (("output_dir", args.output_dir), ("feature_cache", data_args.feature_cache)):
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"--{name} {folder} is a file; give a folder, which is made if need be")
 
 
 def choice(value: Any) -> str:

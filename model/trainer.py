@@ -7,8 +7,8 @@ Shape legend: B samples of a batch, T tokens.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
 
 from dataset.epoch_order import EpochOrder
-from qwen import IGNORE_INDEX
 
 from .arguments import VLMTrainingArguments
-from .checkpoints.checkpoint import WEIGHTS
-from .checkpoints.tensor_files import CHECKSUMS, write_checksums
-from .runs.callbacks import RatesAndSpeed, StopOnNonFinite, StopOnSignal
-from .runs.collectives import first_problem, gather_objects, gather_rows
+from .runs.callbacks import RatesAndSpeed, StopOnNonFinite, StopOnSignal, first_problem
 from .runs.data_workers import with_calm_workers
-from .runs.resuming import check_resumable, newest_resumable, use_settings
-from .runs.run_folder import RunFiles, delete_old_checkpoints, put_in_place, remove
-from .runs.run_state import TRAINER_STATE, ResumePoint, RunState, callback_states
+from .runs.evaluating import TokenMeanTrainer
+from .runs.resuming import Resumed, newest_resumable, use_settings
+from .runs.run_folder import RunFiles
+from .runs.run_state import write_checkpoint
 from .vision_language_model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
@@ -66,7 +61,7 @@ def optimizer_groups(model: VisionLanguageModel, args: VLMTrainingArguments) -> 
     return groups
 
 
-class VLMTrainer(Trainer):
+class VLMTrainer(TokenMeanTrainer):
     """Trains the LoRA layers and the projector of a `VisionLanguageModel`.
 
     Args:
@@ -92,20 +87,17 @@ class VLMTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(args=args, **kwargs)
-        self.identity = identity
+        self.identity, self.run_config = identity, run_config
         self.run_folder = Path(str(args.output_dir))
         self.save_failure = ""
         """What went wrong when the last checkpoint was written, or an empty string."""
         self.stop_on_signal = StopOnSignal()
         self._finite = StopOnNonFinite()
         self._rates = RatesAndSpeed()
-        self._resume = ResumePoint(self)
         self._files = RunFiles(self.run_folder, run_config, overwritten)
-        for callback in (self._files, self._resume, self._rates, self._finite, self.stop_on_signal):
+        for callback in (self._files, self._rates, self._finite, self.stop_on_signal):
             self.add_callback(callback)
-        self._token = gather_objects(secrets.token_hex(4))[0]  # no process of another run writes under its names
-        self._evaluated: list[Tensor] = []
-        self._eval_samples = 0
+        self._resumed: Resumed | None = None
         log_parameter_counts(self.model)
 
     # ---- One step
@@ -153,8 +145,10 @@ class VLMTrainer(Trainer):
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> Any:
-        """Return Trainer's loader, whose workers leave signals to the process they work for."""
-        return with_calm_workers(super().get_train_dataloader())
+        """Return Trainer's loader; it draws seeds from a generator of its own, so that dropout depends on none."""
+        loader = super().get_train_dataloader()
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return with_calm_workers(loader) if self.args.dataloader_num_workers else loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Read an `EpochOrder` from first to last, whatever `--train_sampling_strategy` says: it is in that order."""
@@ -162,47 +156,6 @@ class VLMTrainer(Trainer):
         if isinstance(dataset, EpochOrder):
             return SequentialSampler(dataset)
         return super()._get_train_sampler(train_dataset)
-
-    # ---- Evaluating: the mean over all supervised tokens, however they are split into batches
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return Trainer's loader, whose workers leave signals to the process they work for."""
-        return with_calm_workers(super().get_eval_dataloader(eval_dataset))
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
-        return SequentialSampler(eval_dataset)  # Trainer's would read all of it first, to group it by length
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor | None, None, None]:
-        """Sum the loss of one batch, and count its supervised tokens."""
-        inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "ids"})
-        labels = inputs["labels"]  # (B, T)
-        if self.args.world_size > 1:
-            # Samples are repeated so that all processes have full batches; a repeated one is no part of the mean.
-            before = (len(self._evaluated) * self.args.world_size + self.args.process_index) * len(labels)
-            labels[max(self._eval_samples - before, 0) :] = IGNORE_INDEX
-        with torch.no_grad(), self.compute_loss_context_manager():
-            total = model(**inputs, num_items_in_batch=1, return_logits=False).loss
-        tokens = (labels[:, 1:] != IGNORE_INDEX).sum()
-        self._evaluated.append(torch.stack((total.float(), tokens.float())))
-        return total, None, None
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate as Trainer does; the loss is summed over the supervised tokens of all batches and divided once."""
-        self._evaluated, self._eval_samples = [], len(dataloader.dataset)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        own = torch.stack(self._evaluated).cpu().double().sum(dim=0).tolist()
-        total, tokens = gather_rows(own, self.args.device).sum(dim=0).tolist()
-        mean = total / tokens if tokens else float("nan")
-        return output._replace(metrics={**(output.metrics or {}), f"{metric_key_prefix}_loss": mean})
 
     # ---- Stopping and resuming
 
@@ -217,17 +170,18 @@ class VLMTrainer(Trainer):
             resume_from_checkpoint = str(newest_resumable(self.run_folder) or self.run_folder)
         checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         if checkpoint is not None:
-            check_resumable(checkpoint)
-            self._resume.prepare(checkpoint)
+            self._resumed = Resumed(self, checkpoint)
+            self.add_callback(self._resumed)
         try:
-            problem = first_problem(lambda: self._files.begin(checkpoint) if self.args.should_save else None)
+            problem = first_problem(self._files.begin if self.args.should_save else list)
             if problem:
                 raise OSError(problem)
-            with self._resume.named_errors():
-                if checkpoint is not None:
-                    self._load_rng_state(str(checkpoint))  # Trainer does it later, when it could not be told any more
+            with self._resumed.named_errors() if self._resumed else contextlib.nullcontext():
                 return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:
+            if self._resumed is not None:
+                self.remove_callback(self._resumed)
+                self._resumed = None
             self.stop_on_signal.restore()
             if self.args.should_save:
                 self._files.end()
@@ -244,7 +198,8 @@ class VLMTrainer(Trainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         super()._load_scaler(checkpoint)
-        self._resume.loading = None  # it was the last of the checkpoint's files
+        if self._resumed is not None:
+            self._resumed.loading = None  # it was the last of the checkpoint's files
 
     def _load_best_model(self) -> None:
         # The folder is one of this run, whatever trainer_state.json names.
@@ -262,53 +217,16 @@ class VLMTrainer(Trainer):
         if self.args.should_save:
             self.model.save_checkpoint(output_dir or str(self.run_folder))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint under another name, and rename it when it is whole.
-
-        Trainer writes in place, so that a kill or a full disk leaves a part of a checkpoint that looks like the newest
-        one. If writing fails, older checkpoints stay, the failure is logged, and training continues.
-        """
-        target = self.run_folder / f"checkpoint-{self.state.global_step}"
-        staging = self.run_folder / f"tmp-{target.name}-{self._token}"
-        best_before = self.state.best_model_checkpoint
-        best = self.run_folder / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (best == target or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
-        self.store_flos()
-        run_state, saves = self._resume.run_state(), self.args.should_save
-        problem = (
-            first_problem(lambda: staging.mkdir(parents=True) if saves else None)  # never through a link
-            or first_problem(lambda: self._write_training_state(staging, run_state))
-            or first_problem(lambda: self._finish_checkpoint(staging, target) if saves else None)
-        )
-        self.save_failure = f"{target}: {problem}" if problem else ""
-        if problem:
-            self.state.best_model_checkpoint = best_before
-        if problem and saves:
-            logger.error(
-                "checkpoint %s could not be written: %s; older checkpoints are unchanged, and training continues",
-                *(target, problem),
-            )
-        if saves:
-            remove(staging)
-        if saves and not problem:
-            keep = {target, Path(self.state.best_model_checkpoint or target)}
-            delete_old_checkpoints(self.run_folder, self.args.save_total_limit, keep)
-
-    def _write_training_state(self, folder: Path, run_state: RunState) -> None:
-        self.save_model(str(folder), _internal_call=True)
+    def save_training_state(self, folder: str) -> None:
+        """Write what Trainer itself needs to resume."""
         if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))  # every process has its own
-        if self.args.should_save:
-            self.state.stateful_callbacks = callback_states([*self.callback_handler.callbacks, self.control])
-            self.state.save_to_json(str(folder / TRAINER_STATE))
-            run_state.write(folder)
+            self._save_optimizer_and_scheduler(folder)
+            self._save_scaler(folder)
+            self._save_rng_state(folder)  # every process has its own
 
-    def _finish_checkpoint(self, staging: Path, target: Path) -> None:
-        write_checksums(staging, {path.name for path in staging.iterdir()} - {CHECKSUMS, *WEIGHTS})
-        put_in_place(staging, target)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        self.save_failure = write_checkpoint(self)  # whole or not at all; if that fails, training continues
 
 
 def log_parameter_counts(model: VisionLanguageModel) -> None:

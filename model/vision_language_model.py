@@ -9,8 +9,7 @@ model's width, V its vocabulary, S supervised positions.
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +22,13 @@ from qwen.loss import head_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
 
-from .checkpoints.base_models import (
-    base_fingerprints,
-    base_models,
-    check_bases,
-    drops_first_patch,
-    num_projector_layers,
-)
-from .checkpoints.checkpoint import (
-    CheckpointError,
-    load_adapter_weights,
-    load_lora,
-    load_projector,
-    read_checkpoint,
-    save_checkpoint,
-)
-from .checkpoints.configs import MultimodalConfig, package_versions
+from .checkpoints.base_models import base_fingerprints, base_models, drops_first_patch, load_language_model
+from .checkpoints.checkpoint import check_bases, load_lora, load_projector, num_projector_layers, read_checkpoint
+from .checkpoints.previous import restore_weights
+from .checkpoints.saving import multimodal_config, save_checkpoint
 from .device import pick_device, pick_dtype
-from .language_model import load_language_model
 from .lora import LoraSettings, add_lora, merge_lora
 from .projector import build_projector
-
-if TYPE_CHECKING:  # Python 3.10 does not have it
-    from typing import Self
 
 
 class VisionLanguageModel(nn.Module):
@@ -88,7 +71,7 @@ class VisionLanguageModel(nn.Module):
         trainable: bool = False,
         lora_dropout: float | None = None,
         projector_layers: int = 2,
-    ) -> Self:
+    ) -> VisionLanguageModel:
         """Load both base models and, if given, a checkpoint's LoRA and projector.
 
         Args:
@@ -141,9 +124,6 @@ class VisionLanguageModel(nn.Module):
 
         Returns:
             (N, P, D).
-
-        Raises:
-            ValueError: if images or features are not of the tower's shape.
         """
         if vision_features is None:
             vision_features = self.vision_tower(pixel_values)  # (N, P, W), without a graph: the tower is frozen
@@ -151,8 +131,8 @@ class VisionLanguageModel(nn.Module):
         if tuple(vision_features.shape[1:]) != expected:
             got = tuple(vision_features.shape)
             raise ValueError(f"vision_features must be (N, {expected[0]}, {expected[1]}), got {got}")
-        projector: Any = self.projector
-        features: Tensor = projector(vision_features.to(projector[0].weight.dtype))  # (N, P, D)
+        dtype = next(self.projector.parameters()).dtype
+        features: Tensor = self.projector(vision_features.to(dtype))  # (N, P, D)
         return features
 
     def forward(
@@ -258,8 +238,7 @@ class VisionLanguageModel(nn.Module):
         """Give the language model freshly initialised LoRA layers and make projector and LoRA trainable.
 
         Raises:
-            LoraTargetError: if the language model has no linear layer of one of the target names.
-            ValueError: if it has LoRA layers already.
+            ValueError: if it has LoRA layers already, or no linear layer of one of the target names.
         """
         if isinstance(self.language_model, PeftModel):
             raise ValueError("the language model has LoRA layers already; train or merge those")
@@ -283,7 +262,7 @@ class VisionLanguageModel(nn.Module):
         """
         if not isinstance(self.language_model, PeftModel):
             raise ValueError("there are no LoRA layers to save; call add_lora first")
-        save_checkpoint(folder, self.language_model, self.projector, self.multimodal_config())
+        save_checkpoint(folder, self.language_model, self.projector, multimodal_config(self))
 
     def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Replace the weights of the LoRA layers and the projector by a checkpoint's.
@@ -291,33 +270,7 @@ class VisionLanguageModel(nn.Module):
         Raises:
             CheckpointError: if names or shapes differ, or LoRA's scale, or the base models.
         """
-        checkpoint = read_checkpoint(folder)
-        check_bases(checkpoint, self.vision_tower, self.qwen, self.fingerprints)
-        alpha = self.language_model.peft_config["default"].lora_alpha
-        if checkpoint.lora_config.lora_alpha != alpha:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.folder} was trained with lora_alpha {checkpoint.lora_config.lora_alpha}, the "
-                f"model has {alpha}; give the same --lora_alpha"
-            )
-        load_adapter_weights(self.language_model, checkpoint.folder)
-        load_projector(self.projector, checkpoint.folder)
-
-    def multimodal_config(self) -> MultimodalConfig:
-        """Describe the base models and the projector, as checkpoints do."""
-        return MultimodalConfig(
-            base_language_model=_absolute_if_folder(self.base_language_model),
-            base_value_model=_absolute_if_folder(self.vision_tower.name_or_path),
-            vision_tower=self.vision_tower.kind,
-            num_image_tokens=self.num_image_tokens,
-            vision_hidden_size=self.vision_tower.hidden_size,
-            language_hidden_size=self.qwen.config.hidden_size,
-            vocab_size=self.qwen.config.vocab_size,
-            projector_layers=self.projector_layers,
-            **self.fingerprints,
-            drop_first_patch=self.vision_tower.drop_first_patch,
-            dtype=str(self.dtype).removeprefix("torch."),
-            package_versions=package_versions(),
-        )
+        restore_weights(self, folder)
 
     # ---- What others ask it
 
@@ -364,12 +317,7 @@ class VisionLanguageModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recompute the language model's activations in the backward pass instead of storing them.
-
-        Args:
-            activation_checkpointing_kwargs: as `torch.utils.checkpoint` takes them.
-            options: further options of transformers' method of this name.
-        """
+        """Recompute the language model's activations in the backward pass; Trainer asks for it by this name."""
         kwargs = activation_checkpointing_kwargs or {"use_reentrant": False}
         if hasattr(self.qwen, "activation_checkpointing_enable"):
             self.qwen.activation_checkpointing_enable(kwargs, **options)
@@ -379,9 +327,5 @@ class VisionLanguageModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Do the same under the name by which Trainer calls it before transformers 5.23."""
+        """Do the same under the name that Trainer uses before transformers 5.23."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
-
-
-def _absolute_if_folder(name: str) -> str:
-    return str(Path(name).absolute()) if Path(name).is_dir() else name

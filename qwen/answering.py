@@ -1,28 +1,27 @@
-"""Answers to prompts; the tokens of all of them are drawn by one loop (see `decoding.py`):
+"""Answers to one prompt, and the one loop of tokens, which `streaming.py` and `batch_answering.py` use too.
 
-    answer_ids      one prompt    → the answer
-    stream_ids      one prompt    → the answer while it grows
-    answer_batch    many prompts  → the answer that each would get alone
+Settings (temperature, top_p, repetition penalty, …) work as in transformers: its `generate` makes them logits
+processors and stopping criteria, and calls `decode` with them. The tokens are those that `generate` draws itself.
+Settings that are left open are taken from the model's `generation_config.json`.
 
-Settings that are left open are taken from the model's `generation_config.json`. Shape legend: T tokens of a prompt, D
-the model's width.
+Shape legend: B rows that are still being answered, T tokens of the longest prompt and of the answers so far, V
+vocabulary, D the model's width.
 """
 
 from __future__ import annotations
 
-import codecs
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .cache import PromptCache
 from .chatml import stop_token_ids, trim_answer
-from .decoding import TokenLoop, decode, start_decoding
+from .prompt_cache import PromptCache
 from .tokenization_qwen import QWenTokenizer
 
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -31,8 +30,8 @@ DEFAULT_MAX_NEW_TOKENS = 512
 MOST_EXTREME = 1e30
 """Larger temperatures and penalties, or smaller ones than 1 / this, could make scores infinite."""
 
-
-# ---- One prompt
+TokenLoop = Callable[..., Iterator[dict[int, int]]]
+"""Draws tokens; called as `decode` is, and gives what it gives."""
 
 
 def answer_ids(
@@ -61,217 +60,43 @@ def answer_ids(
     Raises:
         ValueError: if `input_ids` is not one row, or for settings that can't be used.
     """
-    _check_one_row(input_ids)
-    config, inputs = _complete_settings(model, tokenizer, generation_config, kwargs)
+    check_one_row(input_ids)
+    config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
     if (config.num_beams or 1) > 1:
         input_ids = input_ids.to(model.device)
         mask = torch.ones_like(input_ids)  # without it, `generate` would take a prompt's <|endoftext|> for padding
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **inputs)
         new_ids = output[0, input_ids.shape[1] :].tolist()
     else:
-        new_ids = list(_new_tokens(model, input_ids, config, inputs, prompt_cache))
-    return _answer_text(tokenizer, new_ids, config)
+        new_ids = list(new_tokens(model, input_ids, config, inputs, prompt_cache))
+    return str(tokenizer.decode(trim_answer(new_ids, config.eos_token_id)))
 
 
-def stream_ids(
-    model: Any,
-    tokenizer: QWenTokenizer,
-    input_ids: Tensor,
-    generation_config: GenerationConfig | None = None,
-    *,
-    prompt_cache: PromptCache | None = None,
-    loop: TokenLoop = decode,
-    **kwargs: Any,
-) -> Iterator[str]:
-    """Answer a prompt as `answer_ids` does, which see for the arguments, and show the answer while it grows.
-
-    Tokens are drawn only while the iterator is used: closing or dropping it ends the answer.
-
-    Args:
-        loop: what draws the tokens, `decode` or `sampling_loop.library_decode`.
-
-    Returns:
-        An iterator of the whole text so far, longer each time; the last is what `answer_ids` gives (an empty answer
-        is given too). A character is held back until all its bytes are there.
-
-    Raises:
-        ValueError: as for `answer_ids`, and if beams are asked for: their text is not known before the end.
-    """
-    _check_one_row(input_ids)
-    config, inputs = _complete_settings(model, tokenizer, generation_config, kwargs)
-    if (config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams is {config.num_beams}: beams can't be streamed; use 1, or ask without streaming")
-    tokens = _new_tokens(model, input_ids, config, inputs, prompt_cache, loop)
-    return decode_growing(tokenizer, itertools.takewhile(lambda token: token not in config.eos_token_id, tokens))
+# ---- Settings
 
 
-def _check_one_row(input_ids: Tensor) -> None:
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected one prompt: (1, T) with T at least 1")
-
-
-def _new_tokens(
-    model: Any,
-    input_ids: Tensor,
-    config: GenerationConfig,
-    inputs: dict[str, Any],
-    prompt_cache: PromptCache | None,
-    loop: TokenLoop = decode,
-) -> Iterator[int]:
-    """Draw the tokens of one answer, its stop token included, as they are asked for."""
-    prompt = input_ids[0].tolist()
-    features = inputs.pop("image_features", None)
-    if features is not None:
-        features = torch.cat(features) if isinstance(features, tuple) else features
-        features = features.flatten(0, -2)  # (image tokens, D)
-    if prompt_cache is not None:
-        inputs["past_key_values"], features = prompt_cache.reuse(model, prompt, features)
-    for step in start_decoding(loop, model, [prompt], [features], [None], config, inputs):
-        if prompt_cache is not None:
-            prompt_cache.add(step[0])
-        yield step[0]
-
-
-def decode_growing(tokenizer: QWenTokenizer, token_ids: Iterable[int]) -> Iterator[str]:
-    """Decode token ids as they come.
-
-    Args:
-        tokenizer: QWen's tokenizer.
-        token_ids: ids, none of which is left out.
-
-    Yields:
-        The whole text so far, whenever it has grown, and at the end if nothing was given yet. Bytes that may still
-        become a character are held back; the last text is `tokenizer.decode` of all ids.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
-    text = ""
-    for index in token_ids:
-        token = tokenizer.convert_ids_to_tokens(index)
-        new = decoder.decode(token if isinstance(token, bytes) else token.encode())
-        if new:
-            text += new
-            yield text
-    rest = decoder.decode(b"", final=True)
-    if rest or not text:
-        yield text + rest
-
-
-# ---- Many prompts
-
-
-def answer_batch(
-    model: Any,
-    tokenizer: QWenTokenizer,
-    prompts: Sequence[Sequence[int]],
-    image_features: Sequence[Tensor | None] | None = None,
-    generation_config: GenerationConfig | None = None,
-    *,
-    seed: int = 0,
-    **kwargs: Any,
-) -> list[str]:
-    """Answer prompts together.
-
-    Args:
-        model: a model with `generate`.
-        tokenizer: QWen's tokenizer.
-        prompts: token ids, each ending where its answer begins.
-        image_features: for each prompt, features (image tokens of the prompt, D), or None where it has no image.
-        generation_config: as `answer_ids` takes it.
-        seed: each answer is what `answer_ids` gives after `torch.manual_seed(seed)`: it depends on no other prompt.
-        kwargs: generation settings, which come first.
-
-    Returns:
-        The answers' texts, in the prompts' order; see `answer_ids`. In bf16 and fp16 the larger matrices round
-        differently from one row's, so a token that is nearly as likely as another may be drawn in its place.
-
-    Raises:
-        ValueError: for an empty prompt, one that leaves no room within `max_length`, or features that do not fit.
-    """
-    if not prompts:
-        return []
-    config, inputs = _complete_settings(model, tokenizer, generation_config, kwargs)
-    features = image_features or [None] * len(prompts)
-    if (config.num_beams or 1) > 1:  # beams are a batch already
-        answers = []
-        for prompt, row in zip(prompts, features, strict=True):
-            torch.manual_seed(seed)
-            images: dict[str, Any] = {} if row is None else {"image_features": row}
-            ids = torch.tensor([list(prompt)])
-            answers.append(answer_ids(model, tokenizer, ids, generation_config, **images, **kwargs))
-        return answers
-    new_ids = generate_batch(model, prompts, features, config, seed=seed, **inputs)
-    return [_answer_text(tokenizer, row, config) for row in new_ids]
-
-
-def generate_batch(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    image_features: Sequence[Tensor | None],
-    generation_config: GenerationConfig | None = None,
-    *,
-    seed: int = 0,
-    **kwargs: Any,
-) -> list[list[int]]:
-    """Return the new token ids of each answer, its stop token included; see `answer_batch` for the arguments.
-
-    Raises:
-        ValueError: as `answer_batch` does.
-    """
-    config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
-    inputs = config.update(**kwargs)
-    generators = [torch.Generator(model.device).manual_seed(seed) for _ in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    for step in start_decoding(decode, model, prompts, image_features, generators, config, inputs):
-        for row, token in step.items():
-            answers[row].append(token)
-    return answers
-
-
-# ---- What they share
-
-
-def complete_config(model: Any, generation_config: GenerationConfig | None, **overrides: Any) -> GenerationConfig:
-    """Merge generation settings: `overrides`, then `generation_config`, then the model's own.
-
-    Settings that only the model's `generation_config.json` knows (`max_window_size`, …) are carried over.
-
-    Returns:
-        A configuration of its own; overrides that are no generation settings are left out.
-    """
-    return _merge(model, generation_config, overrides)[0]
-
-
-def check_settings(model: Any, tokenizer: QWenTokenizer, **kwargs: Any) -> None:
-    """Have `generate` get ready for an answer and draw none: settings that it rejects, it rejects for every prompt.
-
-    Args:
-        model: a model with `generate`.
-        tokenizer: QWen's tokenizer.
-        kwargs: generation settings, as `answer_batch` takes them.
-
-    Raises:
-        ValueError: for settings that can't be used.
-    """
-    config, inputs = _complete_settings(model, tokenizer, None, kwargs)
-    # Whether a prompt leaves room within `max_length` is a matter of the prompt.
-    config.max_new_tokens, config.max_length = config.max_new_tokens or config.max_length, None
-    start_decoding(decode, model, [[tokenizer.eod_id]], [None], [None], config, inputs)
-
-
-def _merge(
+def merge_settings(
     model: Any, generation_config: GenerationConfig | None, overrides: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Return the settings, and those of `overrides` that are none (model inputs)."""
+    """Merge generation settings: `overrides`, then `generation_config`, then the model's own, with its extra ones.
+
+    Returns:
+        A configuration of its own, and those of `overrides` that are no generation settings (model inputs).
+    """
     config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
     config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     return config, config.update(**overrides)
 
 
-def _complete_settings(
+def complete_settings(
     model: Any, tokenizer: QWenTokenizer, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Merge the settings, and decide everything that `generate` would otherwise guess; also return the model inputs."""
-    config, inputs = _merge(model, generation_config, kwargs)
+    """Merge the settings, and decide everything that `generate` would otherwise guess; also return the model inputs.
+
+    Raises:
+        ValueError: for settings that can't be used.
+    """
+    config, inputs = merge_settings(model, generation_config, kwargs)
     if (config.num_return_sequences or 1) > 1:
         raise ValueError(f"num_return_sequences is {config.num_return_sequences}: one answer is given; call generate")
     if config.cache_implementation is not None:
@@ -294,5 +119,143 @@ def _complete_settings(
     return config, inputs
 
 
-def _answer_text(tokenizer: QWenTokenizer, new_ids: Sequence[int], config: GenerationConfig) -> str:
-    return str(tokenizer.decode(trim_answer(new_ids, config.eos_token_id)))
+def check_one_row(input_ids: Tensor) -> None:
+    """Refuse anything but one prompt."""
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected one prompt: (1, T) with T at least 1")
+
+
+# ---- Tokens
+
+
+def new_tokens(
+    model: Any,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    inputs: dict[str, Any],
+    prompt_cache: PromptCache | None,
+    loop: TokenLoop | None = None,
+) -> Iterator[int]:
+    """Draw the tokens of one answer, its stop token included, as they are asked for."""
+    prompt = input_ids[0].tolist()
+    features = inputs.pop("image_features", None)
+    if features is not None:
+        features = torch.cat(features) if isinstance(features, tuple) else features
+        features = features.flatten(0, -2)  # (image tokens, D)
+    if prompt_cache is not None:
+        inputs["past_key_values"], features = prompt_cache.reuse(model, prompt, features)
+    for step in start_decoding(loop or decode, model, [prompt], [features], [None], config, inputs):
+        if prompt_cache is not None:
+            prompt_cache.add(step[0])
+        yield step[0]
+
+
+def start_decoding(
+    loop: TokenLoop,
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    image_features: Sequence[Tensor | None],
+    generators: Sequence[torch.Generator | None],
+    config: GenerationConfig,
+    inputs: dict[str, Any],
+) -> Iterator[dict[int, int]]:
+    """Have `generate` check the settings and start the loop, which computes nothing before the first step is taken."""
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt is empty: expected at least one token")
+    limits = [config.max_new_tokens] * len(prompts)  # the most tokens of each answer
+    if config.max_new_tokens is None:
+        limits = [config.max_length - len(prompt) for prompt in prompts]  # the prompt counts without its padding
+        if min(limits) < 1:
+            raise ValueError(
+                f"a prompt has {max(map(len, prompts))} tokens, which leaves no room for an answer within max_length "
+                f"{config.max_length}; set max_new_tokens"
+            )
+    config = copy.deepcopy(config)
+    config.max_new_tokens, config.max_length = max(limits), None
+    if any(row is not None for row in image_features):
+        none = torch.empty(0, model.config.hidden_size, device=model.device)
+        inputs["image_features"] = tuple(none if row is None else row.flatten(0, -2) for row in image_features)
+    ids, mask = pad_left(prompts, model.device)
+    steps: Iterator[dict[int, int]] = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        custom_generate=loop,
+        limits=limits,
+        generators=generators,
+        **inputs,
+    )
+    return steps
+
+
+def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stack prompts, and return ids and mask (B, T).
+
+    A row is padded with its own first token: one that it does not hold would count where settings look at what was said
+    before (`repetition_penalty`).
+    """
+    longest = max(map(len, prompts))
+    rows = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    masks = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(masks, device=device)
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    limits: Sequence[int],
+    generators: Sequence[torch.Generator | None],
+    **inputs: Any,
+) -> Iterator[dict[int, int]]:
+    """Draw token after token until all rows have ended. A row that has ended leaves the batch.
+
+    Args:
+        model: the language model.
+        input_ids: (B, T) prompts, padded on the left.
+        logits_processor: what `generate` has made of the settings: changes the scores of the next token.
+        stopping_criteria: likewise: says which rows have ended.
+        generation_config: says whether to sample.
+        limits: the most tokens of each row's answer.
+        generators: what each row's tokens are sampled with; None is PyTorch's own.
+        inputs: `past_key_values`, which may hold the prompt's beginning; `attention_mask`; `image_features`, a tuple of
+            (image tokens, D), for the rest of the prompt.
+
+    Yields:
+        The next token of every row that has not ended, by the row's number.
+    """
+    ids = input_ids  # (B, T)
+    mask = inputs.get("attention_mask")  # (B, T), or None: `generate` leaves it out where nothing is padded
+    cache = inputs["past_key_values"]
+    features = inputs.get("image_features")
+    images = {} if features is None else {"image_features": torch.cat(features)}
+    rows = list(range(len(ids)))  # the numbers of the rows that the tensors still hold
+    for length in itertools.count(1):
+        new = ids[:, cache.get_seq_length() :]  # (B, T) the prompt at first, then (B, 1)
+        out = model(
+            input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **images
+        )
+        images = {}  # the cache holds them from now on
+        scores = logits_processor(ids, out.logits[:, -1].float())  # (B, V)
+        if generation_config.do_sample:
+            own = [generators[row] for row in rows]
+            drawn = [torch.multinomial(row, 1, generator=one) for row, one in zip(scores.softmax(-1), own, strict=True)]
+            tokens = torch.cat(drawn)  # (B,)
+        else:
+            tokens = scores.argmax(dim=-1)  # (B,)
+        ids = torch.cat((ids, tokens[:, None]), dim=1)  # (B, T + 1)
+        mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+        yield dict(zip(rows, tokens.tolist(), strict=True))
+
+        has_ended = torch.as_tensor(stopping_criteria(ids, scores)).tolist()
+        stay = [at for at, row in enumerate(rows) if not has_ended[at] and length < limits[row]]
+        if not stay:
+            return
+        if len(stay) < len(rows):
+            rows = [rows[at] for at in stay]
+            kept = torch.tensor(stay, device=ids.device)
+            ids, mask = ids[kept], None if mask is None else mask[kept]
+            cache.select_rows(kept)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .answering import answer_ids, complete_config, stream_ids
+from .answering import answer_ids, decode, merge_settings
 from .chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, make_context
-from .decoding import decode
 from .modeling_qwen import QWenLMHeadModel
 from .sampling_loop import library_decode
+from .streaming import stream_ids
 from .tokenization_qwen import QWenTokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -73,8 +73,8 @@ def chat_stream(
         ValueError: if `history` holds something else than pairs, or beams are asked for.
     """
     input_ids = _chat_prompt(model, tokenizer, query, history, system, generation_config, kwargs)
-    samples = complete_config(model, generation_config, **kwargs).do_sample
-    loop = library_decode if samples else decode
+    config, _ = merge_settings(model, generation_config, kwargs)
+    loop = library_decode if config.do_sample else decode
     return stream_ids(model, tokenizer, input_ids, generation_config, loop=loop, **kwargs)
 
 
@@ -88,7 +88,7 @@ def _chat_prompt(
     overrides: dict[str, Any],
 ) -> Tensor:
     """Return the prompt's ids (1, T). `generate` does not know `max_window_size`: it is taken out of `overrides`."""
-    config = complete_config(model, generation_config)
+    config, _ = merge_settings(model, generation_config, {})
     window = overrides.pop("max_window_size", None) or getattr(config, "max_window_size", DEFAULT_MAX_WINDOW_SIZE)
     _, ids = make_context(tokenizer, query, history=history, system=system, max_window_size=window)
     return torch.tensor([ids])

@@ -18,7 +18,6 @@ from .tokenization_qwen import IMEND, IMSTART, QWenTokenizer
 DEFAULT_MAX_WINDOW_SIZE = 6144
 
 Turn = tuple[str, str]
-ContentEncoder = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,7 @@ class ChatPrompt:
     """A prompt that ends where the assistant's answer begins."""
 
     text: str
-    """The prompt as people read it."""
     ids: list[int]
-    """The prompt's token ids."""
     num_dropped_turns: int
     """How many of the oldest turns did not fit into the window."""
 
@@ -51,12 +48,8 @@ def system_ids(tokenizer: QWenTokenizer, system: str) -> list[int]:
 def question_ids(tokenizer: QWenTokenizer, content_ids: Sequence[int]) -> list[int]:
     r"""Return the token ids of `\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n`, before an answer."""
     newline = tokenizer.encode_text("\n")
-    return [
-        *newline,
-        *message_ids(tokenizer, "user", content_ids),
-        *newline,
-        *header_ids(tokenizer, "assistant"),
-    ]
+    user, assistant = message_ids(tokenizer, "user", content_ids), header_ids(tokenizer, "assistant")
+    return [*newline, *user, *newline, *assistant]
 
 
 def build_prompt(
@@ -65,7 +58,7 @@ def build_prompt(
     history: Sequence[Turn] | None = None,
     system: str = "",
     max_window_size: int = DEFAULT_MAX_WINDOW_SIZE,
-    encode_query: ContentEncoder | None = None,
+    encode_query: Callable[[str], list[int]] | None = None,
 ) -> ChatPrompt:
     """Build the prompt for the next answer.
 
@@ -88,7 +81,10 @@ def build_prompt(
     encode = encode_query or tokenizer.encode_text
     head = system_ids(tokenizer, system)
     tail = question_ids(tokenizer, encode(query))
-    turns = _pairs(history)
+    turns = list(history or ())
+    for turn in turns:
+        if isinstance(turn, str) or len(turn) != 2:
+            raise ValueError(f"history must hold (question, answer) pairs, got {turn!r}")
     kept: list[list[int]] = []
     room = max_window_size - len(head) - len(tail)
     for question, answer in reversed(turns):
@@ -99,7 +95,11 @@ def build_prompt(
         kept.append(ids)
     dropped = len(turns) - len(kept)
     middle = [index for ids in reversed(kept) for index in ids]
-    return ChatPrompt(_prompt_text(system, turns[dropped:], query), [*head, *middle, *tail], dropped)
+    text = f"{IMSTART}system\n{system}{IMEND}"
+    for question, answer in turns[dropped:]:
+        text += f"\n{IMSTART}user\n{question}{IMEND}\n{IMSTART}assistant\n{answer}{IMEND}"
+    text += f"\n{IMSTART}user\n{query}{IMEND}\n{IMSTART}assistant\n"
+    return ChatPrompt(text, [*head, *middle, *tail], dropped)
 
 
 def make_context(
@@ -109,19 +109,9 @@ def make_context(
     system: str = "",
     max_window_size: int = DEFAULT_MAX_WINDOW_SIZE,
 ) -> tuple[str, list[int]]:
-    """Build the ChatML prompt for a question, as text and as token ids.
+    """Build the ChatML prompt for a question, as text and as token ids; see `build_prompt` for the arguments.
 
     No special token is parsed in any content: `<|extra_0|>` is text here too.
-
-    Args:
-        tokenizer: QWen's tokenizer.
-        query: the question.
-        history: earlier (question, answer) pairs, oldest first; the newest that fit are kept.
-        system: the system prompt; its block is written even if it is empty.
-        max_window_size: the most tokens that the prompt may have with its history.
-
-    Returns:
-        The prompt's text and its token ids.
 
     Raises:
         ValueError: an entry of `history` is not a pair.
@@ -138,20 +128,3 @@ def stop_token_ids(tokenizer: QWenTokenizer) -> tuple[int, int, int]:
 def trim_answer(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
     """Return the generated ids before the first stop token, or all of them if there is none."""
     return list(itertools.takewhile(lambda index: index not in stop_ids, ids))
-
-
-def _pairs(history: Sequence[Turn] | None) -> list[Turn]:
-    turns: list[Turn] = []
-    for turn in history or ():
-        if isinstance(turn, str) or len(turn) != 2:
-            raise ValueError(f"history must hold (question, answer) pairs, got {turn!r}")
-        turns.append((turn[0], turn[1]))
-    return turns
-
-
-def _prompt_text(system: str, turns: Sequence[Turn], query: str) -> str:
-    parts = [f"{IMSTART}system\n{system}{IMEND}"]
-    for question, answer in turns:
-        parts.append(f"\n{IMSTART}user\n{question}{IMEND}\n{IMSTART}assistant\n{answer}{IMEND}")
-    parts.append(f"\n{IMSTART}user\n{query}{IMEND}\n{IMSTART}assistant\n")
-    return "".join(parts)

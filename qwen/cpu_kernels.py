@@ -24,17 +24,11 @@ def scaled_dot_product_attention(
     """Attend as `F.scaled_dot_product_attention` does; faster for one query (T = 1) in bf16 or fp16.
 
     Args:
-        query: (B, H, T, C).
-        key: (B, H, K, C).
-        value: (B, H, K, C).
+        query: (B, H, T, C), like the result; key and value are (B, H, K, C).
         mask: booleans (B or 1, 1, T, K), or None.
         options: as `F.scaled_dot_product_attention` takes them.
-
-    Returns:
-        (B, H, T, C).
     """
-    is_slow = query.shape[-2] == 1 and query.device.type == "cpu" and query.dtype != torch.float32
-    if not is_slow or torch.is_grad_enabled():
+    if query.shape[-2] > 1 or query.device.type != "cpu" or query.dtype == torch.float32:
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
     # PyTorch's kernel takes more than twice as long in bf16 as in fp32, the conversion included, as long as the heads
     # that are converted together are small enough for their memory to be used again.

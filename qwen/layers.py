@@ -1,12 +1,13 @@
 """What one layer of QWen is made of: RMSNorm, attention with rotary positions, and a gated MLP.
 
-Shape legend: B rows, T tokens of this call, K keys (cached tokens and T), H heads, C channels of one head, D
-`hidden_size`, I the MLP's inner width, S wanted positions.
+Shape legend: B rows, T tokens of this call, K keys (cached tokens and T), H heads, C channels of one head, R rotary
+channels, D `hidden_size`, I the MLP's inner width, S wanted positions.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import cpu_kernels
 from .configuration_qwen import QWenConfig
-from .cpu_kernels import scaled_dot_product_attention
-from .positions import Rotation, rotate
 
 
 class QWenRMSNorm(nn.Module):
@@ -33,6 +33,137 @@ class QWenRMSNorm(nn.Module):
         wide = x.float()  # bf16 has 8 bits: too few for a mean of squares
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return wide.to(x.dtype) * self.weight  # cast before the weight multiplies, as the checkpoints were trained
+
+
+# ---- Positions
+
+
+class Rotation(NamedTuple):
+    """The positions of one call, as every layer needs them."""
+
+    cos: Tensor
+    """(B or 1, 1, T, R) in fp32."""
+    sin: Tensor
+    """(B or 1, 1, T, R) in fp32."""
+    query_scale: Tensor | None
+    """(B or 1, 1, T, 1) log-n factors in fp32; None where all of them are 1."""
+
+
+def position_ids_of(attention_mask: Tensor | None, num_past: int, num_tokens: int, device: torch.device) -> Tensor:
+    """Count positions (B or 1, T) from 0 in every row, leaving padding out; padding before a row gets position 0.
+
+    Args:
+        attention_mask: (B, K) with 0 for padding, or None.
+        num_past: tokens that are cached already.
+        num_tokens: T.
+        device: of the result, if there is no mask.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return torch.arange(num_past, num_past + num_tokens, device=device)[None]
+    positions = attention_mask.long().cumsum(-1) - 1  # (B, K)
+    return positions.clamp(min=0)[:, -num_tokens:]
+
+
+def ntk_alpha(attention_mask: Tensor | None, num_keys: int, seq_length: int) -> Tensor | None:
+    """Return the dynamic NTK factor of each row, from its true length n: max(2^ceil(log2(n / seq_length) + 1) - 1, 1).
+
+    Returns:
+        (B,) in fp32, or None where it is 1 for certain (no row can be past `seq_length`).
+    """
+    if num_keys <= seq_length:
+        return None
+    if attention_mask is None or attention_mask.dim() != 2:
+        lengths = torch.tensor([num_keys], dtype=torch.float64)
+    else:
+        lengths = attention_mask.sum(-1).clamp(min=1).double()
+    exponent = torch.ceil(torch.log2(lengths / seq_length) + 1)
+    return (2.0**exponent - 1).clamp(min=1).float()
+
+
+def rotary_tables(position_ids: Tensor, dim: int, base: float, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute cosines and sines (B, 1, T, R) of the rotary embedding (https://arxiv.org/abs/2104.09864), in fp32.
+
+    Args:
+        position_ids: (B, T).
+        dim: R, the channels that are turned; even. The second half of them repeats the first.
+        base: base of the frequencies.
+        alpha: (B,) factors by which dynamic NTK stretches the base to `base * alpha ** (R / (R - 2))`; None: 1.
+    """
+    device = position_ids.device
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim  # (R / 2)
+    bases = torch.full((1, 1), float(base), device=device)
+    if alpha is not None and dim > 2:
+        bases = bases * alpha.to(device)[:, None] ** (dim / (dim - 2))
+    frequencies = 1.0 / bases**exponents  # (B or 1, R / 2)
+    angles = position_ids[:, :, None].float() * frequencies[:, None, :]  # (B, T, R / 2); bf16 is wrong past 256
+    angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, T, R)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn the first R channels of `x` (B, H, T, C), the first half of them against the second; others pass."""
+    dim = rotation.cos.shape[-1]
+    turned, passed = x[..., :dim].float(), x[..., dim:]
+    lower, upper = turned.chunk(2, dim=-1)  # (B, H, T, R / 2): channel i turns against channel i + R / 2
+    turned = turned * rotation.cos + torch.cat((-upper, lower), dim=-1) * rotation.sin
+    return torch.cat((turned.to(x.dtype), passed), dim=-1) if passed.shape[-1] else turned.to(x.dtype)
+
+
+def log_n_scale(position_ids: Tensor, seq_length: int) -> Tensor:
+    """Return the log-n factors max(1, log(p + 1) / log(seq_length)), (B, 1, T, 1) in fp32, of 0-based p (B, T)."""
+    factors = (position_ids.double() + 1).log() / math.log(seq_length)
+    return factors.clamp(min=1).float()[:, None, :, None]
+
+
+# ---- Attention
+
+
+def attention_mask_4d(
+    attention_mask: Tensor | None, num_rows: int, num_tokens: int, num_keys: int, device: torch.device
+) -> Tensor | None:
+    """Say which keys each query may see: those before it that are no padding, and itself.
+
+    Args:
+        attention_mask: (B, K) with 0 for padding, or None; or (B, 1, T, K), True where a key may be seen, or in
+            floating point to be added to the scores: 0 where a key may be seen, very low elsewhere.
+        num_rows: B.
+        num_tokens: T.
+        num_keys: K.
+        device: of the result.
+
+    Returns:
+        Booleans (B or 1, 1, T, K), or None where plain causal attention does the same: without padding, and with
+        padding after the real tokens only (nothing before it can see it).
+
+    Raises:
+        ValueError: if the mask has another shape.
+    """
+    if attention_mask is not None:
+        if attention_mask.dim() == 4 and attention_mask.is_floating_point():
+            attention_mask = attention_mask == 0
+        attention_mask = attention_mask.to(device=device, dtype=torch.bool)
+        if attention_mask.dim() == 4:
+            return attention_mask
+        if tuple(attention_mask.shape) != (num_rows, num_keys):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected ({num_rows}, {num_keys}): "
+                "one entry for each row and each key, those in the cache included"
+            )
+        if num_tokens == num_keys and num_keys > 1:
+            causal_is_enough = (attention_mask[:, 1:] <= attention_mask[:, :-1]).all()  # padding on the right, or none
+        else:
+            causal_is_enough = attention_mask.all()
+        if causal_is_enough:
+            attention_mask = None
+    if attention_mask is None and num_tokens in (1, num_keys):
+        return None
+    square = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=device)
+    before = square.tril(num_keys - num_tokens)  # (T, K): query t is key K - T + t
+    if attention_mask is None:
+        return before[None, None]
+    # A padded query would see nothing at all, and softmax give NaN: let it see itself. Nobody sees it.
+    itself = before.triu(num_keys - num_tokens)
+    return (before & attention_mask[:, None, None, :]) | itself
 
 
 class QWenAttention(nn.Module):
@@ -90,8 +221,11 @@ def _sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float, dropout: float
 ) -> tuple[Tensor, None]:
     # Without a mask, T is K (nothing cached) or 1 (everything may be seen); is_causal is right for the first only.
-    options = {"dropout_p": dropout, "is_causal": visible is None and query.shape[-2] > 1, "scale": scale}
-    return scaled_dot_product_attention(query, key, value, visible, **options), None  # PyTorch's, but on the CPU faster
+    is_causal = visible is None and query.shape[-2] > 1
+    attend: Any = F.scaled_dot_product_attention
+    if not torch.is_grad_enabled():
+        attend = cpu_kernels.scaled_dot_product_attention  # the same, but faster
+    return attend(query, key, value, visible, dropout_p=dropout, is_causal=is_causal, scale=scale), None
 
 
 def _eager_attention(

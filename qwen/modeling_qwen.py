@@ -21,13 +21,21 @@ from transformers.utils import can_return_tuple
 from .cache import GrowingCache
 from .configuration_qwen import QWenConfig
 from .cpu_kernels import apply_head
-from .layers import QWenBlock, QWenRMSNorm
+from .layers import (
+    QWenBlock,
+    QWenRMSNorm,
+    Rotation,
+    attention_mask_4d,
+    log_n_scale,
+    ntk_alpha,
+    position_ids_of,
+    rotary_tables,
+)
 from .loss import next_token_loss
-from .positions import Rotation, attention_mask_4d, log_n_scale, ntk_alpha, position_ids_of, rotary_tables
 
 
 class QWenPreTrainedModel(PreTrainedModel):
-    """What all QWen models share: configuration class, initialisation, loading, and what they support."""
+    """Share configuration class, initialisation, loading and abilities between all QWen models."""
 
     config_class = QWenConfig
     base_model_prefix = "transformer"
@@ -58,11 +66,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load as transformers' `from_pretrained`, which would draw missing weights at random; here they are an error.
 
-        Args:
-            pretrained_model_name_or_path: folder or hub name.
-            output_loading_info: whether to return what was found missing or unexpected, too.
-            ignore_mismatched_sizes: whether weights of another shape may be replaced by random ones.
-            args: as transformers takes them, and so are `kwargs`.
+        Weights of another shape are an error too, unless `ignore_mismatched_sizes` lets random ones replace them.
 
         Raises:
             ValueError: if a weight is missing or has another shape; the message names the first few.
@@ -72,26 +76,15 @@ class QWenPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         shapes = {name: f"{name}: {tuple(got)}, expected {tuple(want)}" for name, got, want in info["mismatched_keys"]}
-        missing = sorted(set(info["missing_keys"]) - set(shapes))
-        problems = []
-        if missing:
-            problems.append(f"lacks {_count(missing)} that {cls.__name__} needs ({_first_few(missing)})")
-        if shapes and not ignore_mismatched_sizes:
-            problems.append(f"holds {_count(shapes)} of another shape ({_first_few(sorted(shapes.values()))})")
+        problems = [f"{name}: missing" for name in sorted(set(info["missing_keys"]) - set(shapes))]
+        problems += [] if ignore_mismatched_sizes else sorted(shapes.values())
         if problems:
             raise ValueError(
-                f"the checkpoint {pretrained_model_name_or_path} {' and '.join(problems)}: "
+                f"the checkpoint {pretrained_model_name_or_path} lacks {len(problems)} of the weights that "
+                f"{cls.__name__} needs ({'; '.join(problems[:5])}{'; …' * (len(problems) > 5)}): "
                 "check that it is complete and that config.json belongs to it"
             )
         return (model, info) if output_loading_info else model
-
-
-def _count(names: Any) -> str:
-    return f"{len(names)} weight{'s' * (len(names) > 1)}"
-
-
-def _first_few(names: list[str]) -> str:
-    return "; ".join(names[:5]) + "; …" * (len(names) > 5)
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -142,17 +135,14 @@ class QWenModel(QWenPreTrainedModel):
                 after the attention of the last block nothing mixes positions, so the others are left out.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if attention weights
-                are asked of another implementation than eager.
+            ValueError: without exactly one of `input_ids` and `inputs_embeds`, or for attention weights without eager.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError('attention weights exist in eager mode only: load with attn_implementation="eager"')
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        output_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -164,7 +154,7 @@ class QWenModel(QWenPreTrainedModel):
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] = []
         for number, block in enumerate(self.h, start=1):
-            if output_hidden_states:  # otherwise it would outlive its last use
+            if output_states:  # otherwise it would outlive its last use
                 hidden_states.append(x)
             wanted = positions if number == len(self.h) else None  # only the last block may leave positions out
             x, weights = block(x, rotation, visible, past_key_values=past_key_values, positions=wanted)  # (B, T, D)
@@ -174,28 +164,26 @@ class QWenModel(QWenPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            hidden_states=(*hidden_states, x) if output_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
 
     def _rotation_and_mask(
         self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: Cache | None
     ) -> tuple[Rotation, Tensor | None]:
-        """Say where the tokens of this call are, and what they may see: the same for every layer, so made once."""
+        """Say where this call's tokens are and what they may see: the same for every layer, so made once."""
         num_rows, num_tokens = x.shape[:2]
         num_past = past.get_seq_length() if past is not None else 0
         num_keys = num_past + num_tokens
         if position_ids is None:
             position_ids = position_ids_of(attention_mask, num_past, num_tokens, x.device)  # (B or 1, T)
-        alpha = None
-        scale = None
+        alpha: Tensor | None = None
+        scale: Tensor | None = None
         if not self.training and self.config.use_dynamic_ntk:
-            # The alpha of the prompt rules the whole answer: the cached keys were turned with it.
-            if num_past and hasattr(past, "ntk_alpha"):
-                alpha = getattr(past, "ntk_alpha")  # noqa: B009, a Cache has no such attribute of its own
-            else:
-                alpha = ntk_alpha(attention_mask, num_keys, self.config.seq_length)
+            alpha = ntk_alpha(attention_mask, num_keys, self.config.seq_length)
             if past is not None:
+                # The alpha of the prompt rules the whole answer: the cached keys were turned with it.
+                alpha = getattr(past, "ntk_alpha", alpha) if num_past else alpha
                 past.ntk_alpha = alpha  # type: ignore[attr-defined]
         if not self.training and self.config.use_logn_attn and num_keys > self.config.seq_length:
             scale = log_n_scale(position_ids, self.config.seq_length)
@@ -216,21 +204,12 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Linear:
-        """Return the language head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the language head."""
-        self.lm_head = value
-
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Have `generate` use our cache instead of its own, where the caller has chosen none."""
         is_free = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
-        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
-        prepare(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if is_free and type(model_kwargs.get("past_key_values")) is DynamicCache:
             model_kwargs["past_key_values"] = GrowingCache(self.config)
 

@@ -19,6 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .modeling_qwen import QWenLMHeadModel, QWenModel
 from .tokenization_qwen import IMAGE_TOKEN, IMAGE_TOKEN_ID
 
+_NEEDS_IDS = "image_features need input_ids, which say where they belong; inputs_embeds do not"
+
 
 def place_image_features(
     input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor | None, *, already_checked: bool = False
@@ -49,22 +51,15 @@ def place_image_features(
     return inputs_embeds.masked_scatter(is_image[..., None], features)  # (B, T, D)
 
 
-def part_by_rows(input_ids: Tensor, image_features: Tensor) -> tuple[Tensor, ...]:
-    """Part the features of a batch into one tensor (image tokens of the row, D) for each row of `input_ids` (B, T)."""
-    features = image_features.flatten(0, -2)  # (F, D)
-    is_image = input_ids == IMAGE_TOKEN_ID
-    _check_counts(is_image, len(features))
-    return features.split(is_image.sum(dim=1).tolist())
-
-
-def _check_counts(is_image: Tensor, num_features: int) -> None:
-    num_tokens = int(is_image.sum())
-    if num_tokens != num_features:
-        per_row = is_image.sum(dim=1).tolist()
+def _check_counts(is_image: Tensor, num_features: int) -> list[int]:
+    """Return the number of image tokens in each row of `is_image` (B, T)."""
+    per_row: list[int] = is_image.sum(dim=1).tolist()
+    if sum(per_row) != num_features:
         raise ValueError(
-            f"the prompt holds {num_tokens} image tokens {IMAGE_TOKEN} (by row: {per_row}), but {num_features} image "
+            f"the prompt holds {sum(per_row)} image tokens {IMAGE_TOKEN} (by row: {per_row}), but {num_features} image "
             "features were given; expand every placeholder to as many tokens as its image has features"
         )
+    return per_row
 
 
 class MultimodalQWenModel(QWenModel):
@@ -84,17 +79,13 @@ class MultimodalQWenModel(QWenModel):
     ) -> BaseModelOutputWithPast:
         """Embed `input_ids`, put `image_features` at the image tokens, and run the decoder.
 
+        Without features, a call that continues from a cache takes an image token as any other id: a model may draw it.
+
         Args:
             input_ids: (B, T), with one image token for each image feature.
-            attention_mask: as `QWenModel.forward` takes it, and so are all arguments that are not named here.
-            position_ids: likewise.
-            past_key_values: cache of an earlier call. Without features, a call that continues from a cache takes an
-                image token as any other id: a model may draw it.
-            inputs_embeds: (B, T, D) in place of `input_ids`; image features can't be placed then.
             image_features: (..., D); None where there is no image.
             already_checked: whether features and image tokens are known to be equal in number.
-            args: passed on.
-            kwargs: passed on.
+            kwargs: as `QWenModel.forward` takes them, and so are all arguments that are not named here.
 
         Raises:
             ValueError: if features and image tokens differ in number, with both numbers.
@@ -108,7 +99,7 @@ class MultimodalQWenModel(QWenModel):
                 )
             input_ids = None
         elif image_features is not None:
-            raise ValueError("image_features need input_ids, which say where they belong; inputs_embeds do not")
+            raise ValueError(_NEEDS_IDS)
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs)
 
 
@@ -129,11 +120,9 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
 
         Args:
             inputs: (B, T) token ids; or give them as `input_ids`.
-            generation_config: as transformers takes it, and so are all arguments that are not named here.
-            args: passed on.
             image_features: (..., D) for the whole batch in reading order, or a tuple with one tensor
                 (image tokens of the row, D) for each row.
-            kwargs: passed on.
+            kwargs: as transformers takes them, and so are all arguments that are not named here.
 
         Raises:
             ValueError: if features and image tokens differ in number, with both numbers, if there are no ids, or if
@@ -147,11 +136,12 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
             raise ValueError(f"prefill_chunk_size is {chunk}: a prompt with images is read whole; leave it out")
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None:
-            raise ValueError("image_features need input_ids, which say where they belong; inputs_embeds do not")
+            raise ValueError(_NEEDS_IDS)
         if isinstance(image_features, Tensor):
             # For beams and several answers, `generate` repeats the rows of every tensor. The rows here are images or
             # features, so they go into a tuple, which it leaves alone.
-            image_features = part_by_rows(input_ids, image_features)
+            features = image_features.flatten(0, -2)  # (F, D)
+            image_features = features.split(_check_counts(input_ids == IMAGE_TOKEN_ID, len(features)))
         return generate(inputs, generation_config, *args, image_features=image_features, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -167,11 +157,10 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
 
         Args:
             input_ids: (B · copies, T); `copies` for beams and for several answers.
-            args: as transformers takes them, and so are all arguments that are not named here.
             image_features: one tensor (image tokens of the row, D) for each of the B rows of the prompt, or None.
             inputs_embeds: (B · copies, T, D) in place of ids; named because `generate` looks for it here.
             is_first_iteration: whether this call reads the prompt.
-            kwargs: passed on.
+            kwargs: as transformers takes them.
         """
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}

@@ -10,9 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-import shutil
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +61,6 @@ def normalize(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut text inside runs of white space that are too long for tiktoken; anything else stays whole."""
-    start = 0
-    for match in _WHITESPACE.finditer(text):
-        for cut in range(match.start() + MAX_WHITESPACE_RUN, match.end(), MAX_WHITESPACE_RUN):
-            yield text[start:cut]
-            start = cut
-    yield text[start:]
-
-
 def load_vocabulary(path: str | Path) -> dict[bytes, int]:
     """Read a `qwen.tiktoken` file: token bytes -> id, 151,643 of them, with the ids 0 … 151642.
 
@@ -100,19 +88,6 @@ def load_vocabulary(path: str | Path) -> dict[bytes, int]:
     return ranks
 
 
-def write_vocabulary(ranks: dict[bytes, int], path: Path) -> None:
-    """Write a `qwen.tiktoken` file; an earlier one stays until the new one is complete."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-            file.write(base64.b64encode(token) + b" %d\n" % rank)
-    shutil.move(temporary, path)
-
-
-def _join(tokens: list[Any]) -> bytes:
-    return b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
-
-
 class QWenTokenizer(PreTrainedTokenizer):
     """QWen's tokenizer. `<|endoftext|>` is both the end and the padding token; no token is put around a text by itself.
 
@@ -132,6 +107,10 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = VOCAB_FILES_NAMES
     model_input_names = ["input_ids", "attention_mask"]
+    eod_id = ENDOFTEXT_ID
+    im_start_id = IMSTART_ID
+    im_end_id = IMEND_ID
+    image_token_id = IMAGE_TOKEN_ID
 
     def __init__(
         self,
@@ -143,9 +122,12 @@ class QWenTokenizer(PreTrainedTokenizer):
     ) -> None:
         if vocab_file is None:
             raise ValueError("the tokenizer needs its vocabulary: no qwen.tiktoken was found in the model's folder")
-        self.vocab_file = str(vocab_file)
         self.errors = errors
-        self._set_ranks(load_vocabulary(vocab_file))
+        self._ranks = load_vocabulary(vocab_file)
+        self._tokens: dict[int, bytes | str] = {index: token for token, index in self.get_vocab().items()}
+        self._encoding = tiktoken.Encoding(
+            "qwen", pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens=SPECIAL_TOKENS
+        )
         # Published configs name remote code here. It is not needed, and must not be asked for after saving either.
         kwargs.pop("auto_map", None)
         # Added tokens cannot differ from QWen's own, which need no entry.
@@ -153,46 +135,10 @@ class QWenTokenizer(PreTrainedTokenizer):
         super().__init__(pad_token=pad_token, eos_token=eos_token, errors=errors, **kwargs)
         self._add_tokens(list(self.special_tokens_map.values()))  # only to refuse unknown ones
 
-    def _set_ranks(self, ranks: dict[bytes, int]) -> None:
-        self._ranks = ranks
-        self._tokens: dict[int, bytes | str] = {rank: token for token, rank in ranks.items()}
-        self._tokens.update({index: token for token, index in SPECIAL_TOKENS.items()})
-        self._encoding = tiktoken.Encoding(
-            "qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=SPECIAL_TOKENS
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or another process needs: the ranks, from which the rest is built."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_encoding", "_tokens")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._set_ranks(state["_ranks"])
-
     @property
     def vocab_size(self) -> int:
         """Return the number of ids, the special ones included: 151,851. A model's table may be larger."""
         return NUM_RANKS + len(SPECIAL_TOKENS)
-
-    @property
-    def eod_id(self) -> int:
-        """Return the id of `<|endoftext|>`."""
-        return ENDOFTEXT_ID
-
-    @property
-    def im_start_id(self) -> int:
-        """Return the id of `<|im_start|>`."""
-        return IMSTART_ID
-
-    @property
-    def im_end_id(self) -> int:
-        """Return the id of `<|im_end|>`."""
-        return IMEND_ID
-
-    @property
-    def image_token_id(self) -> int:
-        """Return the id of `<|extra_0|>`, the place of one image feature."""
-        return IMAGE_TOKEN_ID
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -231,9 +177,14 @@ class QWenTokenizer(PreTrainedTokenizer):
         return self._encode_ordinary(normalize(text))
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        if len(text) <= MAX_WHITESPACE_RUN:
-            return self._encoding.encode_ordinary(text)
-        return [index for piece in _pieces(text) for index in self._encoding.encode_ordinary(piece)]
+        """Encode text, cut only inside runs of white space that are too long for tiktoken."""
+        ids: list[int] = []
+        start = 0
+        for match in _WHITESPACE.finditer(text) if len(text) > MAX_WHITESPACE_RUN else ():
+            for cut in range(match.start() + MAX_WHITESPACE_RUN, match.end(), MAX_WHITESPACE_RUN):
+                ids += self._encoding.encode_ordinary(text[start:cut])
+                start = cut
+        return ids + self._encoding.encode_ordinary(text[start:])
 
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
@@ -246,19 +197,14 @@ class QWenTokenizer(PreTrainedTokenizer):
         if kwargs.get("split_special_tokens", self.split_special_tokens):
             return [self._tokens[index] for index in self._encode_ordinary(text)]
         tokens: list[Any] = []
-        for position, part in enumerate(_SPECIAL_SPLIT.split(text)):
-            if position % 2:
-                tokens.append(part)
-            else:
-                tokens.extend(self._tokens[index] for index in self._encode_ordinary(part))
+        for position, part in enumerate(_SPECIAL_SPLIT.split(text)):  # every second part is a special token
+            tokens += [part] if position % 2 else [self._tokens[index] for index in self._encode_ordinary(part)]
         return tokens
 
     def _convert_token_to_id(self, token: Any) -> int | None:
-        if isinstance(token, bytes):
-            return self._ranks.get(token)
         if token in SPECIAL_TOKENS:
             return SPECIAL_TOKENS[token]
-        return self._ranks.get(token.encode("utf-8", "surrogatepass"))
+        return self._ranks.get(token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass"))
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Return the id of a token, or those of a list; `str` is a special token, or else stands for its UTF-8 bytes.
@@ -277,7 +223,11 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[Any]) -> str:
         """Return the text that tokens (`bytes` or `str`) stand for; malformed UTF-8 is treated as `errors` says."""
-        return _join(tokens).decode("utf-8", errors=self.errors)
+        return self._text(tokens, self.errors)
+
+    @staticmethod
+    def _text(tokens: list[Any], errors: str) -> str:
+        return b"".join(token.encode() if isinstance(token, str) else token for token in tokens).decode(errors=errors)
 
     def _decode(
         self,
@@ -290,13 +240,15 @@ class QWenTokenizer(PreTrainedTokenizer):
         """Return the text of ids. It has its own spaces: `clean_up_tokenization_spaces` would only damage it."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
-        return _join(tokens).decode("utf-8", errors=errors or self.errors)
+        return self._text(tokens, errors or self.errors)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Write `qwen.tiktoken` into a folder, from memory: the file that it was read from need not exist any more."""
-        name = (filename_prefix + "-" if filename_prefix else "") + VOCAB_FILES_NAMES["vocab_file"]
-        path = Path(save_directory) / name
-        if path.exists() and Path(self.vocab_file).exists() and path.samefile(self.vocab_file):
-            return (str(path),)
-        write_vocabulary(self._ranks, path)
+        name = VOCAB_FILES_NAMES["vocab_file"]
+        path = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        temporary = path.with_name(path.name + ".part")
+        with temporary.open("wb") as file:
+            for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
+                file.write(base64.b64encode(token) + b" %d\n" % rank)
+        temporary.replace(path)  # an earlier one stays until the new one is complete
         return (str(path),)

@@ -14,7 +14,7 @@ from .base import ImageTransform, VisionTower
 from .clip_vit import CLIPTower
 from .dinov2 import Dinov2Tower, Dinov2WithRegistersTower
 from .loading import read_config
-from .shape import TowerShape, input_size, shape_of_tower
+from .shape import TowerShape, read_shape
 from .siglip_vit import SiglipTower
 from .vit import ViTTower
 
@@ -49,10 +49,7 @@ def build_vision_tower(
         name_or_path: a local folder or a hub name. Of a CLIP or SigLIP checkpoint only the vision half is loaded.
         dtype: data type of the weights and the features; None is float32.
         drop_first_patch: leave SigLIP's first patch out, for models that the original project trained (728 tokens
-            where there are 729).
-
-    Returns:
-        The tower on the CPU, frozen and in `eval()`.
+            of 729).
 
     Raises:
         FileNotFoundError: if there is no such checkpoint, or one of its files is missing.
@@ -65,16 +62,11 @@ def build_vision_tower(
 def read_tower_shape(name_or_path: str | os.PathLike[str], *, drop_first_patch: bool = False) -> TowerShape:
     """Read the sizes of the tower that a checkpoint holds; no weights are needed.
 
-    Raises:
-        FileNotFoundError: if there is no such checkpoint, or no config.json; without preprocessor_config.json only
-            where that decides the size (DINOv2).
-        ValueError: for a `model_type` that is not in `TOWERS`, or files that do not fit each other.
+    It raises what `build_vision_tower` raises, but for a missing preprocessor_config.json only where that decides the
+    size (DINOv2).
     """
     name = os.fspath(name_or_path)
-    tower_class = tower_class_of(name)
-    config = tower_class.read_vision_config(name)
-    size = input_size(tower_class, name, config)
-    return shape_of_tower(tower_class, config, size, drop_first_patch=drop_first_patch)
+    return read_shape(tower_class_of(name), name, drop_first_patch=drop_first_patch)
 
 
 def tower_class_of(name: str) -> type[VisionTower]:
@@ -85,12 +77,9 @@ def tower_class_of(name: str) -> type[VisionTower]:
         ValueError: for a `model_type` that is not in `TOWERS`.
     """
     model_type = read_config(name).get("model_type")
-    tower_class = TOWERS.get(model_type) if isinstance(model_type, str) else None
-    if tower_class is None:
-        hint = ""
-        if model_type in ("siglip2", "siglip2_vision_model"):
-            hint = "; of SigLIP 2, take a checkpoint of a fixed resolution rather than a NaFlex one"
-        raise ValueError(
-            f"{name} has model_type {model_type!r}, which is no known vision tower; known are {', '.join(TOWERS)}{hint}"
-        )
-    return tower_class
+    if isinstance(model_type, str) and model_type in TOWERS:
+        return TOWERS[model_type]
+    hint = "; of SigLIP 2, take a checkpoint of a fixed resolution" if str(model_type).startswith("siglip2") else ""
+    raise ValueError(
+        f"{name} has model_type {model_type!r}, which is no known vision tower; known are {', '.join(TOWERS)}{hint}"
+    )

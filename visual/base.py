@@ -16,27 +16,6 @@ from .loading import load_config, load_image_processor, load_model
 logger = logging.getLogger(__name__)
 
 
-_LONGEST = 256
-"""How many times longer than wide a picture may be for the image processor to see all of it."""
-
-
-def _middle(image: Image.Image) -> Image.Image:
-    """Return the part of a very long picture that a centre crop can see; other pictures as they are.
-
-    Processors resize the short edge first: a strip of 1 × 5000 pixels would become 224 × 1,120,000, some gigabytes, of
-    which 224 × 224 are kept. Cropping first moves the pixels by a part of a pixel, since the processor rounds the
-    resized length of the whole strip, so pictures that take less than some 200 MB (13 megapixels at 224 px) are left
-    alone.
-    """
-    width, height = image.size
-    short, long = sorted(image.size)
-    surplus = (long - _LONGEST * short) // 2
-    if surplus <= 0:
-        return image
-    across = width > height
-    return image.crop((surplus, 0, width - surplus, height) if across else (0, surplus, width, height - surplus))
-
-
 class ImageTransform:
     """From a PIL image in RGB to the pixels a tower was trained on, by the checkpoint's own image processor.
 
@@ -46,8 +25,8 @@ class ImageTransform:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         settings = processor.to_dict()
-        # A picture resized to a fixed height and width is not enlarged beyond them, however long it is.
-        self.enlarges_strips = bool(settings.get("do_center_crop")) and "shortest_edge" in (settings.get("size") or {})
+        # Such a processor enlarges a strip's whole length and then keeps its middle: gigabytes for 1 × 5000 pixels.
+        self.cuts_strips = bool(settings.get("do_center_crop")) and "shortest_edge" in (settings.get("size") or {})
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Resize, crop, rescale and normalise one image.
@@ -56,16 +35,18 @@ class ImageTransform:
             image: a PIL image of any size in mode RGB.
 
         Returns:
-            (3, H, W), float32, equal to the image processor's `pixel_values`; only where a picture is more than 256
-            times longer than wide, its pixels may be shifted by a part of a pixel.
+            (3, H, W), float32, equal to the image processor's `pixel_values`; only of a picture more than 256 times
+            longer than wide, which is cut to its middle first, the pixels may be shifted by a part of a pixel.
 
         Raises:
             ValueError: if the image is in another mode: what becomes of alpha or palettes is for the caller to say.
         """
         if image.mode != "RGB":
             raise ValueError(f"the image transform takes RGB images, got mode {image.mode!r}: convert the image first")
-        if self.enlarges_strips:
-            image = _middle(image)
+        width, height = image.size
+        x, y = (max(0, (long - 256 * short) // 2) for long, short in ((width, height), (height, width)))
+        if self.cuts_strips and (x or y):
+            image = image.crop((x, y, width - x, height - y))
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels.to(torch.float32)
 
@@ -92,6 +73,8 @@ class VisionTower(nn.Module):
     """The family's `model_type`, as saved with a trained model."""
     model_class: ClassVar[type[PreTrainedModel]]
     """The vision model of transformers."""
+    num_prefix_tokens: ClassVar[int] = 1
+    """Tokens before the patches in the last hidden state, registers left out: the class token."""
     model_kwargs: ClassVar[dict[str, Any]] = {}
     """Further arguments of the model's `__init__`."""
     config_overrides: ClassVar[dict[str, Any]] = {}
@@ -103,6 +86,8 @@ class VisionTower(nn.Module):
 
     name_or_path: str
     """The folder or hub name that the tower was loaded from, as it was given."""
+    config: PreTrainedConfig
+    """The vision model's configuration."""
     drop_first_patch: bool
     """Whether SigLIP's first patch is left out."""
     image_size: int
@@ -119,12 +104,14 @@ class VisionTower(nn.Module):
         if drop_first_patch and not self.may_drop_first_patch:
             raise ValueError(f"drop_first_patch is for SigLIP towers only; {name_or_path} is {self.kind}")
         self.name_or_path = name_or_path
-        config = self.read_vision_config(name_or_path)
+        config = load_config(self.model_class, name_or_path, self.config_overrides)
         self.image_transform = ImageTransform(load_image_processor(name_or_path))
         self.image_size = self.input_size(name_or_path, config, self.image_transform)
+        self.config = config
         self.hidden_size = config.hidden_size
         self.drop_first_patch = drop_first_patch
-        self.num_skipped = self.num_prefix_tokens(config) + int(drop_first_patch)
+        registers = getattr(config, "num_register_tokens", 0)  # extra tokens after the class token
+        self.num_skipped = self.num_prefix_tokens + registers + int(drop_first_patch)
         self.num_image_tokens = (self.image_size // config.patch_size) ** 2 - int(drop_first_patch)
         self.model = load_model(self.model_class, name_or_path, config, dtype or torch.float32, **self.model_kwargs)
         self.requires_grad_(False)
@@ -133,16 +120,6 @@ class VisionTower(nn.Module):
             "vision tower %s (%s): %d px, %d tokens of %d, %s, frozen",
             *(name_or_path, self.kind, self.image_size, self.num_image_tokens, self.hidden_size, self.model.dtype),
         )
-
-    @classmethod
-    def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """Return how many tokens (class, registers) come before the patches in the last hidden state."""
-        raise NotImplementedError
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The configuration of the vision model."""
-        return self.model.config
 
     def train(self, mode: bool = True) -> "VisionTower":
         """Stay in `eval()`, whatever the model around it does: dropout would change the features."""
@@ -176,25 +153,6 @@ class VisionTower(nn.Module):
         hidden = self.model(pixel_values=pixel_values).last_hidden_state  # (N, prefix + patches, D)
         # The class token sums up the whole image; the language model gets one token for each place in it instead.
         return hidden[:, self.num_skipped :]  # (N, P, D)
-
-    @classmethod
-    def read_vision_config(cls, name_or_path: str) -> PreTrainedConfig:
-        """Read the vision half's configuration, with this class's overrides.
-
-        Raises:
-            FileNotFoundError: if there is no config.json.
-            ValueError: if its values can't be those of such a tower.
-        """
-        config = load_config(cls.model_class, name_or_path)
-        for name, value in cls.config_overrides.items():
-            setattr(config, name, value)
-        if config.num_channels != 3:
-            raise ValueError(f"{name_or_path} takes {config.num_channels} channels; only RGB towers (3) are supported")
-        for name in ("image_size", "patch_size"):
-            value = getattr(config, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name_or_path}: {name} must be one positive integer, got {value!r}")
-        return config
 
     @classmethod
     def input_size(cls, name_or_path: str, config: PreTrainedConfig, transform: ImageTransform) -> int:

@@ -6,14 +6,14 @@
 left alone, so the command may be stopped and run again at any time. With `--num_shards N`, N processes (a GPU each,
 say) take a part each, `--shard 0` to `N - 1`.
 
-Everything is said on stderr. Exit code 0: every image is stored, apart from those listed as bad (they can't be used, or
-their features are not finite or too large for the dtype); 1: the disk was full, or all images are bad; 2: something in
-the command or the files is wrong, and nothing was done; 130 and 143: stopped by Ctrl-C or SIGTERM.
+Everything is said on stderr. Exit code 0: every image is stored, apart from those listed as bad; 1: the disk was full,
+or all images are bad; 2: the command or a file is wrong, and nothing was done; 130, 143: stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import signal
@@ -24,12 +24,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataprocess.image_io import ImageError, resolve_image_path
-from dataprocess.messages import format_count
-from dataset.annotations import images_of
+from dataprocess.messages import format_count, shorten
+from dataset.annotations import find_folder, folder_and_files, read_object
+from dataset.prompt import SampleError
 from model.checkpoints.base_models import drops_first_patch
 from model.checkpoints.checkpoint import read_checkpoint
-from model.console import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory, set_up_logging
+from model.console import OneLineErrors, set_up_logging
 from model.device import parse_dtype, pick_device, pick_dtype
+from model.errors import in_one_line, is_out_of_memory, out_of_memory
 from model.feature_caching.disk import lack_of_space
 from model.feature_caching.fill import BATCH_SIZE, fill_feature_cache
 from visual import build_vision_tower
@@ -51,33 +53,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--image_map", nargs="+", required=True, metavar="FILE", help="image_map.json, one or several")
     parser.add_argument("--feature_cache", required=True, metavar="DIR", help="folder in which features are kept")
-    parser.add_argument(
-        "--base_value_model", default="openai/clip-vit-large-patch14", help="hub name or folder of the vision tower"
-    )
-    parser.add_argument(
-        "--previous_lora_weights",
-        metavar="DIR",
-        help="checkpoint that training starts from, as in training: those of the original project, and what was "
-        "trained further from them, have no use for SigLIP's first patch",
-    )
-    parser.add_argument(
-        "--feature_cache_dtype", default="bfloat16", choices=list(DTYPES), help="dtype on the disk, as in training"
-    )
-    parser.add_argument("--dtype", help="precision of the tower, as in training: float32, bfloat16, float16")
-    parser.add_argument("--device", help="cpu, cuda, cuda:0, …")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="images that the tower sees together")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that open images; 0: this one")
-    parser.add_argument("--num_shards", type=int, default=1, help="how many processes share the work")
-    parser.add_argument("--shard", type=int, default=0, help="the part that this process takes, from 0")
-    parser.add_argument("--allow_links", action="store_true", help="follow links that lead out of the image folder")
-    parser.add_argument("--skip_space_check", action="store_true", help="begin even if the disk looks too small")
+    add = parser.add_argument
+    add("--base_value_model", default="openai/clip-vit-large-patch14", help="hub name or folder of the vision tower")
+    add("--previous_lora_weights", metavar="DIR", help="checkpoint that training starts from, as in training")
+    add("--feature_cache_dtype", default="bfloat16", choices=list(DTYPES), help="dtype on the disk, as in training")
+    add("--dtype", help="precision of the tower, as in training: float32, bfloat16, float16")
+    add("--device", help="cpu, cuda, cuda:0, …")
+    add("--batch_size", type=int, default=BATCH_SIZE, help="images that the tower sees together")
+    add("--num_workers", type=int, default=2, help="processes that open images; 0: this one")
+    add("--num_shards", type=int, default=1, help="how many processes share the work")
+    add("--shard", type=int, default=0, help="the part that this process takes, from 0")
+    add("--allow_links", action="store_true", help="follow links that lead out of the image folder")
+    add("--skip_space_check", action="store_true", help="begin even if the disk looks too small")
     args = parser.parse_args(argv)
     least = {"batch_size": 1, "num_workers": 0, "num_shards": 1, "shard": 0}
     wrong = [f"--{name} {getattr(args, name)}: at least {n}" for name, n in least.items() if getattr(args, name) < n]
     if args.shard >= args.num_shards >= 1:
-        wrong.append(
-            f"--shard {args.shard}: with --num_shards {args.num_shards} it goes from 0 to {args.num_shards - 1}"
-        )
+        last = args.num_shards - 1
+        wrong.append(f"--shard {args.shard}: with --num_shards {args.num_shards} it goes from 0 to {last}")
     if wrong:
         raise ValueError("; ".join(wrong))
     return args
@@ -93,14 +86,17 @@ def list_images(image_maps: Sequence[str], allow_links: bool) -> tuple[list[Path
         ValueError: if a file can't be read, or there is no image in all of them.
     """
     images: dict[tuple[str, str], None] = {}
-    bad_images, bad_entries = [], []
+    paths, bad_images, bad_entries = [], [], []
     for image_map in image_maps:
-        found, errors = images_of(image_map)
-        images |= dict.fromkeys(found)
-        bad_entries += errors
+        folder_of = functools.cache(functools.partial(find_folder, Path(image_map), True))
+        for key, entry in read_object(image_map).items():
+            try:
+                folder, names = folder_and_files(entry, folder_of)
+                images.update(dict.fromkeys((folder, name) for name in names))
+            except SampleError as error:
+                bad_entries.append(f"{image_map}: entry {shorten(key)}: {error}")
     if not images:
         raise ValueError(f"{' '.join(image_maps)}: there are no images; dataprocess/process_image.py writes image maps")
-    paths = []
     for folder, name in images:
         try:
             paths.append(resolve_image_path(folder, name, allow_links))
@@ -126,8 +122,7 @@ def run(args: argparse.Namespace) -> int:
     problem = lack_of_space(cache, tower, paths)
     if problem and not args.skip_space_check:
         raise ValueError(
-            f"--feature_cache {args.feature_cache}: {problem}; make room, give another folder, or "
-            "say --skip_space_check"
+            f"--feature_cache {args.feature_cache}: {problem}; make room, or give another folder or --skip_space_check"
         )
     for problem in (*bad_entries, *bad_images):
         logger.warning("bad: %s", problem)

@@ -1,6 +1,6 @@
 """CLIP's vision transformer (Radford et al. 2021, https://arxiv.org/abs/2103.00020)."""
 
-from transformers import CLIPVisionModel, PreTrainedConfig
+from transformers import CLIPVisionModel
 
 from .base import VisionTower
 
@@ -13,8 +13,3 @@ class CLIPTower(VisionTower):
 
     kind = "clip"
     model_class = CLIPVisionModel
-
-    @classmethod
-    def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """Return 1, for the class token."""
-        return 1

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedConfig, PreTrainedModel
+from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel
 
 from .base import VisionTower
 
@@ -17,19 +17,9 @@ class Dinov2Tower(VisionTower):
     model_class: ClassVar[type[PreTrainedModel]] = Dinov2Model
     any_image_size = True
 
-    @classmethod
-    def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """Return 1, for the class token."""
-        return 1
-
 
 class Dinov2WithRegistersTower(Dinov2Tower):
     """E.g. facebook/dinov2-with-registers-large (Darcet et al. 2023, https://arxiv.org/abs/2309.16588)."""
 
     kind = "dinov2_with_registers"
     model_class = Dinov2WithRegistersModel
-
-    @classmethod
-    def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """Count the class token and the registers after it."""
-        return 1 + config.num_register_tokens

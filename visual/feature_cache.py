@@ -11,6 +11,7 @@ or a power cut did to it. Any number of processes may fill a folder at once: at 
 Shape legend: P tokens per image, D width of the tower.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -24,9 +25,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from .base import VisionTower
-from .loading import published_weights
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +56,8 @@ def tower_key(tower: VisionTower) -> str:
     """Hash everything that a tower's features depend on, apart from the picture.
 
     Each value of each weight counts, as it is loaded: a tower in bf16 has another key than the same one in fp32. Names
-    are those of the published files, so an upgrade of transformers keeps the key.
-
-    Args:
-        tower: the tower; 300 million parameters take some seconds.
-
-    Returns:
-        16 hexadecimal digits.
+    are those of the published files, so an upgrade of transformers keeps the key. 300 million parameters take some
+    seconds.
     """
     config = {name: getattr(tower.config, name, None) for name in _TOWER_SETTINGS}
     processor = tower.image_transform.processor.to_dict()
@@ -71,6 +68,12 @@ def tower_key(tower: VisionTower) -> str:
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(_bytes_of(value))
     return digest.hexdigest()[:16]
+
+
+def published_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a model's weights by the names of its published file, whatever this version of transformers calls them."""
+    weights = revert_weight_conversion(model, model.state_dict())
+    return {name.removeprefix("vision_model."): value for name, value in weights.items()}  # the prefix comes and goes
 
 
 def _bytes_of(value: Tensor) -> memoryview:
@@ -99,11 +102,7 @@ class FeatureCache:
 
     @staticmethod
     def key_of(path: str | os.PathLike[str]) -> bytes | None:
-        """Hash a file's content: equal pictures share their features, whatever their names.
-
-        Returns:
-            `KEY_BYTES` bytes, or None if the file cannot be read; `load_image` says why.
-        """
+        """Hash a file's content, to `KEY_BYTES` bytes; None if the file cannot be read, and `load_image` says why."""
         digest = hashlib.sha256()
         try:
             status = os.stat(path)  # noqa: PTH116 - once per sample
@@ -122,14 +121,7 @@ class FeatureCache:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, key: bytes) -> Tensor | None:
-        """Read the features of a picture.
-
-        Args:
-            key: as `key_of` gives it.
-
-        Returns:
-            (P, D) in the cache's dtype; None if they are missing, or damaged, which is logged.
-        """
+        """Read a picture's features (P, D) by its key; None if they are missing, or damaged, which is logged."""
         path = self.path_of(key)
         try:
             status = path.stat()
@@ -159,11 +151,7 @@ class FeatureCache:
     # ---- Filling
 
     def write(self, key: bytes, features: Tensor) -> None:
-        """Store the features of a picture, whole or not at all.
-
-        Args:
-            key: as `key_of` gives it.
-            features: (P, D) in the cache's dtype, on the CPU.
+        """Store a picture's features (P, D), in the cache's dtype and on the CPU, whole or not at all.
 
         Raises:
             OSError: if the disk is full, or the folder cannot be written to. No part of a file is left then.
@@ -196,7 +184,14 @@ def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dt
     cache = FeatureCache(root / f"{tower_key(tower)}-{dtype}", shape, DTYPES[dtype])
     note = {"tower": tower.name_or_path, "kind": tower.kind, "shape": shape, "dtype": dtype}
     try:
-        _prepare(cache.folder, json.dumps(note, indent=2, ensure_ascii=False) + "\n")
+        (cache.folder / "tmp").mkdir(parents=True, exist_ok=True)
+        for path in (cache.folder / "tmp").iterdir():  # what killed processes left
+            with contextlib.suppress(FileNotFoundError):  # just renamed or deleted by another process
+                if path.stat().st_mtime < time.time() - _LEFT_BEHIND:
+                    path.unlink()
+        if not (cache.folder / NOTE).exists():
+            content = json.dumps(note, indent=2, ensure_ascii=False) + "\n"
+            _write_whole(cache.folder, cache.folder / NOTE, content.encode())
     except OSError as error:
         if not cache.folder.is_dir():
             raise ValueError(
@@ -204,19 +199,6 @@ def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dt
             ) from None
     logger.info("features of images are kept in %s", cache.folder)
     return cache
-
-
-def _prepare(folder: Path, note: str) -> None:
-    """Make a tower's folder with its note, and delete what killed processes left in `tmp`."""
-    (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    for path in (folder / "tmp").iterdir():
-        try:
-            if path.stat().st_mtime < time.time() - _LEFT_BEHIND:
-                path.unlink(missing_ok=True)
-        except FileNotFoundError:  # just renamed or deleted by another process
-            continue
-    if not (folder / NOTE).exists():
-        _write_whole(folder, folder / NOTE, note.encode())
 
 
 def _write_whole(folder: Path, target: Path, content: bytes) -> None:

@@ -7,7 +7,7 @@ make transformers raise nearly anything, so every exception of a reader becomes 
 
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 # A block that the configuration does not know. Other surplus weights (a text half, a pooling head) are no fault.
@@ -32,28 +31,27 @@ def read_config(name_or_path: str) -> dict[str, Any]:
         FileNotFoundError: if there is no such folder, no config.json in it, or the hub does not give it.
         ValueError: if the file is not a JSON object.
     """
-    folder = Path(name_or_path)
-    problem = ""
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            problem = "no config.json in this folder: give a checkpoint's, or a hub name"
-    elif folder.exists():
+    folder, problem = Path(name_or_path), ""
+    if folder.is_file():
         problem = "this is a file; a tower is a folder with config.json and weights"
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path):
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        problem = "no config.json in this folder: give a checkpoint's, or a hub name"
+    elif not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path):
         problem = "there is no such folder, and it is not a hub name"
     if problem:
         raise FileNotFoundError(f"vision tower {name_or_path!r}: {problem}")
-    problem = f"vision tower {name_or_path!r}: the hub does not give it; give a local folder, or a name in its cache"
+    problem = "the hub does not give it; give a local folder, or a name in its cache"
     if folder.is_dir():
-        problem = f"{name_or_path}/config.json cannot be read"
-    with _one_error(problem, ValueError if folder.is_dir() else FileNotFoundError):
+        problem = "its config.json cannot be read"
+    if_missing = ValueError if folder.is_dir() else FileNotFoundError
+    with _one_error(f"vision tower {name_or_path!r}: {problem}", if_missing):
         content, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    if not content:
-        raise FileNotFoundError(f"vision tower {name_or_path!r}: no config.json was found")
     return content
 
 
-def load_config(model_class: type[PreTrainedModel], name_or_path: str) -> PreTrainedConfig:
+def load_config(
+    model_class: type[PreTrainedModel], name_or_path: str, overrides: Mapping[str, Any]
+) -> PreTrainedConfig:
     """Load the configuration of the vision half, which a CLIP-like config.json holds under `vision_config`.
 
     Raises:
@@ -61,7 +59,16 @@ def load_config(model_class: type[PreTrainedModel], name_or_path: str) -> PreTra
     """
     config_class = cast(type[PreTrainedConfig], model_class.config_class)
     with _one_error(f"the config.json of {name_or_path} is no {config_class.__name__}"):
-        return config_class.from_pretrained(name_or_path, trust_remote_code=False)
+        config = config_class.from_pretrained(name_or_path, trust_remote_code=False)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    if config.num_channels != 3:
+        raise ValueError(f"{name_or_path} takes {config.num_channels} channels; only RGB towers (3) are supported")
+    for name in ("image_size", "patch_size"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name_or_path}: {name} must be one positive integer, got {value!r}")
+    return config
 
 
 def load_model(
@@ -74,7 +81,7 @@ def load_model(
         name_or_path: the checkpoint: safetensors, or .bin (read with weights_only); one file or shards.
         config: the vision half's configuration.
         dtype: data type of the weights.
-        **kwargs: passed to the model's `__init__`.
+        **kwargs: passed to the model.
 
     Raises:
         FileNotFoundError: if there is no file with weights.
@@ -93,13 +100,13 @@ def load_model(
         )
     model, info = loaded
     faults = {
-        "missing": sorted(info["missing_keys"]),
-        "of another shape": [f"{name} is {tuple(a)}, not {tuple(b)}" for name, a, b in sorted(info["mismatched_keys"])],
-        "not in the configuration": sorted(name for name in info["unexpected_keys"] if _SURPLUS_BLOCK.match(name)),
-        "not readable": sorted(info["error_msgs"]),
+        "missing": info["missing_keys"],
+        "of another shape": [f"{name} is {tuple(a)}, not {tuple(b)}" for name, a, b in info["mismatched_keys"]],
+        "not in the configuration": [name for name in info["unexpected_keys"] if _SURPLUS_BLOCK.match(name)],
+        "not readable": info["error_msgs"],
     }
     found = [
-        f"{len(names)} {fault} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        f"{len(names)} {fault} ({', '.join(sorted(names)[:3])}{', …' * (len(names) > 3)})"
         for fault, names in faults.items()
         if names
     ]
@@ -120,22 +127,11 @@ def load_image_processor(name_or_path: str) -> Any:
         FileNotFoundError: if the checkpoint has no preprocessor_config.json.
         ValueError: if it cannot be used.
     """
-    try:
-        with _one_error(f"the image processor of {name_or_path} cannot be used", FileNotFoundError):
-            processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", trust_remote_code=False)
-            processor(images=Image.new("RGB", (40, 30)), return_tensors="pt")
-            return processor
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name_or_path} has no readable preprocessor_config.json, which says how images are prepared: "
-            "take the file from the model's publisher, or save the image processor into the folder"
-        ) from error
-
-
-def published_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return a model's weights by the names of its published file, whatever this version of transformers calls them."""
-    weights = revert_weight_conversion(model, model.state_dict())
-    return {name.removeprefix("vision_model."): value for name, value in weights.items()}  # the prefix comes and goes
+    problem = f"the image processor of {name_or_path} cannot be used; take preprocessor_config.json from its publisher"
+    with _one_error(problem, FileNotFoundError):
+        processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", trust_remote_code=False)
+        processor(images=Image.new("RGB", (40, 30)), return_tensors="pt")
+    return processor
 
 
 @contextmanager
@@ -149,17 +145,11 @@ def _one_error(problem: str, if_missing: type[Exception] = ValueError) -> Iterat
     try:
         yield
     except Exception as error:
-        kind = if_missing if isinstance(error, OSError) else ValueError
-        raise kind(f"{problem}: {_reason(error)}") from error
+        reason = " ".join(str(error).split("\n\n")[0].split()).rstrip(".")[:200]
+        if isinstance(error, pickle.UnpicklingError):  # its own text advises to switch the protection off
+            reason = "the file is no plain PyTorch state dict; anything else may run code and is not loaded"
+        elif isinstance(error, (KeyError, IndexError)) or not reason:
+            reason = f"{type(error).__name__} {error}".strip()
+        raise (if_missing if isinstance(error, OSError) else ValueError)(f"{problem}: {reason}") from error
     finally:
         transformers_logging.set_verbosity(level)
-
-
-def _reason(error: BaseException) -> str:
-    """Shorten what a library said to a part of one line."""
-    if isinstance(error, pickle.UnpicklingError):  # its own text advises to switch the protection off
-        return "the file is no plain PyTorch state dict; anything else may run code and is not loaded"
-    if isinstance(error, (KeyError, IndexError)) or not str(error).strip():
-        return f"{type(error).__name__} {error}".strip()
-    line = " ".join(str(error).split("\n\n")[0].split())
-    return (line if len(line) <= 200 else line[:200] + " …").rstrip(".")

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .base import ImageTransform, VisionTower
-from .loading import load_image_processor
+from .loading import load_config, load_image_processor
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,18 @@ def shape_of_tower(
     )
 
 
-def input_size(tower_class: type[VisionTower], name_or_path: str, config: PreTrainedConfig) -> int:
-    """Return the height and width of a tower's input in pixels, refusing an image processor as loading the tower does.
+def read_shape(tower_class: type[VisionTower], name_or_path: str, *, drop_first_patch: bool) -> TowerShape:
+    """Read the sizes of a checkpoint's tower, refusing what loading the tower would refuse.
 
     Raises:
-        FileNotFoundError: if its file is missing and only it tells the size (DINOv2).
-        ValueError: if it cannot be used, or makes images that the tower does not take.
+        FileNotFoundError: if the image processor's file is missing and only it tells the size (DINOv2).
+        ValueError: if files cannot be used, or do not fit each other.
     """
+    config = load_config(tower_class.model_class, name_or_path, tower_class.config_overrides)
+    size = config.image_size
     try:
-        transform = ImageTransform(load_image_processor(name_or_path))
+        size = tower_class.input_size(name_or_path, config, ImageTransform(load_image_processor(name_or_path)))
     except FileNotFoundError:
         if tower_class.any_image_size:
             raise
-        return int(config.image_size)
-    return tower_class.input_size(name_or_path, config, transform)
+    return shape_of_tower(tower_class, config, size, drop_first_patch=drop_first_patch)

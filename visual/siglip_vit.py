@@ -1,6 +1,6 @@
 """SigLIP's vision transformer (Zhai et al. 2023, https://arxiv.org/abs/2303.15343), and SigLIP 2's of fixed size."""
 
-from transformers import PreTrainedConfig, SiglipVisionModel
+from transformers import SiglipVisionModel
 
 from .base import VisionTower
 
@@ -14,10 +14,6 @@ class SiglipTower(VisionTower):
 
     kind = "siglip"
     model_class = SiglipVisionModel
+    num_prefix_tokens = 0
     config_overrides = {"vision_use_head": False}  # the pooling head has weights of its own and is not used here
     may_drop_first_patch = True
-
-    @classmethod
-    def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """Return 0: every token is a patch."""
-        return 0

@@ -1,6 +1,6 @@
 """The plain vision transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929)."""
 
-from transformers import PreTrainedConfig, ViTModel
+from transformers import ViTModel
 
 from .base import VisionTower
 
@@ -11,8 +11,3 @@ class ViTTower(VisionTower):
     kind = "vit"
     model_class = ViTModel
     model_kwargs = {"add_pooling_layer": False}
-
-    @classmethod
-    def num_prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """Return 1, for the class token."""
-        return 1

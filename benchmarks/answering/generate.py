@@ -39,8 +39,8 @@ def prepare(peer: str, size: Any, prompts: Sequence[Sequence[int]], pixels: Any)
     """Build a peer; returns a function from a number of tokens, and a call after each, to the first answer's ids."""
     import torch
 
-    from qwen.answering import generate_batch
-    from qwen.decoding import pad_left
+    from qwen.answering import pad_left
+    from qwen.batch_answering import generate_batch
 
     from ..peers import build_ours, build_peer, copy_weights
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dataset import encode_prompt, load_image
 from model import VisionLanguageModel
-from model.language_model import load_tokenizer
+from model.checkpoints.base_models import load_tokenizer
 from qwen import IMAGE_TOKEN, QWenTokenizer
 from qwen.chatml import stop_token_ids, trim_answer
 

@@ -1,4 +1,4 @@
-"""A model that answers: one question, the turns of a chat, or a batch of questions.
+"""The flags of test.py that say how to answer, and a model that answers as they say.
 
 Shape legend: N images, P tokens per image, D the language model's width, T tokens of the prompt.
 """
@@ -6,7 +6,9 @@ Shape legend: N images, P tokens per image, D the language model's width, T toke
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +17,84 @@ from torch import Tensor
 
 from dataset.prompt import encode_prompt
 from qwen import QWenTokenizer
-from qwen.answering import answer_batch, answer_ids, check_settings, stream_ids
-from qwen.cache import PromptCache
+from qwen.answering import MOST_EXTREME, answer_ids
+from qwen.batch_answering import answer_batch, check_settings
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
+from qwen.prompt_cache import PromptCache
+from qwen.streaming import stream_ids
 
-from ..language_model import load_tokenizer
+from ..checkpoints.base_models import load_tokenizer
+from ..device import parse_dtype, pick_device, pick_dtype
 from ..vision_language_model import VisionLanguageModel
 from .prompt_window import fit_prompt
 
+logger = logging.getLogger(__name__)
+
 Turns = list[tuple[str, str]]
+
+_GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "do_sample")
+_MODERATE = f"from {1 / MOST_EXTREME:g} to {MOST_EXTREME:g}"
+
+
+def _is_moderate(value: float) -> bool:
+    return 1 / MOST_EXTREME <= value <= MOST_EXTREME
+
+
+_VALID = {
+    "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+    "batch_size": (lambda value: value >= 1, "at least 1"),
+    "max_new_tokens": (lambda value: value >= 1, "at least 1"),
+    "temperature": (_is_moderate, f"{_MODERATE}; for no randomness use --greedy"),
+    "repetition_penalty": (_is_moderate, f"{_MODERATE}; 1 changes nothing"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "top_k": (lambda value: value >= 0, "at least 0"),
+}
+
+
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the generation settings to a command line."""
+    group = "Defaults come from the language model's generation_config.json."
+    generation = parser.add_argument_group("generation", group)
+    add = generation.add_argument
+    add("--max_new_tokens", type=int, help="length limit of an answer, in tokens")
+    add("--temperature", type=float, help="above 0; lower is more certain")
+    add("--top_p", type=float, help="sample from the likeliest tokens that make up this share, 0 to 1")
+    add("--top_k", type=int, help="sample from the k likeliest tokens; 0: all")
+    add("--repetition_penalty", type=float, help="above 1 makes repeating less likely")
+    sampling = generation.add_mutually_exclusive_group()
+    sampling.add_argument("--do_sample", action="store_true", default=None, help="sample")
+    sampling.add_argument("--greedy", action="store_false", dest="do_sample", help="take the likeliest token each time")
+
+
+def check_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """Check the flags, and replace names by what they name.
+
+    Returns:
+        The same, where `device` and `dtype` are PyTorch's, `image_path` holds paths, `folder` is the folder of pictures
+        or None, and `options` holds the generation settings that were given.
+
+    Raises:
+        ValueError: for a flag that is missing, out of its range, or does not go with another.
+    """
+    if args.model_weights is None:
+        raise ValueError("--model_weights is missing: give a checkpoint folder, as train.py writes it")
+    for name, (is_valid, expected) in _VALID.items():
+        value = getattr(args, name)
+        if value is not None and not is_valid(value):
+            raise ValueError(f"--{name} {value}: must be {expected}")
+    if (args.batch is None) != (args.output is None):
+        raise ValueError("--batch FILE and --output FILE go together: give both, or neither")
+    if args.batch is not None and (args.prompt is not None or args.image_path or args.stream):
+        raise ValueError("--batch brings its own questions and images; leave out --prompt, --image_path and --stream")
+    args.image_path = [Path(path) for path in args.image_path]
+    args.folder = next((path for path in args.image_path if path.is_dir()), None)
+    args.device = pick_device(args.device)
+    args.dtype = pick_dtype(args.device) if args.dtype is None else parse_dtype(args.dtype)
+    args.options = {name: getattr(args, name) for name in _GENERATION if getattr(args, name) is not None}
+    without_effect = [f"--{name}" for name in ("temperature", "top_p", "top_k") if name in args.options]
+    if args.do_sample is False and without_effect:
+        logger.warning("--greedy takes the likeliest token each time: %s has no effect", ", ".join(without_effect))
+    return args
 
 
 def load_assistant(args: argparse.Namespace) -> Assistant:
@@ -41,13 +112,9 @@ def load_assistant(args: argparse.Namespace) -> Assistant:
 
 
 class Assistant:
-    """A model, its tokenizer, and how to answer.
+    """A model in `eval()`, its tokenizer, a system prompt, and generation settings.
 
-    Args:
-        model: in `eval()`.
-        tokenizer: QWen's tokenizer.
-        system: the system prompt.
-        options: generation settings; they come before those of the model's own `generation_config.json`.
+    These `options` come before those of the model's own `generation_config.json`.
     """
 
     def __init__(
@@ -55,7 +122,7 @@ class Assistant:
     ) -> None:
         self.model, self.tokenizer, self.system, self.options = model, tokenizer, system, options
         self.max_window_size = int(getattr(model.qwen.generation_config, "max_window_size", DEFAULT_MAX_WINDOW_SIZE))
-        self.chat_cache = PromptCache()
+        self.chat_cache: PromptCache | None = None
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image]) -> Tensor | None:
@@ -76,17 +143,13 @@ class Assistant:
         With a history, even an empty one, keys and values are kept for the next turn.
         """
         ids, inputs = self._inputs(prompt, features, history or [])
+        if history is not None and self.chat_cache is None:
+            self.chat_cache = PromptCache()
         cache = None if history is None else self.chat_cache
         yield from stream_ids(self.model.qwen, self.tokenizer, ids, prompt_cache=cache, **inputs)
 
     def answer_rows(self, prompts: Sequence[list[int]], features: Sequence[Tensor | None], seed: int) -> list[str]:
-        """Answer prompts together, each as it would be answered alone under this seed.
-
-        Args:
-            prompts: token ids, as `prompt_ids` returns them.
-            features: for each prompt its images' (N, P, D), or None.
-            seed: the seed of sampling.
-        """
+        """Answer prompts (see `prompt_ids`) with their features, each as it would be answered alone under this seed."""
         return answer_batch(self.model.qwen, self.tokenizer, prompts, features, seed=seed, **self.options)
 
     def check_settings(self) -> None:

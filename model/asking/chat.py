@@ -1,19 +1,19 @@
-"""A chat about images on the terminal."""
+"""The terminal: a chat about images, answers that grow, and one line about an error."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
 from dataset.prompt import with_placeholders
 from qwen import IMAGE_TOKEN
 
-from ..console import show
+from ..errors import in_one_line, is_out_of_memory, out_of_memory
 from .assistant import Assistant, Turns
-from .flags import explain
 
 logger = logging.getLogger(__name__)
 
@@ -46,3 +46,42 @@ def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
             continue
         if answer:  # a question that was stopped before the first word of its answer counts as not asked
             history.append((question, answer))
+
+
+def show(texts: Iterator[str], *, may_be_stopped: bool = False) -> str:
+    """Print a growing text as it grows, and a line break at its end; returns what was printed.
+
+    With `may_be_stopped`, Ctrl-C ends the text there, and nothing else.
+    """
+    shown = ""
+    try:
+        with contextlib.closing(texts):  # type: ignore[type-var]
+            for text in texts:
+                new, shown = text[len(shown) :], text
+                print(new, end="", flush=True)  # noqa: T201
+    except BaseException as error:
+        if not (may_be_stopped and isinstance(error, KeyboardInterrupt)):
+            if shown:
+                print(flush=True)  # noqa: T201, whatever comes next begins a line
+            raise
+        sys.stderr.write(" [stopped]")
+        sys.stderr.flush()
+    print(flush=True)  # noqa: T201
+    return shown
+
+
+def explain(error: Exception) -> str:
+    """Return one line about an error, with advice where memory ran out.
+
+    Raises:
+        Exception: the error itself, if it is one of this program's own.
+    """
+    if is_out_of_memory(error):
+        return out_of_memory(
+            error,
+            "give fewer images and shorter questions, lower --max_new_tokens or --batch_size, load half the bytes with "
+            "--dtype bfloat16, or use --device cpu",
+        )
+    if isinstance(error, (ValueError, OSError)):
+        return in_one_line(error)
+    raise error

@@ -1,4 +1,4 @@
-"""Which base models a checkpoint needs, and whether those at hand are the same ones, wherever they are stored."""
+"""Name the base models, load the language model, and take fingerprints that tell whether two models are the same."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from qwen import MultimodalQWenLMHeadModel, QWenLMHeadModel
+from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTokenizer
 from visual.base import VisionTower
 from visual.loading import read_config
 
-from .checkpoint import Checkpoint, read_projector
 from .tensor_files import CheckpointError, map_tensors, reading
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,57 +62,68 @@ def drops_first_patch(checkpoint: Checkpoint | None, vision_name: str) -> bool:
     return is_siglip and (checkpoint.config is None or checkpoint.config.drop_first_patch)
 
 
-def num_projector_layers(checkpoint: Checkpoint) -> int:
-    """Return the checkpoint's number of projector layers; the original project's show it by their weights only."""
-    if checkpoint.config is not None:
-        return checkpoint.config.projector_layers
-    return 2 if any(name.startswith("2.") for name in read_projector(checkpoint.folder)) else 1
+# ---- The language model
 
 
-def check_bases(
-    checkpoint: Checkpoint,
-    tower: VisionTower,
-    language_model: MultimodalQWenLMHeadModel,
-    fingerprints: dict[str, str],
-) -> None:
-    """Check that the base models match the checkpoint; the original project's checkpoints record nothing.
-
-    Args:
-        checkpoint: the checkpoint.
-        tower: the vision tower at hand.
-        language_model: the language model at hand.
-        fingerprints: of both, as `base_fingerprints` gives them.
+def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWenLMHeadModel:
+    """Load QWen from a hub name or folder, its weights in this dtype.
 
     Raises:
-        CheckpointError: with every difference.
+        ValueError: if there is no such folder or name, or no complete QWen in it.
     """
-    config = checkpoint.config
-    if config is None:
-        return
-    found = {
-        "vision_tower": tower.kind,
-        "num_image_tokens": tower.num_image_tokens,
-        "vision_hidden_size": tower.hidden_size,
-        "language_hidden_size": language_model.config.hidden_size,
-        "vocab_size": language_model.config.vocab_size,
-    }
-    differences = [
-        f"{name} is {value}, the checkpoint was trained with {getattr(config, name)}"
-        for name, value in found.items()
-        if value != getattr(config, name)
-    ]
-    for name, value in fingerprints.items() if not differences else ():
-        recorded = getattr(config, name)
-        base = "base_value_model" if name.startswith("vision") else "base_language_model"
-        if recorded and not comparable(value, recorded):
-            logger.warning("%s: its %s is of an older kind and is not compared", checkpoint.folder, name)
-        elif recorded and value != recorded:
-            differences.append(
-                f"the weights or settings of --{base} differ from those of {getattr(config, base)}, which it was "
-                "trained on"
-            )
-    if differences:
-        raise CheckpointError(f"checkpoint {checkpoint.folder} does not fit the base models: {'; '.join(differences)}")
+    read_language_config(name_or_path)  # another model's name is an error before its weights are downloaded
+    try:
+        model: Any = MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
+    except OSError as error:
+        raise _not_found(name_or_path, error) from error
+    return model
+
+
+def load_tokenizer(name_or_path: str) -> QWenTokenizer:
+    """Load QWen's tokenizer from the hub name or folder of the language model.
+
+    Raises:
+        ValueError: if there is no such folder or name, or no vocabulary in it.
+    """
+    try:
+        PreTrainedConfig.get_config_dict(name_or_path)  # a wrong name is another mistake than a missing vocabulary
+        return QWenTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise _not_found(name_or_path, error) from error
+
+
+def read_language_config(name_or_path: str) -> QWenConfig:
+    """Read QWen's configuration from a hub name or folder; no other file is needed.
+
+    Raises:
+        ValueError: if there is no such folder or name, or it is not a QWen's.
+    """
+    base = f"base language model {name_or_path!r}"
+    try:
+        values = PreTrainedConfig.get_config_dict(name_or_path)[0]
+    except (OSError, ValueError) as error:
+        raise _not_found(name_or_path, error) from error
+    if not values:
+        raise ValueError(f"{base}: no config.json in this folder; give a QWen's, or a hub name")
+    if values.get("model_type") != QWenConfig.model_type:
+        raise ValueError(
+            f"{base} has model_type {values.get('model_type')!r}, expected {QWenConfig.model_type!r}: give a QWen of "
+            "the first generation, as Qwen/Qwen-7B-Chat"
+        )
+    try:
+        config: QWenConfig = QWenConfig.from_dict(values)
+    except Exception as error:  # a file's values may be of any type
+        raise ValueError(f"{base}: its config.json can't be used: {' '.join(str(error).split())}") from error
+    return config
+
+
+def _not_found(name: str, error: Exception) -> ValueError:
+    if Path(name).is_dir():
+        return ValueError(f"base language model {name!r}: {error}")
+    return ValueError(
+        f"base language model {name!r} is no local folder, and the hub does not give it: {str(error).rstrip('.')}. "
+        "Give a folder (config.json, weights, qwen.tiktoken), or a name that can be downloaded or is in the cache"
+    )
 
 
 # ---- Fingerprints

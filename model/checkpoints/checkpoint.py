@@ -1,47 +1,51 @@
-"""Checkpoint folders: what is trained (LoRA and projector), and a note of what it was trained on.
+"""Load checkpoint folders, as `saving.py` writes them and as the original project wrote them. No pickle is executed.
 
-    adapter_config.json, adapter_model.safetensors   as PEFT writes them; names start at the language model
-    projector.safetensors                            0.weight 0.bias [2.weight 2.bias]
-    multimodal_config.json                           both base models, token counts, dtype, package versions
-    checksums.json                                   SHA-256 of each file that loading reads; written last
-
-Folders of the original project hold `adapter_model.bin` (or `.safetensors`) and `other_params.bin` instead, and neither
-`multimodal_config.json` nor checksums; they are read too. No pickle is executed.
+Folders of the original project hold `adapter_model.bin` (or `.safetensors`) and `other_params.bin`, and neither
+`multimodal_config.json` nor checksums.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
-import shutil
+from collections.abc import Iterable
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..lora_linear import make_lean
-from .configs import ADAPTER_CONFIG, MULTIMODAL_CONFIG, MultimodalConfig, read_lora_config, read_multimodal_config
+from qwen import MultimodalQWenLMHeadModel
+from visual.base import VisionTower
+
+from ..lora import make_lean
+from .base_models import comparable
+from .configs import read_lora_config, read_multimodal_config
+from .saving import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MULTIMODAL_CONFIG,
+    PROJECTOR_WEIGHTS,
+    WEIGHTS,
+    MultimodalConfig,
+)
 from .tensor_files import (
     CHECKSUMS,
     CheckpointError,
-    check_checksums,
-    check_weights,
-    flush_to_disk,
+    check_file,
+    numbered_checkpoints,
+    read_json,
     read_tensors,
-    write_checksums,
+    reading,
+    sha256,
 )
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PROJECTOR_WEIGHTS = "projector.safetensors"
-WEIGHTS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG)
-"""The files that asking reads, beside `checksums.json`."""
+logger = logging.getLogger(__name__)
+
 ORIGINAL_ADAPTER_WEIGHTS = "adapter_model.bin"
 ORIGINAL_PROJECTOR_WEIGHTS = "other_params.bin"
 
@@ -79,12 +83,6 @@ def resolve_checkpoint(folder: str | os.PathLike[str]) -> Path:
     raise CheckpointError(f"checkpoint {path}: {' and '.join(missing)} missing{inside}")
 
 
-def numbered_checkpoints(run: Path) -> list[Path]:
-    """Return the `checkpoint-N` folders of a run folder, complete or not, the newest first."""
-    found = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
-
-
 def _missing(folder: Path) -> list[str]:
     adapter = (ADAPTER_WEIGHTS, ORIGINAL_ADAPTER_WEIGHTS)
     projector = (PROJECTOR_WEIGHTS, ORIGINAL_PROJECTOR_WEIGHTS)
@@ -108,60 +106,90 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, read_multimodal_config(path), read_lora_config(path))
 
 
-# ---- Save
-
-
-def save_checkpoint(
-    folder: str | os.PathLike[str], language_model: PeftModel, projector: nn.Module, config: MultimodalConfig
-) -> None:
-    """Write a checkpoint's weights and configuration.
+def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = False) -> None:
+    """Check files against `checksums.json`. Folders written before it existed are read unchecked, with a warning.
 
     Args:
-        folder: created if need be.
-        language_model: the language model with its LoRA layers.
-        projector: the projector.
-        config: what they were trained on.
+        folder: the checkpoint.
+        names: the files that are about to be read.
+        everything: whether all that `checksums.json` lists is read too.
 
     Raises:
-        OSError: if they can't be written; files that were there before are then unchanged.
+        CheckpointError: if a file is missing, is none, or is not the one that was written.
     """
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    lora_config = language_model.peft_config["default"]
-    lora_config.base_model_name_or_path = config.base_language_model
-    text = json.dumps(asdict(config), indent=2, ensure_ascii=False)
-    # All is written to a new folder first: if that fails, the old files are whole.
-    new = path / "tmp-weights"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
-        _save_tensors(_lora_weights(language_model), new / ADAPTER_WEIGHTS)
-        _save_tensors(projector.state_dict(), new / PROJECTOR_WEIGHTS)
-        lora_config.save_pretrained(str(new))
-        (new / MULTIMODAL_CONFIG).write_text(text + "\n", encoding="utf-8")
-        write_checksums(new, WEIGHTS)
-        for name in (*WEIGHTS, CHECKSUMS):
-            flush_to_disk(new / name)
-        # The folder is no checkpoint until the last of them is in its place.
-        for name in (MULTIMODAL_CONFIG, CHECKSUMS):
-            (path / name).unlink(missing_ok=True)
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, CHECKSUMS, MULTIMODAL_CONFIG):
-            (new / name).replace(path / name)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    flush_to_disk(path)
+    names = set(names)
+    has_sums = os.path.lexists(folder / CHECKSUMS)
+    sums = read_json(folder / CHECKSUMS) if has_sums else {}
+    if everything:
+        names |= sums.keys()
+    for name in sorted(names):
+        check_file(folder / name)
+    if not has_sums:
+        logger.warning("%s has no %s, as older versions wrote it: it is read unchecked", folder, CHECKSUMS)
+        return
+    with reading(folder):
+        wrong = [name for name in sorted(names) if sums.get(name) != sha256(folder / name)]
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {folder}: not what was written, by {CHECKSUMS}: {', '.join(wrong)} (damaged, or from another "
+            "checkpoint); copy the checkpoint again, or use another one"
+        )
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # a full disk, too
-        raise OSError(f"{path}: {error}") from error
+# ---- Does it fit the base models?
 
 
-def _lora_weights(language_model: PeftModel) -> dict[str, Tensor]:
-    # By default PEFT asks the model hub whether the vocabulary has grown; here it never does.
-    return get_peft_model_state_dict(language_model, save_embedding_layers=False)
+def num_projector_layers(checkpoint: Checkpoint) -> int:
+    """Return the checkpoint's number of projector layers; the original project's show it by their weights only."""
+    if checkpoint.config is not None:
+        return checkpoint.config.projector_layers
+    return 2 if any(name.startswith("2.") for name in read_projector(checkpoint.folder)) else 1
+
+
+def check_bases(
+    checkpoint: Checkpoint,
+    tower: VisionTower,
+    language_model: MultimodalQWenLMHeadModel,
+    fingerprints: dict[str, str],
+) -> None:
+    """Check that the base models match the checkpoint; the original project's checkpoints record nothing.
+
+    Args:
+        checkpoint: the checkpoint.
+        tower: the vision tower at hand.
+        language_model: the language model at hand.
+        fingerprints: of both, as `base_fingerprints` gives them.
+
+    Raises:
+        CheckpointError: with every difference.
+    """
+    config = checkpoint.config
+    if config is None:
+        return
+    found = {
+        "vision_tower": tower.kind,
+        "num_image_tokens": tower.num_image_tokens,
+        "vision_hidden_size": tower.hidden_size,
+        "language_hidden_size": language_model.config.hidden_size,
+        "vocab_size": language_model.config.vocab_size,
+    }
+    differences = [
+        f"{name} is {value}, the checkpoint was trained with {getattr(config, name)}"
+        for name, value in found.items()
+        if value != getattr(config, name)
+    ]
+    for name, value in fingerprints.items() if not differences else ():
+        recorded = getattr(config, name)
+        base = "base_value_model" if name.startswith("vision") else "base_language_model"
+        if recorded and not comparable(value, recorded):
+            logger.warning("%s: its %s is of an older kind and is not compared", checkpoint.folder, name)
+        elif recorded and value != recorded:
+            differences.append(
+                f"the weights or settings of --{base} differ from those of {getattr(config, base)}, which it was "
+                "trained on"
+            )
+    if differences:
+        raise CheckpointError(f"checkpoint {checkpoint.folder} does not fit the base models: {'; '.join(differences)}")
 
 
 # ---- Load
@@ -192,7 +220,7 @@ def load_lora(
         make_lean(wrapped)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder / ADAPTER_CONFIG}: {error}") from error
-    expected = _lora_weights(wrapped)
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     check_weights(expected, weights, f"adapter in {checkpoint.folder}", "another base language model or rank")
     # By torch, not PEFT, which would round them to the base model's dtype. What is trained is a copy: it must not
     # depend on a mapped file, which may be overwritten.
@@ -211,7 +239,7 @@ def load_adapter_weights(language_model: PeftModel, folder: str | os.PathLike[st
         CheckpointError: if names or shapes differ.
     """
     weights = _normalised_adapter_names(_read_adapter(Path(folder)))
-    expected = _lora_weights(language_model)
+    expected = get_peft_model_state_dict(language_model, save_embedding_layers=False)
     check_weights(expected, weights, f"adapter in {folder}", "another base language model or rank")
     set_peft_model_state_dict(language_model, weights)
 
@@ -248,3 +276,30 @@ def _normalised_adapter_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return names as PEFT writes them: without the adapter's name, from the language model on."""
     names = {re.sub(r"(lora_[AB])\.default\.", r"\1.", name): tensor for name, tensor in weights.items()}
     return {re.sub(r"^.*?(?=base_model\.model\.)", "", name): tensor for name, tensor in names.items()}
+
+
+def check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, likely: str) -> None:
+    """Compare the tensors of a file with the names and shapes that a model needs.
+
+    Args:
+        expected: the model's own tensors.
+        found: those of the file; they must be finite.
+        what: what they are called in the message.
+        likely: what most likely differs, if they do not fit.
+
+    Raises:
+        CheckpointError: with the first few differences.
+    """
+    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
+    problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
+    for name in expected.keys() & found.keys():
+        if expected[name].shape != found[name].shape:
+            problems.append(f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}")
+        elif not found[name].is_floating_point():
+            problems.append(f"{name} is {found[name].dtype}, expected floating point")
+        elif not found[name].isfinite().all():
+            problems.append(f"{name} holds values that are not finite")
+    if problems:
+        shown = "; ".join(sorted(problems)[:4])
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"{what} does not fit (was it trained for {likely}?): {shown}{more}")

@@ -1,4 +1,4 @@
-"""A checkpoint's two configuration files: LoRA's settings, and what the model was trained on.
+"""Read a checkpoint's two configuration files: LoRA's settings, and what the model was trained on.
 
 PEFT's configuration can name modules to import, models to download and patterns that take forever to match. Four keys
 of `adapter_config.json` are read; a key that would change what they mean is refused.
@@ -7,8 +7,6 @@ of `adapter_config.json` are read; a key that would change what they mean is ref
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -16,11 +14,9 @@ from peft import LoraConfig
 
 from dataprocess.messages import shorten
 
+from .saving import ADAPTER_CONFIG, MULTIMODAL_CONFIG, MultimodalConfig
 from .tensor_files import CheckpointError, read_json
 
-ADAPTER_CONFIG = "adapter_config.json"
-MULTIMODAL_CONFIG = "multimodal_config.json"
-_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 _CHANGES_NO_NUMBER = {
     *("peft_type", "task_type", "inference_mode", "init_lora_weights", "base_model_name_or_path", "auto_mapping"),
     *("revision", "peft_version"),
@@ -82,38 +78,6 @@ def _is_module_name(value: Any) -> bool:
 # ---- multimodal_config.json
 
 
-@dataclass(frozen=True)
-class MultimodalConfig:
-    """What a checkpoint was trained on: enough to build the model again and to see what does not fit."""
-
-    base_language_model: str
-    """Hub name or absolute path of the language model."""
-    base_value_model: str
-    """Hub name or absolute path of the vision tower."""
-    vision_tower: str
-    """The tower's `model_type`."""
-    num_image_tokens: int
-    """Tokens that one image takes in the prompt."""
-    vision_hidden_size: int
-    """Channels of a patch feature."""
-    language_hidden_size: int
-    """Channels of the language model's embedding."""
-    vocab_size: int
-    """Rows of the language model's embedding."""
-    projector_layers: int
-    """1 or 2."""
-    vision_tower_fingerprint: str
-    """Of its weights and of how it prepares images, see `base_models.py`; empty: not known."""
-    language_model_fingerprint: str
-    """Of its weights and settings; empty: not known."""
-    drop_first_patch: bool
-    """Whether SigLIP's first patch is left out, as the original project did."""
-    dtype: str
-    """Dtype of the frozen weights while training, as in `bfloat16`."""
-    package_versions: dict[str, str]
-    """Versions of the packages that trained it."""
-
-
 def read_multimodal_config(folder: Path) -> MultimodalConfig:
     """Read a checkpoint's `multimodal_config.json`.
 
@@ -133,8 +97,3 @@ def read_multimodal_config(folder: Path) -> MultimodalConfig:
     if values["projector_layers"] not in (1, 2):
         raise CheckpointError(f"{path}: projector_layers must be 1 or 2, got {values['projector_layers']}")
     return MultimodalConfig(**{name: values[name] for name in types})
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that matter for a checkpoint."""
-    return {name: version(name) for name in _PACKAGES}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 _MAX_JSON_BYTES = 64 << 20
@@ -118,76 +116,17 @@ def write_checksums(folder: Path, names: Iterable[str]) -> None:
     """
     path = folder / CHECKSUMS
     sums = read_json(path) if path.exists() else {}
-    sums |= {name: _sha256(folder / name) for name in names}
+    sums |= {name: sha256(folder / name) for name in names}
     path.write_text(json.dumps(sums, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = False) -> None:
-    """Check files against `checksums.json`. Folders written before it existed are read unchecked, with a warning.
-
-    Args:
-        folder: the checkpoint.
-        names: the files that are about to be read.
-        everything: whether all that `checksums.json` lists is read too.
-
-    Raises:
-        CheckpointError: if a file is missing, is none, or is not the one that was written.
-    """
-    names = set(names)
-    has_sums = os.path.lexists(folder / CHECKSUMS)
-    sums = read_json(folder / CHECKSUMS) if has_sums else {}
-    if everything:
-        names |= sums.keys()
-    for name in sorted(names):
-        check_file(folder / name)
-    if not has_sums:
-        logger.warning("%s has no %s, as older versions wrote it: it is read unchecked", folder, CHECKSUMS)
-        return
-    with reading(folder):
-        wrong = [name for name in sorted(names) if sums.get(name) != _sha256(folder / name)]
-    if wrong:
-        raise CheckpointError(
-            f"checkpoint {folder}: not what was written, by {CHECKSUMS}: {', '.join(wrong)} (damaged, or from another "
-            "checkpoint); copy the checkpoint again, or use another one"
-        )
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hash a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-# ---- Tensors
-
-
-def check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, likely: str) -> None:
-    """Compare the tensors of a file with the names and shapes that a model needs.
-
-    Args:
-        expected: the model's own tensors.
-        found: those of the file; they must be finite.
-        what: what they are called in the message.
-        likely: what most likely differs, if they do not fit.
-
-    Raises:
-        CheckpointError: with the first few differences.
-    """
-    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
-    for name in expected.keys() & found.keys():
-        if expected[name].shape != found[name].shape:
-            problems.append(f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}")
-        elif not found[name].is_floating_point():
-            problems.append(f"{name} is {found[name].dtype}, expected floating point")
-        elif not found[name].isfinite().all():
-            problems.append(f"{name} holds values that are not finite")
-    if problems:
-        shown = "; ".join(sorted(problems)[:4])
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(f"{what} does not fit (was it trained for {likely}?): {shown}{more}")
 
 
 def flush_to_disk(path: Path) -> None:
@@ -197,3 +136,9 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def numbered_checkpoints(run: Path) -> list[Path]:
+    """Return the `checkpoint-N` folders of a run folder, complete or not, the newest first."""
+    found = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)

@@ -14,13 +14,15 @@ from dataset.prompt import SampleError, encode_sample
 from dataset.sample_lengths import MOST_COUNTED, draw_some, estimated_lengths, padding_shares
 from qwen import IGNORE_INDEX
 
+from .memory_estimate import BatchShape
+
 _LONGEST_BATCHES = 64
 """Batches that are counted exactly, the longest by estimate; an estimate cannot tell which of them is longest."""
 
 
 @dataclass(frozen=True)
 class SampleSize:
-    """A sample as training sees it; or a batch: the tokens of its longest sample, and the sums of the others."""
+    """A sample as training sees it."""
 
     tokens: int
     """All tokens: prompt, image tokens and answers, after cutting."""
@@ -40,10 +42,8 @@ class DataSizes:
     """Samples that the two files show to be bad."""
     samples: list[list[SampleSize]]
     """Samples drawn from all of them, counted exactly, each with every alternative answer."""
-    batches: list[SampleSize]
+    batches: list[BatchShape]
     """The longest batches of the first epoch, counted exactly: each sample with its longest answers."""
-    rows: int
-    """Samples of a batch, if there are so many."""
     padding: tuple[float, float]
     """Shares of padding in batches, 0 to 1: grouped by length, and in random order."""
     images: frozenset[tuple[str, str]]
@@ -53,14 +53,14 @@ class DataSizes:
 def data_sizes(
     dataset: ImageCaptionDataset, *, rows: int, strategy: str, order_seed: int, most: int = MOST_COUNTED
 ) -> DataSizes:
-    """Measure a data set: all of it by estimate, some samples and the longest batches exactly.
+    """Measure a data set: all of it by estimate, `most` samples, drawn by its seed, and the longest batches exactly.
 
     Args:
         dataset: the samples.
         rows: samples of a batch.
         strategy: the order of an epoch, as `--train_sampling_strategy` names it.
         order_seed: the seed of that order.
-        most: how many samples are counted exactly; the data set's seed decides which.
+        most: how many samples are counted exactly.
 
     Raises:
         SampleError: if none of the samples that were counted fits.
@@ -78,8 +78,7 @@ def data_sizes(
         num_samples=len(dataset),
         num_bad=len(dataset.bad),
         samples=samples,
-        batches=[_batch_size(batch) for batch in counted if batch],
-        rows=min(rows, len(dataset)),
+        batches=[_batch_shape(batch, min(rows, len(dataset))) for batch in counted if batch],
         padding=padding_shares(dataset, lengths, rows, order_seed),
         images=frozenset(dataset.annotations.images()),
     )
@@ -98,10 +97,9 @@ def _sizes(dataset: ImageCaptionDataset, sample: Sample) -> list[SampleSize]:
     sizes = []
     for number in range(max(len(answers) for _, answers in turns)):
         chosen = [(question, answers[number % len(answers)]) for question, answers in turns]
+        how = (dataset.num_image_tokens, dataset.system, dataset.max_length)
         try:
-            encoded = encode_sample(
-                dataset.tokenizer, chosen, dataset.num_image_tokens, dataset.system, dataset.max_length
-            )
+            encoded = encode_sample(dataset.tokenizer, chosen, *how)
         except SampleError:
             continue
         supervised = sum(label != IGNORE_INDEX for label in encoded.labels)
@@ -109,10 +107,11 @@ def _sizes(dataset: ImageCaptionDataset, sample: Sample) -> list[SampleSize]:
     return sizes
 
 
-def _batch_size(samples: Sequence[Sequence[SampleSize]]) -> SampleSize:
-    """Return the size of a batch in which every sample has its longest answers."""
+def _batch_shape(samples: Sequence[Sequence[SampleSize]], rows: int) -> BatchShape:
+    """Return the shape of a batch in which every sample has its longest answers."""
     longest = [max(sizes, key=lambda size: size.tokens) for sizes in samples]
-    return SampleSize(
+    return BatchShape(
+        rows=rows,
         tokens=max(size.tokens for size in longest),
         supervised=sum(size.supervised for size in longest),
         images=sum(size.images for size in longest),

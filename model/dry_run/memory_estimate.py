@@ -153,7 +153,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> MemoryEstimate:
-    """Estimate what one process takes on its device while it trains; the module's docstring says what is counted."""
+    """Estimate what one process takes while it trains; the module's docstring says what is counted."""
     s = setting.dtype_bytes
     frozen, trained = s * shape.frozen, FP32 * shape.trained
     buckets = trained if setting.processes > 1 else 0
@@ -178,11 +178,7 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
 
 
 def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tuple[int, int]:
-    """Count the activations.
-
-    Returns:
-        Bytes that are kept from the forward pass, and bytes that exist while one layer goes backward.
-    """
+    """Return the bytes that are kept from the forward pass, and those that exist while one layer goes backward."""
     s = setting.dtype_bytes
     tokens = batch.rows * batch.tokens
     layer = kept_by_layer(shape, setting, tokens, tokens)
@@ -197,14 +193,7 @@ def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tu
 
 
 def kept_by_layer(shape: ModelShape, setting: Setting, tokens: int, after: int) -> int:
-    """Count the bytes that autograd keeps of one block of the language model.
-
-    Args:
-        shape: of the model.
-        setting: dtype, device and LoRA.
-        tokens: B x T, positions of the attention.
-        after: positions after the attention; fewer in the last block.
-    """
+    """Count the bytes that autograd keeps of one block of `tokens` positions, `after` of them after the attention."""
     s, d, w, i = setting.dtype_bytes, shape.width, shape.attention_width, shape.inner
     reads = {"attn.c_attn": d, "attn.c_proj": w, "mlp.w1": d, "mlp.w2": d, "mlp.c_proj": i}
     mask = 0 if not setting.dropout else s if setting.device == "cpu" else 1

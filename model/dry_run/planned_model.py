@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,21 +12,19 @@ from qwen.loss import CHUNK_LOGITS
 from visual import TowerShape, read_tower_shape
 
 from ..arguments import ModelArguments, VLMTrainingArguments
-from ..checkpoints.base_models import drops_first_patch, num_projector_layers
-from ..checkpoints.checkpoint import read_checkpoint
-from ..command_line import check_previous
-from ..language_model import read_language_config
+from ..checkpoints.base_models import drops_first_patch, read_language_config
+from ..checkpoints.checkpoint import num_projector_layers, read_checkpoint
+from ..checkpoints.previous import check_previous
 from ..lora import LoraSettings, check_targets
 from ..projector import build_projector
-from .memory_estimate import BatchShape, MemoryEstimate, ModelShape, Setting, estimate_memory
+from .memory_estimate import ModelShape, Setting
 
 
 def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     """Return the sizes of the model that the flags ask for, and its LoRA; no weights of the base models are read.
 
     Raises:
-        ValueError: if a base model, a checkpoint or a target module is missing, or of an unknown type, or if an
-            explicit flag disagrees with the checkpoint.
+        ValueError: if a base model, a checkpoint or a target module is missing, unknown, or at odds with a flag.
         OSError: likewise.
     """
     previous = None
@@ -99,8 +96,3 @@ def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, proje
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def largest(shape: ModelShape, setting: Setting, batches: Sequence[BatchShape]) -> MemoryEstimate:
-    """Return the estimate for the batch that takes most."""
-    return max((estimate_memory(shape, setting, batch) for batch in set(batches)), key=lambda found: found.peak)

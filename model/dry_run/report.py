@@ -15,13 +15,13 @@ from dataset import ImageCaptionDataset
 from visual.feature_cache import DTYPES, FeatureCache
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
+from ..checkpoints.base_models import load_tokenizer
 from ..console import set_up_logging
 from ..feature_caching.disk import disk_space, in_gb, pictures_stored
-from ..language_model import load_tokenizer
 from .data_sizes import DataSizes, data_sizes
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_memory
-from .planned_model import largest, planned_model, settings_to_show
-from .run_length import RunLength, run_length
+from .planned_model import planned_model, settings_to_show
+from .run_length import run_length
 
 _MEMORY_ROWS = {
     "frozen_weights": "frozen weights",
@@ -52,10 +52,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrain
         files: tuple[str, str], rows: int, strategy: str, *, training: bool, max_samples: int | None = None
     ) -> DataSizes:
         dataset = ImageCaptionDataset(
-            *files,
-            tokenizer,
-            _open_no_image,
-            shape.image_tokens,
+            *(*files, tokenizer, _open_no_image, shape.image_tokens),
             max_length=data_args.max_length,
             seed=args.seed,
             training=training,
@@ -103,16 +100,24 @@ def report(
     """
     model_args, data_args, args = asked
     length = run_length(args, data.num_samples, 0 if evaluation is None else evaluation.num_samples)
+    processes = format_count(args.world_size, "process", "processes")
     grouped, ungrouped = data.padding
     parts = [
         parameter_table(shape),
-        f"{length_table(data, shape.image_tokens)}\n{steps_line(args, length)}\n"
+        f"{length_table(data, shape.image_tokens)}\n"
+        f"{format_count(length.steps_per_epoch, 'step')} per epoch, {length.steps:,} in all; "
+        f"{format_count(args.per_device_train_batch_size, 'sample')} × "
+        f"{format_count(args.gradient_accumulation_steps, 'batch', 'batches')} × {processes} a step\n"
         f"padding, about: {ungrouped:.1%} of a batch's tokens; {grouped:.1%} with samples grouped by length",
     ]
     images = set(data.images)
     if evaluation is not None:
-        table = length_table(evaluation, shape.image_tokens, "evaluation: ")
-        parts.append(f"{table}\n{evaluation_line(args, length)}")
+        parts.append(
+            f"{length_table(evaluation, shape.image_tokens, 'evaluation: ')}\n"
+            f"{format_count(length.eval_batches, 'step')} in an evaluation, "
+            f"{format_count(length.num_evaluations, 'time')}; "
+            f"{format_count(args.per_device_eval_batch_size, 'sample')} × {processes} a step"
+        )
         images |= evaluation.images
     if data_args.feature_cache is not None:
         parts.append(cache_lines(data_args, model_args.base_value_model, shape, images))
@@ -138,13 +143,7 @@ def parameter_table(shape: ModelShape) -> str:
 
 
 def length_table(data: DataSizes, image_tokens: int, name: str = "") -> str:
-    """List the tokens per sample over all alternative answers: least, mean and most.
-
-    Args:
-        data: the data set.
-        image_tokens: features of an image.
-        name: the data set's name, before the table's head.
-    """
+    """List the tokens per sample over all alternative answers: least, mean and most."""
     counts = {
         "all": [[size.tokens for size in sizes] for sizes in data.samples],
         "of images": [[size.images * image_tokens for size in sizes] for sizes in data.samples],
@@ -160,35 +159,10 @@ def length_table(data: DataSizes, image_tokens: int, name: str = "") -> str:
     return f"{_table(rows)}\n{looked}"
 
 
-def steps_line(args: VLMTrainingArguments, length: RunLength) -> str:
-    """Say how many steps the data make, and what a step is."""
-    per_step = [
-        format_count(args.per_device_train_batch_size, "sample"),
-        format_count(args.gradient_accumulation_steps, "batch", "batches"),
-        format_count(args.world_size, "process", "processes"),
-    ]
-    steps = f"{format_count(length.steps_per_epoch, 'step')} per epoch, {length.steps:,} in all"
-    return f"{steps}; {' × '.join(per_step)} a step"
-
-
-def evaluation_line(args: VLMTrainingArguments, length: RunLength) -> str:
-    """Say how long an evaluation is, and how many there will be."""
-    rows = format_count(args.per_device_eval_batch_size, "sample")
-    steps = f"{format_count(length.eval_batches, 'step')} in an evaluation"
-    times = format_count(length.num_evaluations, "time")
-    return f"{steps}, {times}; {rows} × {format_count(args.world_size, 'process', 'processes')} a step"
-
-
 def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, images: Collection[tuple[str, str]]) -> str:
     """Say what the features of all images take on the disk, and what may be stored already.
 
     Only the tower's weights tell which files are its own, so those of the same name and shape are counted.
-
-    Args:
-        asked: the flags.
-        tower: name of the tower.
-        shape: sizes of the model.
-        images: folder and name of each image.
     """
     folder, dtype = Path(str(asked.feature_cache)).absolute(), asked.feature_cache_dtype
     size = (shape.image_tokens, shape.tower_width)
@@ -218,21 +192,19 @@ def memory_table(shape: ModelShape, settings: Mapping[str, Setting], data: DataS
         if not setting.checkpointing:
             columns[name] = setting
         columns[f"{name}, checkpointing"] = replace(setting, checkpointing=True)
-    batches = [BatchShape(data.rows, batch.tokens, batch.supervised, batch.images) for batch in data.batches]
-    share = max(batch.supervised / (batch.rows * batch.tokens) for batch in batches)
-    longest = BatchShape(
-        data.rows, max_length, round(share * data.rows * max_length), max(batch.images for batch in batches)
-    )
-    found = [largest(shape, setting, batches) for setting in columns.values()]
-    full = [estimate_memory(shape, setting, longest) for setting in columns.values()]
-    rows = [["memory per process, GB", *columns]]
-    rows += [[text, *(_gb(getattr(one, name)) for one in found)] for name, text in _MEMORY_ROWS.items()]
-    rows.append([f"if every sample had {max_length:,} tokens", *(_gb(one.peak) for one in full)])
-    return _table(rows)
-
-
-def _gb(number: int) -> str:
-    return f"{number / 1e9:.2f}"
+    rows = data.batches[0].rows
+    share = max(batch.supervised / (rows * batch.tokens) for batch in data.batches)
+    most_images = max(batch.images for batch in data.batches)
+    longest = BatchShape(rows, max_length, round(share * rows * max_length), most_images)
+    found = [
+        max((estimate_memory(shape, setting, batch) for batch in set(data.batches)), key=lambda one: one.peak)
+        for setting in columns.values()
+    ]
+    full = [estimate_memory(shape, setting, longest).peak for setting in columns.values()]
+    table = [["memory per process, GB", *columns]]
+    table += [[text, *(f"{getattr(one, name) / 1e9:.2f}" for one in found)] for name, text in _MEMORY_ROWS.items()]
+    table.append([f"if every sample had {max_length:,} tokens", *(f"{peak / 1e9:.2f}" for peak in full)])
+    return _table(table)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

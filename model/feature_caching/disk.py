@@ -22,8 +22,7 @@ def disk_space(cache: FeatureCache) -> tuple[int, int, Path]:
     """Look at the disk that a cache is on, or will be.
 
     Returns:
-        Bytes that one picture's features take, in whole blocks of the file system; bytes that are free; the cache's
-        folder, or the nearest one above it that exists.
+        Bytes that one picture takes, in whole blocks of the file system; bytes free; the nearest folder that exists.
     """
     folder = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.is_dir())
     block = os.statvfs(folder).f_frsize
@@ -31,15 +30,9 @@ def disk_space(cache: FeatureCache) -> tuple[int, int, Path]:
 
 
 def pictures_stored(folder: Path, tower: str, shape: tuple[int, int], dtype: str) -> dict[str, int]:
-    """Count the pictures stored for towers of a name and shape, by folder of the cache; the tower is not needed.
+    """Count the pictures stored for towers of a name, shape (P, D) and dtype, by folder of the cache.
 
     Only the loaded tower tells which of the folders is its own: weights, precision and image transform may differ.
-
-    Args:
-        folder: as `--feature_cache` names it; it need not exist.
-        tower: the tower's name, as it was given when they were stored.
-        shape: (P, D), tokens per image and width of the tower.
-        dtype: a name in `DTYPES`.
     """
     found: dict[str, int] = {}
     for note in sorted(folder.glob(f"*/{NOTE}")):
@@ -56,13 +49,10 @@ def pictures_stored(folder: Path, tower: str, shape: tuple[int, int], dtype: str
 def lack_of_space(cache: FeatureCache, tower: VisionTower, paths: Sequence[Path]) -> str:
     """Log how much room the pictures' features take at most, and what is free.
 
-    Args:
-        cache: the cache.
-        tower: its tower.
-        paths: the pictures. If the features of all would not fit, they are hashed to see which are stored already.
+    If the features of all would not fit, the pictures are hashed to see which are stored already.
 
     Returns:
-        How much room is missing, or an empty string.
+        What is to be stored and what is free, if that does not suffice; else an empty string.
     """
     (per_image, free, folder), dtype = disk_space(cache), str(cache.dtype).removeprefix("torch.")
     stored = pictures_stored(cache.folder.parent, tower.name_or_path, cache.shape, dtype)
@@ -74,12 +64,9 @@ def lack_of_space(cache: FeatureCache, tower: VisionTower, paths: Sequence[Path]
     )
     if stored:
         logger.warning(
-            "%s in %s are not used: they were stored for a tower of this name, but of other weights, precision or "
-            "settings, or by an older version of this program",
-            *(
-                format_count(sum(stored.values()), "picture"),
-                ", ".join(str(cache.folder.parent / name) for name in stored),
-            ),
+            "%s in %s are not used: they are of other weights, precision or settings, or of an older version",
+            format_count(sum(stored.values()), "picture"),
+            ", ".join(str(cache.folder.parent / name) for name in stored),
         )
     missing = len(paths)
     if of_this_tower and missing * per_image > free:

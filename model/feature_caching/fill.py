@@ -28,7 +28,7 @@ from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
 
 from ..arguments import VLMTrainingArguments
-from ..runs.collectives import gather_objects
+from ..runs.callbacks import gather_objects
 from ..runs.data_workers import with_calm_workers
 from ..vision_language_model import VisionLanguageModel
 from .disk import lack_of_space
@@ -41,7 +41,7 @@ BATCH_SIZE = 32
 
 @dataclass
 class Filled:
-    """What became of the pictures."""
+    """Counts of pictures, and why filling ended early."""
 
     num_stored: int = 0
     """Pictures whose features were stored now."""
@@ -103,7 +103,7 @@ def complete_feature_cache(
 
     Args:
         folder: as `--feature_cache` names it.
-        dtype: dtype of the stored features, a name in `DTYPES`.
+        dtype: as `--feature_cache_dtype` names it.
         model: the model whose tower is used.
         datasets: the data sets; None is skipped.
         args: processes, data workers, and whether to show progress.
@@ -143,10 +143,10 @@ def fill_feature_cache(
     num_workers: int = 0,
     show_progress: bool = True,
 ) -> Filled:
-    """Run the tower over the pictures whose features are missing, and store them.
+    """Run the tower, on its device, over the pictures whose features are missing, and store them.
 
     Args:
-        tower: the tower, on the device where it is to run.
+        tower: the tower.
         cache: its cache.
         paths: the pictures.
         batch_size: pictures that go through the tower together.
@@ -179,23 +179,17 @@ def fill_feature_cache(
 
 
 def store(cache: FeatureCache, pictures: Sequence[Opened], features: Tensor, filled: Filled) -> list[str]:
-    """Write the features (N, P, D) of a batch, and count them; where the disk fails, that is noted in `filled`.
-
-    Returns:
-        What is wrong with the pictures whose features cannot be stored.
-    """
+    """Write the features (N, P, D) of a batch; count them, or a failing disk, in `filled`. Return what is wrong."""
     rounded = features.to(cache.dtype).cpu()  # (N, P, D)
-    fits = rounded.flatten(1).isfinite().all(dim=1).tolist()  # (N,)
-    finite = features.flatten(1).isfinite().all(dim=1).tolist()  # (N,)
+    fits, finite = (one.flatten(1).isfinite().all(dim=1).tolist() for one in (rounded, features))  # (N,) each
     problems = []
     for row, picture in enumerate(pictures):
         if not finite[row]:
-            problems.append(
-                f"'{picture.path}': its features are infinite or no numbers; does the tower run in too small a dtype?"
-            )
+            fault = "its features are infinite or no numbers; does the tower run in too small a dtype?"
+            problems.append(f"'{picture.path}': {fault}")
         elif not fits[row]:
-            name = str(cache.dtype).removeprefix("torch.")
-            problems.append(f"'{picture.path}': {name} can't hold its features; bfloat16 has a wider range")
+            dtype = str(cache.dtype).removeprefix("torch.")
+            problems.append(f"'{picture.path}': {dtype} can't hold its features; bfloat16 has a wider range")
         else:
             try:
                 cache.write(picture.key, rounded[row])

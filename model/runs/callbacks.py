@@ -1,4 +1,7 @@
-"""Callbacks that stop a run in good order: signals, numbers that are not finite, too many bad samples; and its log."""
+"""Callbacks that stop a run in good order: signals, numbers that are not finite, too many bad samples; and its log.
+
+All processes of a run stop at the same step, so what they tell each other comes first.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,8 +23,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dataprocess.messages import format_count
 
-from .collectives import gather_objects, gather_rows, is_distributed
-
 logger = logging.getLogger(__name__)
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -28,6 +30,58 @@ BAD_EVAL_SAMPLES = "bad_eval_samples.jsonl"
 MOST_SKIPPED = 50
 """Steps in a row that may overflow under fp16. A scale of 2**16 that halves each time is then 2**-34, with which no
 gradient of sane size overflows."""
+
+
+# ---- What processes tell each other
+
+
+def is_distributed() -> bool:
+    """Return whether there are other processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_rows(values: list[float], device: torch.device) -> Tensor:
+    """Gather k numbers of each process on every process.
+
+    Args:
+        values: k numbers of this process.
+        device: where the process group computes.
+
+    Returns:
+        (processes, k) float64, on the CPU.
+    """
+    if not is_distributed():
+        return torch.tensor([values], dtype=torch.float64)
+    own = torch.tensor(values, dtype=torch.float64, device=device)
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, own)
+    return torch.stack(rows).cpu()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Gather an object of each process on every process, in the order of ranks."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_problem(work: Callable[[], object]) -> str:
+    """Let every process do its part of writing something, and return what went wrong first.
+
+    Returns:
+        The same text on every process, once all are done; empty if all went well.
+    """
+    problem = ""
+    try:
+        work()
+    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's, for a file that it can't write
+        problem = " ".join(str(error).split()) or type(error).__name__
+    return next(filter(None, gather_objects(problem)), "")
+
+
+# ---- Callbacks
 
 
 class NotFiniteError(RuntimeError):
@@ -158,7 +212,7 @@ class WatchBadSamples(TrainerCallback):
         """Begin the list with what the two files already showed to be bad, and with what a resumed run had found."""
         if args.process_index == 0:
             Path(str(args.output_dir), self.list_name).unlink(missing_ok=True)
-        self._look(args)
+        self.on_step_end(args, state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look for new ones.
@@ -166,17 +220,6 @@ class WatchBadSamples(TrainerCallback):
         Raises:
             TooManyBadSamplesError: if they are too many.
         """
-        self._look(args)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look for new ones in an evaluation set: a loss over what is left of it may mean little.
-
-        Raises:
-            TooManyBadSamplesError: if they are too many.
-        """
-        self._look(args)
-
-    def _look(self, args: TrainingArguments) -> None:
         counts = gather_rows([float(len(self.dataset.bad))], args.device)
         if int(counts.max()) == self._known and bool((counts == counts[0]).all()):
             return
@@ -194,6 +237,8 @@ class WatchBadSamples(TrainerCallback):
             verb = "was" if self._known == 1 else "were"
             logger.warning("%s %s left out so far; see %s", format_count(self._known, "bad sample"), verb, path)
         self.dataset.bad.check(str(path))
+
+    on_evaluate = on_step_end  # a loss over what is left of an evaluation set may mean little
 
     def _append_new(self, path: Path) -> None:
         new = [message for message in self.dataset.bad_sample_messages() if message not in self._listed]

@@ -16,7 +16,7 @@ from dataset import SampleError
 from dataset.bad_samples import TooManyBadSamplesError
 
 from ..checkpoints.tensor_files import CheckpointError
-from ..console import in_one_line, is_out_of_memory, out_of_memory
+from ..errors import in_one_line, is_out_of_memory, out_of_memory
 from .callbacks import NotFiniteError
 
 logger = logging.getLogger("train")
@@ -40,12 +40,9 @@ os.write(2, os.fsencode(sys.argv[2] + chr(10)))
 def report_failure(error: BaseException, *, has_begun: bool) -> int:
     """Log an error that the user can do something about in one line; any other is raised again.
 
-    Args:
-        error: the error that is being handled.
-        has_begun: whether training had begun.
-
     Returns:
-        The exit status: 2 for a mistake in what the user gave, 1 for a run that failed, 130 for Ctrl-C.
+        The exit status: 2 for a mistake in what the user gave, 1 for a run that failed once it had begun, 130 for
+        Ctrl-C.
     """
     if isinstance(error, KeyboardInterrupt):  # between the first step and the last, it is waited for
         return fail("stopped by SIGINT before or after the steps; checkpoints are unchanged", 128 + signal.SIGINT)

@@ -10,7 +10,7 @@ from dataset import ImageCaptionDataset
 from dataset.epoch_order import EpochOrder
 from dataset.sample_lengths import estimated_lengths, padding_shares
 
-from ..console import in_one_line
+from ..errors import in_one_line
 from .failures import HOW_TO_RESUME, fail
 
 if TYPE_CHECKING:
@@ -54,30 +54,25 @@ def run_identity(
 
 
 def finish(trainer: VLMTrainer) -> int:
-    """Write the final weights, and log how the run ended and what comes next.
-
-    Returns:
-        The exit status.
-    """
+    """Write the final weights, log how the run ended and what comes next, and return the exit status."""
     folder, step = str(trainer.args.output_dir), trainer.state.global_step
-    train_set = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
-    if isinstance(train_set, ImageCaptionDataset):
-        train_set.cuts.log()
+    in_order: Any = trainer.train_dataset
+    in_order.dataset.cuts.log()
     received = trainer.stop_on_signal.received if step < trainer.state.max_steps else 0
     if received and not trainer.save_failure:
         name = signal.Signals(received).name
         logger.info("stopped by %s after step %d, which is saved; %s", name, step, HOW_TO_RESUME)
         return 128 + received
-    problem = ""
+    problem = saved = ""
     if not received:
         try:
             trainer.save_model()  # much smaller than a checkpoint, so it may fit where that did not
+            saved = f"; the final weights are in {folder}"
         except OSError as error:
             problem = f"the final weights could not be written to {folder}: {in_one_line(error)}"
     if trainer.save_failure:
-        saved = "" if received or problem else f"; the final weights are in {folder}"
         failed = f"its last checkpoint could not be written: {trainer.save_failure}"
-        return fail(f"the run ended at step {step}; {failed}{saved}", 1)
+        problem = f"the run ended at step {step}; {failed}{saved}"
     if problem:
         return fail(problem, 1)
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:

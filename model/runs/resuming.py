@@ -1,57 +1,38 @@
-"""Find what a run resumes from, and what is in the way of a new one."""
+"""Find what a run resumes from, check that it is the same run, and restore what Trainer does not."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dataprocess.messages import shorten
 
 from ..arguments import VLMTrainingArguments
-from ..checkpoints.checkpoint import WEIGHTS, numbered_checkpoints
-from ..checkpoints.tensor_files import CHECKSUMS, CheckpointError, check_checksums, read_json, reading
-from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES
-from .collectives import gather_objects
-from .run_folder import RUN_CONFIG, files_of_a_run
-from .run_state import FROM_WEIGHTS, RUN_STATE, TRAINER_STATE, RunState, check_same_steps
+from ..checkpoints.base_models import comparable
+from ..checkpoints.checkpoint import check_checksums
+from ..checkpoints.saving import WEIGHTS
+from ..checkpoints.tensor_files import CheckpointError, numbered_checkpoints, read_json, reading
+from .callbacks import gather_objects
+from .run_folder import RUN_CONFIG
+from .run_state import RUN_STATE, TRAINER_STATE, Geometry, RunState, bad_samples
 
 logger = logging.getLogger(__name__)
 
 _STATE = (TRAINER_STATE, RUN_STATE, "optimizer.pt", "scheduler.pt")
+_FROM_WEIGHTS = "start a new run from its weights with --previous_lora_weights"
 _OF_FLAGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
 """Options of an optimizer's groups that flags decide."""
 _SHAPED_AS_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-
-
-def files_in_the_way(args: VLMTrainingArguments, resume: str | None) -> list[Path]:
-    """Return the files of another run in `--output_dir`, which are to be overwritten.
-
-    Raises:
-        CheckpointError: if there is a run that is neither resumed nor to be overwritten.
-    """
-    folder = Path(str(args.output_dir))
-    if args.resume_from_checkpoint is not None and args.overwrite_output_dir:
-        raise CheckpointError(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint} continues a run and --overwrite_output_dir "
-            "deletes it; give one of them"
-        )
-    old = files_of_a_run(folder)
-    if resume is None:
-        continues = args.resume_from_checkpoint is not None  # `auto`, and no checkpoint yet
-    else:
-        continues = Path(resume).resolve().parent == folder.resolve()
-    if not old or continues:
-        return []
-    if not args.overwrite_output_dir:
-        raise CheckpointError(
-            f"--output_dir {folder} holds a run ({old[0].name}, …); resume it with --resume_from_checkpoint auto, "
-            "delete it with --overwrite_output_dir, or give another folder"
-        )
-    others = (CHECKSUMS, RUN_CONFIG, BAD_SAMPLES, BAD_EVAL_SAMPLES, "runs")
-    return [*old, *(path for name in others if (path := folder / name).exists())]
+_NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}
 
 
 def checkpoint_to_resume(args: VLMTrainingArguments) -> str | None:
@@ -80,7 +61,7 @@ def checkpoint_to_resume(args: VLMTrainingArguments) -> str | None:
     if found is None:
         found = folder
         check_resumable(folder)
-    check_same_steps(RunState.read(found), args, found)
+    check_same_steps(read_run_state(found), args, found)
     return str(found)
 
 
@@ -117,18 +98,167 @@ def check_resumable(folder: Path) -> None:
     if missing:
         raise CheckpointError(
             f"--resume_from_checkpoint {folder}: {', '.join(missing)} missing, so training can't be resumed from it; "
-            f"if it holds weights, {FROM_WEIGHTS}"
+            f"if it holds weights, {_FROM_WEIGHTS}"
         )
     optional = [path.name for pattern in ("scaler.pt", "rng_state*.pth") for path in folder.glob(pattern)]
     check_checksums(folder, (*WEIGHTS, *_STATE, *optional), everything=True)
-    RunState.read(folder)
+    read_run_state(folder)
     with reading(folder / TRAINER_STATE):
         state = TrainerState(**read_json(folder / TRAINER_STATE))
         if not isinstance(state.log_history, list) or not isinstance(state.stateful_callbacks, dict):
             raise ValueError("log_history or stateful_callbacks are not of their type")
 
 
-# ---- Flags that take effect on resuming
+def read_run_state(folder: Path) -> RunState:
+    """Read `run_state.json` and check it against the checkpoint's step.
+
+    Raises:
+        CheckpointError: if it is missing, can't be read, or says what no run can have written.
+    """
+    values = read_json(folder / RUN_STATE)
+    step: Any = read_json(folder / TRAINER_STATE).get("global_step")
+    with reading(folder / RUN_STATE):
+        state = RunState(**{**values, "geometry": Geometry(**values["geometry"])})
+        at_least_1 = asdict(state.geometry)
+        counts = {"epoch": state.epoch, "position": state.position, "steps_since_log": state.steps_since_log}
+        for name, value in {"global_step": step, **counts, **at_least_1}.items():
+            if type(value) is not int or not (name in at_least_1) <= value < 1 << 53:
+                raise ValueError(f"{name} is {shorten(value)}")
+        if (state.epoch, state.position) != state.geometry.position(step):
+            raise ValueError(
+                f"epoch {state.epoch} and position {state.position} of {state.geometry.num_samples} samples do not "
+                f"belong to step {step}; {_FROM_WEIGHTS}"
+            )
+        if not isinstance(state.identity, dict) or len(state.loss_sums) != state.geometry.num_processes:
+            raise ValueError("identity is no object, or loss_sums are not one for each process")
+        if not all(type(value) in (int, float) and abs(value) < 1e30 for value in state.loss_sums):
+            raise ValueError("a loss is no number")
+        if not all(type(index) is int and 0 <= index < state.geometry.num_samples for index in state.bad):
+            raise ValueError("bad holds something else than positions of samples")
+    return state
+
+
+# ---- Is it the same run?
+
+
+def check_same_steps(state: RunState, args: TrainingArguments, folder: Path) -> None:
+    """Refuse steps of another size: step numbers, schedule and order of the samples would all mean something else.
+
+    Raises:
+        CheckpointError: naming the accumulation that fits, if there is one.
+    """
+    before = state.geometry.samples_per_step
+    per_batch = args.train_batch_size * args.world_size
+    if before == per_batch * args.gradient_accumulation_steps:
+        return
+    fits = (
+        f"give --gradient_accumulation_steps {before // per_batch}"
+        if before % per_batch == 0
+        else "no --gradient_accumulation_steps fits, so change --per_device_train_batch_size or the number of processes"
+    )
+    raise CheckpointError(
+        f"--resume_from_checkpoint {folder}: its steps are of {before} samples, {args.train_batch_size} rows × "
+        f"{args.gradient_accumulation_steps} accumulated × {args.world_size} processes make "
+        f"{per_batch * args.gradient_accumulation_steps}; {fits}"
+    )
+
+
+def check_identity(folder: str | Path, identity: dict[str, Any]) -> None:
+    """Refuse to resume a run on other data or models than it was started with.
+
+    Raises:
+        CheckpointError: naming every difference.
+    """
+    state = read_run_state(Path(folder))
+    differences = []
+    for name in {**state.identity, **identity}:
+        before, now = state.identity.get(name), identity.get(name)
+        if name in ("vision_tower", "language_model") and before and not comparable(before, now):
+            logger.warning("%s: its fingerprint of the %s is of an older kind and is not compared", folder, name)
+        elif before != now:
+            differences.append(f"{name} was {before!r} and is now {now!r}")
+    if differences:
+        raise CheckpointError(
+            f"--resume_from_checkpoint {folder}: {'; '.join(differences)}; resume with what the run was started with, "
+            f"or {_FROM_WEIGHTS}"
+        )
+
+
+def log_changes(old: Path, now: dict[str, Any] | None) -> None:
+    """Log which flags differ from those in a run's `train_config.json`, if that can be read."""
+    try:
+        before: dict[str, Any] = read_json(old)
+    except CheckpointError:
+        return
+    found = []
+    for section, values in (now or {}).items():
+        known = before.get(section)
+        known = known if isinstance(known, dict) else {}
+        for name, value in values.items():
+            if name in known and known[name] != value and name not in _NOT_COMPARED:
+                found.append(f"{name} was {known[name]} and is now {value}")
+    if found:
+        logger.warning("resuming with other settings than before: %s", "; ".join(found))
+
+
+# ---- While a run resumes
+
+
+class Resumed(TrainerCallback):
+    """Gives a run that resumes what Trainer does not restore.
+
+    Args:
+        trainer: the `VLMTrainer` that resumes, which imports this file.
+        folder: the checkpoint.
+
+    Attributes:
+        loading: the checkpoint that Trainer is loading; None once that is done.
+
+    Raises:
+        CheckpointError: if it is of a run on something else, or with other steps.
+    """
+
+    def __init__(self, trainer: Any, folder: Path) -> None:
+        check_resumable(folder)
+        self.trainer = trainer
+        self.saved = read_run_state(folder)
+        self.loading: Path | None = folder
+        check_same_steps(self.saved, trainer.args, folder)
+        if trainer.identity is not None:
+            check_identity(folder, trainer.identity)
+        bad = bad_samples(trainer)
+        for index in self.saved.bad if bad is not None else ():
+            bad.mark(index)
+        if trainer.args.should_save:
+            log_changes(folder.parent / RUN_CONFIG, trainer.run_config)
+
+    @contextlib.contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Name the checkpoint where loading its training state fails: files of a stranger may hold nearly anything.
+
+        Raises:
+            CheckpointError: likewise.
+        """
+        try:
+            self.trainer._load_rng_state(str(self.loading))  # Trainer does it later, when it could not be told any more
+            yield
+        except Exception:
+            if self.loading is None:
+                raise
+            with reading(self.loading):
+                raise
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the losses since the last logged step; log, evaluate and save at the steps that the flags say."""
+        state.compute_steps(args, state.max_steps)  # Trainer takes those of the checkpoint
+        sums, trainer = self.saved.loss_sums, self.trainer
+        mean = sum(sums) / len(sums)
+        own = sums[args.process_index] if len(sums) == args.world_size else mean
+        trainer._tr_loss = torch.tensor(own, device=args.device)
+        trainer._globalstep_last_logged = state.global_step - self.saved.steps_since_log
+        trainer._total_loss_scalar = -mean  # `train_loss` at the end is the mean of the steps of this call
 
 
 def use_settings(optimizer: Any, schedule: Any, own: list[dict[str, Any]]) -> None:

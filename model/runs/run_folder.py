@@ -22,10 +22,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dataprocess.file_lock import FileLockError, hold
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
-from ..checkpoints.checkpoint import WEIGHTS, numbered_checkpoints
-from ..checkpoints.configs import package_versions
-from ..checkpoints.tensor_files import CheckpointError, flush_to_disk, read_json
-from .collectives import first_problem
+from ..checkpoints.saving import WEIGHTS, package_versions
+from ..checkpoints.tensor_files import CHECKSUMS, CheckpointError, flush_to_disk, numbered_checkpoints
+from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, first_problem
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ _OVERWRITTEN = "tmp-overwritten"
 _LEFTOVER = re.compile(
     r"tmp-(weights|resume|((replaced|deleted)-)?checkpoint-\d+(-\w{8})?|train_config\.json(-\w{8})?)"
 )
-_NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}
 
 
 @contextlib.contextmanager
@@ -143,11 +141,33 @@ def remove(path: Path) -> None:
 # ---- The run as a whole
 
 
-def files_of_a_run(folder: Path) -> list[Path]:
-    """Return the checkpoints and final weights that a run has written into a folder."""
-    if not folder.is_dir():
+def files_in_the_way(args: VLMTrainingArguments, resume: str | None) -> list[Path]:
+    """Return the files of another run in `--output_dir`, which are to be overwritten.
+
+    Raises:
+        CheckpointError: if there is a run that is neither resumed nor to be overwritten.
+    """
+    folder = Path(str(args.output_dir))
+    if args.resume_from_checkpoint is not None and args.overwrite_output_dir:
+        raise CheckpointError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} continues a run and --overwrite_output_dir "
+            "deletes it; give one of them"
+        )
+    weights = (folder / name for name in WEIGHTS if (folder / name).is_file())
+    old = [*numbered_checkpoints(folder), *weights] if folder.is_dir() else []
+    if resume is None:
+        continues = args.resume_from_checkpoint is not None  # `auto`, and no checkpoint yet
+    else:
+        continues = Path(resume).resolve().parent == folder.resolve()
+    if not old or continues:
         return []
-    return [*numbered_checkpoints(folder), *(folder / name for name in WEIGHTS if (folder / name).is_file())]
+    if not args.overwrite_output_dir:
+        raise CheckpointError(
+            f"--output_dir {folder} holds a run ({old[0].name}, …); resume it with --resume_from_checkpoint auto, "
+            "delete it with --overwrite_output_dir, or give another folder"
+        )
+    others = (CHECKSUMS, RUN_CONFIG, BAD_SAMPLES, BAD_EVAL_SAMPLES, "runs")
+    return [*old, *(path for name in others if (path := folder / name).exists())]
 
 
 def run_config(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> dict[str, Any]:
@@ -180,17 +200,12 @@ class RunFiles(TrainerCallback):
         self._aside = folder / _OVERWRITTEN
         self._has_begun = False
 
-    def begin(self, resumed_from: Path | None) -> None:
-        """Set the old run aside, write the configuration, and log what differs from that of the run resumed from.
+    def begin(self) -> None:
+        """Set the old run aside, and write the configuration.
 
         Raises:
             OSError: if that is not possible.
         """
-        old = resumed_from.parent / RUN_CONFIG if resumed_from is not None else None
-        if old is not None and self.config is not None and old.is_file():
-            differences = changes(old, self.config)
-            if differences:
-                logger.warning("resuming with other settings than before: %s", "; ".join(differences))
         if self.overwritten:
             remove(self._aside)
             self._aside.mkdir()
@@ -220,19 +235,3 @@ class RunFiles(TrainerCallback):
                 (self._aside / path.name).rename(path)
         with contextlib.suppress(OSError):
             self._aside.rmdir()
-
-
-def changes(old: Path, now: dict[str, Any]) -> list[str]:
-    """Return what differs from a `train_config.json`, flag by flag; nothing if it can't be read."""
-    try:
-        before: dict[str, Any] = read_json(old)
-    except CheckpointError:
-        return []
-    found = []
-    for section, values in now.items():
-        known = before.get(section)
-        known = known if isinstance(known, dict) else {}
-        for name, value in values.items():
-            if name in known and known[name] != value and name not in _NOT_COMPARED:
-                found.append(f"{name} was {known[name]} and is now {value}")
-    return found

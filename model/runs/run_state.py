@@ -1,35 +1,30 @@
-"""Extra state for an exact resume, in addition to what Trainer saves.
+"""Write checkpoints that a run can be resumed from exactly; each appears whole or not at all.
 
-`run_state.json` in a checkpoint holds what the run trains on and with (a resumed run must have the same), how its
-epochs are cut into steps (a resumed run may split its steps differently, but not change their size), and the losses
-since the last logged step (so that the next logged loss is that of an uninterrupted run).
+`run_state.json` holds what Trainer does not save: what the run trains on and with (a resumed run must have the same),
+how its epochs are cut into steps (a resumed run may split its steps differently, but not change their size), and the
+losses since the last logged step (so that the next logged loss is that of an uninterrupted run).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dataprocess.messages import shorten
-
-from ..checkpoints.base_models import comparable
-from ..checkpoints.tensor_files import CheckpointError, read_json, reading
-from .collectives import gather_objects
+from ..checkpoints.saving import WEIGHTS
+from ..checkpoints.tensor_files import CHECKSUMS, write_checksums
+from .callbacks import first_problem, gather_objects
+from .run_folder import delete_old_checkpoints, put_in_place, remove
 
 logger = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"
 TRAINER_STATE = "trainer_state.json"
-FROM_WEIGHTS = "start a new run from its weights with --previous_lora_weights"
 
 
 @dataclass(frozen=True)
@@ -85,165 +80,89 @@ class RunState:
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
         (folder / RUN_STATE).write_text(text + "\n", encoding="utf-8")
 
-    @classmethod
-    def read(cls, folder: Path) -> RunState:
-        """Read `run_state.json` and check it against the checkpoint's step.
 
-        Raises:
-            CheckpointError: if it is missing, can't be read, or says what no run can have written.
-        """
-        values = read_json(folder / RUN_STATE)
-        step: Any = read_json(folder / TRAINER_STATE).get("global_step")
-        with reading(folder / RUN_STATE):
-            state = cls(**{**values, "geometry": Geometry(**values["geometry"])})
-            at_least_1 = asdict(state.geometry)
-            counts = {"epoch": state.epoch, "position": state.position, "steps_since_log": state.steps_since_log}
-            for name, value in {"global_step": step, **counts, **at_least_1}.items():
-                if type(value) is not int or not (name in at_least_1) <= value < 1 << 53:
-                    raise ValueError(f"{name} is {shorten(value)}")
-            if (state.epoch, state.position) != state.geometry.position(step):
-                raise ValueError(
-                    f"epoch {state.epoch} and position {state.position} of {state.geometry.num_samples} samples do not "
-                    f"belong to step {step}; {FROM_WEIGHTS}"
-                )
-            if not isinstance(state.identity, dict) or len(state.loss_sums) != state.geometry.num_processes:
-                raise ValueError("identity is no object, or loss_sums are not one for each process")
-            if not all(type(value) in (int, float) and abs(value) < 1e30 for value in state.loss_sums):
-                raise ValueError("a loss is no number")
-            if not all(type(index) is int and 0 <= index < state.geometry.num_samples for index in state.bad):
-                raise ValueError("bad holds something else than positions of samples")
-        return state
+def bad_samples(trainer: Any) -> Any:
+    """Return which samples of the training set turned out bad; None if the data set does not count them."""
+    dataset = trainer.train_dataset
+    return getattr(getattr(dataset, "dataset", dataset), "bad", None)
 
 
-# ---- Is it the same run?
-
-
-def check_same_steps(state: RunState, args: TrainingArguments, folder: Path) -> None:
-    """Refuse steps of another size: step numbers, schedule and order of the samples would all mean something else.
-
-    Raises:
-        CheckpointError: naming the accumulation that fits, if there is one.
-    """
-    before = state.geometry.samples_per_step
-    per_batch = args.train_batch_size * args.world_size
-    if before == per_batch * args.gradient_accumulation_steps:
-        return
-    fits = (
-        f"give --gradient_accumulation_steps {before // per_batch}"
-        if before % per_batch == 0
-        else "no --gradient_accumulation_steps fits, so change --per_device_train_batch_size or the number of processes"
+def run_state(trainer: Any) -> RunState:
+    """Return what a checkpoint of this moment has to hold; every process must call it."""
+    args, bad, step = trainer.args, bad_samples(trainer), trainer.state.global_step
+    geometry = Geometry(
+        num_samples=len(trainer.train_dataset),
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        num_processes=args.world_size,
     )
-    raise CheckpointError(
-        f"--resume_from_checkpoint {folder}: its steps are of {before} samples, {args.train_batch_size} rows × "
-        f"{args.gradient_accumulation_steps} accumulated × {args.world_size} processes make "
-        f"{per_batch * args.gradient_accumulation_steps}; {fits}"
+    epoch, position = geometry.position(step)
+    return RunState(
+        identity=trainer.identity or {},
+        geometry=geometry,
+        epoch=epoch,
+        position=position,
+        loss_sums=gather_objects(trainer._tr_loss.item()),
+        steps_since_log=step - trainer._globalstep_last_logged,
+        bad=bad.indices if bad is not None else [],
     )
 
 
-def check_identity(folder: str | Path, identity: dict[str, Any]) -> None:
-    """Refuse to resume a run on other data or models than it was started with.
+def write_checkpoint(trainer: Any) -> str:
+    """Write a checkpoint under another name, and rename it when it is whole; every process must call it.
 
-    Raises:
-        CheckpointError: naming every difference.
+    Trainer writes in place, so that a kill or a full disk leaves a part of a checkpoint that looks like the newest
+    one. If writing fails, older checkpoints stay, the failure is logged, and training continues.
+
+    Args:
+        trainer: a `VLMTrainer`, which imports this file.
+
+    Returns:
+        What went wrong, or an empty string.
     """
-    state = RunState.read(Path(folder))
-    differences = []
-    for name in {**state.identity, **identity}:
-        before, now = state.identity.get(name), identity.get(name)
-        if name in ("vision_tower", "language_model") and before and not comparable(before, now):
-            logger.warning("%s: its fingerprint of the %s is of an older kind and is not compared", folder, name)
-        elif before != now:
-            differences.append(f"{name} was {before!r} and is now {now!r}")
-    if differences:
-        raise CheckpointError(
-            f"--resume_from_checkpoint {folder}: {'; '.join(differences)}; resume with what the run was started with, "
-            f"or {FROM_WEIGHTS}"
-        )
+    state, saves, run_folder = trainer.state, trainer.args.should_save, trainer.run_folder
+    target = run_folder / f"checkpoint-{state.global_step}"
+    token = gather_objects(secrets.token_hex(4))[0]  # no process of another run writes under this name
+    staging = run_folder / f"tmp-{target.name}-{token}"
+    best_before = state.best_model_checkpoint
+    best = run_folder / f"checkpoint-{state.best_global_step}"
+    if state.best_global_step and (best == target or best.is_dir()):
+        state.best_model_checkpoint = str(best)
+    now = run_state(trainer)
+
+    def write() -> None:
+        trainer.save_model(str(staging), _internal_call=True)
+        trainer.save_training_state(str(staging))
+        if saves:
+            state.stateful_callbacks = callback_states([*trainer.callback_handler.callbacks, trainer.control])
+            state.save_to_json(str(staging / TRAINER_STATE))
+            now.write(staging)
+
+    def finish() -> None:
+        write_checksums(staging, {path.name for path in staging.iterdir()} - {CHECKSUMS, *WEIGHTS})
+        put_in_place(staging, target)
+
+    problem = (
+        first_problem(lambda: staging.mkdir(parents=True) if saves else None)  # never through a link
+        or first_problem(write)
+        or first_problem(lambda: finish() if saves else None)
+    )
+    if problem:
+        state.best_model_checkpoint = best_before
+        if saves:
+            logger.error(
+                "checkpoint %s could not be written: %s; older checkpoints are unchanged, and training continues",
+                *(target, problem),
+            )
+            remove(staging)
+        return f"{target}: {problem}"
+    if saves:
+        keep = {target, Path(state.best_model_checkpoint or target)}
+        delete_old_checkpoints(run_folder, trainer.args.save_total_limit, keep)
+    return ""
 
 
-class ResumePoint(TrainerCallback):
-    """Takes from a run what Trainer does not save of it, and gives it to the run that resumes.
-
-    Attributes:
-        loading: the checkpoint that Trainer is loading; None once that is done, and in a new run.
-        saved: what it holds.
-    """
-
-    def __init__(self, trainer: Any) -> None:  # a VLMTrainer, which imports this file
-        self.trainer = trainer
-        self.loading: Path | None = None
-        self.saved: RunState | None = None
-
-    def prepare(self, folder: Path) -> None:
-        """Check that a checkpoint is of the run that is about to be resumed, and keep what is needed of it.
-
-        Raises:
-            CheckpointError: if it is of a run on something else, or with other steps.
-        """
-        self.saved, self.loading = RunState.read(folder), folder
-        check_same_steps(self.saved, self.trainer.args, folder)
-        if self.trainer.identity is not None:
-            check_identity(folder, self.trainer.identity)
-        for index in self.saved.bad if self._bad_samples() is not None else ():
-            self._bad_samples().mark(index)
-
-    def _bad_samples(self) -> Any:
-        """Return which samples of the training set turned out bad; None if the data set does not count them."""
-        dataset = self.trainer.train_dataset
-        return getattr(getattr(dataset, "dataset", dataset), "bad", None)
-
-    @contextlib.contextmanager
-    def named_errors(self) -> Iterator[None]:
-        """Name the checkpoint where loading its training state fails: files of a stranger may hold nearly anything.
-
-        Raises:
-            CheckpointError: likewise.
-        """
-        try:
-            yield
-        except Exception:
-            if self.loading is None:
-                raise
-            with reading(self.loading):
-                raise
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Restore the losses since the last logged step."""
-        saved, self.saved = self.saved, None
-        if saved is None:
-            return
-        sums, trainer = saved.loss_sums, self.trainer
-        mean = sum(sums) / len(sums)
-        own = sums[args.process_index] if len(sums) == args.world_size else mean
-        trainer._tr_loss = torch.tensor(own, device=args.device)
-        trainer._globalstep_last_logged = state.global_step - saved.steps_since_log
-        trainer._total_loss_scalar = -mean  # `train_loss` at the end is the mean of the steps of this call
-
-    def run_state(self) -> RunState:
-        """Return what a checkpoint of this moment has to hold; every process must call it."""
-        trainer, args, bad = self.trainer, self.trainer.args, self._bad_samples()
-        geometry = Geometry(
-            num_samples=len(trainer.train_dataset),
-            batch_size=args.train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            num_processes=args.world_size,
-        )
-        step = trainer.state.global_step
-        epoch, position = geometry.position(step)
-        return RunState(
-            identity=trainer.identity or {},
-            geometry=geometry,
-            epoch=epoch,
-            position=position,
-            loss_sums=gather_objects(trainer._tr_loss.item()),
-            steps_since_log=step - trainer._globalstep_last_logged,
-            bad=bad.indices if bad is not None else [],
-        )
-
-
-def callback_states(callbacks: Sequence[Any]) -> Any:
+def callback_states(callbacks: list[Any]) -> Any:
     """Return what `trainer_state.json` holds of callbacks that have a state; Trainer loses that of a second one."""
     states: dict[str, list[Any]] = {}
     for callback in callbacks:

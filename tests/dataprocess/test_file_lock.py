@@ -69,12 +69,12 @@ def test_a_lock_ends_with_its_process_and_not_with_its_workers(tmp_path):
 def test_a_lock_that_was_deleted_before_it_was_taken_is_made_again(tmp_path, monkeypatch):
     taken = []
 
-    def flock(path, descriptor):
+    def flock(descriptor, operation):
         if not taken:
             (tmp_path / ".out.lock").unlink()  # as its holder does at its end
-        taken.append(path)
+        taken.append(descriptor)
 
-    monkeypatch.setattr(file_lock, "_flock", flock)
+    monkeypatch.setattr(file_lock.fcntl, "flock", flock)
     with hold(tmp_path / "out"):
         assert len(taken) == 2
         assert str(os.getpid()) in (tmp_path / ".out.lock").read_text()

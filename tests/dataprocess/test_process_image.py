@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataprocess import file_lock, process_image
+from dataprocess import process_image
 from dataprocess.ai_challenger import PROMPTS, choose_prompt
 from dataprocess.file_lock import hold
 from dataprocess.llava import place_images
@@ -428,16 +428,6 @@ def test_a_second_process_is_refused_and_told_who_writes(project, capfd, output)
     assert re.search(rf"{output}: process {os.getpid()} on ", error)
     assert "Traceback" not in error
     assert project.run() == 0
-
-
-def test_where_there_are_no_locks_a_warning_is_all(project, monkeypatch, caplog):
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(file_lock.fcntl, "flock", flock)
-    assert project.ali(GOOD).run() == 0
-    assert "captions.json: no locks here" in caplog.text
-    assert len(project.samples()) == 1
 
 
 @pytest.mark.parametrize("step", range(7))

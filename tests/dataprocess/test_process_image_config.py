@@ -154,15 +154,6 @@ def test_image_folder_is_needed_only_for_checking(folder):
     assert "no such folder" in problems(folder, values, need_images=True)
 
 
-def test_an_output_that_is_a_folder_is_left_alone(folder, capfd):
-    values = ALI | OUT | {"output_captions": "."}
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    before = sorted(path.name for path in folder.iterdir())
-    assert process_image.main(["--config", str(folder / "config.yaml")]) == 2
-    assert sorted(path.name for path in folder.iterdir()) == before
-    assert "Traceback" not in capfd.readouterr().err
-
-
 def test_command_exits_with_2_and_no_traceback(folder, capfd):
     assert process_image.main(["--config", str(folder / "none.yaml")]) == 2
     assert process_image.main(["--config", str(folder)]) == 2

@@ -196,3 +196,10 @@ def test_the_students_path_has_true_line_counts(name: str) -> None:
         files = re.findall(r"`([^`]+)`", row[1])
         lines = sum(len(text_of(file).splitlines()) for file in files)
         assert abs(int(row[2]) - lines) <= 0.1 * lines, f"{files} have {lines} lines, the table says {row[2]}"
+
+
+def test_the_house_keeps_its_budgets() -> None:
+    """What a reader has to read stays small: see the README's tree."""
+    longest = {"README.md": 260, "README_zh.md": 260, "train.py": 170, "test.py": 170}
+    assert [name for name, most in longest.items() if len(text_of(name).splitlines()) > most] == []
+    assert len(list((ROOT / "model").glob("*.py"))) <= 12

@@ -21,7 +21,6 @@ from tiny_run import (
     trained_weights,
     write_data,
 )
-from tiny_towers import make_clip_checkpoint
 
 import train
 from dataset import image_caption_dataset as dataset_module
@@ -196,30 +195,6 @@ def test_a_changed_picture_is_computed_again_and_equal_ones_share(command, tmp_p
     assert changed == run(command, tmp_path / "plain")
 
 
-def test_another_tower_is_run_and_a_moved_one_is_not(command, tmp_path, calls, cached):
-    run(command, tmp_path / "first", *cached)
-    other = make_clip_checkpoint(tmp_path / "other", seed=5)
-    moved = shutil.copytree(command[3], tmp_path / "moved")
-    for name, tower, number in (("other", other, NUM_PICTURES), ("moved", moved, 0)):
-        calls.update(tower=0)
-        run([*command, "--base_value_model", str(tower)], tmp_path / f"to {name}", *cached)
-        assert calls["tower"] == number
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_damaged_files_are_computed_again(command, tmp_path, pictures, calls, capsys, cached):
-    plain = run(command, tmp_path / "first", *cached)
-    files = {path.stem: path for path in stored(tmp_path)}
-    red, green, yellow = (files[FeatureCache.key_of(pictures / f"{c}.png").hex()] for c in ("red", "green", "yellow"))
-    red.write_bytes(red.read_bytes()[:-5])
-    green.write_bytes(yellow.read_bytes())  # of the right size, but another picture's
-    calls.update(tower=0)
-    assert run(command, tmp_path / "again", *cached) == plain
-    assert calls["tower"] == 2
-    assert capsys.readouterr().err.count("is damaged") == 2
-    assert len({path.read_bytes() for path in stored(tmp_path)}) == NUM_PICTURES
-
-
 # ---- What goes wrong
 
 
@@ -292,17 +267,3 @@ def test_links_out_of_the_folder_are_refused_stored_or_not(command, tmp_path, pi
     assert len(stored(tmp_path)) == NUM_PICTURES
     run(command, tmp_path / "refused", *flags)
     assert "link leads out" in (tmp_path / "refused" / "bad_samples.jsonl").read_text()
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--feature_cache", "FILE"], "--feature_cache"),
-        (["--feature_cache", "cache", "--feature_cache_dtype", "int8"], "int8"),
-    ],
-)
-def test_mistakes_are_one_line(command, tmp_path, capsys, flags, said):
-    (tmp_path / "file").write_text("")
-    words = [word.replace("FILE", str(tmp_path / "file")) for word in flags]
-    assert train.main([*command, "--output_dir", str(tmp_path / "out"), *words]) == 2
-    assert said in one_line_error(capsys.readouterr().err, "train.py")

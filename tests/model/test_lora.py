@@ -22,8 +22,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from model import LoraSettings, LoraTargetError, VisionLanguageModel
-from model.lora import add_lora
-from model.lora_linear import LeanLoraLinear, make_lean
+from model.lora import LeanLoraLinear, add_lora, make_lean
 from qwen import MultimodalQWenLMHeadModel
 
 LAYERS, WIDTH, INNER = 2, 16, 24

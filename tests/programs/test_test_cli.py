@@ -23,6 +23,7 @@ from transformers import set_seed
 
 from dataset import load_image
 from model import VisionLanguageModel
+from model.console import one_line
 
 ask = load_test_py()
 STOPS = {151643, 151644, 151645}
@@ -195,7 +196,7 @@ def test_a_folder_is_asked_about_picture_by_picture(answer, pictures, tmp_path):
     assert "broken.jpg" in one_line_error(answer.err, "test.py")
     for line, name in zip(lines, ("blue", "red"), strict=True):
         alone = answer("--image_path", pictures[name], *flags)
-        assert line == f"{name} one.PNG\t{ask.one_line(alone.removesuffix(chr(10)))}"
+        assert line == f"{name} one.PNG\t{one_line(alone.removesuffix(chr(10)))}"
     (tmp_path / "broken.jpg").unlink()
     assert answer("--image_path", tmp_path, *flags).splitlines() == lines
 

@@ -32,7 +32,7 @@ from transformers import TrainingArguments
 import train
 from dataset import ImageCaptionDataset, VLMCollator
 from model import VisionLanguageModel
-from model.command_line import parse_arguments
+from model.arguments import parse_arguments
 from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
 
 PUBLISHED = shlex.split(
@@ -182,7 +182,7 @@ def test_the_final_weights_are_tried_where_the_last_checkpoint_failed(bases, dat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("model.trainer.put_in_place", full)
+    monkeypatch.setattr("model.runs.run_state.put_in_place", full)
     assert quick_run(*bases, *data, "--max_steps", "2", "--output_dir", tmp_path) == 1
     said = one_line_error(capsys.readouterr().err, "train.py")
     assert "No space left on device" in said

@@ -8,10 +8,10 @@ from tiny_qwen import tiny_model
 
 from dataset.prompt import encode_prompt
 from qwen import IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
-from qwen.answering import answer_ids, stream_ids
-from qwen.cache import PromptCache
-from qwen.decoding import decode
+from qwen.answering import answer_ids, decode
+from qwen.prompt_cache import PromptCache
 from qwen.sampling_loop import library_decode
+from qwen.streaming import stream_ids
 
 QUESTIONS = ("<|extra_0|>What is it?", "And 颜色?", "Why", "Are you sure of it?")
 SETTINGS = {

@@ -11,9 +11,8 @@ from tiny_qwen import random_ids, tiny_config, tiny_model
 from torch import nn
 from torch.testing import assert_close
 
-from qwen.layers import QWenAttention, QWenRMSNorm
+from qwen.layers import QWenAttention, QWenRMSNorm, Rotation, rotary_tables, rotate
 from qwen.loss import head_loss, supervised_loss
-from qwen.positions import Rotation, rotary_tables, rotate
 
 BF16 = torch.bfloat16
 

@@ -8,9 +8,9 @@ from tiny_qwen import random_ids, tiny_model
 from transformers import DynamicCache
 
 from qwen import IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenLMHeadModel
-from qwen.answering import answer_batch, answer_ids
+from qwen.answering import answer_ids, pad_left
+from qwen.batch_answering import answer_batch
 from qwen.cache import GrowingCache
-from qwen.decoding import pad_left
 
 VOCABULARY = IMAGE_TOKEN_ID + 2
 LENGTHS = (30, 7, 19, 7, 64)

@@ -15,9 +15,9 @@ from tiny_qwen import tiny_model
 from transformers import GenerationConfig
 
 from qwen import IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenLMHeadModel, make_context
-from qwen.answering import answer_ids, decode_growing, stream_ids
-from qwen.decoding import decode
+from qwen.answering import answer_ids, decode
 from qwen.sampling_loop import library_decode
+from qwen.streaming import decode_growing, stream_ids
 
 PUBLISHED = {
     "chat_format": "chatml",

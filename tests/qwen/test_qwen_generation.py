@@ -81,26 +81,6 @@ def test_going_on_from_a_cache(model):
     assert torch.equal(again, model.generate(longer, **GREEDY))
 
 
-def test_embeddings_in_place_of_ids(model):
-    ids, mask = left_padded(ROWS)
-    embeds = model.get_input_embeddings()(ids)
-    for settings in (GREEDY, SAMPLING):
-        torch.manual_seed(5)
-        got = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings)
-        assert torch.equal(got, new_tokens(model, ids, mask, **settings))
-
-
-def test_several_stop_ids(model):
-    ids, mask = left_padded(ROWS)
-    free = new_tokens(model, ids, mask, **GREEDY)
-    stops = [int(free[0, 2]), int(free[1, 4]), int(free[2, 6])]
-    stopped = new_tokens(model, ids, mask, **GREEDY, eos_token_id=stops)
-    for row, want in zip(stopped.tolist(), free.tolist(), strict=True):
-        length = next(i for i, token in enumerate(want) if token in stops) + 1
-        assert row[:length] == want[:length]
-        assert set(row[length:]) <= {0}
-
-
 def gradients(model, ids, mask):
     model.zero_grad()
     loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss

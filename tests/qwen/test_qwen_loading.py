@@ -198,7 +198,7 @@ def test_a_missing_weight_is_an_error(folder, model, write):
     state = model.state_dict()
     del state["transformer.h.1.mlp.w2.weight"]
     write(folder, state)
-    with pytest.raises(ValueError, match=r"lacks 1 weight .*transformer\.h\.1\.mlp\.w2\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 of .*transformer\.h\.1\.mlp\.w2\.weight"):
         QWenLMHeadModel.from_pretrained(folder)
 
 

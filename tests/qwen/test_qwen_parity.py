@@ -44,20 +44,6 @@ def test_logits_without_cache(pair):
 
 
 @torch.no_grad()
-def test_logits_token_by_token(pair):
-    ours, theirs = pair
-    ids = random_ids(2, 12)
-    want = theirs(ids).logits
-    cache, got = None, []
-    for t in range(ids.shape[1]):
-        out = ours(ids[:, t : t + 1], past_key_values=cache)
-        cache = out.past_key_values
-        got.append(out.logits)
-    assert cache.get_seq_length() == 12
-    close(torch.cat(got, dim=1), want)
-
-
-@torch.no_grad()
 def test_logits_chunk_by_chunk(pair):
     ours, theirs = pair
     ids = random_ids(2, 17)

@@ -22,8 +22,7 @@ from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_sigli
 
 from model.feature_caching.disk import lack_of_space, pictures_stored
 from visual import build_vision_tower
-from visual.feature_cache import DTYPES, KEY_BYTES, FeatureCache, open_feature_cache, tower_key
-from visual.loading import published_weights
+from visual.feature_cache import DTYPES, KEY_BYTES, FeatureCache, open_feature_cache, published_weights, tower_key
 
 KEY = bytes(range(KEY_BYTES))
 

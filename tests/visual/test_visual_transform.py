@@ -70,19 +70,6 @@ def test_a_strip_that_is_resized_to_a_fixed_size_is_not_cut(tmp_path):
     assert torch.equal(build_vision_tower(tmp_path).image_transform(image), expected)
 
 
-def test_clips_published_settings_of_the_old_style_are_read(tmp_path):
-    """As openai/clip-vit-large-patch14 has them: sizes as integers, `feature_extractor_type`."""
-    folder = make_clip_checkpoint(tmp_path)
-    expected = build_vision_tower(folder).image_transform(picture((61, 37)))
-    file = tmp_path / "preprocessor_config.json"
-    settings = json.loads(file.read_text())
-    published = {name: settings[name] for name in ("image_mean", "image_std", "resample")}
-    published |= {"do_center_crop": True, "do_normalize": True, "do_resize": True}
-    published |= {"crop_size": 28, "size": 32, "feature_extractor_type": "CLIPFeatureExtractor"}
-    file.write_text(json.dumps(published))
-    assert torch.equal(build_vision_tower(folder).image_transform(picture((61, 37))), expected)
-
-
 def test_clip_pixels_by_hand(tmp_path):
     """Short edge to 32 by bicubic, middle 28 × 28, to [0, 1], less mean, by deviation."""
     transform = build_vision_tower(make_clip_checkpoint(tmp_path)).image_transform

@@ -35,7 +35,8 @@ from tiny_run import (
 )
 from transformers import TrainerCallback
 
-import model.checkpoints.checkpoint
+import model.checkpoints.saving
+import model.runs.run_state
 import model.trainer
 import train
 from model import CheckpointError
@@ -50,7 +51,7 @@ class Faults:
     """
 
     WRITERS = (
-        (model.checkpoints.checkpoint, "save_file"),
+        (model.checkpoints.saving, "save_file"),
         (peft.LoraConfig, "save_pretrained"),
         (torch, "save"),
         (transformers.TrainerState, "save_to_json"),
@@ -179,7 +180,7 @@ def test_training_goes_on_behind_a_save_that_failed(tiny_bases, tmp_path, monkey
     whole = new_trainer(tiny_bases, tmp_path / "whole", save_strategy="no")
     whole.train()
     there = {}
-    real = model.trainer.put_in_place
+    real = model.runs.run_state.put_in_place
 
     def put(staging, target):
         if target.name in ("checkpoint-4", "checkpoint-5"):
@@ -190,7 +191,7 @@ def test_training_goes_on_behind_a_save_that_failed(tiny_bases, tmp_path, monkey
         def on_save(self, args, state, control, **kwargs):
             there[state.global_step] = checkpoints(Path(args.output_dir))
 
-    monkeypatch.setattr(model.trainer, "put_in_place", put)
+    monkeypatch.setattr(model.runs.run_state, "put_in_place", put)
     stop = KillAt("on_step_end", 9)
     with pytest.raises(Killed):
         new_trainer(tiny_bases, tmp_path / "run", callbacks=[Look(), stop], save_total_limit=1).train()
@@ -202,7 +203,7 @@ def test_a_best_checkpoint_that_could_not_be_written_is_not_missed(tiny_bases, t
     def put(staging, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(model.trainer, "put_in_place", put)
+    monkeypatch.setattr(model.runs.run_state, "put_in_place", put)
     trainer = new_trainer(
         tiny_bases,
         tmp_path,
@@ -380,14 +381,14 @@ def test_final_weights_that_can_not_be_written(command, whole, tmp_path, capsys,
     run = tmp_path / "run"
     shutil.copytree(whole, run, ignore=lambda _, names: [n for n in names if n in [f"checkpoint-{i}" for i in (5, 6)]])
     before = trained_weights(run)
-    real = model.checkpoints.checkpoint.save_file
+    real = model.checkpoints.saving.save_file
 
     def save(tensors, path):
         if path.parent.parent == run:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path)
 
-    monkeypatch.setattr(model.checkpoints.checkpoint, "save_file", save)
+    monkeypatch.setattr(model.checkpoints.saving, "save_file", save)
     assert train.main([*command, "--output_dir", str(run), "--resume_from_checkpoint", "auto"]) == 1
     said = one_line_error(capsys.readouterr().err, "train.py")
     assert "the final weights could not be written" in said

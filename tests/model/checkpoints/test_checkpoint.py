@@ -32,8 +32,8 @@ from tiny_vlm import (
 from torch.testing import assert_close
 
 from model import CheckpointError, LoraSettings, VisionLanguageModel, read_checkpoint
-from model.checkpoints.checkpoint import numbered_checkpoints, resolve_checkpoint
-from model.checkpoints.tensor_files import read_tensors, write_checksums
+from model.checkpoints.checkpoint import resolve_checkpoint
+from model.checkpoints.tensor_files import numbered_checkpoints, read_tensors, write_checksums
 from qwen import MultimodalQWenLMHeadModel
 
 FILES = {
@@ -171,7 +171,7 @@ def test_weights_that_cannot_be_written_leave_the_old_ones(trained, saved, folde
         Path(path).write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("model.checkpoints.checkpoint.save_file", full)
+    monkeypatch.setattr("model.checkpoints.saving.save_file", full)
     with pytest.raises(OSError, match=r"adapter_model\.safetensors: No space left on device"):
         trained.save_checkpoint(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {

@@ -137,7 +137,7 @@ def test_a_stop_that_can_not_be_saved_is_an_error(tiny_bases, tmp_path, monkeypa
     def put(staging, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("model.trainer.put_in_place", put)
+    monkeypatch.setattr("model.runs.run_state.put_in_place", put)
     trainer = new_trainer(tiny_bases, tmp_path, callbacks=[Send("on_step_begin", 2, signal.SIGTERM)])
     assert exit_status(monkeypatch, trainer) == 1
     said = capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""One question about every picture in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import set_seed
+
+from dataprocess.image_io import ImageError, load_image
+from dataset.prompt import count_placeholders
+from qwen import IMAGE_TOKEN
+
+from ..console import one_line
+from .assistant import Assistant
+
+logger = logging.getLogger(__name__)
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Check the flags that go with a folder.
+
+    Raises:
+        ValueError: for other paths, no prompt, a stream, or a prompt for several pictures.
+    """
+    if len(args.image_path) > 1:
+        raise ValueError(f"--image_path: the folder {args.folder} must be given alone, without other paths")
+    if args.prompt is None:
+        raise ValueError("--image_path is a folder, so --prompt is needed; a chat is about one picture")
+    if args.stream:
+        raise ValueError("--stream shows one answer as it grows, a folder gives a line per picture; leave --stream out")
+    if (found := count_placeholders(args.prompt)) > 1:
+        raise ValueError(
+            f"--image_path is a folder, whose pictures are asked about one by one: --prompt has {found} placeholders "
+            f"{IMAGE_TOKEN}; write one, or none, or name the pictures"
+        )
+
+
+def ask_about_each(assistant: Assistant, prompt: str, paths: Sequence[Path], seed: int) -> int:
+    """Print `name<TAB>answer` for every picture; return the number of pictures that can't be read."""
+    failed = 0
+    for path in paths:
+        name = one_line(path.name)
+        try:
+            features = assistant.features([load_image(path)])
+        except ImageError as error:
+            logger.error("test.py: %s", error)
+            failed += 1
+            continue
+        set_seed(seed)  # a sampled answer does not depend on the pictures before
+        print(f"{name}\t{one_line(assistant.answer(prompt, features, name))}", flush=True)  # noqa: T201
+    return failed

@@ -1,0 +1,142 @@
+"""Save what is trained (LoRA and projector), and a note of what it was trained on.
+
+adapter_config.json, adapter_model.safetensors   as PEFT writes them; names start at the language model
+projector.safetensors                            0.weight 0.bias [2.weight 2.bias]
+multimodal_config.json                           both base models, token counts, dtype, package versions
+checksums.json                                   SHA-256 of each file that loading reads; written last
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .tensor_files import CHECKSUMS, flush_to_disk, write_checksums
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PROJECTOR_WEIGHTS = "projector.safetensors"
+MULTIMODAL_CONFIG = "multimodal_config.json"
+WEIGHTS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG)
+"""The files that asking reads, in addition to `checksums.json`."""
+_PACKAGES = ("torch", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class MultimodalConfig:
+    """What a checkpoint was trained on: enough to build the model again and to see what does not fit."""
+
+    base_language_model: str
+    """Hub name or absolute path of the language model."""
+    base_value_model: str
+    """Hub name or absolute path of the vision tower."""
+    vision_tower: str
+    """The tower's `model_type`."""
+    num_image_tokens: int
+    """Tokens that one image takes in the prompt."""
+    vision_hidden_size: int
+    """Channels of a patch feature."""
+    language_hidden_size: int
+    """Channels of the language model's embedding."""
+    vocab_size: int
+    """Rows of the language model's embedding."""
+    projector_layers: int
+    """1 or 2."""
+    vision_tower_fingerprint: str
+    """Of its weights and of how it prepares images, see `base_models.py`; empty: not known."""
+    language_model_fingerprint: str
+    """Of its weights and settings; empty: not known."""
+    drop_first_patch: bool
+    """Whether SigLIP's first patch is left out, as the original project did."""
+    dtype: str
+    """Dtype of the frozen weights while training, as in `bfloat16`."""
+    package_versions: dict[str, str]
+    """Versions of the packages that trained it."""
+
+
+def multimodal_config(model: Any) -> MultimodalConfig:
+    """Describe the base models and the projector of a `VisionLanguageModel`."""
+    tower, config = model.vision_tower, model.qwen.config
+    language, vision = (
+        str(Path(name).absolute()) if Path(name).is_dir() else name
+        for name in (model.base_language_model, tower.name_or_path)
+    )
+    return MultimodalConfig(
+        base_language_model=language,
+        base_value_model=vision,
+        vision_tower=tower.kind,
+        num_image_tokens=tower.num_image_tokens,
+        vision_hidden_size=tower.hidden_size,
+        language_hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        projector_layers=model.projector_layers,
+        **model.fingerprints,
+        drop_first_patch=tower.drop_first_patch,
+        dtype=str(model.dtype).removeprefix("torch."),
+        package_versions=package_versions(),
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that matter for a checkpoint."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str], language_model: PeftModel, projector: nn.Module, config: MultimodalConfig
+) -> None:
+    """Write a checkpoint's weights and configuration.
+
+    Args:
+        folder: created if need be.
+        language_model: the language model with its LoRA layers.
+        projector: the projector.
+        config: what they were trained on.
+
+    Raises:
+        OSError: if they can't be written; files that were there before are then unchanged.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    lora_config = language_model.peft_config["default"]
+    lora_config.base_model_name_or_path = config.base_language_model
+    # By default PEFT asks the model hub whether the vocabulary has grown; here it never does.
+    lora = get_peft_model_state_dict(language_model, save_embedding_layers=False)
+    text = json.dumps(asdict(config), indent=2, ensure_ascii=False)
+    # All is written to a new folder first: if that fails, the old files are whole.
+    new = path / "tmp-weights"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        _save_tensors(lora, new / ADAPTER_WEIGHTS)
+        _save_tensors(projector.state_dict(), new / PROJECTOR_WEIGHTS)
+        lora_config.save_pretrained(str(new))
+        (new / MULTIMODAL_CONFIG).write_text(text + "\n", encoding="utf-8")
+        write_checksums(new, WEIGHTS)
+        for name in (*WEIGHTS, CHECKSUMS):
+            flush_to_disk(new / name)
+        # The folder is no checkpoint until the last of them is in its place.
+        for name in (MULTIMODAL_CONFIG, CHECKSUMS):
+            (path / name).unlink(missing_ok=True)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, CHECKSUMS, MULTIMODAL_CONFIG):
+            (new / name).replace(path / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    flush_to_disk(path)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # a full disk, too
+        raise OSError(f"{path}: {error}") from error

@@ -1,0 +1,40 @@
+"""Errors in one line, and memory that has run out under many names."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+    "bad_alloc",
+    "killed by signal: killed",  # a data worker, by the system
+)
+"""How CUDA, MPS, cuBLAS, PyTorch's CPU allocator, C++ and a killed data worker say it."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks, and without the traceback of a data worker."""
+    text = str(error)
+    if re.match(r"Caught \w+ in DataLoader worker process", text):
+        # PyTorch puts the worker's traceback into the message; its last paragraph names the class and the reason.
+        text = re.split(r"\n[\w.]*Error: ", text)[-1]
+    return " ".join(text.split())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a GPU or of the machine has run out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def out_of_memory(error: BaseException, advice: str) -> str:
+    """Return one line: the error without the allocator's own advice, then `advice`."""
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return f"out of memory ({text[:160] or type(error).__name__}): {advice}"

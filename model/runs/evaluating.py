@@ -1,0 +1,63 @@
+"""Evaluate: the loss is the mean over all supervised tokens, however they are split into batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from qwen import IGNORE_INDEX
+
+from .callbacks import gather_rows
+from .data_workers import with_calm_workers
+
+
+class TokenMeanTrainer(Trainer):
+    """A Trainer whose `eval_loss` depends neither on the batch size nor on the number of processes."""
+
+    _evaluated: list[Tensor]
+    """(2,) for each batch: the sum of its losses, and its supervised tokens."""
+    _eval_samples: int
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return Trainer's loader, whose workers leave signals to the process they work for."""
+        return with_calm_workers(super().get_eval_dataloader(eval_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)  # Trainer's would read all of it first, to group it by length
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, None, None]:
+        """Sum the loss of one batch, and count its supervised tokens."""
+        inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "ids"})
+        labels = inputs["labels"]  # (B, T)
+        if self.args.world_size > 1:
+            # Samples are repeated so that all processes have full batches; a repeated one is no part of the mean.
+            before = (len(self._evaluated) * self.args.world_size + self.args.process_index) * len(labels)
+            labels[max(self._eval_samples - before, 0) :] = IGNORE_INDEX
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total = model(**inputs, num_items_in_batch=1, return_logits=False).loss
+        tokens = (labels[:, 1:] != IGNORE_INDEX).sum()
+        self._evaluated.append(torch.stack((total.float(), tokens.float())))
+        return total, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as Trainer does; the loss is summed over the supervised tokens of all batches and divided once."""
+        self._evaluated, self._eval_samples = [], len(dataloader.dataset)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        own = torch.stack(self._evaluated).cpu().double().sum(dim=0).tolist()
+        total, tokens = gather_rows(own, self.args.device).sum(dim=0).tolist()
+        mean = total / tokens if tokens else float("nan")
+        return output._replace(metrics={**(output.metrics or {}), f"{metric_key_prefix}_loss": mean})

@@ -1,0 +1,100 @@
+"""Answers to many prompts: each is the one that its prompt would get alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .answering import answer_ids, complete_settings, decode, start_decoding
+from .chatml import trim_answer
+from .tokenization_qwen import QWenTokenizer
+
+
+def answer_batch(
+    model: Any,
+    tokenizer: QWenTokenizer,
+    prompts: Sequence[Sequence[int]],
+    image_features: Sequence[Tensor | None] | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    seed: int = 0,
+    **kwargs: Any,
+) -> list[str]:
+    """Answer prompts together.
+
+    Args:
+        model: a model with `generate`.
+        tokenizer: QWen's tokenizer.
+        prompts: token ids, each ending where its answer begins.
+        image_features: for each prompt, features (image tokens of the prompt, D), or None where it has no image.
+        generation_config: as `answer_ids` takes it.
+        seed: each answer is what `answer_ids` gives after `torch.manual_seed(seed)`: it depends on no other prompt.
+        kwargs: generation settings, which come first.
+
+    Returns:
+        The answers' texts, in the prompts' order; see `answer_ids`. In bf16 and fp16 the larger matrices round
+        differently from one row's, so a token that is nearly as likely as another may be drawn in its place.
+
+    Raises:
+        ValueError: for an empty prompt, one that leaves no room within `max_length`, or features that do not fit.
+    """
+    if not prompts:
+        return []
+    config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
+    features = image_features or [None] * len(prompts)
+    if (config.num_beams or 1) > 1:  # beams are a batch already
+        answers = []
+        for prompt, row in zip(prompts, features, strict=True):
+            torch.manual_seed(seed)
+            images: dict[str, Any] = {} if row is None else {"image_features": row}
+            ids = torch.tensor([list(prompt)])
+            answers.append(answer_ids(model, tokenizer, ids, generation_config, **images, **kwargs))
+        return answers
+    new_ids = generate_batch(model, prompts, features, config, seed=seed, **inputs)
+    return [str(tokenizer.decode(trim_answer(row, config.eos_token_id))) for row in new_ids]
+
+
+def generate_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    image_features: Sequence[Tensor | None],
+    generation_config: GenerationConfig | None = None,
+    *,
+    seed: int = 0,
+    **kwargs: Any,
+) -> list[list[int]]:
+    """Return the new token ids of each answer, its stop token included; see `answer_batch` for the arguments.
+
+    Raises:
+        ValueError: as `answer_batch` does.
+    """
+    config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
+    inputs = config.update(**kwargs)
+    generators = [torch.Generator(model.device).manual_seed(seed) for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for step in start_decoding(decode, model, prompts, image_features, generators, config, inputs):
+        for row, token in step.items():
+            answers[row].append(token)
+    return answers
+
+
+def check_settings(model: Any, tokenizer: QWenTokenizer, **kwargs: Any) -> None:
+    """Have `generate` get ready for an answer and draw none: settings that it rejects, it rejects for every prompt.
+
+    Args:
+        model: a model with `generate`.
+        tokenizer: QWen's tokenizer.
+        kwargs: generation settings, as `answer_batch` takes them.
+
+    Raises:
+        ValueError: for settings that can't be used.
+    """
+    config, inputs = complete_settings(model, tokenizer, None, kwargs)
+    # Whether a prompt leaves room within `max_length` is a matter of the prompt.
+    config.max_new_tokens, config.max_length = config.max_new_tokens or config.max_length, None
+    start_decoding(decode, model, [[tokenizer.eod_id]], [None], [None], config, inputs)
