@@ -23,7 +23,6 @@ from qwen import MultimodalQWenLMHeadModel
 from visual.base import VisionTower
 
 from ..lora import make_lean
-from .base_models import comparable
 from .configs import read_lora_config, read_multimodal_config
 from .saving import (
     ADAPTER_CONFIG,
@@ -37,6 +36,7 @@ from .tensor_files import (
     CHECKSUMS,
     CheckpointError,
     check_file,
+    comparable,
     numbered_checkpoints,
     read_json,
     read_tensors,

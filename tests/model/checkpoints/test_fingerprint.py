@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from model import VisionLanguageModel
-from model.checkpoints.base_models import comparable, fingerprint
+from model.checkpoints.base_models import fingerprint
+from model.checkpoints.tensor_files import comparable
 
 
 def weights(seed: int = 0, size: int = 300) -> dict[str, torch.Tensor]:
