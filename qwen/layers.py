@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import cpu_kernels
 from .configuration_qwen import QWenConfig
+from .cpu_kernels import scaled_dot_product_attention as attend_on_cpu
 
 
 class QWenRMSNorm(nn.Module):
@@ -224,7 +224,7 @@ def _sdpa_attention(
     is_causal = visible is None and query.shape[-2] > 1
     attend: Any = F.scaled_dot_product_attention
     if not torch.is_grad_enabled():
-        attend = cpu_kernels.scaled_dot_product_attention  # the same, but faster
+        attend = attend_on_cpu  # the same, but faster
     return attend(query, key, value, visible, dropout_p=dropout, is_causal=is_causal, scale=scale), None
 
 
