@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTok
 from visual.base import VisionTower
 from visual.loading import read_config
 
+from .saving import Checkpoint
 from .tensor_files import CheckpointError, map_tensors, reading
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
