@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from dataset.bad_samples import CutAnswers
 from dataset.epoch_order import EpochOrder
 from model import VLMTrainer, VLMTrainingArguments
 from model.checkpoints.tensor_files import CheckpointError
@@ -34,6 +35,7 @@ class Answers(Dataset):
 
     def __init__(self, size: int = 11) -> None:
         self.size = size
+        self.cuts = CutAnswers(size, 64, "captions.json")
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def __len__(self):

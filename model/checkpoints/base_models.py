@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTok
 from visual.base import VisionTower
 from visual.loading import read_config
 
-from .tensor_files import FINGERPRINT, CheckpointError, map_tensors, reading
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+from .saving import Checkpoint
+from .tensor_files import CheckpointError, map_tensors, reading
 
 logger = logging.getLogger(__name__)
 
+FINGERPRINT = "v2-"
+"""How fingerprints begin that can be compared; those of older checkpoints depend on the version of transformers."""
 _VALUES_PER_TENSOR = 64
 _LANGUAGE_SETTINGS = (
     *("num_attention_heads", "kv_channels", "layer_norm_epsilon", "rotary_pct", "rotary_emb_base"),
@@ -169,6 +169,11 @@ def fingerprint(weights: dict[str, Tensor], *settings: dict[str, Any]) -> str:
         digest.update(values[spread].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return FINGERPRINT + digest.hexdigest()[:16]
+
+
+def comparable(one: object, other: object) -> bool:
+    """Return whether two fingerprints can tell models apart: both are of the kind that this version makes."""
+    return all(isinstance(value, str) and value.startswith(FINGERPRINT) for value in (one, other))
 
 
 def _published(name: str, file: str) -> Path | None:

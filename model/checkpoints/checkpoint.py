@@ -11,11 +11,10 @@ import os
 import re
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from qwen import MultimodalQWenLMHeadModel
 from visual.base import VisionTower
 
 from ..lora import make_lean
+from .base_models import comparable
 from .configs import read_lora_config, read_multimodal_config
 from .saving import (
     ADAPTER_CONFIG,
@@ -30,13 +30,12 @@ from .saving import (
     MULTIMODAL_CONFIG,
     PROJECTOR_WEIGHTS,
     WEIGHTS,
-    MultimodalConfig,
+    Checkpoint,
 )
 from .tensor_files import (
     CHECKSUMS,
     CheckpointError,
     check_file,
-    comparable,
     numbered_checkpoints,
     read_json,
     read_tensors,
@@ -48,18 +47,6 @@ logger = logging.getLogger(__name__)
 
 ORIGINAL_ADAPTER_WEIGHTS = "adapter_model.bin"
 ORIGINAL_PROJECTOR_WEIGHTS = "other_params.bin"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint folder, its configuration files read."""
-
-    folder: Path
-    """Its path."""
-    config: MultimodalConfig | None
-    """None for folders of the original project."""
-    lora_config: LoraConfig
-    """Rank, alpha, dropout and target modules."""
 
 
 # ---- Find and read

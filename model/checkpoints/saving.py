@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -62,6 +62,18 @@ class MultimodalConfig:
     """Dtype of the frozen weights while training, as in `bfloat16`."""
     package_versions: dict[str, str]
     """Versions of the packages that trained it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, its configuration files read."""
+
+    folder: Path
+    """Its path."""
+    config: MultimodalConfig | None
+    """None for folders of the original project."""
+    lora_config: LoraConfig
+    """Rank, alpha, dropout and target modules."""
 
 
 def multimodal_config(model: Any) -> MultimodalConfig:

@@ -25,9 +25,6 @@ CHECKSUMS = "checksums.json"
 _MAX_JSON_BYTES = 64 << 20
 """Larger JSON files are refused unread: a checkpoint's own have some kilobytes, a long run's log some megabytes."""
 
-FINGERPRINT = "v2-"
-"""How fingerprints begin that can be compared; those of older checkpoints depend on the version of transformers."""
-
 
 class CheckpointError(ValueError):
     """A checkpoint folder that is incomplete, damaged, or does not fit the base models."""
@@ -145,8 +142,3 @@ def numbered_checkpoints(run: Path) -> list[Path]:
     """Return the `checkpoint-N` folders of a run folder, complete or not, the newest first."""
     found = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
-
-
-def comparable(one: object, other: object) -> bool:
-    """Return whether two fingerprints can tell models apart: both are of the kind that this version makes."""
-    return all(isinstance(value, str) and value.startswith(FINGERPRINT) for value in (one, other))

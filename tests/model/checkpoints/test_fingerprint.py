@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from model import VisionLanguageModel
-from model.checkpoints.base_models import fingerprint
-from model.checkpoints.tensor_files import comparable
+from model.checkpoints.base_models import comparable, fingerprint
 
 
 def weights(seed: int = 0, size: int = 300) -> dict[str, torch.Tensor]:
