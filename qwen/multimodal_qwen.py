@@ -23,7 +23,12 @@ _NEEDS_IDS = "image_features need input_ids, which say where they belong; inputs
 
 
 def place_image_features(
-    input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor | None, *, already_checked: bool = False
+    input_ids: Tensor,
+    inputs_embeds: Tensor,
+    image_features: Tensor | None,
+    *,
+    already_checked: bool = False,
+    image_token_id: int = IMAGE_TOKEN_ID,
 ) -> Tensor:
     """Put image features at the image tokens, in reading order (row by row, left to right).
 
@@ -32,6 +37,7 @@ def place_image_features(
         inputs_embeds: (B, T, D), the embedded ids.
         image_features: (..., D), all images of the batch one after another; None means none.
         already_checked: whether the numbers are known to agree. Counting makes the host wait for an accelerator.
+        image_token_id: QWen's, or that of another language model.
 
     Returns:
         (B, T, D). Gradients reach `image_features`; `inputs_embeds` is not changed in place.
@@ -39,7 +45,7 @@ def place_image_features(
     Raises:
         ValueError: if the number of features is not the number of image tokens, or their width is not D.
     """
-    is_image = input_ids == IMAGE_TOKEN_ID  # (B, T)
+    is_image = input_ids == image_token_id  # (B, T)
     width = inputs_embeds.shape[-1]
     if image_features is not None and image_features.shape[-1] != width:
         raise ValueError(f"image features have {image_features.shape[-1]} channels, the embedding {width}")
@@ -103,10 +109,10 @@ class MultimodalQWenModel(QWenModel):
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs)
 
 
-class MultimodalQWenLMHeadModel(QWenLMHeadModel):
-    """`QWenLMHeadModel` over `MultimodalQWenModel`; `forward` and `generate` take `image_features`."""
+class GeneratesWithImages:
+    """Has transformers' `generate` take `image_features`; a language model inherits from it first."""
 
-    decoder_class = MultimodalQWenModel
+    image_token_id = IMAGE_TOKEN_ID
 
     def generate(
         self,
@@ -141,7 +147,7 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
             # For beams and several answers, `generate` repeats the rows of every tensor. The rows here are images or
             # features, so they go into a tuple, which it leaves alone.
             features = image_features.flatten(0, -2)  # (F, D)
-            image_features = features.split(_check_counts(input_ids == IMAGE_TOKEN_ID, len(features)))
+            image_features = features.split(_check_counts(input_ids == self.image_token_id, len(features)))
         return generate(inputs, generation_config, *args, image_features=image_features, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -169,3 +175,9 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
             copies = len(input_ids) // len(image_features)
             inputs["image_features"] = torch.cat([row for row in image_features for _ in range(copies)])  # (F, D)
         return inputs
+
+
+class MultimodalQWenLMHeadModel(GeneratesWithImages, QWenLMHeadModel):
+    """`QWenLMHeadModel` over `MultimodalQWenModel`; `forward` and `generate` take `image_features`."""
+
+    decoder_class = MultimodalQWenModel
