@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTokenizer
+from visual import tower_class_of
 from visual.base import VisionTower
-from visual.loading import read_config
 
 from .saving import Checkpoint
 from .tensor_files import CheckpointError, map_tensors, reading
@@ -56,8 +56,8 @@ def drops_first_patch(checkpoint: Checkpoint | None, vision_name: str) -> bool:
     """Return whether SigLIP's first patch is left out: in the original project's checkpoints and what came of them."""
     if checkpoint is None:
         return False
-    is_siglip = str(read_config(vision_name).get("model_type")).startswith("siglip")
-    return is_siglip and (checkpoint.config is None or checkpoint.config.drop_first_patch)
+    may_drop = tower_class_of(vision_name).may_drop_first_patch
+    return may_drop and (checkpoint.config is None or checkpoint.config.drop_first_patch)
 
 
 # ---- The language model
