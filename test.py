@@ -22,13 +22,11 @@ from collections.abc import Sequence
 from PIL import Image
 from transformers import set_seed
 
-from dataprocess.image_io import pictures_in
 from dataset import SYSTEM_PROMPT, load_image
-from dataset.prompt import with_placeholders
-from model.asking.assistant import Assistant, add_generation_flags, check_flags, load_assistant
+from model.asking.assistant import Assistant, add_generation_flags, check_flags, load_assistant, with_placeholders
 from model.asking.batch_answers import answer_questions
 from model.asking.chat import chat, explain, show
-from model.asking.folder import ask_about_each, check_folder
+from model.asking.folder import ask_about_each, check_folder, pictures_in
 from model.console import OneLineErrors, set_up_logging, use_utf8
 from model.errors import is_out_of_memory
 from qwen import IMAGE_TOKEN
@@ -54,7 +52,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch", metavar="FILE", help='answer a file of questions, a line each: {"id": …, "image": …, "prompt": …}')
     add("--output", metavar="FILE", help="where the answers to --batch go; resumes if the file already has answers")
     add("--batch_size", type=int, default=8, help="questions of --batch that are answered together (%(default)s)")
-    add("--system", default=SYSTEM_PROMPT, help="system prompt (%(default)s)")
+    add("--system", help=f"system prompt; default for QWen: {SYSTEM_PROMPT}, for others that of their chat template")
     add("--stream", action="store_true", help="print the answer while it is generated, as a chat always does")
     add("--seed", type=int, default=42, help="seed of sampling (%(default)s)")
     add("--device", help="cpu, cuda, cuda:0, …; default: a GPU if there is one")

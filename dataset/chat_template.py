@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,9 @@ class ChatTokenizer:
         ChatTemplateError: if there is no template, or one that does not fit; the message says why.
     """
 
+    default_system = None
+    """Without a system prompt, the template writes its own, or none."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> None:
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
@@ -70,7 +73,6 @@ class ChatTokenizer:
             lambda call: repr(_FIXED_DATE.strftime(call[2])),
             str(tokenizer.chat_template),
         )
-        self._strips = self._strips_contents()
         self._plain = self._pieces(with_system=False)
         self._check(self._plain, with_system=False)
         self._with_system: _Pieces | ChatTemplateError
@@ -93,14 +95,28 @@ class ChatTokenizer:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids
 
-    def content(self, text: str) -> str:
-        """Return a content as the template would write it: without spaces at its ends, where the template drops them."""
-        return text.strip() if self._strips else text
-
     def decode(self, ids: Sequence[int], **kwargs: Any) -> str:
         """Return the text of ids, without image tokens."""
         text: str = self.tokenizer.decode([index for index in ids if index < self.image_token_id], **kwargs)
         return text
+
+    def growing_text(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the whole text so far, whenever it has grown; a character that is not complete is held back."""
+        seen: list[int] = []
+        text = ""
+        for index in ids:
+            seen.append(index)
+            new = self.decode(seen)
+            if len(new) > len(text) and not new.endswith("\ufffd"):
+                text = new
+                yield text
+        if (whole := self.decode(seen)) != text or not text:
+            yield whole
+
+    def convert_ids_to_tokens(self, index: int) -> bytes:
+        """Return a token's text in UTF-8; a continuation byte where it begins in the middle of a character."""
+        text = self.decode([index])
+        return b"\x80" if text.startswith("\ufffd") else text.encode()
 
     # ---- What is written around them
 
@@ -115,7 +131,7 @@ class ChatTokenizer:
         pieces = self._with_system
         if isinstance(pieces, ChatTemplateError):
             raise ChatTemplateError(f"a system prompt can't be used: {pieces}; leave it out")
-        return [*pieces.opening, *self.encode_text(self.content(system)), *pieces.first_question]
+        return [*pieces.opening, *self.encode_text(system), *pieces.first_question]
 
     def question_ids(self, content_ids: Sequence[int], *, first: bool = True, last: bool = True) -> list[int]:
         """Return the ids from a question's beginning to its answer's; the first question follows `system_ids`."""
@@ -186,10 +202,6 @@ class ChatTokenizer:
     def _is_control(self, index: int) -> bool:
         added = self.tokenizer.added_tokens_decoder
         return index in added or index in self.tokenizer.all_special_ids
-
-    def _strips_contents(self) -> bool:
-        """Return whether the template drops spaces at the ends of contents, as Llama's does."""
-        return f" {_MARKS[1]} " not in self._render([None, f" {_MARKS[1]} "], ask=True)
 
     def _check(self, pieces: _Pieces, *, with_system: bool) -> None:
         """Compare prompts built from the pieces with whole ones, tokenised at once.

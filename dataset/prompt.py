@@ -15,12 +15,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataprocess.messages import format_count
 from qwen import IGNORE_INDEX
-from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, build_prompt, question_ids, system_ids
+from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, SYSTEM_PROMPT, Turn
+from qwen.conversation import build_prompt
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
 
-SYSTEM_PROMPT = "你是一位图像理解助手。"
+from .chat_template import ChatTokenizer
+
+Tokenizer = QWenTokenizer | ChatTokenizer
+"""QWen's, or that of another language model with its chat template; both have the same methods."""
 
 
 class SampleError(ValueError):
@@ -39,34 +42,11 @@ class EncodedSample:
     """Tokens of answers, end tokens included, that were lost to `max_length`."""
 
 
-def count_placeholders(text: str) -> int:
-    """Count the image placeholders in a question."""
-    return text.count(IMAGE_TOKEN)
-
-
-def with_placeholders(prompt: str, num_images: int) -> str:
-    """Put a placeholder for every image before a prompt that has none at all.
-
-    Raises:
-        ValueError: if it has some, but not one for each image.
-    """
-    found = count_placeholders(prompt)
-    if found == 0:
-        return IMAGE_TOKEN * num_images + prompt
-    if found != num_images:
-        raise ValueError(
-            f"the prompt has {format_count(found, 'placeholder')} {IMAGE_TOKEN}, but "
-            f"{format_count(num_images, 'image is', 'images are')} given; "
-            "write one placeholder for each image, or none at all"
-        )
-    return prompt
-
-
-def encode_question(tokenizer: QWenTokenizer, question: str, num_image_tokens: int) -> list[int]:
+def encode_question(tokenizer: Tokenizer, question: str, num_image_tokens: int) -> list[int]:
     """Turn a question into token ids.
 
     Args:
-        tokenizer: QWen's tokenizer.
+        tokenizer: of the language model.
         question: text with a placeholder for every image. Other special tokens in it are plain text.
         num_image_tokens: features per image.
 
@@ -82,17 +62,17 @@ def encode_question(tokenizer: QWenTokenizer, question: str, num_image_tokens: i
 
 
 def encode_prompt(
-    tokenizer: QWenTokenizer,
+    tokenizer: Tokenizer,
     query: str,
     num_image_tokens: int,
     history: Sequence[Turn] | None = None,
-    system: str = SYSTEM_PROMPT,
+    system: str | None = SYSTEM_PROMPT,
     max_window_size: int = DEFAULT_MAX_WINDOW_SIZE,
 ) -> tuple[list[int], int]:
     """Build the prompt whose continuation is the answer to a question.
 
     Args:
-        tokenizer: QWen's tokenizer.
+        tokenizer: of the language model.
         query: the question, with a placeholder for every image.
         num_image_tokens: features per image.
         history: earlier (question, answer) pairs, oldest first. A placeholder in a question is an image, in an answer
@@ -106,22 +86,18 @@ def encode_prompt(
     Raises:
         ValueError: an entry of `history` is not a pair.
     """
-    prompt = build_prompt(
-        tokenizer,
-        query,
-        history,
-        system,
-        max_window_size,
-        encode_query=lambda text: encode_question(tokenizer, text, num_image_tokens),
-    )
-    return prompt.ids, prompt.num_dropped_turns
+
+    def encode_query(text: str) -> list[int]:
+        return encode_question(tokenizer, text, num_image_tokens)
+
+    return build_prompt(tokenizer, query, history, system, max_window_size, encode_query)
 
 
 def encode_sample(
-    tokenizer: QWenTokenizer,
+    tokenizer: Tokenizer,
     turns: Sequence[Turn],
     num_image_tokens: int,
-    system: str = SYSTEM_PROMPT,
+    system: str | None = SYSTEM_PROMPT,
     max_length: int = 2048,
 ) -> EncodedSample:
     """Turn a conversation into input ids and labels.
@@ -131,7 +107,7 @@ def encode_sample(
     answer. A question is kept whole or lost whole, and no image token is ever lost.
 
     Args:
-        tokenizer: QWen's tokenizer.
+        tokenizer: of the language model.
         turns: (question, answer) pairs, at least one.
         num_image_tokens: features per image.
         system: the system prompt.
@@ -146,14 +122,15 @@ def encode_sample(
     """
     if not turns:
         raise SampleError("has no question and answer")
-    ids = system_ids(tokenizer, system)  # grows to T, as labels do
+    ids = list(tokenizer.system_ids(system))  # grows to T, as labels do
     labels = [IGNORE_INDEX] * len(ids)
     for number, (question, answer) in enumerate(turns, start=1):
+        last = number == len(turns)
         if not answer.strip():
             raise SampleError(f"answer {number} of {len(turns)} is empty")
-        prompt = question_ids(tokenizer, encode_question(tokenizer, question, num_image_tokens))
-        end = tokenizer.eod_id if number == len(turns) else tokenizer.im_end_id
-        response = [*tokenizer.encode_text(answer), end]
+        content = encode_question(tokenizer, question, num_image_tokens)
+        prompt = tokenizer.question_ids(content, first=number == 1, last=last)
+        response = [*tokenizer.encode_text(answer), tokenizer.answer_end(last=last)]
         ids += prompt + response
         labels += [IGNORE_INDEX] * len(prompt) + response
     kept = min(max_length, len(ids))

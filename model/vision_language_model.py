@@ -17,13 +17,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
+from qwen import IGNORE_INDEX, MultimodalQWenLMHeadModel
 from qwen.loss import head_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
 
-from .checkpoints.base_models import base_fingerprints, base_models, drops_first_patch, load_language_model
-from .checkpoints.checkpoint import check_bases, load_lora, load_projector, num_projector_layers, read_checkpoint
+from .checkpoints.base_models import base_fingerprints, base_models, load_language_model
+from .checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
 from .checkpoints.previous import restore_weights
 from .checkpoints.saving import multimodal_config, save_checkpoint
 from .device import pick_device, pick_dtype
@@ -95,7 +95,8 @@ class VisionLanguageModel(nn.Module):
         language_name, vision_name = base_models(base_language_model, base_value_model, checkpoint)
 
         # The frozen half, in the dtype that autocast computes in.
-        tower = build_vision_tower(vision_name, dtype, drop_first_patch=drops_first_patch(checkpoint, vision_name))
+        drop = checkpoint is not None and drops_first_patch(checkpoint, vision_name)
+        tower = build_vision_tower(vision_name, dtype, drop_first_patch=drop)
         language_model: Any = load_language_model(language_name, dtype)
         language_model.requires_grad_(False)
         fingerprints = base_fingerprints(tower, language_model)
@@ -103,7 +104,7 @@ class VisionLanguageModel(nn.Module):
         # The trained half, in fp32: steps of a small learning rate would be lost in bf16's 8 bits.
         if checkpoint is not None:
             check_bases(checkpoint, tower, language_model, fingerprints)
-            projector_layers = num_projector_layers(checkpoint)
+            projector_layers = checkpoint.projector_layers
         projector = build_projector(tower.hidden_size, language_model.config.hidden_size, projector_layers)
         if checkpoint is not None:
             load_projector(projector, checkpoint.folder)
@@ -185,9 +186,9 @@ class VisionLanguageModel(nn.Module):
             features = self.encode_images(pixel_values, vision_features) if num_images else None  # (N, P, D)
             # Only answers are supervised, so the language head with its 151,936 rows, and what follows the last
             # block's attention, run at S positions instead of B · T. The loss is the same.
-            kwargs |= {"image_features": features, "already_checked": True, "positions": positions}
-            hidden = self.qwen.transformer(input_ids, attention_mask, **kwargs).last_hidden_state  # (S, D)
-            loss = head_loss(hidden, self.qwen.lm_head, targets[positions], num_items_in_batch)
+            kwargs |= {"image_features": features, "already_checked": True}
+            hidden = self.qwen.hidden_at(positions, input_ids, attention_mask, **kwargs)  # (S, D)
+            loss = head_loss(hidden, self.qwen.get_output_embeddings(), targets[positions], num_items_in_batch)
             out = CausalLMOutputWithPast(loss=loss)
         if not num_images and out.loss is not None and self.training:
             # DDP waits for a gradient of every trained parameter on every rank, also where a batch has no image.
@@ -224,7 +225,7 @@ class VisionLanguageModel(nn.Module):
 
     def _check_image_tokens(self, input_ids: Tensor, num_images: int) -> None:
         """Check that all tokens of an image are in one row; if only the sum were right, images would change rows."""
-        counts = (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist()  # B numbers
+        counts = (input_ids == self.qwen.image_token_id).sum(dim=1).tolist()  # B numbers
         expected = num_images * self.num_image_tokens
         if sum(counts) != expected or any(count % self.num_image_tokens for count in counts):
             raise ValueError(
@@ -284,12 +285,12 @@ class VisionLanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        return self.qwen.transformer.wte.weight.device
+        return self.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen weights."""
-        return self.qwen.transformer.wte.weight.dtype
+        return self.get_input_embeddings().weight.dtype
 
     @property
     def num_image_tokens(self) -> int:

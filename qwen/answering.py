@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .chatml import stop_token_ids, trim_answer
 from .prompt_cache import PromptCache
-from .tokenization_qwen import QWenTokenizer
+
 
 DEFAULT_MAX_NEW_TOKENS = 512
 """Length limit of an answer where neither caller nor `generation_config.json` sets one: the published chat models'."""
@@ -36,7 +35,7 @@ TokenLoop = Callable[..., Iterator[dict[int, int]]]
 
 def answer_ids(
     model: Any,
-    tokenizer: QWenTokenizer,
+    tokenizer: Any,
     input_ids: Tensor,
     generation_config: GenerationConfig | None = None,
     *,
@@ -47,7 +46,7 @@ def answer_ids(
 
     Args:
         model: a model with `generate`, or one wrapped by PEFT.
-        tokenizer: QWen's tokenizer.
+        tokenizer: of the language model: QWen's, or another with the same methods.
         input_ids: (1, T), a prompt that ends where the answer begins.
         generation_config: what it leaves open is taken from the model's own; by default that one alone.
         prompt_cache: what a chat has read before; the answer is the same with and without. Beams do not use it.
@@ -69,7 +68,12 @@ def answer_ids(
         new_ids = output[0, input_ids.shape[1] :].tolist()
     else:
         new_ids = list(new_tokens(model, input_ids, config, inputs, prompt_cache))
-    return str(tokenizer.decode(trim_answer(new_ids, config.eos_token_id)))
+    return answer_text(tokenizer, new_ids, config.eos_token_id)
+
+
+def answer_text(tokenizer: Any, new_ids: Iterable[int], stop_ids: Sequence[int]) -> str:
+    """Return the text of the tokens before the first stop token, or of all of them if there is none."""
+    return str(tokenizer.decode(list(itertools.takewhile(lambda index: index not in stop_ids, new_ids))))
 
 
 # ---- Settings
@@ -89,13 +93,9 @@ def merge_settings(
 
 
 def complete_settings(
-    model: Any, tokenizer: QWenTokenizer, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    model: Any, tokenizer: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Merge the settings, and decide everything that `generate` would otherwise guess; also return the model inputs.
-
-    Raises:
-        ValueError: for settings that can't be used.
-    """
+    """Merge the settings, and decide everything that `generate` would otherwise guess; also return the model inputs."""
     config, inputs = merge_settings(model, generation_config, kwargs)
     if (config.num_return_sequences or 1) > 1:
         raise ValueError(f"num_return_sequences is {config.num_return_sequences}: one answer is given; call generate")
@@ -110,7 +110,7 @@ def complete_settings(
     config.return_dict_in_generate, config.use_cache = False, True
     stops = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
     if kwargs.get("eos_token_id") is None:
-        stops = list(dict.fromkeys([*stop_token_ids(tokenizer), *stops]))
+        stops = list(dict.fromkeys([*tokenizer.stop_ids, *stops]))
     config.eos_token_id = stops
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.eod_id
@@ -239,7 +239,9 @@ def decode(
             input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **images
         )
         images = {}  # the cache holds them from now on
-        scores = logits_processor(ids, out.logits[:, -1].float())  # (B, V)
+        scores = out.logits[:, -1].float()  # (B, V)
+        # An image token beyond the vocabulary has no score; what looks at earlier tokens sees the first one instead.
+        scores = logits_processor(torch.where(ids < scores.shape[-1], ids, ids[:, :1]), scores)
         if generation_config.do_sample:
             own = [generators[row] for row in rows]
             drawn = [torch.multinomial(row, 1, generator=one) for row, one in zip(scores.softmax(-1), own, strict=True)]

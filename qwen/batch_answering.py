@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .answering import answer_ids, complete_settings, decode, start_decoding
-from .chatml import trim_answer
+from .answering import answer_ids, answer_text, complete_settings, decode, start_decoding
 from .tokenization_qwen import QWenTokenizer
 
 
 def answer_batch(
     model: Any,
-    tokenizer: QWenTokenizer,
+    tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     image_features: Sequence[Tensor | None] | None = None,
     generation_config: GenerationConfig | None = None,
@@ -56,7 +55,7 @@ def answer_batch(
             answers.append(answer_ids(model, tokenizer, ids, generation_config, **images, **kwargs))
         return answers
     new_ids = generate_batch(model, prompts, features, config, seed=seed, **inputs)
-    return [str(tokenizer.decode(trim_answer(row, config.eos_token_id))) for row in new_ids]
+    return [answer_text(tokenizer, row, config.eos_token_id) for row in new_ids]
 
 
 def generate_batch(
@@ -83,7 +82,7 @@ def generate_batch(
     return answers
 
 
-def check_settings(model: Any, tokenizer: QWenTokenizer, **kwargs: Any) -> None:
+def check_settings(model: Any, tokenizer: Any, **kwargs: Any) -> None:
     """Have `generate` get ready for an answer and draw none: settings that it rejects, it rejects for every prompt.
 
     Args:

@@ -17,7 +17,7 @@ from .tokenization_qwen import QWenTokenizer
 
 def stream_ids(
     model: Any,
-    tokenizer: QWenTokenizer,
+    tokenizer: Any,
     input_ids: Tensor,
     generation_config: GenerationConfig | None = None,
     *,
@@ -47,11 +47,14 @@ def stream_ids(
     return decode_growing(tokenizer, itertools.takewhile(lambda token: token not in config.eos_token_id, tokens))
 
 
-def decode_growing(tokenizer: QWenTokenizer, token_ids: Iterable[int]) -> Iterator[str]:
+def decode_growing(tokenizer: Any, token_ids: Iterable[int]) -> Iterator[str]:
     """Yield the whole text so far, whenever it has grown, and at the end if nothing was given yet.
 
     Bytes that may still become a character are held back; the last text is `tokenizer.decode` of all ids.
     """
+    if not isinstance(tokenizer, QWenTokenizer):  # its tokens are no bytes
+        yield from tokenizer.growing_text(token_ids)
+        return
     decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
     text = ""
     for index in token_ids:

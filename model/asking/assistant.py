@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.prompt import encode_prompt
-from qwen import QWenTokenizer
+from dataprocess.messages import format_count
+from dataset.prompt import Tokenizer, encode_prompt
+from qwen import IMAGE_TOKEN
 from qwen.answering import MOST_EXTREME, answer_ids
 from qwen.batch_answering import answer_batch, check_settings
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
@@ -97,6 +98,24 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def with_placeholders(prompt: str, num_images: int) -> str:
+    """Put a placeholder for every image before a prompt that has none at all.
+
+    Raises:
+        ValueError: if it has some, but not one for each image.
+    """
+    found = prompt.count(IMAGE_TOKEN)
+    if found == 0:
+        return IMAGE_TOKEN * num_images + prompt
+    if found != num_images:
+        raise ValueError(
+            f"the prompt has {format_count(found, 'placeholder')} {IMAGE_TOKEN}, but "
+            f"{format_count(num_images, 'image is', 'images are')} given; "
+            "write one placeholder for each image, or none at all"
+        )
+    return prompt
+
+
 def load_assistant(args: argparse.Namespace) -> Assistant:
     """Load model and tokenizer as the flags of test.py say.
 
@@ -118,9 +137,10 @@ class Assistant:
     """
 
     def __init__(
-        self, model: VisionLanguageModel, tokenizer: QWenTokenizer, system: str, options: dict[str, Any]
+        self, model: VisionLanguageModel, tokenizer: Tokenizer, system: str | None, options: dict[str, Any]
     ) -> None:
-        self.model, self.tokenizer, self.system, self.options = model, tokenizer, system, options
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.system = tokenizer.default_system if system is None else system
         self.max_window_size = int(getattr(model.qwen.generation_config, "max_window_size", DEFAULT_MAX_WINDOW_SIZE))
         self.chat_cache: PromptCache | None = None
 

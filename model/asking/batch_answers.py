@@ -16,12 +16,12 @@ from tqdm import tqdm
 from dataprocess.file_lock import hold
 from dataprocess.image_io import load_image
 from dataprocess.messages import format_count
-from dataset.prompt import with_placeholders
+from dataset import SYSTEM_PROMPT
 
 from ..checkpoints.checkpoint import resolve_checkpoint
 from ..console import one_line
 from .answer_file import AnswerFile, digest, picture_stamp, trained_digest
-from .assistant import Assistant, load_assistant
+from .assistant import Assistant, load_assistant, with_placeholders
 from .question_file import Question, read_questions
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def answer_questions(args: argparse.Namespace) -> int:
         "questions": digest([(question.id, question.images, question.prompt) for question in questions]),
         "pictures": digest([[picture_stamp(path) for path in question.images] for question in questions]),
         "checkpoint": trained_digest(args.model_weights),
-        "settings": {"system": args.system, "seed": args.seed, "dtype": str(args.dtype), **args.options},
+        "settings": {"system": SYSTEM_PROMPT if args.system is None else args.system, "seed": args.seed, "dtype": str(args.dtype), **args.options},
     }
     with hold(Path(args.output)):
         answers = AnswerFile(Path(args.output), {question.id for question in questions}, made_with)

@@ -10,15 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTokenizer
+from dataset.chat_template import ChatTemplateError
+from dataset.prompt import Tokenizer
+from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenTokenizer
 from visual.base import VisionTower
-from visual.loading import read_config
 
+from ..language_models.causal_lm import (
+    fingerprinted_settings,
+    load_causal_lm,
+    load_chat_tokenizer,
+    multimodal_class,
+    UnsuitableModelError,
+)
+from .folder import CheckpointError
 from .saving import Checkpoint
-from .tensor_files import CheckpointError, map_tensors, reading
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +50,9 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
     Raises:
         CheckpointError: if one is named neither here nor there.
     """
-    config = checkpoint.config if checkpoint is not None else None
-    if config is not None:
-        language, vision = language or config.base_language_model, vision or config.base_value_model
+    if checkpoint is not None and checkpoint.config is not None:
+        language = language or checkpoint.config.base_language_model
+        vision = vision or checkpoint.config.base_value_model
     if language is None or vision is None:
         flags = {"--base_language_model": language, "--base_value_model": vision}
         missing = " and ".join(flag for flag, name in flags.items() if name is None)
@@ -52,49 +61,48 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
     return language, vision
 
 
-def drops_first_patch(checkpoint: Checkpoint | None, vision_name: str) -> bool:
-    """Return whether SigLIP's first patch is left out: in the original project's checkpoints and what came of them."""
-    if checkpoint is None:
-        return False
-    is_siglip = str(read_config(vision_name).get("model_type")).startswith("siglip")
-    return is_siglip and (checkpoint.config is None or checkpoint.config.drop_first_patch)
-
-
 # ---- The language model
 
 
-def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWenLMHeadModel:
-    """Load QWen from a hub name or folder, its weights in this dtype.
+def load_language_model(name_or_path: str, dtype: torch.dtype) -> Any:
+    """Load QWen, or another language model, from a hub name or folder, its weights in this dtype.
 
     Raises:
-        ValueError: if there is no such folder or name, or no complete QWen in it.
+        ValueError: if there is no such folder or name, or no complete and suitable language model in it.
     """
-    read_language_config(name_or_path)  # another model's name is an error before its weights are downloaded
+    config = read_language_config(name_or_path)  # a wrong name is an error before weights are downloaded
     try:
-        model: Any = MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
+        if isinstance(config, QWenConfig):
+            return MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
+        return load_causal_lm(name_or_path, dtype)
+    except UnsuitableModelError as error:
+        raise ValueError(f"base language model {name_or_path!r}: {error}") from error
     except OSError as error:
         raise _not_found(name_or_path, error) from error
-    return model
 
 
-def load_tokenizer(name_or_path: str) -> QWenTokenizer:
-    """Load QWen's tokenizer from the hub name or folder of the language model.
+def load_tokenizer(name_or_path: str) -> Tokenizer:
+    """Load the tokenizer from the hub name or folder of the language model; other models' with their chat template.
 
     Raises:
-        ValueError: if there is no such folder or name, or no vocabulary in it.
+        ValueError: if there is no such folder or name, no vocabulary in it, or no chat template that fits.
     """
+    config = read_language_config(name_or_path)  # a wrong name is another mistake than a missing vocabulary
     try:
-        PreTrainedConfig.get_config_dict(name_or_path)  # a wrong name is another mistake than a missing vocabulary
-        return QWenTokenizer.from_pretrained(name_or_path)
+        if isinstance(config, QWenConfig):
+            return QWenTokenizer.from_pretrained(name_or_path)
+        return load_chat_tokenizer(name_or_path, config.vocab_size)
+    except (ChatTemplateError, UnsuitableModelError) as error:
+        raise ValueError(f"base language model {name_or_path!r}: {error}") from error
     except (OSError, ValueError) as error:
         raise _not_found(name_or_path, error) from error
 
 
-def read_language_config(name_or_path: str) -> QWenConfig:
-    """Read QWen's configuration from a hub name or folder; no other file is needed.
+def read_language_config(name_or_path: str) -> PreTrainedConfig:
+    """Read a language model's configuration from a hub name or folder; no other file is needed.
 
     Raises:
-        ValueError: if there is no such folder or name, or it is not a QWen's.
+        ValueError: if there is no such folder or name, or it is not a causal language model's.
     """
     base = f"base language model {name_or_path!r}"
     try:
@@ -102,17 +110,17 @@ def read_language_config(name_or_path: str) -> QWenConfig:
     except (OSError, ValueError) as error:
         raise _not_found(name_or_path, error) from error
     if not values:
-        raise ValueError(f"{base}: no config.json in this folder; give a QWen's, or a hub name")
-    if values.get("model_type") != QWenConfig.model_type:
-        raise ValueError(
-            f"{base} has model_type {values.get('model_type')!r}, expected {QWenConfig.model_type!r}: give a QWen of "
-            "the first generation, as Qwen/Qwen-7B-Chat"
-        )
+        raise ValueError(f"{base}: no config.json in this folder; give a language model's, or a hub name")
     try:
-        config: QWenConfig = QWenConfig.from_dict(values)
+        if values.get("model_type") == QWenConfig.model_type:
+            return QWenConfig.from_dict(values)
+        config = AutoConfig.for_model(**values)
+        multimodal_class(config)
+        return config
+    except UnsuitableModelError as error:
+        raise ValueError(f"{base}: {error}; give a decoder language model, as Qwen/Qwen-7B-Chat") from error
     except Exception as error:  # a file's values may be of any type
         raise ValueError(f"{base}: its config.json can't be used: {' '.join(str(error).split())}") from error
-    return config
 
 
 def _not_found(name: str, error: Exception) -> ValueError:
@@ -127,19 +135,19 @@ def _not_found(name: str, error: Exception) -> ValueError:
 # ---- Fingerprints
 
 
-def base_fingerprints(tower: VisionTower, language_model: QWenLMHeadModel) -> dict[str, str]:
+def base_fingerprints(tower: VisionTower, language_model: PreTrainedModel) -> dict[str, str]:
     """Return the fingerprints of both base models, as `multimodal_config.json` keeps them.
 
     They come from the published files and not from the modules that transformers makes of them, so that no upgrade
-    changes them.
-
-    Args:
-        tower: the vision tower; how it prepares images counts too.
-        language_model: the language model.
+    changes them. How the tower prepares images counts too.
     """
-    images = _read_published(tower.name_or_path, "preprocessor_config.json") or {}
+    processor = _published(tower.name_or_path, "preprocessor_config.json")
+    images = json.loads(processor.read_text(encoding="utf-8")) if processor is not None else {}
     prepared = {name: images.get(name) for name in _IMAGE_SETTINGS}
-    config = {name: getattr(language_model.config, name) for name in _LANGUAGE_SETTINGS}
+    if isinstance(language_model.config, QWenConfig):
+        config = {name: getattr(language_model.config, name) for name in _LANGUAGE_SETTINGS}
+    else:
+        config = fingerprinted_settings(language_model.config)
     vision, language = (_published_weights(name) for name in (tower.name_or_path, str(language_model.name_or_path)))
     return {
         "vision_tower_fingerprint": fingerprint(vision, {"kind": tower.kind}, prepared),
@@ -153,11 +161,10 @@ def fingerprint(weights: dict[str, Tensor], *settings: dict[str, Any]) -> str:
     Values are taken as bfloat16, so that a copy in bf16 has the fingerprint of the fp32 original. Of a CLIP-like model
     the vision half counts alone; what is computed (positions, frequencies) does not.
     """
-    vision_half = {
-        name.removeprefix("vision_model."): value for name, value in weights.items() if name.startswith("vision_model.")
-    }
     if not weights:
         return ""
+    prefix = "vision_model."
+    vision_half = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     digest = hashlib.sha256()
     for name, value in sorted((vision_half or weights).items()):
         if not value.is_floating_point() or name.endswith("inv_freq"):
@@ -184,23 +191,13 @@ def _published(name: str, file: str) -> Path | None:
         return None
 
 
-def _read_published(name: str, file: str) -> dict[str, Any] | None:
-    path = _published(name, file)
-    if path is None:
-        return None
-    with reading(path):
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
-
-
 def _published_weights(name: str) -> dict[str, Tensor]:
     """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
     for file in ("model.safetensors", "pytorch_model.bin"):
         parts = [file]
-        if _published(name, file) is None:
-            index = _read_published(name, f"{file}.index.json") or {"weight_map": {}}
-            parts = sorted(set(index["weight_map"].values()))
+        if _published(name, file) is None and (index := _published(name, f"{file}.index.json")) is not None:
+            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         paths = [path for part in parts if (path := _published(name, part)) is not None]
         if paths:
-            return {key: value for path in paths for key, value in map_tensors(path).items()}
+            return {key: value for path in paths for key, value in load_state_dict(path, weights_only=True).items()}
     return {}

@@ -12,13 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from dataset.chat_template import ChatTokenizer
 
 from qwen.cache import GrowingCache
 from qwen.layers import position_ids_of
-from qwen.multimodal_qwen import GeneratesWithImages, place_image_features
+from qwen.multimodal_qwen import GeneratesWithImages, check_counts
 
 
+_SETTINGS = (
+    *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act"),
+    *("sliding_window", "tie_word_embeddings"),
+)
 _UNSUPPORTED = "models that change their logits after the language head are not supported, take another one"
 
 
@@ -95,9 +107,14 @@ class MultimodalCausalLM(GeneratesWithImages):
         is_image = input_ids == self.image_token_id  # (B, T)
         table: Any = self.get_input_embeddings()  # type: ignore[attr-defined]
         embeds = table(input_ids.masked_fill(is_image, 0))  # (B, T, D)
-        return place_image_features(
-            input_ids, embeds, image_features, already_checked=already_checked, image_token_id=self.image_token_id
-        )
+        if not already_checked:
+            check_counts(is_image, 0 if image_features is None else image_features[..., 0].numel())
+        if image_features is None:
+            return embeds
+        if image_features.shape[-1] != embeds.shape[-1]:
+            raise ValueError(f"image features have {image_features.shape[-1]} channels, the embedding {embeds.shape[-1]}")
+        features = image_features.reshape(-1, embeds.shape[-1]).to(embeds)  # (F, D)
+        return embeds.masked_scatter(is_image[..., None], features)  # (B, T, D)
 
     @staticmethod
     def _positions(embeds: Tensor | None, mask: Tensor | None, given: Tensor | None, past: Any) -> Tensor | None:
@@ -127,6 +144,26 @@ def multimodal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     members = {"image_token_id": int(config.vocab_size), "__module__": __name__}
     return type(f"Multimodal{base.__name__}", (MultimodalCausalLM, base), members)
+
+
+def fingerprinted_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what decides, besides its weights, what a language model computes."""
+    values = config.to_dict()
+    rotary = values.get("rope_parameters") or {}
+    return {**{name: values.get(name) for name in _SETTINGS}, "rope_theta": rotary.get("rope_theta")}
+
+
+def load_chat_tokenizer(name_or_path: str, vocab_size: int) -> ChatTokenizer:
+    """Load a language model's tokenizer and chat template.
+
+    Raises:
+        ChatTemplateError: if there is none, or one that does not fit.
+        OSError: if a file is missing.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    if len(tokenizer) > vocab_size:
+        raise UnsuitableModelError(f"its tokenizer has {len(tokenizer):,} tokens, its table {vocab_size:,} rows")
+    return ChatTokenizer(tokenizer, vocab_size)
 
 
 def load_causal_lm(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -77,11 +77,6 @@ def test_thinking_is_off_by_the_templates_own_switch():
     assert [index for index in prompt if index in think] == think
 
 
-def test_spaces_at_the_ends_go_where_the_template_drops_them():
-    assert chat("llama").content(" a b ") == "a b"
-    assert chat("qwen2").content(" a b ") == " a b "
-
-
 def test_date_does_not_depend_on_the_day():
     assert "26 Jul 2024" in chat("llama").decode(chat("llama").system_ids(None))
 
