@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from dataset.bad_samples import CutAnswers
 from dataset.epoch_order import EpochOrder
 from model import VLMTrainer, VLMTrainingArguments
-from model.checkpoints.tensor_files import CheckpointError
+from model.checkpoints.folder import CheckpointError
 from model.runs.resuming import check_resumable, newest_resumable
 from model.runs.run_folder import clear_leftovers
 from qwen import IGNORE_INDEX

@@ -14,8 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoints.saving import WEIGHTS
-from ..checkpoints.tensor_files import CHECKSUMS, numbered_checkpoints
+from ..checkpoints.folder import CHECKSUMS, WEIGHTS, numbered_checkpoints
 from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, RUN_CONFIG
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers.trainer_callback import ExportableState
 
-from ..checkpoints.saving import WEIGHTS
-from ..checkpoints.tensor_files import CHECKSUMS, write_checksums
+from ..checkpoints.folder import CHECKSUMS, WEIGHTS
+from ..checkpoints.saving import write_checksums
 from .callbacks import first_problem
 from .deleting import delete_old_checkpoints, remove
 from .run_folder import put_in_place
