@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         # Ask the export and the trained model the same questions.
         comparisons = None if args.no_verify else verify(sources, folder, args.format)
         write_report(sources, folder, args.output.name, args.format, comparisons)
-    for line in table(comparisons):
+    for line in filter(None, table(comparisons)):
         logger.info("%s", line)
     logger.info("%s is done; its EXPORT.md says how to ask it", args.output)
 

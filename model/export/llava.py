@@ -24,7 +24,7 @@ from qwen.tokenization_qwen import ENDOFTEXT_ID, IMAGE_TOKEN_ID, IMEND_ID, IMSTA
 from ..checkpoints.base_models import load_tokenizer
 from .processor_files import write_processor, write_tokenizer
 from .shards import ShardWriter
-from .sources import Sources, language_weights, read_base_json, tower_weights
+from .sources import Sources, base_file, language_weights, tower_weights
 
 BLOCK_SCALE = 2.0**40
 """By this the extra block's output outweighs what it is added to; a power of two, so that nothing is rounded."""
@@ -55,7 +55,7 @@ def check_llava(sources: Sources) -> None:
         "no_bias is false, and Qwen2 has biases for q, k and v only": not language.no_bias,
         "scale_attn_weights is false, and Qwen2 always scales": not language.scale_attn_weights,
         f"rotary_pct is {language.rotary_pct}, and Qwen2 turns all channels of a head": language.rotary_pct != 1,
-        "the projector has one layer, and LLaVA's has two": "2.weight" not in sources.projector,
+        "the projector has one layer, and LLaVA's has two": sources.checkpoint.projector_layers != 2,
         f"the tower is {tower.kind}, and engines read CLIP and SigLIP": tower.kind not in ("clip", "siglip"),
     }
     if tower.kind == "siglip":
@@ -98,7 +98,8 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _config(sources: Sources, strategy: str) -> dict[str, Any]:
     qwen, dtype = sources.language, str(sources.dtype).removeprefix("torch.")
-    text = Qwen2Config(
+    qwen2: Any = Qwen2Config
+    text = qwen2(
         architectures=["Qwen2ForCausalLM"],
         vocab_size=qwen.vocab_size,
         hidden_size=qwen.hidden_size,
@@ -121,7 +122,8 @@ def _config(sources: Sources, strategy: str) -> dict[str, Any]:
     vision = sources.vision.to_dict() | {"dtype": dtype}
     if sources.tower.kind == "siglip":
         vision["num_hidden_layers"] += 1
-    config = LlavaConfig(
+    llava: Any = LlavaConfig
+    config = llava(
         architectures=["LlavaForConditionalGeneration"],
         vision_config=vision,
         text_config=dict(text),
@@ -149,7 +151,8 @@ def _own(config: dict[str, Any]) -> dict[str, Any]:
 
 def _generation_config(sources: Sources) -> dict[str, Any]:
     """Keep the base model's own settings, so that answers are drawn as by test.py; ChatML's tokens end an answer."""
-    base = read_base_json(sources.language_name, "generation_config.json") or {}
+    path = base_file(sources.language_name, "generation_config.json")
+    base = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     names = ("max_new_tokens", "repetition_penalty", "do_sample", *(_SAMPLING if base.get("do_sample") else ()))
     kept = {name: base[name] for name in names if base.get(name) is not None}
     return kept | {"eos_token_id": [ENDOFTEXT_ID, IMSTART_ID, IMEND_ID], "pad_token_id": ENDOFTEXT_ID}
@@ -208,16 +211,13 @@ def norm_block(weight: Tensor, bias: Tensor, inner: int) -> dict[str, Tensor]:
         bias: (D,) likewise.
         inner: I, at least 2 · D.
     """
-    width, like = len(weight), {"dtype": weight.dtype}
-    unit, rest = torch.eye(width, **like), inner - 2 * width
+    width = len(weight)
+    unit, rest = torch.eye(width).to(weight), inner - 2 * width
     block = {"layer_norm2.weight": weight, "layer_norm2.bias": bias}
-    block |= {"layer_norm1.weight": torch.ones(width, **like), "layer_norm1.bias": torch.zeros(width, **like)}
+    block |= {"layer_norm1.weight": torch.ones_like(weight), "layer_norm1.bias": torch.zeros_like(bias)}
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        block[f"self_attn.{name}.weight"] = torch.zeros(width, width, **like)
-        block[f"self_attn.{name}.bias"] = torch.zeros(width, **like)
-    block["mlp.fc1.weight"] = torch.cat((unit, -unit, torch.zeros(rest, width, **like)))  # (I, D)
-    block["mlp.fc1.bias"] = torch.zeros(inner, **like)
-    second = torch.cat((unit, -unit, torch.zeros(width, rest, **like)), dim=1)  # (D, I)
-    block["mlp.fc2.weight"] = BLOCK_SCALE * second
-    block["mlp.fc2.bias"] = torch.zeros(width, **like)
-    return block
+        block |= {f"self_attn.{name}.weight": weight.new_zeros(width, width)}
+        block |= {f"self_attn.{name}.bias": torch.zeros_like(bias)}
+    first = torch.cat((unit, -unit, unit.new_zeros(rest, width)))  # (I, D)
+    block |= {"mlp.fc1.weight": first, "mlp.fc1.bias": unit.new_zeros(inner)}
+    return block | {"mlp.fc2.weight": BLOCK_SCALE * first.T, "mlp.fc2.bias": torch.zeros_like(bias)}

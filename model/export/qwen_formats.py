@@ -9,14 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ..checkpoints.saving import (
-    ADAPTER_WEIGHTS,
-    MULTIMODAL_CONFIG,
-    PROJECTOR_WEIGHTS,
-    MultimodalConfig,
-    package_versions,
-)
-from ..checkpoints.tensor_files import flush_to_disk
+from ..checkpoints.folder import ADAPTER_WEIGHTS, MULTIMODAL_CONFIG, PROJECTOR_WEIGHTS
+from ..checkpoints.saving import PACKAGE_VERSIONS, MultimodalConfig, flush_to_disk
 from .shards import ShardWriter
 from .sources import Sources, base_file, language_weights
 
@@ -57,12 +51,12 @@ def _multimodal_config(sources: Sources) -> MultimodalConfig:
         vision_hidden_size=tower.hidden_size,
         language_hidden_size=language.hidden_size,
         vocab_size=language.vocab_size,
-        projector_layers=2 if "2.weight" in sources.projector else 1,
+        projector_layers=sources.checkpoint.projector_layers,
         vision_tower_fingerprint="",
         language_model_fingerprint="",
         drop_first_patch=sources.drop_first_patch,
         dtype=str(sources.dtype).removeprefix("torch."),
-        package_versions=package_versions(),
+        package_versions=PACKAGE_VERSIONS,
     )
     trained = sources.checkpoint.config
     return here if trained is None else replace(here, vision_tower_fingerprint=trained.vision_tower_fingerprint)
@@ -79,9 +73,9 @@ def write_peft(sources: Sources, folder: Path) -> None:
     config.base_model_name_or_path = sources.language_name
     config.save_pretrained(str(folder))
     tensors = {}
-    for name, update in sources.lora.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = update.A.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = update.B.contiguous()
+    for name, (A, B, _) in sources.lora.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.contiguous()
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     flush_to_disk(folder / ADAPTER_WEIGHTS)
 

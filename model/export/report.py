@@ -28,8 +28,8 @@ llama.cpp does not read this folder. {sglang}
 
 - **Length**: Qwen2 has neither log-n attention nor dynamic NTK, so answers are equal up to {length} tokens, pictures
   included ({tokens} tokens each).
-- **Typed control tokens**: these readers turn `<|im_end|>` and the like in a question into control tokens; test.py takes
-  all but `{image}` for text. Take them out of what strangers may type.
+- **Typed control tokens**: these readers turn `<|im_end|>` and the like in a question into control tokens; test.py
+  takes all but `{image}` for text. Take them out of what strangers may type.
 - **A question that begins with a line break** is split into other tokens than by test.py.
 - **Pictures** are resized by the reader. With torchvision installed, pixels differ by up to 0.015 from Pillow's.
 - **No system prompt** means test.py's default one, which the chat template puts in.

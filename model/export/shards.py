@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.tensor_files import flush_to_disk
+from ..checkpoints.saving import flush_to_disk
 
 _HEADER_BYTES = 1 << 18
 """Room for the header, whose length is known last; the format allows spaces after its JSON."""
@@ -80,7 +80,7 @@ class ShardWriter:
             self.file = self._part(len(self.headers) - 1).open("xb")
             self.file.write(b" " * (8 + _HEADER_BYTES))
             begin = 0
-        self.file.write(memoryview(data))
+        self.file.write(data)
         entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, begin + len(data)]}
         self.headers[-1][name] = entry
 

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dataset.prompt import SYSTEM_PROMPT, encode_prompt, with_placeholders
-from qwen import QWenTokenizer
+from dataset.prompt import SYSTEM_PROMPT, encode_prompt
+from qwen import IMAGE_TOKEN, QWenTokenizer
 from qwen.chatml import stop_token_ids
 from visual import build_vision_tower
 
@@ -134,7 +134,7 @@ def _our_inputs(model: VisionLanguageModel, tokenizer: QWenTokenizer) -> Prepare
     transform, num_image_tokens = model.vision_tower.image_transform, model.num_image_tokens
 
     def prepare(question: str, image: Image.Image | None) -> dict[str, Tensor]:
-        text = question if image is None else with_placeholders(question, 1)
+        text = question if image is None else IMAGE_TOKEN + question
         ids = torch.tensor([encode_prompt(tokenizer, text, num_image_tokens, system=SYSTEM_PROMPT)[0]])  # (1, T)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs if image is None else {**inputs, "pixel_values": transform(image)[None]}
@@ -164,8 +164,7 @@ def load_merged(folder: Path, sources: Sources, tower: Any = None) -> VisionLang
     """Load a folder of `--format merged` in fp32; see docs/serving.md for the same without a checkpoint."""
     tower = tower or build_vision_tower(sources.vision_name, sources.dtype, drop_first_patch=sources.drop_first_patch)
     language: Any = load_language_model(str(folder), sources.dtype)
-    layers = 2 if "2.weight" in sources.projector else 1
-    projector = build_projector(tower.hidden_size, language.config.hidden_size, layers)
+    projector = build_projector(tower.hidden_size, language.config.hidden_size, sources.checkpoint.projector_layers)
     load_projector(projector, folder)
     projector.to(sources.dtype)
     return VisionLanguageModel(tower, projector, language, str(folder), {}).float().eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dataprocess.file_lock import hold
 
-from ..checkpoints.tensor_files import flush_to_disk
+from ..checkpoints.saving import flush_to_disk
 
 
 @contextlib.contextmanager

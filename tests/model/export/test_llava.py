@@ -174,8 +174,8 @@ def test_shards_hold_the_same_tensors(export, trained):
     assert files[-1].name == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
     found = {}
     for file in files:
+        part = load_file(file)
         with safe_open(file, "pt") as opened:
-            part = {name: opened.get_tensor(name) for name in opened}
             assert opened.metadata() == {"format": "pt"}
         assert len(part) == 1 or sum(value.nbytes for value in part.values()) <= limit
         assert {name for name, where in index["weight_map"].items() if where == file.name} == part.keys()
