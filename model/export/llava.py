@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig, Qwen2Config
 
 from dataset import SYSTEM_PROMPT
-from qwen.tokenization_qwen import ENDOFTEXT_ID, IMAGE_TOKEN_ID, IMEND_ID, IMSTART_ID
+from qwen.answering import STOP_TOKEN_IDS
+from qwen.tokenization_qwen import ENDOFTEXT_ID, IMAGE_TOKEN_ID
 
 from ..checkpoints.base_models import load_tokenizer
 from .processor_files import write_processor, write_tokenizer
@@ -85,7 +86,9 @@ def write_llava(sources: Sources, folder: Path, max_bytes: int) -> None:
     _write_json(folder / "generation_config.json", _generation_config(sources))
     write_tokenizer(folder, load_tokenizer(sources.language_name), sources.language.seq_length)
     extra = 1 if sources.tower.kind == "clip" else 0  # the class token
-    write_processor(folder, sources.vision_name, sources.vision.patch_size, strategy, extra, SYSTEM_PROMPT)
+    write_processor(
+        folder, sources.vision_name, sources.tower.image_size, sources.vision.patch_size, strategy, extra, SYSTEM_PROMPT
+    )
     ShardWriter(folder, max_bytes).write(_weights(sources))
 
 
@@ -155,7 +158,7 @@ def _generation_config(sources: Sources) -> dict[str, Any]:
     base = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     names = ("max_new_tokens", "repetition_penalty", "do_sample", *(_SAMPLING if base.get("do_sample") else ()))
     kept = {name: base[name] for name in names if base.get(name) is not None}
-    return kept | {"eos_token_id": [ENDOFTEXT_ID, IMSTART_ID, IMEND_ID], "pad_token_id": ENDOFTEXT_ID}
+    return kept | {"eos_token_id": sorted(STOP_TOKEN_IDS), "pad_token_id": ENDOFTEXT_ID}
 
 
 # ---- Weights

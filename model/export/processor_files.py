@@ -41,13 +41,20 @@ _TEMPLATE = """\
 
 
 def write_processor(
-    folder: Path, vision_name: str, patch_size: int, strategy: str, num_additional_tokens: int, system: str
+    folder: Path,
+    vision_name: str,
+    image_size: int,
+    patch_size: int,
+    strategy: str,
+    num_additional_tokens: int,
+    system: str,
 ) -> None:
     """Write how messages become a prompt, and pictures pixels.
 
     Args:
         folder: where the files go.
         vision_name: hub name or folder of the vision tower.
+        image_size: side of the picture that the tower takes, in pixels.
         patch_size: side of a patch in pixels.
         strategy: LLaVA's `vision_feature_select_strategy`.
         num_additional_tokens: tokens of the tower that are no patches.
@@ -58,7 +65,7 @@ def write_processor(
     """
     text = _TEMPLATE.replace("IMAGE", _quoted(IMAGE_TOKEN)).replace("SYSTEM", _quoted(system))
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-    images = load_image_processor(vision_name).to_dict()
+    images = load_image_processor(vision_name, image_size)[0].to_dict()
     # The Pillow form has a name of its own, which only the newest transformers know.
     images["image_processor_type"] = str(images["image_processor_type"]).removesuffix("Pil")
     settings = {

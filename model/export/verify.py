@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dataset.prompt import SYSTEM_PROMPT, encode_prompt
 from qwen import IMAGE_TOKEN, QWenTokenizer
-from qwen.chatml import stop_token_ids
+from qwen.answering import STOP_TOKEN_IDS
 from visual import build_vision_tower
 
 from ..checkpoints.base_models import load_language_model, load_tokenizer
@@ -93,7 +93,7 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
     ours = _our_model(sources)
     prepare = _our_inputs(ours, tokenizer)
     asked = [None] if kind == "peft" else [sample_picture(sources.tower.image_size), None]
-    stops = list(stop_token_ids(tokenizer))
+    stops = list(STOP_TOKEN_IDS)
     expected = list(_ask(ours, prepare, asked, stops))
     if kind == "llava":
         del ours, prepare

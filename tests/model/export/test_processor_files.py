@@ -39,7 +39,7 @@ def twin(tokenizer_files):
 def templated(twin, tokenizer_files, tmp_path_factory, tiny_siglip):
     """The tokenizer with the chat template of an export."""
     folder = tmp_path_factory.mktemp("template")
-    write_processor(folder, tiny_siglip, 14, "full", 0, SYSTEM_PROMPT)
+    write_processor(folder, tiny_siglip, 28, 14, "full", 0, SYSTEM_PROMPT)
     twin.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     return twin
 
