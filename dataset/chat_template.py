@@ -161,7 +161,9 @@ class ChatTokenizer:
                 date_string=_FIXED_DATE.strftime("%d %b %Y"),
             )
         except Exception as error:  # a template is a program, and says no in its own words
-            raise ChatTemplateError(f"the chat template of {self.name} fails: {' '.join(str(error).split())}") from error
+            raise ChatTemplateError(
+                f"the chat template of {self.name} fails: {' '.join(str(error).split())}"
+            ) from error
         return str(text)
 
     def _pieces(self, *, with_system: bool) -> _Pieces:

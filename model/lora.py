@@ -91,7 +91,9 @@ def default_targets(language_model: PreTrainedModel) -> tuple[str, ...]:
     if language_model.config.model_type == "qwen":
         return "c_attn", "w1", "w2"
     head = language_model.get_output_embeddings()
-    layers = [name for name, module in language_model.named_modules() if type(module) is nn.Linear and module is not head]
+    layers = [
+        name for name, module in language_model.named_modules() if type(module) is nn.Linear and module is not head
+    ]
     return tuple(sorted({name.rsplit(".", 1)[-1] for name in layers}))
 
 

@@ -22,7 +22,6 @@ from transformers import GenerationConfig
 
 from .prompt_cache import PromptCache
 
-
 DEFAULT_MAX_NEW_TOKENS = 512
 """Length limit of an answer where neither caller nor `generation_config.json` sets one: the published chat models'."""
 

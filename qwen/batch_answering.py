@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .answering import answer_ids, answer_text, complete_settings, decode, start_decoding
-from .tokenization_qwen import QWenTokenizer
 
 
 def answer_batch(

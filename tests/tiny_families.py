@@ -79,7 +79,9 @@ def make_tokenizer(family: str, template: str | None = None) -> PreTrainedTokeni
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=control, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=control, show_progress=False
+    )
     tokenizer.train_from_iterator(["what colour is the picture? it is red. system user assistant"] * 2, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
     fast.chat_template = own_template if template is None else template

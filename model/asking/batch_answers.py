@@ -47,7 +47,12 @@ def answer_questions(args: argparse.Namespace) -> int:
         "questions": digest([(question.id, question.images, question.prompt) for question in questions]),
         "pictures": digest([[picture_stamp(path) for path in question.images] for question in questions]),
         "checkpoint": trained_digest(args.model_weights),
-        "settings": {"system": SYSTEM_PROMPT if args.system is None else args.system, "seed": args.seed, "dtype": str(args.dtype), **args.options},
+        "settings": {
+            "system": SYSTEM_PROMPT if args.system is None else args.system,
+            "seed": args.seed,
+            "dtype": str(args.dtype),
+            **args.options,
+        },
     }
     with hold(Path(args.output)):
         answers = AnswerFile(Path(args.output), {question.id for question in questions}, made_with)

@@ -20,11 +20,11 @@ from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenTokenizer
 from visual.base import VisionTower
 
 from ..language_models.causal_lm import (
+    UnsuitableModelError,
     fingerprinted_settings,
     load_causal_lm,
     load_chat_tokenizer,
     multimodal_class,
-    UnsuitableModelError,
 )
 from .folder import CheckpointError
 from .saving import Checkpoint

@@ -21,11 +21,9 @@ from transformers import (
 )
 
 from dataset.chat_template import ChatTokenizer
-
 from qwen.cache import GrowingCache
 from qwen.layers import position_ids_of
 from qwen.multimodal_qwen import GeneratesWithImages, check_counts
-
 
 _SETTINGS = (
     *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act"),
@@ -85,9 +83,7 @@ class MultimodalCausalLM(GeneratesWithImages):
         sequences[:, : ids.shape[1]] = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
         return out
 
-    def hidden_at(
-        self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> Tensor:
+    def hidden_at(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         """Return the last hidden state (S, D) at the positions b · T + t, which the language head takes.
 
         Args:
@@ -112,7 +108,9 @@ class MultimodalCausalLM(GeneratesWithImages):
         if image_features is None:
             return embeds
         if image_features.shape[-1] != embeds.shape[-1]:
-            raise ValueError(f"image features have {image_features.shape[-1]} channels, the embedding {embeds.shape[-1]}")
+            raise ValueError(
+                f"image features have {image_features.shape[-1]} channels, the embedding {embeds.shape[-1]}"
+            )
         features = image_features.reshape(-1, embeds.shape[-1]).to(embeds)  # (F, D)
         return embeds.masked_scatter(is_image[..., None], features)  # (B, T, D)
 
