@@ -66,7 +66,7 @@ class ChatTokenizer:
         self.name = str(tokenizer.name_or_path)
         if not tokenizer.chat_template:
             raise ChatTemplateError(
-                f"{self.name} has no chat template, so it was not trained to answer; take its -Instruct or -Chat version"
+                f"{self.name} has no chat template, so it was not trained to answer; take its -Instruct version"
             )
         self._template = re.sub(
             r"strftime_now\((['\"])(.*?)\1\)",
@@ -173,8 +173,8 @@ class ChatTokenizer:
         marks = [mark for mark in contents if mark is not None]
         if re.findall("|".join(_MARKS), text) != marks:
             raise ChatTemplateError(
-                f"the chat template of {self.name} does not write {'system prompt, ' * with_system}questions and answers "
-                "once each and in their order"
+                f"the chat template of {self.name} does not write {'system prompt, ' * with_system}questions and "
+                "answers once each and in their order"
             )
         *pieces, end = re.split("|".join(_MARKS), text)
         opening, first_question = pieces[:2] if with_system else (pieces[0], "")

@@ -22,7 +22,6 @@ from transformers import (
 
 from dataset.chat_template import ChatTokenizer
 from qwen.cache import GrowingCache
-from qwen.layers import position_ids_of
 from qwen.multimodal_qwen import GeneratesWithImages, check_counts
 
 _SETTINGS = (
@@ -61,7 +60,7 @@ class MultimodalCausalLM(GeneratesWithImages):
         """
         if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, image_features, already_checked)  # (B, T, D)
-        position_ids = self._positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+        position_ids = self._positions(inputs_embeds, attention_mask, position_ids)
         kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         run: Any = super().forward  # type: ignore[misc]
         return run(attention_mask=attention_mask, **kwargs)
@@ -94,7 +93,7 @@ class MultimodalCausalLM(GeneratesWithImages):
         """
         features, checked = kwargs.pop("image_features", None), kwargs.pop("already_checked", False)
         inputs_embeds = self._embed(input_ids, features, checked)  # (B, T, D)
-        kwargs["position_ids"] = self._positions(inputs_embeds, attention_mask, kwargs.get("position_ids"), None)
+        kwargs["position_ids"] = self._positions(inputs_embeds, attention_mask, kwargs.get("position_ids"))
         decoder: Any = self.get_decoder()  # type: ignore[attr-defined]
         hidden = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs).last_hidden_state
         return hidden.flatten(0, 1)[positions]  # (S, D)
@@ -115,12 +114,11 @@ class MultimodalCausalLM(GeneratesWithImages):
         return embeds.masked_scatter(is_image[..., None], features)  # (B, T, D)
 
     @staticmethod
-    def _positions(embeds: Tensor | None, mask: Tensor | None, given: Tensor | None, past: Any) -> Tensor | None:
+    def _positions(embeds: Tensor | None, mask: Tensor | None, given: Tensor | None) -> Tensor | None:
         """Count from 0 in every row, leaving padding out, so that an answer does not depend on the others' lengths."""
         if given is not None or embeds is None or mask is None or mask.dim() != 2:
             return given
-        num_past = past.get_seq_length() if past is not None else 0
-        return position_ids_of(mask, num_past, embeds.shape[1], embeds.device)
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]  # (B, T)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any

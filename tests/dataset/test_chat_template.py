@@ -1,4 +1,4 @@
-"""Prompts by a language model's own chat template are those that transformers builds, and nobody types a control token."""
+"""Prompts by a language model's own chat template are those of transformers, and nobody types a control token."""
 
 from __future__ import annotations
 
