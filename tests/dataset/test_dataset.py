@@ -45,10 +45,9 @@ def write(tmp_path):
     """Write the two files; gives their paths."""
 
     def to_disk(entries, captions):
-        files = tmp_path / "image_map.json", tmp_path / "captions.json"
-        for file, content in zip(files, (entries, captions), strict=True):
-            file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8", errors="surrogatepass")
-        return files
+        (tmp_path / "image_map.json").write_text(json.dumps(entries))
+        (tmp_path / "captions.json").write_text(json.dumps(captions))
+        return tmp_path / "image_map.json", tmp_path / "captions.json"
 
     return to_disk
 
@@ -109,19 +108,6 @@ def test_no_image_several_images_and_turns(make, images):
     assert batch["pixel_values"][:, :, 0, 0].tolist() == [[0, 0, 1], [0, 1, 0]]
     with pytest.raises(IndexError):
         dataset[3]
-
-
-def test_one_photo_may_have_many_samples(make, images, tokenizer):
-    entries = {f"{name}-{i}": one(images, "red.png", i) for i, name in enumerate("abc")}
-    dataset = make(entries, {str(i): {"q": "<|extra_0|>", "a": f"answer {i}"} for i in range(3)})
-    assert answers(dataset, tokenizer) == [f"answer {i}<|endoftext|>" for i in range(3)]
-
-
-def test_files_of_the_original_project(make, images, tokenizer):
-    entries = {"red.png": {"iamge_file": "red.png", "ID": 0, "path": str(images)}}
-    dataset = make(entries, {"0": {"q": "这幅图像描述了什么？<|extra_0|>", "a": "一只狗"}})
-    assert answers(dataset, tokenizer) == ["一只狗<|endoftext|>"]
-    assert dataset[0]["pixel_values"].shape == (1, 3, 2, 2)
 
 
 def test_a_relative_path_counts_from_here_and_then_from_the_file(make, images, tmp_path, monkeypatch):
@@ -223,20 +209,25 @@ def test_the_first_samples_are_counted_good_or_bad(make):
     assert len(dataset.bad) == 1
 
 
-@pytest.mark.parametrize("place", ["path", "image_file", "key", "question", "ID"])
-def test_messages_of_huge_values_are_short_and_name_the_sample(make, images, place):
+HUGE = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("key", "entry", "question", "named"),
+    [
+        ("k", {"path": HUGE}, "<|extra_0|>", "sample 0"),
+        ("k", {"image_file": f"{HUGE}\0"}, "<|extra_0|>", "sample 0"),
+        ("k", {}, [HUGE], "sample 0"),
+        ("k", {"ID": [HUGE]}, "<|extra_0|>", "entry 'k"),
+        (HUGE, {"ID": None}, "<|extra_0|>", "entry 'xxx"),
+    ],
+    ids=["path", "image_file", "question", "ID", "key"],
+)
+def test_messages_of_huge_values_are_short_and_name_the_sample(make, images, key, entry, question, named):
     """A folder name of 5,000 characters once ended the run with the system's own error, whatever was to be skipped."""
-    huge, key, caption, entry = "x" * 5000, "k", ASK, one(images)
-    if place == "key":
-        key, entry = huge, 5
-    elif place == "question":
-        caption = {"q": [huge], "a": "B"}
-    else:
-        entry = {**entry, place: [huge] if place == "ID" else f"{huge}\0" if place == "image_file" else huge}
-    entries, captions = {key: entry, "good": {"image_file": None, "ID": 1}}, {"0": caption, "1": TEXT_ONLY}
-    with pytest.raises(
-        SampleError, match="entry 'k" if place == "ID" else "entry 'xxx" if place == "key" else "sample 0"
-    ):
+    entries = {key: one(images) | entry, "good": {"image_file": None, "ID": 1}}
+    captions = {"0": {"q": question, "a": "B"}, "1": TEXT_ONLY}
+    with pytest.raises(SampleError, match=named):
         make(entries, captions)
     dataset = make(entries, captions, on_bad_sample="skip")
     assert len(dataset) == 1
