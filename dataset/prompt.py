@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataprocess.messages import format_count
 from qwen import IGNORE_INDEX
-from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, build_prompt, question_ids, system_ids
+from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, question_ids, system_ids
+from qwen.conversation import build_prompt
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
 
 SYSTEM_PROMPT = "你是一位图像理解助手。"
@@ -37,29 +37,6 @@ class EncodedSample:
     """T labels: the id itself for tokens of an answer and its end token, `IGNORE_INDEX` for all others; not shifted."""
     num_cut: int
     """Tokens of answers, end tokens included, that were lost to `max_length`."""
-
-
-def count_placeholders(text: str) -> int:
-    """Count the image placeholders in a question."""
-    return text.count(IMAGE_TOKEN)
-
-
-def with_placeholders(prompt: str, num_images: int) -> str:
-    """Put a placeholder for every image before a prompt that has none at all.
-
-    Raises:
-        ValueError: if it has some, but not one for each image.
-    """
-    found = count_placeholders(prompt)
-    if found == 0:
-        return IMAGE_TOKEN * num_images + prompt
-    if found != num_images:
-        raise ValueError(
-            f"the prompt has {format_count(found, 'placeholder')} {IMAGE_TOKEN}, but "
-            f"{format_count(num_images, 'image is', 'images are')} given; "
-            "write one placeholder for each image, or none at all"
-        )
-    return prompt
 
 
 def encode_question(tokenizer: QWenTokenizer, question: str, num_image_tokens: int) -> list[int]:
@@ -106,15 +83,11 @@ def encode_prompt(
     Raises:
         ValueError: an entry of `history` is not a pair.
     """
-    prompt = build_prompt(
-        tokenizer,
-        query,
-        history,
-        system,
-        max_window_size,
-        encode_query=lambda text: encode_question(tokenizer, text, num_image_tokens),
-    )
-    return prompt.ids, prompt.num_dropped_turns
+
+    def encode_query(text: str) -> list[int]:
+        return encode_question(tokenizer, text, num_image_tokens)
+
+    return build_prompt(tokenizer, query, history, system, max_window_size, encode_query)
 
 
 def encode_sample(

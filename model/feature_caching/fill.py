@@ -8,11 +8,11 @@ Shape legend: N pictures of a batch, P tokens per image, D width of the tower.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataprocess.image_io import ImageError, load_image
+from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from dataset import ImageCaptionDataset
 from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
@@ -39,6 +39,47 @@ BATCH_SIZE = 32
 """Pictures that go through the tower together."""
 
 
+def complete_feature_cache(
+    folder: str,
+    dtype: str,
+    model: VisionLanguageModel,
+    datasets: Iterable[ImageCaptionDataset | None],
+    args: VLMTrainingArguments,
+) -> None:
+    """Store the features of all pictures of the data sets, and let the data sets read them from now on.
+
+    Each process of the run takes its share; none returns before all pictures are stored.
+
+    Args:
+        folder: as `--feature_cache` names it.
+        dtype: as `--feature_cache_dtype` names it.
+        model: the model whose tower is used.
+        datasets: the data sets; None is skipped.
+        args: processes, data workers, and whether to show progress.
+
+    Raises:
+        ValueError: if the folder cannot be made, or the disk is too small.
+        OSError: if the disk was full, or cannot be written to; what is stored stays.
+    """
+    cache = open_feature_cache(folder, model.vision_tower, dtype)
+    used = [dataset for dataset in datasets if dataset is not None]
+    paths = list(dict.fromkeys(path for dataset in used for path in image_files(dataset)))
+    problem = lack_of_space(cache, model.vision_tower, paths) if args.process_index == 0 else ""
+    if problem := "".join(gather_objects(problem)):
+        raise ValueError(f"--feature_cache {folder}: {problem}; make room, or give another folder")
+    filled = fill_feature_cache(
+        model.vision_tower,
+        cache,
+        paths[args.process_index :: args.world_size],
+        num_workers=args.dataloader_num_workers,
+        show_progress=args.process_index == 0 and not args.disable_tqdm,
+    )
+    if failure := next(filter(None, gather_objects(filled.failure)), ""):  # waits for all processes, too
+        raise OSError(f"--feature_cache {folder}: features can't be stored ({failure}); those stored are kept")
+    for dataset in used:
+        dataset.feature_cache = cache
+
+
 @dataclass
 class Filled:
     """Counts of pictures, and why filling ended early."""
@@ -51,12 +92,54 @@ class Filled:
     """Why the disk took no more, or an empty string."""
 
 
+def image_files(dataset: ImageCaptionDataset) -> Iterator[Path]:
+    """Yield the file of every image once, except those that would be refused for leading out of their folder."""
+    images = ((sample.image_folder, name) for sample in dataset.annotations for name in sample.image_files)
+    for folder, name in dict.fromkeys(images):
+        with contextlib.suppress(ImageError):
+            yield resolve_image_path(folder, name, dataset.allow_links)
+
+
+@torch.no_grad()
+def fill_feature_cache(
+    tower: VisionTower,
+    cache: FeatureCache,
+    paths: Sequence[Path],
+    *,
+    batch_size: int = BATCH_SIZE,
+    num_workers: int = 0,
+    show_progress: bool = True,
+) -> Filled:
+    """Run the tower, on its device, over the pictures whose features are missing, and store them."""
+    filled = Filled()
+    device, dtype = tower.model.device, tower.model.dtype
+    pictures = MissingPictures(paths, cache, tower.image_transform)
+    loader = DataLoader(pictures, batch_size, num_workers=num_workers, collate_fn=list)
+    bar = tqdm(total=len(paths), desc="images", unit="", mininterval=0.5, disable=not show_progress)
+    with logging_redirect_tqdm(), bar:
+        for batch in with_calm_workers(loader):  # whose generator is its own: training draws the same numbers
+            problems = [opened.problem for opened in batch if opened.problem]
+            fresh = [opened for opened in batch if opened.pixels is not None]
+            if fresh:
+                pixels = torch.stack([torch.from_numpy(opened.pixels) for opened in fresh])  # (N, 3, H, W)
+                # As train.py runs the tower: under autocast where its weights are of half precision.
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    features = tower(pixels)  # (N, P, D)
+                problems += _store(cache, fresh, features, filled)
+            for problem in problems:
+                logger.warning("bad: %s", problem)
+            filled.num_bad += len(problems)
+            bar.update(len(batch))
+            if filled.failure:
+                break
+    return filled
+
+
 @dataclass(frozen=True)
 class Opened:
     """One picture, as a data worker hands it over."""
 
     path: Path
-    """Its file."""
     key: bytes = b""
     """Hash of its content."""
     pixels: NDArray[np.float32] | None = None
@@ -80,7 +163,7 @@ class MissingPictures(Dataset[Opened]):
         path = self.paths[index]
         key = self.cache.key_of(path)
         if key is not None and self.cache.read(key) is not None:
-            return Opened(path, key)
+            return Opened(path)
         try:
             pixels = self.transform(load_image(path))  # (3, H, W)
         except ImageError as error:
@@ -90,111 +173,23 @@ class MissingPictures(Dataset[Opened]):
         return Opened(path, key, pixels.numpy())
 
 
-def complete_feature_cache(
-    folder: str,
-    dtype: str,
-    model: VisionLanguageModel,
-    datasets: Iterable[ImageCaptionDataset | None],
-    args: VLMTrainingArguments,
-) -> FeatureCache:
-    """Store the features of all pictures of the data sets, and let the data sets read them from now on.
-
-    Each process of the run takes its share; none returns before all pictures are stored.
-
-    Args:
-        folder: as `--feature_cache` names it.
-        dtype: as `--feature_cache_dtype` names it.
-        model: the model whose tower is used.
-        datasets: the data sets; None is skipped.
-        args: processes, data workers, and whether to show progress.
-
-    Raises:
-        ValueError: if the folder cannot be made, or the disk is too small.
-        OSError: if the disk was full, or cannot be written to; what is stored stays.
-    """
-    cache = open_feature_cache(folder, model.vision_tower, dtype)
-    used = [dataset for dataset in datasets if dataset is not None]
-    paths = list(dict.fromkeys(path for dataset in used for path in dataset.image_files()))
-    problem = lack_of_space(cache, model.vision_tower, paths) if args.process_index == 0 else ""
-    if problem := "".join(gather_objects(problem)):
-        raise ValueError(f"--feature_cache {folder}: {problem}; make room, or give another folder")
-    filled = fill_feature_cache(
-        model.vision_tower,
-        cache,
-        paths[args.process_index :: args.world_size],
-        num_workers=args.dataloader_num_workers,
-        show_progress=args.process_index == 0 and not args.disable_tqdm,
-    )
-    failures = list(filter(None, gather_objects(filled.failure)))  # waits for all processes, too
-    if failures:
-        raise OSError(f"--feature_cache {folder}: features can't be stored ({failures[0]}); those stored are kept")
-    for dataset in used:
-        dataset.feature_cache = cache
-    return cache
-
-
-@torch.no_grad()
-def fill_feature_cache(
-    tower: VisionTower,
-    cache: FeatureCache,
-    paths: Sequence[Path],
-    *,
-    batch_size: int = BATCH_SIZE,
-    num_workers: int = 0,
-    show_progress: bool = True,
-) -> Filled:
-    """Run the tower, on its device, over the pictures whose features are missing, and store them.
-
-    Args:
-        tower: the tower.
-        cache: its cache.
-        paths: the pictures.
-        batch_size: pictures that go through the tower together.
-        num_workers: processes that open pictures; 0: this one.
-        show_progress: whether to draw a bar.
-    """
-    filled = Filled()
-    device, dtype = tower.model.device, tower.model.dtype
-    pictures = MissingPictures(paths, cache, tower.image_transform)
-    own = torch.Generator()  # training draws the same numbers whether or not a cache was filled before
-    loader: Any = DataLoader(pictures, batch_size, num_workers=num_workers, collate_fn=list, generator=own)
-    bar = tqdm(total=len(paths), desc="images", unit="", mininterval=0.5, disable=not show_progress)
-    with logging_redirect_tqdm(), bar:
-        for batch in with_calm_workers(loader):
-            problems = [opened.problem for opened in batch if opened.problem]
-            fresh = [opened for opened in batch if opened.pixels is not None]
-            if fresh:
-                pixels = torch.stack([torch.from_numpy(opened.pixels) for opened in fresh])  # (N, 3, H, W)
-                # As train.py runs the tower: under autocast where its weights are of half precision.
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    features = tower(pixels)  # (N, P, D)
-                problems += store(cache, fresh, features, filled)
-            for problem in problems:
-                logger.warning("bad: %s", problem)
-            filled.num_bad += len(problems)
-            bar.update(len(batch))
-            if filled.failure:
-                break
-    return filled
-
-
-def store(cache: FeatureCache, pictures: Sequence[Opened], features: Tensor, filled: Filled) -> list[str]:
+def _store(cache: FeatureCache, pictures: Sequence[Opened], features: Tensor, filled: Filled) -> list[str]:
     """Write the features (N, P, D) of a batch; count them, or a failing disk, in `filled`. Return what is wrong."""
     rounded = features.to(cache.dtype).cpu()  # (N, P, D)
     fits, finite = (one.flatten(1).isfinite().all(dim=1).tolist() for one in (rounded, features))  # (N,) each
+    dtype = str(cache.dtype).removeprefix("torch.")
     problems = []
     for row, picture in enumerate(pictures):
-        if not finite[row]:
-            fault = "its features are infinite or no numbers; does the tower run in too small a dtype?"
-            problems.append(f"'{picture.path}': {fault}")
-        elif not fits[row]:
-            dtype = str(cache.dtype).removeprefix("torch.")
-            problems.append(f"'{picture.path}': {dtype} can't hold its features; bfloat16 has a wider range")
-        else:
+        if fits[row]:
             try:
                 cache.write(picture.key, rounded[row])
             except OSError as error:
                 filled.failure = error.strerror or str(error)
                 break
             filled.num_stored += 1
+        elif finite[row]:
+            problems.append(f"'{picture.path}': {dtype} can't hold its features; bfloat16 has a wider range")
+        else:
+            fault = "its features are infinite or no numbers; does the tower run in too small a dtype?"
+            problems.append(f"'{picture.path}': {fault}")
     return problems
