@@ -13,7 +13,7 @@ from dataprocess.image_io import ImageError, load_image
 from dataset.prompt import count_placeholders
 from qwen import IMAGE_TOKEN
 
-from ..console import one_line
+from ..errors import one_line
 from .assistant import Assistant
 
 logger = logging.getLogger(__name__)
