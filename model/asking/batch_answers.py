@@ -16,12 +16,11 @@ from tqdm import tqdm
 from dataprocess.file_lock import hold
 from dataprocess.image_io import load_image
 from dataprocess.messages import format_count
-from dataset.prompt import with_placeholders
 
 from ..checkpoints.checkpoint import resolve_checkpoint
 from ..errors import one_line
 from .answer_file import AnswerFile, digest, picture_stamp, trained_digest
-from .assistant import Assistant, load_assistant
+from .assistant import Assistant, load_assistant, with_placeholders
 from .question_file import Question, read_questions
 
 logger = logging.getLogger(__name__)

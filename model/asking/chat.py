@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
-from dataset.prompt import with_placeholders
 from qwen import IMAGE_TOKEN
 
 from ..errors import in_one_line, is_out_of_memory, out_of_memory
-from .assistant import Assistant, Turns
+from .assistant import Assistant, Turns, with_placeholders
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dataprocess.messages import format_count
-from dataset.prompt import SYSTEM_PROMPT, count_placeholders, encode_prompt, encode_question
+from dataset.prompt import SYSTEM_PROMPT, encode_prompt, encode_question
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, question_ids, system_ids
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
 
@@ -46,7 +46,7 @@ def fit_prompt(
         ids, dropped = encode_prompt(tokenizer, query, num_image_tokens, turns, system, max_window_size)
         if not dropped:
             break
-        images = IMAGE_TOKEN * sum(count_placeholders(question) for question, _ in turns[:dropped])
+        images = IMAGE_TOKEN * sum(question.count(IMAGE_TOKEN) for question, _ in turns[:dropped])
         turns, num_dropped = turns[dropped:], num_dropped + dropped
         if turns:
             turns[0] = (images + turns[0][0], turns[0][1])
@@ -64,7 +64,7 @@ def fit_prompt(
     kept, num_cut = _cut_beginning(tokenizer, content, excess)
     if len(content) - num_cut == content.count(tokenizer.image_token_id):
         raise ValueError(
-            f"system prompt and {format_count(count_placeholders(query), 'image')} leave no room for a question in the "
+            f"system prompt and {format_count(query.count(IMAGE_TOKEN), 'image')} leave no room for a question in the "
             f"window of {max_window_size} tokens; shorten the system prompt or give fewer images"
         )
     left_out = format_count(num_cut, "token of its text was", "tokens of its text were")
