@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -28,7 +29,6 @@ from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
 
 from ..arguments import VLMTrainingArguments
-from ..runs.callbacks import gather_objects
 from ..runs.data_workers import with_calm_workers
 from ..vision_language_model import VisionLanguageModel
 from .disk import lack_of_space
@@ -65,7 +65,7 @@ def complete_feature_cache(
     used = [dataset for dataset in datasets if dataset is not None]
     paths = list(dict.fromkeys(path for dataset in used for path in image_files(dataset)))
     problem = lack_of_space(cache, model.vision_tower, paths) if args.process_index == 0 else ""
-    if problem := "".join(gather_objects(problem)):
+    if problem := "".join(gather_object([problem])):
         raise ValueError(f"--feature_cache {folder}: {problem}; make room, or give another folder")
     filled = fill_feature_cache(
         model.vision_tower,
@@ -74,7 +74,7 @@ def complete_feature_cache(
         num_workers=args.dataloader_num_workers,
         show_progress=args.process_index == 0 and not args.disable_tqdm,
     )
-    if failure := next(filter(None, gather_objects(filled.failure)), ""):  # waits for all processes, too
+    if failure := next(filter(None, gather_object([filled.failure])), ""):  # waits for all processes, too
         raise OSError(f"--feature_cache {folder}: features can't be stored ({failure}); those stored are kept")
     for dataset in used:
         dataset.feature_cache = cache
