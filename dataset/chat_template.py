@@ -97,8 +97,8 @@ class ChatTokenizer:
 
     def decode(self, ids: Sequence[int], **kwargs: Any) -> str:
         """Return the text of ids, without image tokens."""
-        text: str = self.tokenizer.decode([index for index in ids if index < self.image_token_id], **kwargs)
-        return text
+        text: Any = self.tokenizer.decode([index for index in ids if index < self.image_token_id], **kwargs)
+        return str(text)
 
     def growing_text(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the whole text so far, whenever it has grown; a character that is not complete is held back."""

@@ -31,10 +31,10 @@ class ChatML:
 
     default_system: str | None = SYSTEM_PROMPT
 
-    def system_ids(self, system: str) -> list[int]:
-        """Return the token ids of the system block, which opens every prompt, also where the system prompt is empty."""
+    def system_ids(self, system: str | None) -> list[int]:
+        """Return the token ids of the system block, which opens every prompt, also with an empty system prompt."""
         header = [self.im_start_id, *self.encode_text("system"), *self.encode_text("\n")]
-        return [*header, *self.encode_text(system), self.im_end_id]
+        return [*header, *self.encode_text(SYSTEM_PROMPT if system is None else system), self.im_end_id]
 
     def question_ids(self, content_ids: Sequence[int], *, first: bool = True, last: bool = True) -> list[int]:
         r"""Return the token ids of `\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n`.

@@ -45,11 +45,7 @@ _IMAGE_SETTINGS = (
 
 
 def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint | None) -> tuple[str, str]:
-    """Return the names of the base models: those given, else those that the checkpoint was trained on.
-
-    Raises:
-        CheckpointError: if one is named neither here nor there.
-    """
+    """Return the names of the base models: those given, else those that the checkpoint was trained on."""
     if checkpoint is not None and checkpoint.config is not None:
         language = language or checkpoint.config.base_language_model
         vision = vision or checkpoint.config.base_value_model
@@ -61,7 +57,7 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
     return language, vision
 
 
-# ---- The language model
+# ---- The language model; a name that does not exist, or of another model, is a ValueError in one line
 
 
 def load_language_model(name_or_path: str, dtype: torch.dtype) -> Any:

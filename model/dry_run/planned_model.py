@@ -15,7 +15,7 @@ from ..arguments import ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import read_language_config
 from ..checkpoints.checkpoint import drops_first_patch, read_checkpoint
 from ..checkpoints.previous import check_previous
-from ..lora import LoraSettings, check_targets
+from ..lora import LoraSettings, check_targets, default_targets
 from ..projector import build_projector
 from .memory_estimate import ModelShape, Setting
 
@@ -34,6 +34,8 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
     tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
     config = read_language_config(asked.base_language_model)
+    if not isinstance(config, QWenConfig):
+        raise ValueError(f"--dry_run: {asked.base_language_model} is no QWen; its memory can't be estimated yet")
     lora, layers = asked.lora_settings, 2
     if previous is not None:
         there = previous.lora_config.target_modules
@@ -70,11 +72,12 @@ def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, proje
     with torch.device("meta"):
         language = QWenLMHeadModel(config)
         projector = build_projector(tower.hidden_size, config.hidden_size, projector_layers)
-    check_targets(language, lora.target_modules)
+    wanted = default_targets(language) if lora.target_modules is None else lora.target_modules
+    check_targets(language, wanted)
     targets = {
         name: module
         for name, module in language.named_modules()
-        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{t}") for t in lora.target_modules)
+        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{t}") for t in wanted)
     }
     return ModelShape(
         layers=config.num_hidden_layers,

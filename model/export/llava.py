@@ -19,10 +19,9 @@ from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig, Qwen2Config
 
 from dataset import SYSTEM_PROMPT
-from qwen.answering import STOP_TOKEN_IDS
+from qwen import QWenTokenizer
 from qwen.tokenization_qwen import ENDOFTEXT_ID, IMAGE_TOKEN_ID
 
-from ..checkpoints.base_models import load_tokenizer
 from .processor_files import write_processor, write_tokenizer
 from .shards import ShardWriter
 from .sources import Sources, base_file, language_weights, tower_weights
@@ -84,7 +83,7 @@ def write_llava(sources: Sources, folder: Path, max_bytes: int) -> None:
     strategy = "default" if sources.tower.kind == "clip" or sources.drop_first_patch else "full"
     _write_json(folder / "config.json", _config(sources, strategy))
     _write_json(folder / "generation_config.json", _generation_config(sources))
-    write_tokenizer(folder, load_tokenizer(sources.language_name), sources.language.seq_length)
+    write_tokenizer(folder, QWenTokenizer.from_pretrained(sources.language_name), sources.language.seq_length)
     extra = 1 if sources.tower.kind == "clip" else 0  # the class token
     write_processor(
         folder, sources.vision_name, sources.tower.image_size, sources.vision.patch_size, strategy, extra, SYSTEM_PROMPT
@@ -158,7 +157,7 @@ def _generation_config(sources: Sources) -> dict[str, Any]:
     base = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     names = ("max_new_tokens", "repetition_penalty", "do_sample", *(_SAMPLING if base.get("do_sample") else ()))
     kept = {name: base[name] for name in names if base.get(name) is not None}
-    return kept | {"eos_token_id": sorted(STOP_TOKEN_IDS), "pad_token_id": ENDOFTEXT_ID}
+    return kept | {"eos_token_id": sorted(QWenTokenizer.stop_ids), "pad_token_id": ENDOFTEXT_ID}
 
 
 # ---- Weights

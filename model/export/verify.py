@@ -20,10 +20,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dataset.prompt import SYSTEM_PROMPT, encode_prompt
 from qwen import IMAGE_TOKEN, QWenTokenizer
-from qwen.answering import STOP_TOKEN_IDS
 from visual import build_vision_tower
 
-from ..checkpoints.base_models import load_language_model, load_tokenizer
+from ..checkpoints.base_models import load_language_model
 from ..checkpoints.checkpoint import load_projector
 from ..lora import merge_lora
 from ..projector import build_projector
@@ -89,11 +88,11 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
     Raises:
         ExportMismatchError: if inputs, answers or logits differ.
     """
-    tokenizer = load_tokenizer(sources.language_name)
+    tokenizer = QWenTokenizer.from_pretrained(sources.language_name)
     ours = _our_model(sources)
     prepare = _our_inputs(ours, tokenizer)
     asked = [None] if kind == "peft" else [sample_picture(sources.tower.image_size), None]
-    stops = list(STOP_TOKEN_IDS)
+    stops = list(QWenTokenizer.stop_ids)
     expected = list(_ask(ours, prepare, asked, stops))
     if kind == "llava":
         del ours, prepare
