@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -25,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dataprocess.messages import format_count
 
 from ..errors import in_one_line
-from .failures import MOST_SKIPPED, not_finite
+from .failures import MOST_SKIPPED, check_bad_samples, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +182,7 @@ class WatchBadSamples(TrainerCallback):
                 logger.error("%s could not be written: %s", path, error)
             verb = "was" if self._known == 1 else "were"
             logger.warning("%s %s left out so far; see %s", format_count(self._known, "bad sample"), verb, path)
-        self.dataset.bad.check(str(path))
+        check_bad_samples(self.dataset.bad, str(path))
 
     on_evaluate = on_step_end  # a loss over what is left of an evaluation set may mean little
 
@@ -199,34 +198,3 @@ class WatchBadEvalSamples(WatchBadSamples):
     """Does the same for the evaluation set; Trainer warns of two callbacks of one class."""
 
     list_name = BAD_EVAL_SAMPLES
-
-
-class RatesAndSpeed(TrainerCallback):
-    """Remembers what the log adds to Trainer's: the projector's learning rate, and samples per second."""
-
-    def __init__(self) -> None:
-        self._projector_rate = 0.0
-        self._samples_per_step = 0
-        self._step, self._time = 0, 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock."""
-        self._samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._step, self._time = state.global_step, time.perf_counter()
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Read the rates that this step was taken with."""
-        rates = {group["name"].split()[0]: group["lr"] for group in kwargs["optimizer"].param_groups}
-        self._projector_rate = rates["projector"]
-
-    def since_last_log(self, step: int) -> dict[str, float]:
-        """Return the projector's learning rate in the last step, and samples per second since the last call."""
-        now = time.perf_counter()
-        samples = (step - self._step) * self._samples_per_step
-        speed = samples / max(now - self._time, 1e-9)
-        self._step, self._time = step, now
-        return {"feature_proj_lr": self._projector_rate, "samples_per_second": round(speed, 3)}
