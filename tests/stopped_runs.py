@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from dataset.bad_samples import CutAnswers
 from dataset.epoch_order import EpochOrder
+from dataset.grouped_order import GroupedOrder
 from model import VLMTrainer, VLMTrainingArguments
 from model.checkpoints.folder import CheckpointError
 from model.runs.resuming import check_resumable, newest_resumable
@@ -48,6 +49,12 @@ class Answers(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
+
+
+def answer_lengths(size: int) -> Tensor:
+    """Tokens of each of so many samples in the first epoch, (size,)."""
+    answers = Answers(size)
+    return torch.tensor([len(answers[index]["input_ids"]) for index in range(size)])
 
 
 class Recorder(VLMTrainer):
@@ -95,6 +102,7 @@ def new_trainer(
     model=None,
     callbacks=(),
     identity=None,
+    lengths=None,
     **changes,
 ) -> Recorder:
     """A trainer over a fresh model; 3 epochs of steps of 4 samples, logged off the grid of epochs and checkpoints."""
@@ -117,7 +125,9 @@ def new_trainer(
     return Recorder(
         model=model or enliven_trained(new_model(bases, dropout=dropout), std=0.1),
         args=VLMTrainingArguments(**{**settings, **changes}),
-        train_dataset=EpochOrder(Answers(size), settings["seed"]),
+        train_dataset=EpochOrder(Answers(size), settings["seed"])
+        if lengths is None
+        else GroupedOrder(Answers(size), settings["seed"], lengths),
         eval_dataset=Answers(5),
         data_collator=collate_list,
         callbacks=list(callbacks),
