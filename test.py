@@ -21,13 +21,11 @@ from collections.abc import Sequence
 
 from transformers import set_seed
 
-from dataprocess.image_io import pictures_in
 from dataset import SYSTEM_PROMPT, load_image
-from dataset.prompt import with_placeholders
-from model.asking.assistant import add_generation_flags, check_flags, load_assistant
+from model.asking.assistant import add_generation_flags, check_flags, load_assistant, with_placeholders
 from model.asking.batch_answers import answer_questions
 from model.asking.chat import chat, explain, show
-from model.asking.folder import ask_about_each, check_folder
+from model.asking.folder import ask_about_each, check_folder, pictures_in
 from model.console import OneLineErrors, set_up_logging, use_utf8
 from model.errors import is_out_of_memory
 from qwen import IMAGE_TOKEN

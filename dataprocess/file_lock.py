@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import fcntl
 import logging
 import os
 import socket
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +35,7 @@ def hold(path: Path) -> Iterator[None]:
         OSError: if the lock can't be created.
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
-    while (descriptor := _lock(path, lock)) is None:
+    while (descriptor := _take(path, lock)) is None:
         pass  # its holder has deleted it between the opening and the locking
     _held.add(descriptor)
     try:
@@ -56,30 +50,22 @@ def hold(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(path: Path, lock: Path) -> int | None:
+def _take(path: Path, lock: Path) -> int | None:
     """Create the lock file and lock it; return its descriptor, or None if the file was deleted meanwhile."""
-    # O_NONBLOCK: opening a pipe would wait for a reader.
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        descriptor = os.open(lock, flags, 0o666)
+        if lock.is_symlink() or (lock.exists() and not lock.is_file()):
+            raise FileLockError(f"{lock}: no regular file, but the lock of {path} belongs there; delete it")
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        if lock.is_symlink():
-            raise FileLockError(f"{lock}: a link where the lock of {path} belongs; delete it") from error
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error  # as the user named it
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, descriptor)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise FileLockError(f"{lock}: no regular file, but the lock of {path} belongs there; delete it")
         try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             raise FileLockError(f"{path}: {holder} is writing to it; wait until it has ended, or stop it") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
+        except OSError as error:  # some network file systems
             logger.warning("%s: no locks here (%s); make sure that no other process writes to it", path, error.strerror)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), lock.stat()):
@@ -95,5 +81,4 @@ def _forget_locks() -> None:
     _held.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
+os.register_at_fork(after_in_child=_forget_locks)

@@ -17,7 +17,6 @@ without checksums (JPEG, BMP), and a progressive JPEG that lacks its last scans,
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import re
@@ -36,8 +35,10 @@ MAX_BYTES = 256 * 2**20
 MAX_SEGMENTS = 500
 """Segments of the longest JPEG file accepted; each scan and each piece of EXIF data costs time."""
 
-# Pillow also reads formats that start other programs (EPS runs Ghostscript) or that it can only name, not decode.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000", "ICO")
+Image.init()  # makes Pillow load its formats and the extensions of their files
+_ALLOWED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000", "ICO")
+FORMATS = tuple(name for name in _ALLOWED if name in Image.OPEN)  # AVIF, for one, is not in every build
+"""Pillow's names of the formats accepted; others start programs (EPS runs Ghostscript), or can't be decoded."""
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -66,22 +67,6 @@ def _error(path: str | os.PathLike[str], reason: str, detail: str = "") -> Image
     error = ImageError(f"{os.fspath(path)!r}: {reason}" + (f" ({detail})" if detail else ""))
     error.reason = reason
     return error
-
-
-@functools.cache
-def _known_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF, for one, is not in every build
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """Return the files of a folder whose extension is that of a picture, by name; refuse a folder without any."""
-    formats = _known_formats()  # first, because it makes Pillow register the extensions
-    known = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
-    if not paths:
-        raise ValueError(f"{folder}: there is no picture in this folder, no file named *.jpg, *.png or the like")
-    return paths
 
 
 def check_image_name(name: str) -> str | None:
@@ -119,9 +104,9 @@ def resolve_image_path(root: str | os.PathLike[str], name: str, allow_links: boo
         try:
             real_root = os.path.realpath(root)
             real = os.path.realpath(os.path.join(real_root, name))  # noqa: PTH118 - once per sample: strings are quicker
-        except (OSError, ValueError) as exc:  # ValueError: characters that no file name can hold
+        except ValueError as exc:  # characters that no file name can hold
             raise _error(path, "unreadable", str(exc)) from None
-        if real != real_root and not real.startswith(real_root.rstrip(os.sep) + os.sep):
+        if os.path.commonpath((real_root, real)) != real_root:
             raise _error(path, "link leads out of its folder", f"to {real!r}; --allow_links accepts such links")
     return path
 
@@ -136,17 +121,17 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     path = os.fspath(path)
     _check_file(path)
     try:
-        with Image.open(_read_jpeg(path) or path, formats=_known_formats()) as image:
+        with Image.open(_read_jpeg(path) or path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{width} × {height} pixels")
             image.load()
-            return _turn_upright(_to_rgb(image), image)
+            return _upright_rgb(image)
     except (Image.DecompressionBombError, MemoryError) as exc:
         problem = str(exc) or "not enough memory to decode it"
         raise _error(path, "image too large", f"{problem}; at most {MAX_PIXELS:,} pixels are accepted") from None
     except UnidentifiedImageError:
-        raise _error(path, "not an image", f"none of {', '.join(_known_formats())}") from None
+        raise _error(path, "not an image", f"none of {', '.join(FORMATS)}") from None
     except PermissionError as exc:
         raise _error(path, "unreadable", exc.strerror or str(exc)) from None
     except ImageError:
@@ -194,22 +179,20 @@ def _read_jpeg(path: str) -> io.BytesIO | None:
     return io.BytesIO(data)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert a decoded picture to 8-bit RGB, put it on white where it is transparent, and turn it upright."""
     if image.mode.startswith("I") or image.mode == "F":
-        return deep_grey_to_rgb(image)
-    if image.has_transparency_data:
+        rgb = deep_grey_to_rgb(image)
+    elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
-        return white.convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
-
-
-def _turn_upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
+        rgb = white.convert("RGB")
+    else:
+        rgb = image.convert("RGB")
     try:
-        orientation = source.getexif().get(_EXIF_ORIENTATION)
+        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # a damaged EXIF block says nothing about the picture, which every viewer shows
-        orientation = None
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    upright = rgb if method is None else rgb.transpose(method)
+        turn = None
+    upright = rgb if turn is None else rgb.transpose(turn)
     upright.info = {}  # or saving it would write the old orientation next to the turned pixels
     return upright

@@ -25,12 +25,12 @@ import torch
 
 from dataprocess.image_io import check_image_name
 from dataprocess.messages import format_count
+from qwen.tokenization_qwen import IMAGE_TOKEN
 
-from .prompt import SampleError, count_placeholders
+from .prompt import SampleError
 
 logger = logging.getLogger(__name__)
 
-_MAX_ERRORS_SHOWN = 3
 _abridged = reprlib.Repr()
 _abridged.maxstring = _abridged.maxother = 100
 _short = _abridged.repr  # a value as messages show it: a key of a megabyte must not fill them
@@ -41,7 +41,6 @@ class Sample:
     """One entry of the two files."""
 
     id: int
-    """Its ID."""
     image_folder: str
     """Absolute folder of its images; empty if it has none."""
     image_files: list[str]
@@ -83,8 +82,6 @@ class Annotations:
         skip_bad: bool = False,
         need_folders: bool = True,
     ) -> None:
-        if max_samples is not None and max_samples < 1:
-            raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         packed, ends, self.errors = bytearray(), [0], []
         digest = hashlib.sha256()
         entries, captions = read_object(image_map), read_object(captions_file)
@@ -108,11 +105,9 @@ class Annotations:
             packed += encode(record).encode("utf-8", "surrogatepass")
             ends.append(len(packed))
         if self.errors and not (skip_bad and key_of_id):
-            shown = self.errors[:_MAX_ERRORS_SHOWN]
-            if len(self.errors) > len(shown):
-                shown.append(f"and {len(self.errors) - len(shown)} more")
-            bad = format_count(len(self.errors), "bad sample")
-            raise SampleError(f"{bad} in {image_map} and {captions_file}: {'; '.join(shown)}")
+            bad, first = format_count(len(self.errors), "bad sample"), "; ".join(self.errors[:3])
+            more = f"; and {len(self.errors) - 3} more" if len(self.errors) > 3 else ""
+            raise SampleError(f"{bad} in {image_map} and {captions_file}: {first}{more}")
         if max_samples is None and len(captions) > len(entries):
             surplus = format_count(len(captions) - len(entries), "entry has", "entries have")
             logger.warning("%s: %s no image_map entry", captions_file, surplus)
@@ -133,10 +128,6 @@ class Annotations:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
-
-    def images(self) -> list[tuple[str, str]]:
-        """List (folder, file name) of every image once."""
-        return list(dict.fromkeys((sample.image_folder, name) for sample in self for name in sample.image_files))
 
 
 def find_folder(image_map: Path, must_exist: bool, written: str) -> str:
@@ -184,10 +175,10 @@ def _parse_entry(key: str, entry: Any, captions: dict[str, Any], folder_of: Call
     try:
         folder, files = folder_and_files(entry, folder_of)
         turns = _turns(captions.get(str(sample_id)))
-        placeholders = sum(count_placeholders(question) for question, _ in turns)
+        placeholders = sum(question.count(IMAGE_TOKEN) for question, _ in turns)
         if placeholders != len(files):
             raise SampleError(
-                f"its questions have {format_count(placeholders, 'image placeholder')} <|extra_0|> but it has "
+                f"its questions have {format_count(placeholders, 'image placeholder')} {IMAGE_TOKEN} but it has "
                 f"{format_count(len(files), 'image')}; write one for each image"
             )
     except SampleError as error:
@@ -199,8 +190,8 @@ def folder_and_files(entry: Any, folder_of: Callable[[str], str]) -> tuple[str, 
     """Return the folder of an entry's images, empty if it has none, and their names."""
     if not isinstance(entry, dict):
         raise SampleError(f"must be an object, got {type(entry).__name__}")
-    field = next((name for name in ("image_file", "iamge_file") if name in entry), None)
-    if field is None:
+    field = "image_file" if "image_file" in entry else "iamge_file"
+    if field not in entry:
         raise SampleError("has no `image_file`; write null for a sample without images")
     value = entry[field]
     files = [] if value is None else value if isinstance(value, list) else [value]
@@ -211,34 +202,28 @@ def folder_and_files(entry: Any, folder_of: Callable[[str], str]) -> tuple[str, 
             raise SampleError(f"{reason}: {_short(file)}")
     if not files:
         return "", []
-    if not isinstance(entry.get("path"), str):
-        raise SampleError(f"`path` must be the image folder, got {_short(entry.get('path'))}")
-    return folder_of(entry["path"]), files
+    path = entry.get("path")
+    if not isinstance(path, str) or not path:  # an empty one would be the current folder
+        raise SampleError(f"`path` must be the image folder, got {_short(path)}")
+    return folder_of(path), files
 
 
 def _turns(caption: Any) -> list[tuple[str, list[str]]]:
     """Return the (question, alternative answers) of each turn."""
     if caption is None:
         raise SampleError("has no entry in the captions file")
-    if not isinstance(caption, dict):
-        raise SampleError(f'its caption must be {{"q", "a"}} or {{"turns"}}, got {type(caption).__name__}')
+    if not isinstance(caption, dict) or ("turns" in caption) == ("q" in caption or "a" in caption):
+        raise SampleError(f'its caption must be either {{"q", "a"}} or {{"turns"}}, got {_short(caption)}')
     turns = caption.get("turns", [caption])
-    if "turns" in caption and ("q" in caption or "a" in caption):
-        raise SampleError('its caption has both "turns" and "q" or "a"; keep one form')
     if not isinstance(turns, list) or not turns:
         raise SampleError(f'"turns" must be a list of {{"q", "a"}} objects, got {_short(turns)}')
     checked = []
     for number, turn in enumerate(turns, start=1):
-        where = f"turn {number}: " if "turns" in caption else ""
-        if not isinstance(turn, dict):
-            raise SampleError(f'{where}expected {{"q", "a"}}, got {_short(turn)}')
-        question, answer = turn.get("q"), turn.get("a")
-        if not isinstance(question, str):
-            raise SampleError(f'{where}"q" must be a string, got {_short(question)}')
+        question, answer = (turn.get("q"), turn.get("a")) if isinstance(turn, dict) else (None, None)
         answers: list[Any] = answer if isinstance(answer, list) else [answer]
-        if not answers or not all(isinstance(text, str) for text in answers):
-            raise SampleError(f'{where}"a" must be a string or a list of them, got {_short(answer)}')
+        if not isinstance(question, str) or not answers or not all(isinstance(text, str) for text in answers):
+            raise SampleError(f'turn {number} must be {{"q": text, "a": text or list of texts}}, got {_short(turn)}')
         if not all(text.strip() for text in answers):
-            raise SampleError(f"{where}an answer is empty")
+            raise SampleError(f"turn {number}: an answer is empty")
         checked.append((question, answers))
     return checked

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from dataprocess.messages import format_count
 
@@ -46,6 +48,15 @@ class BadSamples:
         """Positions of the bad samples in the data set."""
         return self.flags.nonzero().flatten().tolist()
 
+    def all_messages(self, dataset: Dataset[Any]) -> list[str]:
+        """Return what is wrong with each bad sample of the data set; each message names its sample."""
+        indices = self.indices  # once: a data worker may mark another sample at any moment
+        for index in indices:
+            if index not in self.messages:  # marked by a data worker, another process, or before resuming
+                sample = dataset[index]  # is marked, with its message, if it is still bad
+                self.mark(index, f"sample {sample['id']}: could not be read, but can be now")
+        return [*self.unreadable, *(self.messages[index] for index in indices)]
+
     def check(self, where: str | None) -> None:
         """Refuse more bad samples than are allowed, naming the file that lists them, or the first unreadable one."""
         total = len(self.flags) + len(self.unreadable)
@@ -59,28 +70,18 @@ class BadSamples:
 
 
 class CutAnswers:
-    """The answers that had to be cut at `max_length`, over all epochs."""
+    """Counts the answers of a data set that had to be cut at `max_length`, over all epochs."""
 
     def __init__(self, num_samples: int, max_length: int, name: str) -> None:
         self.max_length = max_length
         self.name = name
-        """Of the data set, for the log."""
-        # (samples, 2): how often, and tokens lost. In shared memory; no two data workers write to one row at a time.
-        self._counts = torch.zeros(num_samples, 2, dtype=torch.int32).share_memory_()
+        self.counts = torch.zeros(num_samples, 2, dtype=torch.int32).share_memory_()
+        """(samples, 2) how often, and tokens lost; shared with the data workers, of which each has rows of its own."""
         self._logged = 0
-
-    def add(self, index: int, num_tokens: int) -> None:
-        """Count a sample whose answers lost some tokens."""
-        self._counts[index] += torch.tensor([1, num_tokens])
-
-    def totals(self) -> tuple[int, int]:
-        """Return how many times an answer was cut, and how many tokens, end tokens included, were lost."""
-        times, tokens = self._counts.sum(dim=0).tolist()
-        return times, tokens
 
     def log(self) -> None:
         """Log the totals if they have grown since the last call."""
-        times, tokens = self.totals()
+        times, tokens = self.counts.sum(dim=0).tolist()
         if times > self._logged:
             said = "%s: %s, an answer was cut at %d tokens; %s lost so far"
             logger.warning(said, self.name, format_count(times, "time"), self.max_length, format_count(tokens, "token"))

@@ -5,10 +5,9 @@ Shape legend: T tokens of the sample, n images of it, H x W pixels of an image, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         tokenizer: QWen's tokenizer.
         image_transform: the vision tower's own, PIL RGB -> float tensor (3, H, W).
         num_image_tokens: the tower's features per image.
-        max_length: the most tokens of a sample; more are cut from the end of the last answer.
+        max_length: the most tokens of a sample; more are cut from its end.
         seed: decides, with epoch and ID, which alternative answer is used.
         system: the system prompt.
         training: draw among alternatives; otherwise the first one is used.
@@ -64,7 +63,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         need_folders: a missing image folder makes its samples bad; a dry run needs none.
 
     Raises:
-        ValueError: a file cannot be read or has not the expected form, or a number is out of range.
+        ValueError: a file cannot be read or has not the expected form.
         SampleError: samples are contradictory or incomplete.
     """
 
@@ -87,11 +86,6 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         feature_cache: Any = None,
         need_folders: bool = True,
     ) -> None:
-        if on_bad_sample not in ("error", "skip"):
-            raise ValueError(f"on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
-        for name, value in (("num_image_tokens", num_image_tokens), ("max_length", max_length)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.tokenizer = tokenizer
         self.image_transform = image_transform
         self.num_image_tokens = num_image_tokens
@@ -122,21 +116,6 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
             SampleError: its questions leave no room for an answer; the message names its ID.
             ImageError: an image of it cannot be used; the message names its ID and the file.
         """
-        try:
-            item, num_cut = self._build(index)
-        except (SampleError, ImageError) as error:
-            if not self.skips_bad:
-                raise
-            self.bad.mark(index, str(error))
-            # It has no label, so it adds nothing to the loss, and the batch keeps its number of rows.
-            ids, labels = torch.tensor([self.tokenizer.eod_id]), torch.tensor([IGNORE_INDEX])  # (1,), (1,)
-            return {"input_ids": ids, "labels": labels, "id": self.annotations[index].id}
-        if num_cut:
-            self.cuts.add(index, num_cut)
-        return item
-
-    def _build(self, index: int) -> tuple[dict[str, Any], int]:
-        """Return the sample at a position, and how many tokens of its answers were cut."""
         sample = self.annotations[index]
         try:
             encoded = self.encode(sample)
@@ -153,8 +132,16 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
                 else:
                     item["vision_features"] = torch.stack([self._features(path) for path in paths])  # (n, P, D)
         except (SampleError, ImageError) as error:
-            raise type(error)(f"sample {sample.id}: {error}") from None
-        return item, encoded.num_cut
+            message = f"sample {sample.id}: {error}"
+            if not self.skips_bad:
+                raise type(error)(message) from None
+            self.bad.mark(index, message)
+            # It has no label, so it adds nothing to the loss, and the batch keeps its number of rows.
+            ids, labels = torch.tensor([self.tokenizer.eod_id]), torch.tensor([IGNORE_INDEX])  # (1,), (1,)
+            return {"input_ids": ids, "labels": labels, "id": sample.id}
+        if encoded.num_cut:
+            self.cuts.counts[index] += torch.tensor([1, encoded.num_cut])
+        return item
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Turn a sample's text into token ids and labels, with the answers that the current epoch draws.
@@ -181,21 +168,3 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         """Choose the epoch, counted from 0, before iterating over it; logs what was cut until now."""
         self.cuts.log()
         self._epoch.fill_(epoch)
-
-    def image_files(self) -> Iterator[Path]:
-        """Yield the file of every image once, except those that would be refused for leading out of their folder."""
-        for folder, name in self.annotations.images():
-            with contextlib.suppress(ImageError):
-                yield resolve_image_path(folder, name, self.allow_links)
-
-    def bad_sample_messages(self) -> list[str]:
-        """Return what is wrong with each of the samples found bad so far; each message names its sample."""
-        indices = self.bad.indices  # once: a data worker may mark another sample at any moment
-        for index in indices:
-            if index not in self.bad.messages:  # marked by a data worker, another process, or before resuming
-                try:
-                    self._build(index)
-                    self.bad.mark(index, f"sample {self.annotations[index].id}: could not be read, but can be now")
-                except (SampleError, ImageError) as error:
-                    self.bad.mark(index, str(error))
-        return [*self.bad.unreadable, *(self.bad.messages[index] for index in indices)]

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataprocess.messages import format_count
 from qwen import IGNORE_INDEX
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, build_prompt, question_ids, system_ids
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
@@ -37,29 +36,6 @@ class EncodedSample:
     """T labels: the id itself for tokens of an answer and its end token, `IGNORE_INDEX` for all others; not shifted."""
     num_cut: int
     """Tokens of answers, end tokens included, that were lost to `max_length`."""
-
-
-def count_placeholders(text: str) -> int:
-    """Count the image placeholders in a question."""
-    return text.count(IMAGE_TOKEN)
-
-
-def with_placeholders(prompt: str, num_images: int) -> str:
-    """Put a placeholder for every image before a prompt that has none at all.
-
-    Raises:
-        ValueError: if it has some, but not one for each image.
-    """
-    found = count_placeholders(prompt)
-    if found == 0:
-        return IMAGE_TOKEN * num_images + prompt
-    if found != num_images:
-        raise ValueError(
-            f"the prompt has {format_count(found, 'placeholder')} {IMAGE_TOKEN}, but "
-            f"{format_count(num_images, 'image is', 'images are')} given; "
-            "write one placeholder for each image, or none at all"
-        )
-    return prompt
 
 
 def encode_question(tokenizer: QWenTokenizer, question: str, num_image_tokens: int) -> list[int]:

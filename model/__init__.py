@@ -1,8 +1,9 @@
 """The vision-language model: its parts, their checkpoints, and the Trainer subclass."""
 
 from .arguments import VLMTrainingArguments
-from .checkpoints.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from .checkpoints.saving import save_checkpoint
+from .checkpoints.checkpoint import read_checkpoint
+from .checkpoints.folder import CheckpointError
+from .checkpoints.saving import Checkpoint, save_checkpoint
 from .lora import LoraSettings, LoraTargetError
 from .projector import build_projector
 from .trainer import VLMTrainer

@@ -22,8 +22,8 @@ from qwen.loss import head_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
 
-from .checkpoints.base_models import base_fingerprints, base_models, drops_first_patch, load_language_model
-from .checkpoints.checkpoint import check_bases, load_lora, load_projector, num_projector_layers, read_checkpoint
+from .checkpoints.base_models import base_fingerprints, base_models, load_language_model
+from .checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
 from .checkpoints.previous import restore_weights
 from .checkpoints.saving import multimodal_config, save_checkpoint
 from .device import pick_device, pick_dtype
@@ -95,7 +95,8 @@ class VisionLanguageModel(nn.Module):
         language_name, vision_name = base_models(base_language_model, base_value_model, checkpoint)
 
         # The frozen half, in the dtype that autocast computes in.
-        tower = build_vision_tower(vision_name, dtype, drop_first_patch=drops_first_patch(checkpoint, vision_name))
+        drop = checkpoint is not None and drops_first_patch(checkpoint, vision_name)
+        tower = build_vision_tower(vision_name, dtype, drop_first_patch=drop)
         language_model: Any = load_language_model(language_name, dtype)
         language_model.requires_grad_(False)
         fingerprints = base_fingerprints(tower, language_model)
@@ -103,7 +104,7 @@ class VisionLanguageModel(nn.Module):
         # The trained half, in fp32: steps of a small learning rate would be lost in bf16's 8 bits.
         if checkpoint is not None:
             check_bases(checkpoint, tower, language_model, fingerprints)
-            projector_layers = num_projector_layers(checkpoint)
+            projector_layers = checkpoint.projector_layers
         projector = build_projector(tower.hidden_size, language_model.config.hidden_size, projector_layers)
         if checkpoint is not None:
             load_projector(projector, checkpoint.folder)

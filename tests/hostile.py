@@ -85,7 +85,7 @@ def train_on_all(folder: Path, tokenizer: Any) -> tuple[str, list[dict[str, Any]
     for index in bad:
         assert samples[index]["input_ids"].tolist() == [tokenizer.eod_id]
         assert (samples[index]["labels"] == -100).all()
-    messages = lenient.bad_sample_messages()
+    messages = lenient.bad.all_messages(lenient)
     assert len(messages) == len(lenient.bad)
     assert bool(messages) == bool(problem)
     assert all(message in problem or problem in message or "bad sample" in problem for message in messages)

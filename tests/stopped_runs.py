@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 
 from dataset.bad_samples import CutAnswers
 from dataset.epoch_order import EpochOrder
+from dataset.grouped_order import GroupedOrder
 from model import VLMTrainer, VLMTrainingArguments
-from model.checkpoints.tensor_files import CheckpointError
+from model.checkpoints.folder import CheckpointError
 from model.runs.resuming import check_resumable, newest_resumable
 from model.runs.run_folder import clear_leftovers
 from qwen import IGNORE_INDEX
@@ -125,7 +126,9 @@ def new_trainer(
     return Recorder(
         model=model or enliven_trained(new_model(bases, dropout=dropout), std=0.1),
         args=VLMTrainingArguments(**{**settings, **changes}),
-        train_dataset=EpochOrder(Answers(size), settings["seed"], lengths),
+        train_dataset=EpochOrder(Answers(size), settings["seed"])
+        if lengths is None
+        else GroupedOrder(Answers(size), settings["seed"], lengths),
         eval_dataset=Answers(5),
         data_collator=collate_list,
         callbacks=list(callbacks),

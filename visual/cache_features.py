@@ -27,8 +27,7 @@ from dataprocess.image_io import ImageError, resolve_image_path
 from dataprocess.messages import format_count, shorten
 from dataset.annotations import find_folder, folder_and_files, read_object
 from dataset.prompt import SampleError
-from model.checkpoints.base_models import drops_first_patch
-from model.checkpoints.checkpoint import read_checkpoint
+from model.checkpoints.checkpoint import drops_first_patch, read_checkpoint
 from model.console import OneLineErrors, set_up_logging
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.errors import in_one_line, is_out_of_memory, out_of_memory
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = parse_dtype(args.dtype) if args.dtype else pick_dtype(device)
     paths, bad_images, bad_entries = list_images(args.image_map, args.allow_links)
     previous = read_checkpoint(args.previous_lora_weights) if args.previous_lora_weights is not None else None
-    drop = drops_first_patch(previous, args.base_value_model)
+    drop = previous is not None and drops_first_patch(previous, args.base_value_model)
     tower = build_vision_tower(args.base_value_model, dtype, drop_first_patch=drop).to(device)
     cache = open_feature_cache(args.feature_cache, tower, args.feature_cache_dtype)
     problem = lack_of_space(cache, tower, paths)

@@ -79,7 +79,8 @@ def write_llava(size: Any, folder: Path) -> None:
 
 def prompt_of(size: Any, folder: Path) -> list[int]:
     """Return the token ids that test.py makes of the question."""
-    from dataset.prompt import encode_question, with_placeholders
+    from dataset.prompt import encode_question
+    from model.asking.assistant import with_placeholders
     from model.checkpoints.base_models import load_tokenizer
 
     return encode_question(load_tokenizer(str(folder / "qwen")), with_placeholders(QUESTION, 1), size.num_image_tokens)

@@ -53,8 +53,8 @@ def count(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Return the padding of an epoch in each order; writes samples to train, as many whole grouped batches."""
     import torch
 
-    from dataset.epoch_order import epoch_permutation, grouped_permutation
-    from dataset.sample_lengths import estimated_lengths
+    from dataset.epoch_order import epoch_permutation
+    from dataset.grouped_order import estimated_lengths, grouped_permutation
 
     from ..data.prepare import write_annotations
     from ..data.prepare_run import new_tokenizer, open_dataset

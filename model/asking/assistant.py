@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dataprocess.messages import format_count
 from dataset.prompt import encode_prompt
-from qwen import QWenTokenizer
+from qwen import IMAGE_TOKEN, QWenTokenizer
 from qwen.answering import MOST_EXTREME, answer_ids
 from qwen.batch_answering import answer_batch
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn
@@ -85,6 +86,24 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
     if args.do_sample is False and without_effect:
         logger.warning("--greedy takes the likeliest token each time: %s has no effect", ", ".join(without_effect))
     return args
+
+
+def with_placeholders(prompt: str, num_images: int) -> str:
+    """Put a placeholder for every image before a prompt that has none at all.
+
+    Raises:
+        ValueError: if it has some, but not one for each image.
+    """
+    found = prompt.count(IMAGE_TOKEN)
+    if found == 0:
+        return IMAGE_TOKEN * num_images + prompt
+    if found != num_images:
+        raise ValueError(
+            f"the prompt has {format_count(found, 'placeholder')} {IMAGE_TOKEN}, but "
+            f"{format_count(num_images, 'image is', 'images are')} given; "
+            "write one placeholder for each image, or none at all"
+        )
+    return prompt
 
 
 def load_assistant(args: argparse.Namespace) -> Assistant:

@@ -16,14 +16,13 @@ from tqdm import tqdm
 from dataprocess.file_lock import hold
 from dataprocess.image_io import load_image
 from dataprocess.messages import format_count
-from dataset.prompt import with_placeholders
 from qwen.answering import complete_settings, decode, start_decoding
 
 from ..checkpoints.checkpoint import resolve_checkpoint
 from ..console import one_line
 from ..errors import in_one_line
 from .answer_file import AnswerFile, digest, picture_stamp, trained_digest
-from .assistant import Assistant, load_assistant
+from .assistant import Assistant, load_assistant, with_placeholders
 from .question_file import Question, read_questions
 
 logger = logging.getLogger(__name__)

@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
-from dataset.prompt import with_placeholders
 from qwen import IMAGE_TOKEN
 from qwen.chatml import Turn
 from qwen.prompt_cache import PromptCache
 
 from ..errors import in_one_line, is_out_of_memory, out_of_memory
-from .assistant import Assistant
+from .assistant import Assistant, with_placeholders
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from transformers import set_seed
 
-from dataprocess.image_io import ImageError, load_image
+from dataprocess.image_io import FORMATS, ImageError, load_image
 
 from ..console import one_line
 from .assistant import Assistant
@@ -25,6 +26,15 @@ def check_folder(args: argparse.Namespace) -> None:
         raise ValueError("--image_path is a folder, so --prompt is needed; a chat is about one picture")
     if args.stream:
         raise ValueError("--stream shows one answer as it grows, a folder gives a line per picture; leave --stream out")
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the files of a folder whose extension is that of a picture, by name; refuse a folder without any."""
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
+    if not paths:
+        raise ValueError(f"{folder}: there is no picture in this folder, no file named *.jpg, *.png or the like")
+    return paths
 
 
 def ask_about_each(assistant: Assistant, prompt: str, paths: Sequence[Path], seed: int) -> int:

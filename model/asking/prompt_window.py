@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from dataprocess.messages import format_count
-from dataset.prompt import count_placeholders, encode_prompt, encode_question
+from dataset.prompt import encode_prompt, encode_question
 from qwen.chatml import Turn, question_ids, system_ids
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
 
@@ -43,7 +43,7 @@ def fit_prompt(
     turns = list(history)
     ids, dropped = encode_prompt(tokenizer, query, num_image_tokens, turns, system, max_window_size)
     while dropped:
-        images = IMAGE_TOKEN * sum(count_placeholders(question) for question, _ in turns[:dropped])
+        images = IMAGE_TOKEN * sum(question.count(IMAGE_TOKEN) for question, _ in turns[:dropped])
         turns = turns[dropped:]
         if turns:
             turns[0] = (images + turns[0][0], turns[0][1])
@@ -65,7 +65,7 @@ def fit_prompt(
         num_cut += 1
     if num_cut >= len(text):
         raise ValueError(
-            f"system prompt and {format_count(count_placeholders(query), 'image')} leave no room for a question in the "
+            f"system prompt and {format_count(query.count(IMAGE_TOKEN), 'image')} leave no room for a question in the "
             f"window of {max_window_size} tokens; shorten the system prompt or give fewer images"
         )
     left_out = format_count(num_cut, "token of its text was", "tokens of its text were")

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTokenizer
 from visual.base import VisionTower
-from visual.loading import read_config
 
+from .folder import CheckpointError
 from .saving import Checkpoint
-from .tensor_files import CheckpointError, map_tensors, reading
 
 logger = logging.getLogger(__name__)
 
@@ -41,23 +41,15 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
     Raises:
         CheckpointError: if one is named neither here nor there.
     """
-    config = checkpoint.config if checkpoint is not None else None
-    if config is not None:
-        language, vision = language or config.base_language_model, vision or config.base_value_model
+    if checkpoint is not None and checkpoint.config is not None:
+        language = language or checkpoint.config.base_language_model
+        vision = vision or checkpoint.config.base_value_model
     if language is None or vision is None:
         flags = {"--base_language_model": language, "--base_value_model": vision}
         missing = " and ".join(flag for flag, name in flags.items() if name is None)
         raise CheckpointError(f"give {missing}: there is no checkpoint whose multimodal_config.json says what it is")
     logger.info("base language model: %s; base vision model: %s", language, vision)
     return language, vision
-
-
-def drops_first_patch(checkpoint: Checkpoint | None, vision_name: str) -> bool:
-    """Return whether SigLIP's first patch is left out: in the original project's checkpoints and what came of them."""
-    if checkpoint is None:
-        return False
-    is_siglip = str(read_config(vision_name).get("model_type")).startswith("siglip")
-    return is_siglip and (checkpoint.config is None or checkpoint.config.drop_first_patch)
 
 
 # ---- The language model
@@ -109,10 +101,9 @@ def read_language_config(name_or_path: str) -> QWenConfig:
             "the first generation, as Qwen/Qwen-7B-Chat"
         )
     try:
-        config: QWenConfig = QWenConfig.from_dict(values)
+        return QWenConfig.from_dict(values)
     except Exception as error:  # a file's values may be of any type
         raise ValueError(f"{base}: its config.json can't be used: {' '.join(str(error).split())}") from error
-    return config
 
 
 def _not_found(name: str, error: Exception) -> ValueError:
@@ -131,13 +122,10 @@ def base_fingerprints(tower: VisionTower, language_model: QWenLMHeadModel) -> di
     """Return the fingerprints of both base models, as `multimodal_config.json` keeps them.
 
     They come from the published files and not from the modules that transformers makes of them, so that no upgrade
-    changes them.
-
-    Args:
-        tower: the vision tower; how it prepares images counts too.
-        language_model: the language model.
+    changes them. How the tower prepares images counts too.
     """
-    images = _read_published(tower.name_or_path, "preprocessor_config.json") or {}
+    processor = _published(tower.name_or_path, "preprocessor_config.json")
+    images = json.loads(processor.read_text(encoding="utf-8")) if processor is not None else {}
     prepared = {name: images.get(name) for name in _IMAGE_SETTINGS}
     config = {name: getattr(language_model.config, name) for name in _LANGUAGE_SETTINGS}
     vision, language = (_published_weights(name) for name in (tower.name_or_path, str(language_model.name_or_path)))
@@ -153,11 +141,10 @@ def fingerprint(weights: dict[str, Tensor], *settings: dict[str, Any]) -> str:
     Values are taken as bfloat16, so that a copy in bf16 has the fingerprint of the fp32 original. Of a CLIP-like model
     the vision half counts alone; what is computed (positions, frequencies) does not.
     """
-    vision_half = {
-        name.removeprefix("vision_model."): value for name, value in weights.items() if name.startswith("vision_model.")
-    }
     if not weights:
         return ""
+    prefix = "vision_model."
+    vision_half = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     digest = hashlib.sha256()
     for name, value in sorted((vision_half or weights).items()):
         if not value.is_floating_point() or name.endswith("inv_freq"):
@@ -184,23 +171,13 @@ def _published(name: str, file: str) -> Path | None:
         return None
 
 
-def _read_published(name: str, file: str) -> dict[str, Any] | None:
-    path = _published(name, file)
-    if path is None:
-        return None
-    with reading(path):
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
-
-
 def _published_weights(name: str) -> dict[str, Tensor]:
     """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
     for file in ("model.safetensors", "pytorch_model.bin"):
         parts = [file]
-        if _published(name, file) is None:
-            index = _read_published(name, f"{file}.index.json") or {"weight_map": {}}
-            parts = sorted(set(index["weight_map"].values()))
+        if _published(name, file) is None and (index := _published(name, f"{file}.index.json")) is not None:
+            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         paths = [path for part in parts if (path := _published(name, part)) is not None]
         if paths:
-            return {key: value for path in paths for key, value in map_tensors(path).items()}
+            return {key: value for path in paths for key, value in load_state_dict(path, weights_only=True).items()}
     return {}

@@ -13,40 +13,39 @@ from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
 
-import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwen import MultimodalQWenLMHeadModel
 from visual.base import VisionTower
+from visual.loading import read_config
 
 from ..lora import make_lean
 from .base_models import comparable
-from .configs import read_lora_config, read_multimodal_config
-from .saving import (
+from .folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CHECKSUMS,
     MULTIMODAL_CONFIG,
     PROJECTOR_WEIGHTS,
     WEIGHTS,
-    Checkpoint,
-)
-from .tensor_files import (
-    CHECKSUMS,
     CheckpointError,
-    check_file,
     numbered_checkpoints,
-    read_json,
-    read_tensors,
-    reading,
     sha256,
 )
+from .readers import check_file, read_json, read_lora_config, read_multimodal_config, read_tensors, reading
+from .saving import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 ORIGINAL_ADAPTER_WEIGHTS = "adapter_model.bin"
 ORIGINAL_PROJECTOR_WEIGHTS = "other_params.bin"
+_NEEDED: tuple[tuple[str, ...], ...] = (
+    (ADAPTER_CONFIG,),
+    (ADAPTER_WEIGHTS, ORIGINAL_ADAPTER_WEIGHTS),
+    (PROJECTOR_WEIGHTS, ORIGINAL_PROJECTOR_WEIGHTS),
+)
 
 
 # ---- Find and read
@@ -63,21 +62,13 @@ def resolve_checkpoint(folder: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"checkpoint {path}: no such folder; give a checkpoint or a run folder")
     numbered = numbered_checkpoints(path)
     for candidate in (*numbered, path):
-        missing = _missing(candidate)
+        is_ours = (candidate / PROJECTOR_WEIGHTS).exists()
+        needed = (*_NEEDED, (MULTIMODAL_CONFIG,)) if is_ours else _NEEDED
+        missing = [" or ".join(names) for names in needed if not any((candidate / name).exists() for name in names)]
         if not missing:
             return candidate
     inside = f" and none of its {len(numbered)} checkpoint-* folders is complete" if numbered else ""
     raise CheckpointError(f"checkpoint {path}: {' and '.join(missing)} missing{inside}")
-
-
-def _missing(folder: Path) -> list[str]:
-    adapter = (ADAPTER_WEIGHTS, ORIGINAL_ADAPTER_WEIGHTS)
-    projector = (PROJECTOR_WEIGHTS, ORIGINAL_PROJECTOR_WEIGHTS)
-    wanted = ((ADAPTER_CONFIG,), adapter, projector)
-    missing = [" or ".join(names) for names in wanted if not any((folder / name).exists() for name in names)]
-    if (folder / PROJECTOR_WEIGHTS).exists() and not (folder / MULTIMODAL_CONFIG).exists():
-        missing.append(MULTIMODAL_CONFIG)
-    return missing
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -87,10 +78,12 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: if files are missing, damaged, or can't be read.
     """
     path = resolve_checkpoint(folder)
-    if not (path / MULTIMODAL_CONFIG).exists():  # of the original project
-        return Checkpoint(path, None, read_lora_config(path))
+    if not (path / MULTIMODAL_CONFIG).exists():  # of the original project: only the weights show the number of layers
+        layers = 2 if any(name.startswith("2.") for name in read_projector(path)) else 1
+        return Checkpoint(path, None, read_lora_config(path), layers)
     check_checksums(path, WEIGHTS)
-    return Checkpoint(path, read_multimodal_config(path), read_lora_config(path))
+    config = read_multimodal_config(path)
+    return Checkpoint(path, config, read_lora_config(path), config.projector_layers)
 
 
 def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = False) -> None:
@@ -126,11 +119,10 @@ def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = Fa
 # ---- Does it fit the base models?
 
 
-def num_projector_layers(checkpoint: Checkpoint) -> int:
-    """Return the checkpoint's number of projector layers; the original project's show it by their weights only."""
-    if checkpoint.config is not None:
-        return checkpoint.config.projector_layers
-    return 2 if any(name.startswith("2.") for name in read_projector(checkpoint.folder)) else 1
+def drops_first_patch(checkpoint: Checkpoint, vision_name: str) -> bool:
+    """Return whether SigLIP's first patch is left out: in the original project's checkpoints and what came of them."""
+    is_siglip = str(read_config(vision_name).get("model_type")).startswith("siglip")
+    return is_siglip and (checkpoint.config is None or checkpoint.config.drop_first_patch)
 
 
 def check_bases(
@@ -139,13 +131,7 @@ def check_bases(
     language_model: MultimodalQWenLMHeadModel,
     fingerprints: dict[str, str],
 ) -> None:
-    """Check that the base models match the checkpoint; the original project's checkpoints record nothing.
-
-    Args:
-        checkpoint: the checkpoint.
-        tower: the vision tower at hand.
-        language_model: the language model at hand.
-        fingerprints: of both, as `base_fingerprints` gives them.
+    """Check that the base models at hand match the checkpoint; the original project's checkpoints record nothing.
 
     Raises:
         CheckpointError: with every difference.
@@ -201,76 +187,63 @@ def load_lora(
     config.base_model_name_or_path = language_model.name_or_path  # or PEFT warns that it is another
     if dropout is not None:
         config.lora_dropout = dropout
-    weights = _normalised_adapter_names(_read_adapter(checkpoint.folder))
     try:
         wrapped = get_peft_model(language_model, config, low_cpu_mem_usage=True)  # layers of shapes, without values
         make_lean(wrapped)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder / ADAPTER_CONFIG}: {error}") from error
-    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    check_weights(expected, weights, f"adapter in {checkpoint.folder}", "another base language model or rank")
-    # By torch, not PEFT, which would round them to the base model's dtype. What is trained is a copy: it must not
-    # depend on a mapped file, which may be overwritten.
-    named = {
-        re.sub(r"(lora_[AB])\.", r"\1.default.", name): tensor.to(torch.float32, copy=trainable)
-        for name, tensor in weights.items()
-    }
-    wrapped.load_state_dict(named, strict=False, assign=True)
+    weights = read_adapter(wrapped, checkpoint.folder)
+    if trainable:  # a copy: what is trained must not depend on a mapped file, which may be overwritten
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
+    wrapped.load_state_dict(weights, strict=False, assign=True)
     return wrapped
 
 
-def load_adapter_weights(language_model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Load a checkpoint's LoRA weights into a model that has its LoRA layers already.
+def read_adapter(wrapped: PeftModel, folder: Path) -> dict[str, Tensor]:
+    """Read a checkpoint's LoRA weights for a model with such layers: in fp32, under the names of its parameters.
+
+    torch can load them as they are. PEFT would round them to the base model's dtype.
 
     Raises:
         CheckpointError: if names or shapes differ.
     """
-    weights = _normalised_adapter_names(_read_adapter(Path(folder)))
-    expected = get_peft_model_state_dict(language_model, save_embedding_layers=False)
+    name = ADAPTER_WEIGHTS if (folder / ADAPTER_WEIGHTS).exists() else ORIGINAL_ADAPTER_WEIGHTS
+    # Names as PEFT writes them: without the adapter's own name, from the language model on.
+    weights = {
+        re.sub(r"^.*?(?=base_model\.model\.)", "", re.sub(r"(lora_[AB])\.default\.", r"\1.", name)): tensor
+        for name, tensor in read_tensors(folder / name).items()
+    }
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     check_weights(expected, weights, f"adapter in {folder}", "another base language model or rank")
-    set_peft_model_state_dict(language_model, weights)
+    return {re.sub(r"(lora_[AB])\.", r"\1.default.", name): tensor.float() for name, tensor in weights.items()}
 
 
-def load_projector(projector: nn.Module, folder: str | os.PathLike[str]) -> None:
+def load_projector(projector: nn.Module, folder: Path) -> None:
     """Load a checkpoint's weights into the projector.
 
     Raises:
         CheckpointError: if names or shapes differ.
     """
     weights = read_projector(folder)
-    expected = projector.state_dict()
-    check_weights(expected, weights, f"projector in {folder}", "another vision tower or language model")
+    check_weights(projector.state_dict(), weights, f"projector in {folder}", "another vision tower or language model")
     projector.load_state_dict(weights)
 
 
-def read_projector(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_projector(folder: Path) -> dict[str, Tensor]:
     """Read a checkpoint's projector weights, the original project's `other_params.bin` included."""
-    path = Path(folder)
-    if (path / PROJECTOR_WEIGHTS).exists():
-        return read_tensors(path / PROJECTOR_WEIGHTS)
-    weights = read_tensors(path / ORIGINAL_PROJECTOR_WEIGHTS)
+    if (folder / PROJECTOR_WEIGHTS).exists():
+        return read_tensors(folder / PROJECTOR_WEIGHTS)
+    weights = read_tensors(folder / ORIGINAL_PROJECTOR_WEIGHTS)
     # Some of the original's files name the tensors from the whole model's root, as in `feature_proj.0.weight`.
     return {re.sub(r"^.*?(\d+\.(?:weight|bias))$", r"\1", name): tensor for name, tensor in weights.items()}
 
 
-def _read_adapter(folder: Path) -> dict[str, Tensor]:
-    if (folder / ADAPTER_WEIGHTS).exists():
-        return read_tensors(folder / ADAPTER_WEIGHTS)
-    return read_tensors(folder / ORIGINAL_ADAPTER_WEIGHTS)
-
-
-def _normalised_adapter_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return names as PEFT writes them: without the adapter's name, from the language model on."""
-    names = {re.sub(r"(lora_[AB])\.default\.", r"\1.", name): tensor for name, tensor in weights.items()}
-    return {re.sub(r"^.*?(?=base_model\.model\.)", "", name): tensor for name, tensor in names.items()}
-
-
 def check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, likely: str) -> None:
-    """Compare the tensors of a file with the names and shapes that a model needs.
+    """Compare the tensors of a file with the names and shapes that a model needs; they must be finite, too.
 
     Args:
         expected: the model's own tensors.
-        found: those of the file; they must be finite.
+        found: those of the file.
         what: what they are called in the message.
         likely: what most likely differs, if they do not fit.
 

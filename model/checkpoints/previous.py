@@ -8,23 +8,13 @@ from typing import Any
 
 from ..arguments import ModelArguments
 from ..lora import LoraSettings
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check_bases,
-    load_adapter_weights,
-    load_projector,
-    num_projector_layers,
-    read_checkpoint,
-)
+from .checkpoint import check_bases, load_projector, read_adapter, read_checkpoint
+from .folder import CheckpointError
+from .saving import Checkpoint
 
 
 def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:
-    """Compare explicit flags with the checkpoint that training starts from; no base model is needed for that.
-
-    Args:
-        asked: the flags.
-        checkpoint: the one that `--previous_lora_weights` names.
+    """Compare explicit flags with the checkpoint that `--previous_lora_weights` names; no base model is needed.
 
     Raises:
         CheckpointError: if they disagree.
@@ -37,7 +27,7 @@ def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:
             None if targets is None else _with_bars(LoraSettings.parse_targets(targets)),
             _with_bars(name.rsplit(".", 1)[-1] for name in config.target_modules or ()),
         ),
-        "projector_layers": (asked.projector_layers, num_projector_layers(checkpoint)),
+        "projector_layers": (asked.projector_layers, checkpoint.projector_layers),
     }
     for name, (wanted, trained) in flags.items():
         if wanted is not None and wanted != trained:
@@ -52,11 +42,7 @@ def _with_bars(names: Iterable[str]) -> str:
 
 
 def restore_weights(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Do what `VisionLanguageModel.load_checkpoint` says.
-
-    Raises:
-        CheckpointError: likewise.
-    """
+    """Do what `VisionLanguageModel.load_checkpoint` says."""
     checkpoint = read_checkpoint(folder)
     check_bases(checkpoint, model.vision_tower, model.qwen, model.fingerprints)
     alpha = model.language_model.peft_config["default"].lora_alpha
@@ -65,5 +51,6 @@ def restore_weights(model: Any, folder: str | os.PathLike[str]) -> None:
             f"checkpoint {checkpoint.folder} was trained with lora_alpha {checkpoint.lora_config.lora_alpha}, the "
             f"model has {alpha}; give the same --lora_alpha"
         )
-    load_adapter_weights(model.language_model, checkpoint.folder)
+    weights = read_adapter(model.language_model, checkpoint.folder)
+    model.language_model.load_state_dict(weights, strict=False)
     load_projector(model.projector, checkpoint.folder)

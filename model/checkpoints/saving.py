@@ -1,16 +1,11 @@
-"""Save what is trained (LoRA and projector), and a note of what it was trained on.
-
-adapter_config.json, adapter_model.safetensors   as PEFT writes them; names start at the language model
-projector.safetensors                            0.weight 0.bias [2.weight 2.bias]
-multimodal_config.json                           both base models, token counts, dtype, package versions
-checksums.json                                   SHA-256 of each file that loading reads; written last
-"""
+"""Save what is trained (LoRA and projector), and a note of what it was trained on; `folder.py` lists the files."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,49 +14,30 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from .tensor_files import CHECKSUMS, flush_to_disk, write_checksums
+from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS, MULTIMODAL_CONFIG, PROJECTOR_WEIGHTS, WEIGHTS, sha256
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PROJECTOR_WEIGHTS = "projector.safetensors"
-MULTIMODAL_CONFIG = "multimodal_config.json"
-WEIGHTS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG)
-"""The files that asking reads, in addition to `checksums.json`."""
-_PACKAGES = ("torch", "transformers", "peft", "accelerate")
+PACKAGE_VERSIONS = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
 
 
 @dataclass(frozen=True)
 class MultimodalConfig:
     """What a checkpoint was trained on: enough to build the model again and to see what does not fit."""
 
-    base_language_model: str
-    """Hub name or absolute path of the language model."""
-    base_value_model: str
-    """Hub name or absolute path of the vision tower."""
-    vision_tower: str
-    """The tower's `model_type`."""
-    num_image_tokens: int
-    """Tokens that one image takes in the prompt."""
-    vision_hidden_size: int
-    """Channels of a patch feature."""
-    language_hidden_size: int
-    """Channels of the language model's embedding."""
-    vocab_size: int
-    """Rows of the language model's embedding."""
-    projector_layers: int
-    """1 or 2."""
-    vision_tower_fingerprint: str
-    """Of its weights and of how it prepares images, see `base_models.py`; empty: not known."""
-    language_model_fingerprint: str
-    """Of its weights and settings; empty: not known."""
-    drop_first_patch: bool
-    """Whether SigLIP's first patch is left out, as the original project did."""
-    dtype: str
-    """Dtype of the frozen weights while training, as in `bfloat16`."""
-    package_versions: dict[str, str]
-    """Versions of the packages that trained it."""
+    base_language_model: str  # hub name or absolute path
+    base_value_model: str  # hub name or absolute path of the vision tower
+    vision_tower: str  # the tower's `model_type`
+    num_image_tokens: int  # tokens that one image takes in the prompt
+    vision_hidden_size: int  # channels of a patch feature
+    language_hidden_size: int  # channels of the language model's embedding
+    vocab_size: int  # rows of the language model's embedding
+    projector_layers: int  # 1 or 2
+    vision_tower_fingerprint: str  # of its weights and of how it prepares images; empty: not known
+    language_model_fingerprint: str  # of its weights and settings; empty: not known
+    drop_first_patch: bool  # whether SigLIP's first patch is left out, as the original project did
+    dtype: str  # of the frozen weights while training, as in `bfloat16`
+    package_versions: dict[str, str]  # of the packages that trained it
 
 
 @dataclass(frozen=True)
@@ -69,11 +45,9 @@ class Checkpoint:
     """A checkpoint folder, its configuration files read."""
 
     folder: Path
-    """Its path."""
-    config: MultimodalConfig | None
-    """None for folders of the original project."""
-    lora_config: LoraConfig
-    """Rank, alpha, dropout and target modules."""
+    config: MultimodalConfig | None  # None for folders of the original project
+    lora_config: LoraConfig  # rank, alpha, dropout and target modules
+    projector_layers: int  # 1 or 2
 
 
 def multimodal_config(model: Any) -> MultimodalConfig:
@@ -95,13 +69,8 @@ def multimodal_config(model: Any) -> MultimodalConfig:
         **model.fingerprints,
         drop_first_patch=tower.drop_first_patch,
         dtype=str(model.dtype).removeprefix("torch."),
-        package_versions=package_versions(),
+        package_versions=PACKAGE_VERSIONS,
     )
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that matter for a checkpoint."""
-    return {name: version(name) for name in _PACKAGES}
 
 
 def save_checkpoint(
@@ -130,8 +99,11 @@ def save_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        _save_tensors(lora, new / ADAPTER_WEIGHTS)
-        _save_tensors(projector.state_dict(), new / PROJECTOR_WEIGHTS)
+        for name, tensors in ((ADAPTER_WEIGHTS, lora), (PROJECTOR_WEIGHTS, projector.state_dict())):
+            try:
+                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, new / name)
+            except SafetensorError as error:  # a full disk, too
+                raise OSError(f"{new / name}: {error}") from error
         lora_config.save_pretrained(str(new))
         (new / MULTIMODAL_CONFIG).write_text(text + "\n", encoding="utf-8")
         write_checksums(new, WEIGHTS)
@@ -147,8 +119,18 @@ def save_checkpoint(
     flush_to_disk(path)
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Add files to the `checksums.json` of a folder that this process writes."""
+    path = folder / CHECKSUMS
+    sums = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    sums |= {name: sha256(folder / name) for name in names}
+    path.write_text(json.dumps(sums, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when a file, or a folder's list of names, is on the disk and not only on its way there."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # a full disk, too
-        raise OSError(f"{path}: {error}") from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

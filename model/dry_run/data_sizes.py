@@ -10,8 +10,8 @@ import torch
 from dataset import ImageCaptionDataset
 from dataset.annotations import Sample
 from dataset.epoch_order import EpochOrder
+from dataset.grouped_order import MOST_COUNTED, GroupedOrder, draw_some, estimated_lengths, padding_shares
 from dataset.prompt import SampleError, encode_sample
-from dataset.sample_lengths import MOST_COUNTED, draw_some, estimated_lengths, padding_shares
 from qwen import IGNORE_INDEX
 
 from .memory_estimate import BatchShape
@@ -57,8 +57,9 @@ def data_sizes(
         SampleError: if none of the samples that were counted fits.
     """
     lengths = estimated_lengths(dataset)
-    grouped_by = lengths if strategy == "group_by_length" else None
-    order = EpochOrder(dataset, order_seed, grouped_by, shuffled=strategy != "sequential")
+    order = EpochOrder(dataset, order_seed, shuffled=strategy != "sequential")
+    if strategy == "group_by_length":
+        order = GroupedOrder(dataset, order_seed, lengths)
     batches = order.permutation(0).split(rows)
     longest = torch.stack([lengths[batch].max() for batch in batches]).argsort(descending=True, stable=True)
     samples = _sizes_of(dataset, draw_some(len(dataset), most, dataset.seed))
@@ -78,7 +79,7 @@ def data_sizes(
         samples=samples,
         batches=shapes,
         padding=padding_shares(dataset, lengths, rows, order_seed),
-        images=frozenset(dataset.annotations.images()),
+        images=frozenset((one.image_folder, name) for one in dataset.annotations for name in one.image_files),
     )
 
 

@@ -12,8 +12,8 @@ from qwen.loss import CHUNK_LOGITS
 from visual import TowerShape, read_tower_shape
 
 from ..arguments import ModelArguments, VLMTrainingArguments
-from ..checkpoints.base_models import drops_first_patch, read_language_config
-from ..checkpoints.checkpoint import num_projector_layers, read_checkpoint
+from ..checkpoints.base_models import read_language_config
+from ..checkpoints.checkpoint import drops_first_patch, read_checkpoint
 from ..checkpoints.previous import check_previous
 from ..lora import LoraSettings, check_targets
 from ..projector import build_projector
@@ -34,8 +34,8 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
         there = previous.lora_config.target_modules
         targets = (there,) if isinstance(there, str) else tuple(there or ())
         lora = replace(lora, rank=previous.lora_config.r, target_modules=targets)
-        layers = num_projector_layers(previous)
-    drop = drops_first_patch(previous, asked.base_value_model)
+        layers = previous.projector_layers
+    drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
     tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
     return model_shape(read_language_config(asked.base_language_model), tower, lora, layers), lora
 

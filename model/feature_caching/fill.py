@@ -8,8 +8,9 @@ Shape legend: N pictures of a batch, P tokens per image, D width of the tower.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataprocess.image_io import ImageError, load_image
+from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from dataset import ImageCaptionDataset
 from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
@@ -114,7 +115,7 @@ def complete_feature_cache(
     """
     cache = open_feature_cache(folder, model.vision_tower, dtype)
     used = [dataset for dataset in datasets if dataset is not None]
-    paths = list(dict.fromkeys(path for dataset in used for path in dataset.image_files()))
+    paths = list(dict.fromkeys(path for dataset in used for path in image_files(dataset)))
     problem = lack_of_space(cache, model.vision_tower, paths) if args.process_index == 0 else ""
     if problem := "".join(gather_objects(problem)):
         raise ValueError(f"--feature_cache {folder}: {problem}; make room, or give another folder")
@@ -131,6 +132,14 @@ def complete_feature_cache(
     for dataset in used:
         dataset.feature_cache = cache
     return cache
+
+
+def image_files(dataset: ImageCaptionDataset) -> Iterator[Path]:
+    """Yield the file of every image once, except those that would be refused for leading out of their folder."""
+    images = ((sample.image_folder, name) for sample in dataset.annotations for name in sample.image_files)
+    for folder, name in dict.fromkeys(images):
+        with contextlib.suppress(ImageError):
+            yield resolve_image_path(folder, name, dataset.allow_links)
 
 
 @torch.no_grad()

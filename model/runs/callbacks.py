@@ -196,7 +196,7 @@ class WatchBadSamples(TrainerCallback):
     """Counts the samples that could not be read, lists them, and stops the run if they are too many.
 
     Args:
-        dataset: has `bad` and `bad_sample_messages`, as `ImageCaptionDataset` has.
+        dataset: has `bad`, as `ImageCaptionDataset` has.
         list_name: file in the output folder that lists them.
     """
 
@@ -241,7 +241,7 @@ class WatchBadSamples(TrainerCallback):
     on_evaluate = on_step_end  # a loss over what is left of an evaluation set may mean little
 
     def _append_new(self, path: Path) -> None:
-        new = [message for message in self.dataset.bad_sample_messages() if message not in self._listed]
+        new = [message for message in self.dataset.bad.all_messages(self.dataset) if message not in self._listed]
         self._listed.update(new)
         text = "".join(json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in new)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from dataprocess.image_io import ImageError
 from dataset import SampleError
 from dataset.bad_samples import TooManyBadSamplesError
 
-from ..checkpoints.tensor_files import CheckpointError
+from ..checkpoints.folder import CheckpointError
 from ..errors import in_one_line, is_out_of_memory, out_of_memory
 from .callbacks import NotFiniteError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset import ImageCaptionDataset
 from dataset.epoch_order import EpochOrder
-from dataset.sample_lengths import estimated_lengths, padding_shares
+from dataset.grouped_order import GroupedOrder, estimated_lengths, padding_shares
 
 from ..errors import in_one_line
 from .failures import HOW_TO_RESUME, fail
@@ -30,7 +30,7 @@ def in_epoch_order(train_set: ImageCaptionDataset, args: VLMTrainingArguments) -
     if args.process_index == 0:  # one process logs it: it takes a second or two
         shares = [100 * share for share in padding_shares(train_set, lengths, args.train_batch_size, seed)]
         logger.info("batches grouped by length: about %.1f%% of their tokens are padding, %.1f%% ungrouped", *shares)
-    return EpochOrder(train_set, seed, lengths)
+    return GroupedOrder(train_set, seed, lengths)
 
 
 def run_identity(

@@ -22,8 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dataprocess.file_lock import FileLockError, hold
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
-from ..checkpoints.saving import WEIGHTS, package_versions
-from ..checkpoints.tensor_files import CHECKSUMS, CheckpointError, flush_to_disk, numbered_checkpoints
+from ..checkpoints.folder import CHECKSUMS, WEIGHTS, CheckpointError, numbered_checkpoints
+from ..checkpoints.saving import PACKAGE_VERSIONS, flush_to_disk
 from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, first_problem
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: VLMTr
         "model": asdict(model_args),
         "data": asdict(data_args),
         "training": args.to_dict(),
-        "package_versions": package_versions(),
+        "package_versions": PACKAGE_VERSIONS,
     }
     values: dict[str, Any] = json.loads(json.dumps(resolved, default=str))
     return values

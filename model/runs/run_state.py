@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers.trainer_callback import ExportableState
 
-from ..checkpoints.saving import WEIGHTS
-from ..checkpoints.tensor_files import CHECKSUMS, write_checksums
+from ..checkpoints.folder import CHECKSUMS, WEIGHTS
+from ..checkpoints.saving import write_checksums
 from .callbacks import first_problem, gather_objects
 from .run_folder import delete_old_checkpoints, put_in_place, remove
 

@@ -14,6 +14,7 @@ from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, i
 from dataset.annotations import Annotations, _refuse_repeated_keys
 from dataset.bad_samples import TooManyBadSamplesError
 from dataset.image_caption_dataset import draw_alternative
+from model.feature_caching.fill import image_files
 
 COLOURS = {"red.png": (255, 0, 0), "green.png": (0, 255, 0), "blue.png": (0, 0, 255)}
 ASK = {"q": "<|extra_0|>", "a": "B"}
@@ -114,7 +115,6 @@ def test_one_photo_may_have_many_samples(make, images, tokenizer):
     entries = {f"{name}-{i}": one(images, "red.png", i) for i, name in enumerate("abc")}
     dataset = make(entries, {str(i): {"q": "<|extra_0|>", "a": f"answer {i}"} for i in range(3)})
     assert answers(dataset, tokenizer) == [f"answer {i}<|endoftext|>" for i in range(3)]
-    assert list(dataset.image_files()) == [images / "red.png"]
 
 
 def test_files_of_the_original_project(make, images, tokenizer):
@@ -191,13 +191,13 @@ def test_persistent_workers_see_the_epoch_and_their_cuts_are_counted(make, conte
         for epoch in range(3):
             dataset.set_epoch(epoch)
             loaded = [sample for batch in loader for sample in batch]
-            assert dataset.cuts.totals()[0] == 2 * (epoch + 1)
+            assert int(dataset.cuts.counts.sum(dim=0)[0]) == 2 * (epoch + 1)
             expected = make(entries, captions, max_length=60)
             expected.set_epoch(epoch)
             assert [s["labels"].tolist() for s in loaded] == [expected[i]["labels"].tolist() for i in range(12)]
         dataset.cuts.log()
         dataset.cuts.log()
-    times, lost = dataset.cuts.totals()
+    times, lost = dataset.cuts.counts.sum(dim=0).tolist()
     assert lost > 300
     said = [r.getMessage() for r in caplog.records if f"{lost} tokens" in r.getMessage()]
     assert len(said) == 1, "said once"
@@ -240,7 +240,7 @@ def test_messages_of_huge_values_are_short_and_name_the_sample(make, images, pla
         make(entries, captions)
     dataset = make(entries, captions, on_bad_sample="skip")
     assert len(dataset) == 1
-    assert len(dataset.bad_sample_messages()[0]) < 400
+    assert len(dataset.bad.all_messages(dataset)[0]) < 400
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -254,31 +254,31 @@ def test_listing_builds_no_bad_sample_twice(make, images, workers, monkeypatch):
     encode = image_caption_dataset.encode_sample
     monkeypatch.setattr(image_caption_dataset, "encode_sample", lambda *args: built.append(1) or encode(*args))
     for _ in DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=identity):
-        messages = dataset.bad_sample_messages()
+        messages = dataset.bad.all_messages(dataset)
     assert [message.split(":")[0] for message in messages] == [f"sample {i}" for i in range(number)]
     assert all(f"missing {i}.png" in message for i, message in enumerate(messages))
     assert len(built) == number + (workers == 0)  # here, and the good one where no worker builds it
-    assert dataset.cuts.totals()[0] == 1, "the good one's"
+    assert int(dataset.cuts.counts.sum(dim=0)[0]) == 1, "the good one's"
 
 
 def test_a_bad_sample_marked_elsewhere_that_can_be_read_is_said_so(make, images):
     dataset = make({"k": one(images, sample_id=7)}, {"7": ASK}, on_bad_sample="skip")
     dataset.bad.mark(0)  # as a resumed run does
-    messages = dataset.bad_sample_messages()
+    messages = dataset.bad.all_messages(dataset)
     assert "sample 7" in messages[0]
     dataset.bad.mark(0, "another draw of its answers was too long")
-    assert dataset.bad_sample_messages() == messages, "one line for each sample"
-    assert dataset.cuts.totals() == (0, 0)
+    assert dataset.bad.all_messages(dataset) == messages, "one line for each sample"
+    assert not dataset.cuts.counts.any()
 
 
 def test_a_sample_that_a_worker_marks_while_others_are_listed_is_listed_next_time(make, images, monkeypatch):
     entries = {str(i): one(images, f"missing {i}.png", i) for i in range(2)}
     dataset = make(entries, {"0": ASK, "1": ASK}, on_bad_sample="skip", max_bad_fraction=1.0)
     dataset.bad.mark(0)
-    build = dataset._build
-    monkeypatch.setattr(dataset, "_build", lambda index: (dataset.bad.flags.fill_(1), build(index)))
-    assert [message.split(":")[0] for message in dataset.bad_sample_messages()] == ["sample 0"]
-    assert len(dataset.bad_sample_messages()) == 2
+    encode = dataset.encode
+    monkeypatch.setattr(dataset, "encode", lambda sample: (dataset.bad.flags.fill_(1), encode(sample))[1])
+    assert [message.split(":")[0] for message in dataset.bad.all_messages(dataset)] == ["sample 0"]
+    assert len(dataset.bad.all_messages(dataset)) == 2
 
 
 def test_too_many_bad_samples_are_found_by_the_check_not_on_opening(make, images):
@@ -296,9 +296,9 @@ def test_links_may_leave_the_folder_only_if_allowed(make, images, tmp_path):
     refused, allowed = make(*arguments), make(*arguments, allow_links=True)
     with pytest.raises(ImageError, match="sample 4"):
         refused[0]
-    assert list(refused.image_files()) == [images / "red.png"]
+    assert list(image_files(refused)) == [images / "red.png"]
     assert allowed[0]["pixel_values"].shape == (2, 3, 2, 2)
-    assert list(allowed.image_files()) == [images / "link.png", images / "red.png"]
+    assert list(image_files(allowed)) == [images / "link.png", images / "red.png"]
 
 
 # ---- Stored features
@@ -368,12 +368,6 @@ def test_the_fingerprint_tells_samples_but_not_folders(write, images, tmp_path):
     assert fingerprint(answer="C") != original
     moved = images.rename(tmp_path / "moved")
     assert fingerprint(moved) == original, "a run goes on after its pictures were moved"
-
-
-@pytest.mark.parametrize("name", ["max_length", "num_image_tokens", "max_samples"])
-def test_numbers_out_of_range(make, name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
-        make({"k": {"image_file": None, "ID": 3}}, {"3": TEXT_ONLY}, **{name: 0})
 
 
 def test_captions_without_an_entry_are_reported(write, images, caplog):

@@ -12,8 +12,8 @@ from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, write_data
 import train
 from benchmarks.training.grouped import padding_share
 from dataset import ImageCaptionDataset
-from dataset.epoch_order import EpochOrder, epoch_permutation, grouped_permutation
-from dataset.sample_lengths import estimated_lengths, padding_shares
+from dataset.epoch_order import epoch_permutation
+from dataset.grouped_order import GroupedOrder, estimated_lengths, grouped_permutation, padding_shares
 
 
 def random_lengths(number: int, seed: int = 0) -> torch.Tensor:
@@ -87,7 +87,7 @@ SIZE = 22
 
 
 def ids(epoch: int) -> list[int]:
-    order = EpochOrder(Answers(SIZE), 3, answer_lengths(SIZE))
+    order = GroupedOrder(Answers(SIZE), 3, answer_lengths(SIZE))
     order.set_epoch(epoch)
     return [order[i]["id"] for i in range(SIZE)]
 

@@ -33,7 +33,9 @@ from torch.testing import assert_close
 
 from model import CheckpointError, LoraSettings, VisionLanguageModel, read_checkpoint
 from model.checkpoints.checkpoint import resolve_checkpoint
-from model.checkpoints.tensor_files import numbered_checkpoints, read_tensors, write_checksums
+from model.checkpoints.folder import numbered_checkpoints
+from model.checkpoints.readers import read_tensors
+from model.checkpoints.saving import write_checksums
 from qwen import MultimodalQWenLMHeadModel
 
 FILES = {

@@ -32,7 +32,8 @@ from tiny_run import (
 
 import train
 from model import CheckpointError, VisionLanguageModel
-from model.checkpoints.tensor_files import read_json, write_checksums
+from model.checkpoints.readers import read_json
+from model.checkpoints.saving import write_checksums
 from model.runs.resuming import check_resumable
 
 QUICK = shlex.split(

@@ -30,6 +30,7 @@ from two_processes import GROUPED, POISON, Poisoned
 
 import train
 from dataset.epoch_order import EpochOrder
+from dataset.grouped_order import GroupedOrder
 from model import CheckpointError
 from model.runs.callbacks import MOST_SKIPPED, NotFiniteError
 from model.runs.resuming import newest_resumable
@@ -128,7 +129,7 @@ def test_two_processes_killed_and_resumed(two):
 @pytest.mark.slow
 def test_two_processes_take_their_batches_from_one_grouped_order(two):
     """In turn, sample by sample, each exactly once an epoch: both work on samples of similar length in every step."""
-    order = EpochOrder(Answers(GROUPED), 3, answer_lengths(GROUPED))
+    order = GroupedOrder(Answers(GROUPED), 3, answer_lengths(GROUPED))
     for rank, found in enumerate(two[1]):
         seen = [*chain(*found["grouped split"]["seen"])]
         wanted = []

@@ -1,0 +1,43 @@
+"""A checkpoint's folder: the names of its files, and their checksums.
+
+    adapter_config.json, adapter_model.safetensors   as PEFT writes them; names start at the language model
+    projector.safetensors                            0.weight 0.bias [2.weight 2.bias]
+    multimodal_config.json                           both base models, token counts, dtype, package versions
+    checksums.json                                   SHA-256 of each file that loading reads
+
+`checksums.json` is written last and checked first, so that a flipped bit or a file of another checkpoint is one error
+and not other weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PROJECTOR_WEIGHTS = "projector.safetensors"
+MULTIMODAL_CONFIG = "multimodal_config.json"
+CHECKSUMS = "checksums.json"
+WEIGHTS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG)
+"""The files that asking reads, in addition to `checksums.json`."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that is incomplete, damaged, or does not fit the base models."""
+
+
+def numbered_checkpoints(run: Path) -> list[Path]:
+    """Return the `checkpoint-N` folders of a run folder, complete or not, the newest first."""
+    found = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def sha256(path: Path) -> str:
+    """Hash a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,148 @@
+"""Read a checkpoint's files as a stranger's: nothing in them is run, leads elsewhere, blocks, or fills the memory.
+
+PEFT's configuration can name modules to import, models to download and patterns that take forever to match. Four keys
+of `adapter_config.json` are read; a key that would change what they mean is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dataprocess.messages import shorten
+
+from .folder import ADAPTER_CONFIG, MULTIMODAL_CONFIG, CheckpointError
+from .saving import MultimodalConfig
+
+_MAX_JSON_BYTES = 64 << 20
+"""Larger JSON files are refused unread: a checkpoint's own have some kilobytes, a long run's log some megabytes."""
+_CHANGES_NO_NUMBER = {
+    *("peft_type", "task_type", "inference_mode", "init_lora_weights", "base_model_name_or_path", "auto_mapping"),
+    *("revision", "peft_version"),
+}
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into one `CheckpointError` that names it."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as error:  # its own text tells how to switch the protection off
+        reason = "only tensors and numbers are read; anything else could run code, or the file is damaged"
+        raise CheckpointError(f"{path}: can't be read: {reason}") from error
+    except Exception as error:  # damaged bytes make a reader raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: can't be read: {reason}") from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is missing, leads out of its folder, or could block or fill the memory of whoever reads it."""
+    with reading(path):
+        if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+            raise ValueError(f"a link that leads out of its folder, to {path.resolve()}; copy the folder with `cp -rL`")
+        if not path.is_file():
+            raise ValueError("not a regular file" if path.exists() else "missing")
+        if path.suffix in (".pt", ".pth", ".bin") and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # PyTorch's own are never compressed
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("a compressed archive, which may unpack to more than fits the memory")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of at most 64 MiB."""
+    check_file(path)
+    with reading(path):
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes, expected at most {_MAX_JSON_BYTES:,}")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a `.safetensors` file, or a PyTorch file of which no pickle is executed; the tensors are mapped."""
+    check_file(path)
+    with reading(path):
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not isinstance(values, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
+        ):
+            raise ValueError("expected names and tensors, got something else")
+    return values
+
+
+def read_lora_config(folder: Path) -> LoraConfig:
+    """Read rank, alpha, dropout and target modules from a checkpoint's `adapter_config.json`.
+
+    Raises:
+        CheckpointError: if it can't be read, or asks for anything but plain LoRA.
+    """
+    path = folder / ADAPTER_CONFIG
+    values = read_json(path)
+    if values.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path}: not a LoRA configuration: peft_type is {shorten(values.get('peft_type'))}, expected 'LORA'"
+        )
+    r: Any = values.get("r")
+    alpha: Any = values.get("lora_alpha")
+    dropout: Any = values.get("lora_dropout", 0.0)
+    targets: Any = values.get("target_modules")
+    are_names = isinstance(targets, list) and all(
+        isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name) for name in targets
+    )
+    expected = {
+        "r": (r, "a whole number from 1 to 65536", type(r) is int and 1 <= r <= 1 << 16),
+        "lora_alpha": (alpha, "a number above 0", type(alpha) in (int, float) and 0 < alpha < 1e9),
+        "lora_dropout": (dropout, "at least 0 and below 1", type(dropout) in (int, float) and 0 <= dropout < 1),
+        "target_modules": (targets, "a list of names of modules", are_names and bool(targets)),
+    }
+    problems = [
+        f"{name} must be {wanted}, got {shorten(value)}" for name, (value, wanted, fits) in expected.items() if not fits
+    ]
+    plain = LoraConfig().to_dict()
+    problems += [
+        f"{shorten(name)} is {shorten(values[name])}, which plain LoRA does not have"
+        for name in sorted(values.keys() - expected.keys() - _CHANGES_NO_NUMBER)
+        if values[name] and values[name] != plain.get(name)
+    ]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"{path}: not a configuration of plain LoRA: {'; '.join(problems[:4])}{more}")
+    return LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+
+
+def read_multimodal_config(folder: Path) -> MultimodalConfig:
+    """Read a checkpoint's `multimodal_config.json`.
+
+    Raises:
+        CheckpointError: if it can't be read, or a value is missing or of another type.
+    """
+    path = folder / MULTIMODAL_CONFIG
+    values = read_json(path)
+    types = get_type_hints(MultimodalConfig)
+    missing = [name for name in types if name not in values]
+    if missing:
+        raise CheckpointError(f"{path}: {', '.join(missing)} missing")
+    for name, expected in types.items():
+        expected = get_origin(expected) or expected
+        if type(values[name]) is not expected:
+            raise CheckpointError(f"{path}: {name} must be a {expected.__name__}, got {shorten(values[name])}")
+    if values["projector_layers"] not in (1, 2):
+        raise CheckpointError(f"{path}: projector_layers must be 1 or 2, got {values['projector_layers']}")
+    return MultimodalConfig(**{name: values[name] for name in types})
