@@ -13,18 +13,11 @@ PROMPTS = (f"这幅图像描述了什么？{PLACEHOLDER}", f"{PLACEHOLDER}这幅
 
 
 def choose_prompt(seed: int, index: int) -> str:
-    """Choose a record's question: half and half, at random, and independent of other records.
+    """Choose a record's question by the configuration's seed and the record's position in its file, from 0.
 
     Of every two neighbouring records one gets each prompt, and a hash of the seed and the pair's number decides which.
     So n records get n/2 of each (one more of either when n is odd), and rejecting or appending records changes no
     other record's prompt.
-
-    Args:
-        seed: the configuration's `seed`.
-        index: the record's position in its file, from 0.
-
-    Returns:
-        One of `PROMPTS`.
     """
     digest = hashlib.blake2b(f"{seed}:{index // 2}".encode(), digest_size=1).digest()
     return PROMPTS[(digest[0] + index) % 2]
@@ -49,8 +42,7 @@ def parse(record: Any, index: int, seed: int) -> Sample:
     missing = [key for key in ("image_id", "caption") if record.get(key) is None]
     if missing:
         raise RecordError(f"no {' and no '.join(missing)}", f"the record has {shorten(sorted(record))}")
-    image = check_image(record["image_id"])
-    captions = record["caption"]
+    image, captions = check_image(record["image_id"]), record["caption"]
     if not isinstance(captions, list):
         raise RecordError("caption is not a list", f"got {shorten(captions)}")
     usable: list[str] = []

@@ -7,7 +7,7 @@ import os
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -19,7 +19,6 @@ _ALI = ("ali_image_path", "ali_image_path_label_file")
 _COCO = ("coco_image_path", "coco_image_path_label_file1", "coco_image_path_label_file2")
 _OUTPUTS = ("output_image_map", "output_captions")
 _LLAVA = ("image_path", "label_file")
-Kind = Literal["ai_challenger", "llava"]
 KNOWN_KEYS = (*_ALI, *_COCO, "llava_sources", "seed", *_OUTPUTS)
 
 
@@ -28,9 +27,7 @@ class Source:
     """One annotation file and the folder of its photos."""
 
     name: str
-    """Unique in a configuration: ai_challenger, coco_1, coco_2, llava_1, llava_2, …"""
-    kind: Kind
-    """The file's format."""
+    """Unique in a configuration: ai_challenger, and in LLaVA's format coco_1, coco_2, llava_1, llava_2, …"""
     image_path: str
     """Absolute folder of the photos, without a trailing slash."""
     label_file: Path
@@ -155,11 +152,11 @@ class _Checker:
     def sources(self, values: dict[Any, Any]) -> list[Source]:
         found: list[Source | None] = []
         if any(key in values for key in _ALI):
-            found.append(self.source("ai_challenger", "ai_challenger", values, *_ALI))
+            found.append(self.source("ai_challenger", values, *_ALI))
         labels = [key for key in _COCO[1:] if key in values]
         if _COCO[0] in values and not labels:
             self.problems.append(f"{_COCO[1]} or {_COCO[2]} is missing: {_COCO[0]} is given, and a source needs both")
-        found += [self.source(f"coco_{key[-1]}", "llava", values, _COCO[0], key) for key in labels]
+        found += [self.source(f"coco_{key[-1]}", values, _COCO[0], key) for key in labels]
         entries = values.get("llava_sources", [])
         if not isinstance(entries, list):
             self.problems.append(f"llava_sources must be a list of {{image_path, label_file}}, got {shorten(entries)}")
@@ -168,40 +165,34 @@ class _Checker:
             where = f"llava_sources, entry {number}: "
             if isinstance(entry, dict) and entry:
                 values = self.check_keys(entry, _LLAVA, where)
-                found.append(self.source(f"llava_{number}", "llava", values, *_LLAVA, where))
+                found.append(self.source(f"llava_{number}", values, *_LLAVA, where))
             else:
                 self.problems.append(f"{where}must hold image_path and label_file, got {shorten(entry)}")
         return [source for source in found if source]
 
     def source(
-        self, name: str, kind: Kind, values: dict[Any, Any], image_key: str, label_key: str, where: str = ""
+        self, name: str, values: dict[Any, Any], image_key: str, label_key: str, where: str = ""
     ) -> Source | None:
         for key, other in ((image_key, label_key), (label_key, image_key)):
             if key not in values:
                 self.problems.append(f"{where}{key} is missing: {other} is given, and a source needs both")
         images, labels = self.path(values, image_key, where), self.path(values, label_key, where)
-        if images and images.exists() and not images.is_dir():
-            self.problems.append(f"{where}{image_key}: {images} is not a folder")
-        elif images and self.need_images and not images.exists():
+        if images and (images.exists() or self.need_images) and not images.is_dir():
             self.problems.append(f"{where}{image_key}: no such folder: {images}")
         if labels and not labels.is_file():
-            fault = "a folder, not a file" if labels.is_dir() else "no such file"
-            self.problems.append(f"{where}{label_key}: {fault}: {labels}")
-        return Source(name, kind, str(images), labels) if images and labels else None
+            self.problems.append(f"{where}{label_key}: no such file: {labels}")
+        return Source(name, str(images), labels) if images and labels else None
 
     def check_outputs(self, config: Config) -> None:
-        inputs = {os.path.realpath(source.label_file) for source in config.sources}
-        seen: set[str] = set()
+        taken = {os.path.realpath(source.label_file): "a label file" for source in config.sources}
         for what, path in (
             ("output_image_map", config.output_image_map),
             ("output_captions", config.output_captions),
             ("the list of rejects", config.output_rejects),
         ):
             real = os.path.realpath(path)
-            if real in inputs:
-                self.problems.append(f"{what} would overwrite a label file: {path}")
-            if real in seen:
-                self.problems.append(f"{what} would be the same file as another output: {path}")
+            if real in taken:
+                self.problems.append(f"{what} would overwrite {taken[real]}: {path}")
             if path.exists() and not path.is_file():
                 self.problems.append(f"{what} is not an ordinary file: {path}")
-            seen.add(real)
+            taken[real] = what

@@ -37,7 +37,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}]"
 
 
 def process(config: Config, check_images: bool = False, allow_links: bool = False) -> list[Counts]:
-    """Read all sources and write the outputs, whole or not at all.
+    """Read all sources and write the outputs, whole or not at all; return the counts of each source.
 
     IDs count all records of all sources from 0, rejected ones included, so that leaving one out renumbers no other.
 
@@ -45,9 +45,6 @@ def process(config: Config, check_images: bool = False, allow_links: bool = Fals
         config: what to read and write.
         check_images: open every image, and leave out samples whose images cannot be used.
         allow_links: with `check_images`, accept links that lead out of the image folder.
-
-    Returns:
-        The counts of each source.
 
     Raises:
         DataError: a label file is unusable as a whole, an output cannot be written, or no sample would be left.
@@ -79,7 +76,7 @@ def _parse(source: Source, record: Record, seed: int) -> Sample | RecordError:
     try:
         if record.repeated_key is not None:
             raise RecordError("repeated key", shorten(record.repeated_key))
-        if source.kind == "ai_challenger":
+        if source.name == "ai_challenger":
             return ai_challenger.parse(record.value, record.index, seed)
         return llava.parse(record.value)
     except RecordError as error:
@@ -87,25 +84,15 @@ def _parse(source: Source, record: Record, seed: int) -> Sample | RecordError:
 
 
 class ImageChecker:
-    """Opens images with the function that training uses, in threads (decoders release the interpreter's lock).
+    """Opens images with the function that training uses, in threads (decoders release the interpreter's lock)."""
 
-    Args:
-        threads: where the images are opened.
-        allow_links: accept links that lead out of the image folder.
-    """
-
-    def __init__(self, threads: ThreadPoolExecutor, allow_links: bool = False) -> None:
+    def __init__(self, threads: ThreadPoolExecutor, allow_links: bool) -> None:
         self._threads = threads
         self._allow_links = allow_links
         self._known: dict[tuple[str, str], RecordError | None] = {}  # each file is opened once
 
     def check(self, root: str, outcomes: Sequence[Sample | RecordError]) -> list[Sample | RecordError]:
-        """Replace each sample that has an unusable image by the reason.
-
-        Args:
-            root: the image folder.
-            outcomes: samples; the errors among them are returned as they are.
-        """
+        """Replace each sample that has an unusable image in the folder `root` by the reason."""
         images = [outcome.images if isinstance(outcome, Sample) else () for outcome in outcomes]
         names = dict.fromkeys(name for row in images for name in row if (root, name) not in self._known)
         for name, problem in zip(names, self._threads.map(lambda name: self._open(root, name), names), strict=True):
@@ -124,11 +111,7 @@ class ImageChecker:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; see the module's docstring.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command, as the module's docstring says; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     default = Path(__file__).resolve().parent / "config.yaml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE", help=f"YAML (default: {default})")
@@ -155,10 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _terminate(*_: object) -> None:
-    sys.exit(143)  # raises SystemExit, so that temporary files are deleted
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files are deleted
     sys.exit(main())

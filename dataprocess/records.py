@@ -16,6 +16,7 @@ from .messages import shorten
 PLACEHOLDER = "<|extra_0|>"
 """Marks an image's position in a question. Repeated from the language model, which is not imported here; a test holds
 the two together."""
+_BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 class DataError(Exception):
@@ -44,11 +45,7 @@ class Sample:
 
 
 def check_text(value: object, what: str) -> str:
-    """Return a value if it is text that can be trained on and written as UTF-8.
-
-    Args:
-        value: the value in the annotation file.
-        what: its name in the reason, such as "caption".
+    """Return a value that is named `what` in reasons, if it is text that can be trained on and written as UTF-8.
 
     Raises:
         RecordError: it is not text, is empty or blank, or holds half of a surrogate pair.
@@ -123,12 +120,9 @@ def _read_text(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        if exc.reason == "unexpected end of data":
-            raise DataError(f"{path}: ends within a character (byte {exc.start}): it seems to be cut short") from None
-        raise DataError(
-            f"{path}: not UTF-8: byte {exc.start} is {raw[exc.start]:#04x}; convert it first "
-            "(iconv -f ENCODING -t UTF-8; Chinese files are often GB18030)"
-        ) from None
+        convert = "convert it first (iconv -f ENCODING -t UTF-8; Chinese files are often GB18030)"
+        hint = "it seems to be cut short" if exc.reason == "unexpected end of data" else convert
+        raise DataError(f"{path}: not UTF-8 at byte {exc.start}; {hint}") from None
 
 
 def _array_elements(text: str) -> Iterator[Record]:
@@ -140,11 +134,8 @@ def _array_elements(text: str) -> Iterator[Record]:
             repeated.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
         return fields
 
-    not_blank = re.compile(r"[^ \t\n\r]")
-
     def skip_blanks(position: int) -> int:
-        match = not_blank.search(text, position)
-        return match.start() if match else len(text)
+        return _BLANKS.match(text, position).end()  # type: ignore[union-attr]
 
     decode = json.JSONDecoder(object_pairs_hook=to_dict).raw_decode
     at = skip_blanks(0)

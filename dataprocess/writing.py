@@ -23,7 +23,6 @@ class Counts:
     """Numbers of one source's records, and of the samples made of them."""
 
     source: Source
-    """The source."""
     records: int = 0
     """Elements in its file."""
     samples: int = 0
@@ -209,14 +208,12 @@ def table(counts: Sequence[Counts]) -> str:
     for name, row in zip(names, [*numbers, (records, samples, images, rejects)], strict=True):
         rows.append([name, *(f"{number:,}" for number in row)])
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = [
-        row[0].ljust(first) + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))
-        for row in rows
-    ]
+    lines = []
+    for name, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, others, strict=True)]
+        lines.append("  ".join([name.ljust(first), *padded]))
     for one in counts:
         for noun, reasons in (("record", one.rejects), ("caption", one.left_out)):
-            lines += [
-                f"left out of {one.source.name}: {format_count(number, noun)}: {reason}"
-                for reason, number in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-            ]
+            for reason, number in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
+                lines.append(f"left out of {one.source.name}: {format_count(number, noun)}: {reason}")
     return "\n".join(lines) + "\n"

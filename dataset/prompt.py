@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen import IGNORE_INDEX
-from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, build_prompt, question_ids, system_ids
+from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, question_ids, system_ids
+from qwen.conversation import build_prompt
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
 
 SYSTEM_PROMPT = "你是一位图像理解助手。"
@@ -82,15 +83,11 @@ def encode_prompt(
     Raises:
         ValueError: an entry of `history` is not a pair.
     """
-    prompt = build_prompt(
-        tokenizer,
-        query,
-        history,
-        system,
-        max_window_size,
-        encode_query=lambda text: encode_question(tokenizer, text, num_image_tokens),
-    )
-    return prompt.ids, prompt.num_dropped_turns
+
+    def encode_query(text: str) -> list[int]:
+        return encode_question(tokenizer, text, num_image_tokens)
+
+    return build_prompt(tokenizer, query, history, system, max_window_size, encode_query)
 
 
 def encode_sample(

@@ -9,7 +9,7 @@ import sys
 import warnings
 from typing import NoReturn
 
-OUR_LOGGERS = ("dataset", "model", "qwen", "test", "train", "visual")
+OUR_LOGGERS = ("dataset", "export", "model", "qwen", "test", "train", "visual")
 
 
 def use_utf8() -> None:

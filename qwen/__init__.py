@@ -1,8 +1,8 @@
 """QWen, first generation: configuration, decoder, language head, tokenizer, ChatML, and the multimodal decoder."""
 
 from .chat import chat, chat_stream
-from .chatml import make_context
 from .configuration_qwen import IGNORE_INDEX, QWenConfig
+from .conversation import make_context
 from .modeling_qwen import QWenLMHeadModel, QWenModel
 from .multimodal_qwen import MultimodalQWenLMHeadModel, MultimodalQWenModel
 from .tokenization_qwen import IMAGE_TOKEN, IMAGE_TOKEN_ID, QWenTokenizer

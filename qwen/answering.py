@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .chatml import stop_token_ids, trim_answer
 from .prompt_cache import PromptCache
-from .tokenization_qwen import QWenTokenizer
+from .tokenization_qwen import ENDOFTEXT_ID, IMEND_ID, IMSTART_ID, QWenTokenizer
+
+STOP_TOKEN_IDS = (IMEND_ID, IMSTART_ID, ENDOFTEXT_ID)
+"""What ends an answer."""
 
 DEFAULT_MAX_NEW_TOKENS = 512
 """Length limit of an answer where neither caller nor `generation_config.json` sets one: the published chat models'."""
@@ -69,7 +71,12 @@ def answer_ids(
         new_ids = output[0, input_ids.shape[1] :].tolist()
     else:
         new_ids = list(new_tokens(model, input_ids, config, inputs, prompt_cache))
-    return str(tokenizer.decode(trim_answer(new_ids, config.eos_token_id)))
+    return answer_text(tokenizer, new_ids, config.eos_token_id)
+
+
+def answer_text(tokenizer: QWenTokenizer, new_ids: Iterable[int], stop_ids: Sequence[int]) -> str:
+    """Return the text of the tokens before the first stop token, or of all of them if there is none."""
+    return str(tokenizer.decode(list(itertools.takewhile(lambda index: index not in stop_ids, new_ids))))
 
 
 # ---- Settings
@@ -91,11 +98,7 @@ def merge_settings(
 def complete_settings(
     model: Any, tokenizer: QWenTokenizer, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Merge the settings, and decide everything that `generate` would otherwise guess; also return the model inputs.
-
-    Raises:
-        ValueError: for settings that can't be used.
-    """
+    """Merge the settings, and decide everything that `generate` would otherwise guess; also return the model inputs."""
     config, inputs = merge_settings(model, generation_config, kwargs)
     if (config.num_return_sequences or 1) > 1:
         raise ValueError(f"num_return_sequences is {config.num_return_sequences}: one answer is given; call generate")
@@ -110,10 +113,10 @@ def complete_settings(
     config.return_dict_in_generate, config.use_cache = False, True
     stops = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
     if kwargs.get("eos_token_id") is None:
-        stops = list(dict.fromkeys([*stop_token_ids(tokenizer), *stops]))
+        stops = list(dict.fromkeys([*STOP_TOKEN_IDS, *stops]))
     config.eos_token_id = stops
     if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.eod_id
+        config.pad_token_id = ENDOFTEXT_ID
     if config.max_new_tokens is None and config.max_length is None:
         config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
     return config, inputs

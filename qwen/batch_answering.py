@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .answering import answer_ids, complete_settings, decode, start_decoding
-from .chatml import trim_answer
+from .answering import answer_ids, answer_text, complete_settings, decode, start_decoding
 from .tokenization_qwen import QWenTokenizer
 
 
@@ -52,7 +51,7 @@ def answer_batch(
             answers.append(answer_ids(model, tokenizer, torch.tensor([list(prompt)]), **images, **kwargs))
         return answers
     new_ids = generate_batch(model, prompts, features, config, seed=seed, **inputs)
-    return [str(tokenizer.decode(trim_answer(row, config.eos_token_id))) for row in new_ids]
+    return [answer_text(tokenizer, row, config.eos_token_id) for row in new_ids]
 
 
 def generate_batch(

@@ -19,9 +19,7 @@ _LEAST_ROOM = 64
 class GrowingLayer(DynamicLayer):
     """One layer's keys and values (B, H, K, C), which are views of the first K places of larger tensors."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._room: list[Tensor | None] = [None, None]  # for keys, for values
+    _room: Tensor | None = None  # (2, B, H, places, C): keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values (B, H, T, C) of new tokens, and return all of them, (B, H, K + T, C)."""
@@ -29,35 +27,27 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._append(0, self.keys, key_states)
-        self.values = self._append(1, self.values, value_states)
+        num_held = self.get_seq_length()
+        total = num_held + key_states.shape[-2]
+        room = self._room
+        if room is None or not self._can_write(room, key_states, total):
+            num_places = total + max(total // 4, _LEAST_ROOM)
+            room = key_states.new_empty((2, *key_states.shape[:-2], num_places, key_states.shape[-1]))
+            for place, held in zip(room, (self.keys, self.values), strict=True):
+                if num_held:
+                    place[..., :num_held, :] = held
+            self._room = room
+        room[0, ..., num_held:total, :] = key_states
+        room[1, ..., num_held:total, :] = value_states
+        self.keys, self.values = room[..., :total, :]
         return self.keys, self.values
 
-    def truncate(self, num_tokens: int) -> None:
-        """Forget all tokens after the first `num_tokens`."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[..., :num_tokens, :], self.values[..., :num_tokens, :]
-
-    def _append(self, which: int, held: Tensor | None, new: Tensor) -> Tensor:
-        num_held = held.shape[-2] if held is not None and held.numel() else 0
-        total = num_held + new.shape[-2]
-        room = self._room[which]
-        if room is None or not _can_write(held if num_held else None, new, total, room):
-            shape = (*new.shape[:-2], total + max(total // 4, _LEAST_ROOM), new.shape[-1])
-            room = torch.empty(shape, dtype=new.dtype, device=new.device)
-            if held is not None and num_held:
-                room[..., :num_held, :] = held
-            self._room[which] = room
-        room[..., num_held:total, :] = new
-        return room[..., :total, :]
-
-
-def _can_write(held: Tensor | None, new: Tensor, total: int, room: Tensor) -> bool:
-    """Return whether `room` begins with what is held (beams and dropped rows replace it) and takes the new tokens."""
-    begins = held is None or (held.data_ptr() == room.data_ptr() and held.shape[0] == room.shape[0])
-    same_kind = room.dtype == new.dtype and room.device == new.device and room.shape[:-2] == new.shape[:-2]
-    writable = torch.is_inference_mode_enabled() or not room.is_inference()
-    return begins and same_kind and writable and total <= room.shape[-2]
+    def _can_write(self, room: Tensor, new: Tensor, total: int) -> bool:
+        """Return whether `room` begins with what is held (beams and dropped rows replace it) and takes new tokens."""
+        begins = self.get_seq_length() == 0 or self.keys.data_ptr() == room.data_ptr()  # type: ignore[union-attr]
+        same_kind = room.dtype == new.dtype and room.device == new.device and room.shape[1:-2] == new.shape[:-2]
+        writable = torch.is_inference_mode_enabled() or not room.is_inference()
+        return begins and same_kind and writable and total <= room.shape[-2]
 
 
 class GrowingCache(DynamicCache):
@@ -73,7 +63,8 @@ class GrowingCache(DynamicCache):
     def truncate(self, num_tokens: int) -> None:
         """Forget all tokens after the first `num_tokens`, in every layer."""
         for layer in self.layers:
-            layer.truncate(num_tokens)
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[..., :num_tokens, :], layer.values[..., :num_tokens, :]
 
     def select_rows(self, rows: Tensor) -> None:
         """Forget all rows but these (indices), and their dynamic-NTK factors with them."""

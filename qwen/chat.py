@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .answering import answer_ids, decode, merge_settings
-from .chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, make_context
+from .chatml import DEFAULT_MAX_WINDOW_SIZE, Turn
+from .conversation import build_prompt
 from .modeling_qwen import QWenLMHeadModel
 from .sampling_loop import library_decode
 from .streaming import stream_ids
@@ -84,5 +85,5 @@ def _chat_prompt(
     """Return the prompt's ids (1, T). `generate` does not know `max_window_size`: it is taken out of `overrides`."""
     config, _ = merge_settings(model, generation_config, {})
     window = overrides.pop("max_window_size", None) or getattr(config, "max_window_size", DEFAULT_MAX_WINDOW_SIZE)
-    _, ids = make_context(tokenizer, query, history=history, system=system, max_window_size=window)
+    ids, _ = build_prompt(tokenizer, query, history, system, window)
     return torch.tensor([ids])

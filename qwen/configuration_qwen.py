@@ -11,61 +11,36 @@ IGNORE_INDEX = -100
 
 @strict
 class QWenConfig(PreTrainedConfig):
-    """Sizes and switches of a QWen model; the defaults are those of Qwen-7B-Chat.
+    """Sizes and switches of a QWen model, under the names of the published `config.json` files, which load unchanged.
 
-    The names are those of the published `config.json` files, which load unchanged. A published file's `auto_map`
-    (a pointer to Python code next to the weights) is dropped: this package is the code, nothing remote is ever run.
-
-    Args:
-        vocab_size: rows of the embedding and of the language head (the tokenizer's 151,851 ids, padded).
-        hidden_size: width of the residual stream, in channels.
-        num_hidden_layers: number of blocks.
-        num_attention_heads: heads per block.
-        kv_channels: channels of one head.
-        intermediate_size: **twice** the inner width of the MLP, in channels.
-        layer_norm_epsilon: added to the mean of squares in RMSNorm.
-        initializer_range: standard deviation of freshly drawn weights.
-        rotary_pct: share of a head's channels that the rotary embedding turns, 0 to 1.
-        rotary_emb_base: base of the rotary frequencies.
-        seq_length: context that the model was trained with, in tokens.
-        max_position_embeddings: longest context that is meant to be used, in tokens.
-        no_bias: whether the linear layers other than `c_attn` go without a bias.
-        tie_word_embeddings: whether the language head shares the embedding's weight.
-        emb_dropout_prob: dropout after the embedding, 0 to 1.
-        attn_dropout_prob: dropout on attention weights, 0 to 1.
-        scale_attn_weights: whether scores are divided by the square root of the head size.
-        use_cache: whether `forward` gives back keys and values.
-        use_dynamic_ntk: whether prompts past `seq_length` stretch the rotary base (inference only).
-        use_logn_attn: whether queries past `seq_length` are scaled by log-n (inference only).
-
-    The remaining fields (`use_flash_attn`, `bf16`, `fp16`, `fp32`, `softmax_in_fp32`, `use_cache_quantization`,
-    `use_cache_kernel`, `onnx_safe`) are kept for compatibility and otherwise ignored:
-    the dtype and the attention implementation are chosen in `from_pretrained(dtype=, attn_implementation=)`.
+    The defaults are Qwen-7B-Chat's. A file's `auto_map` (a pointer to Python code next to the weights) is dropped: this
+    package is the code, and nothing remote is ever run.
     """
 
     model_type = "qwen"
     keys_to_ignore_at_inference = ("past_key_values",)
 
-    vocab_size: int = 151936
-    hidden_size: int = 4096
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    kv_channels: int = 128
-    intermediate_size: int = 22016
-    layer_norm_epsilon: float = 1e-6
-    initializer_range: float = 0.02
-    rotary_pct: float = 1.0
-    rotary_emb_base: float | int = 10000
-    seq_length: int = 8192
-    max_position_embeddings: int = 32768
-    no_bias: bool = True
-    tie_word_embeddings: bool = False
-    emb_dropout_prob: float | int = 0.0
-    attn_dropout_prob: float | int = 0.0
-    scale_attn_weights: bool = True
-    use_cache: bool = True
-    use_dynamic_ntk: bool = True
-    use_logn_attn: bool = True
+    vocab_size: int = 151936  # rows of the embedding and of the language head: the tokenizer's 151,851 ids, padded
+    hidden_size: int = 4096  # width of the residual stream, in channels
+    num_hidden_layers: int = 32  # blocks
+    num_attention_heads: int = 32  # heads of each block
+    kv_channels: int = 128  # channels of one head
+    intermediate_size: int = 22016  # *twice* the inner width of the MLP, in channels
+    layer_norm_epsilon: float = 1e-6  # added to the mean of squares in RMSNorm
+    initializer_range: float = 0.02  # standard deviation of freshly drawn weights
+    rotary_pct: float = 1.0  # share of a head's channels that the rotary embedding turns, 0 to 1
+    rotary_emb_base: float | int = 10000  # base of the rotary frequencies
+    seq_length: int = 8192  # context that the model was trained with, in tokens
+    max_position_embeddings: int = 32768  # longest context that is meant to be used, in tokens
+    no_bias: bool = True  # whether the linear layers other than `c_attn` go without a bias
+    tie_word_embeddings: bool = False  # whether the language head shares the embedding's weight
+    emb_dropout_prob: float | int = 0.0  # dropout after the embedding, 0 to 1
+    attn_dropout_prob: float | int = 0.0  # dropout on attention weights, 0 to 1
+    scale_attn_weights: bool = True  # whether scores are divided by the square root of the head size
+    use_cache: bool = True  # whether `forward` returns keys and values
+    use_dynamic_ntk: bool = True  # whether prompts past `seq_length` stretch the rotary base (inference only)
+    use_logn_attn: bool = True  # whether queries past `seq_length` are scaled by log-n (inference only)
+    # Kept for compatibility and otherwise ignored: `from_pretrained(dtype=, attn_implementation=)` chooses.
     use_flash_attn: str | bool = "auto"
     bf16: bool = False
     fp16: bool = False

@@ -6,7 +6,6 @@ channels, D `hidden_size`, I the MLP's inner width, S wanted positions.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -39,45 +38,11 @@ class QWenRMSNorm(nn.Module):
 
 
 class Rotation(NamedTuple):
-    """The positions of one call, as every layer needs them."""
+    """The positions of one call, as every layer needs them; in fp32."""
 
-    cos: Tensor
-    """(B or 1, 1, T, R) in fp32."""
-    sin: Tensor
-    """(B or 1, 1, T, R) in fp32."""
-    query_scale: Tensor | None
-    """(B or 1, 1, T, 1) log-n factors in fp32; None where all of them are 1."""
-
-
-def position_ids_of(attention_mask: Tensor | None, num_past: int, num_tokens: int, device: torch.device) -> Tensor:
-    """Count positions (B or 1, T) from 0 in every row, leaving padding out; padding before a row gets position 0.
-
-    Args:
-        attention_mask: (B, K) with 0 for padding, or None.
-        num_past: tokens that are cached already.
-        num_tokens: T.
-        device: of the result, if there is no mask.
-    """
-    if attention_mask is None or attention_mask.dim() != 2:
-        return torch.arange(num_past, num_past + num_tokens, device=device)[None]
-    positions = attention_mask.long().cumsum(-1) - 1  # (B, K)
-    return positions.clamp(min=0)[:, -num_tokens:]
-
-
-def ntk_alpha(attention_mask: Tensor | None, num_keys: int, seq_length: int) -> Tensor | None:
-    """Return the dynamic NTK factor of each row, from its true length n: max(2^ceil(log2(n / seq_length) + 1) - 1, 1).
-
-    Returns:
-        (B,) in fp32, or None where it is 1 for certain (no row can be past `seq_length`).
-    """
-    if num_keys <= seq_length:
-        return None
-    if attention_mask is None or attention_mask.dim() != 2:
-        lengths = torch.tensor([num_keys], dtype=torch.float64)
-    else:
-        lengths = attention_mask.sum(-1).clamp(min=1).double()
-    exponent = torch.ceil(torch.log2(lengths / seq_length) + 1)
-    return (2.0**exponent - 1).clamp(min=1).float()
+    cos: Tensor  # (B or 1, 1, T, R)
+    sin: Tensor  # (B or 1, 1, T, R)
+    query_scale: Tensor | None  # (B or 1, 1, T, 1) log-n factors; None where all of them are 1
 
 
 def rotary_tables(position_ids: Tensor, dim: int, base: float, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,7 +50,7 @@ def rotary_tables(position_ids: Tensor, dim: int, base: float, alpha: Tensor | N
 
     Args:
         position_ids: (B, T).
-        dim: R, the channels that are turned; even. The second half of them repeats the first.
+        dim: R, even. The second half of the channels repeats the first.
         base: base of the frequencies.
         alpha: (B,) factors by which dynamic NTK stretches the base to `base * alpha ** (R / (R - 2))`; None: 1.
     """
@@ -109,27 +74,17 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat((turned.to(x.dtype), passed), dim=-1) if passed.shape[-1] else turned.to(x.dtype)
 
 
-def log_n_scale(position_ids: Tensor, seq_length: int) -> Tensor:
-    """Return the log-n factors max(1, log(p + 1) / log(seq_length)), (B, 1, T, 1) in fp32, of 0-based p (B, T)."""
-    factors = (position_ids.double() + 1).log() / math.log(seq_length)
-    return factors.clamp(min=1).float()[:, None, :, None]
-
-
 # ---- Attention
 
 
-def attention_mask_4d(
-    attention_mask: Tensor | None, num_rows: int, num_tokens: int, num_keys: int, device: torch.device
-) -> Tensor | None:
+def attention_mask_4d(x: Tensor, attention_mask: Tensor | None, num_keys: int) -> Tensor | None:
     """Say which keys each query may see: those before it that are no padding, and itself.
 
     Args:
-        attention_mask: (B, K) with 0 for padding, or None; or (B, 1, T, K), True where a key may be seen, or in
-            floating point to be added to the scores: 0 where a key may be seen, very low elsewhere.
-        num_rows: B.
-        num_tokens: T.
+        x: (B, T, D).
+        attention_mask: (B, K) with 0 for padding, or None. Static caches of transformers come with (B, 1, T, K): True
+            where a key may be seen, or numbers to be added to the scores: 0 where a key may be seen.
         num_keys: K.
-        device: of the result.
 
     Returns:
         Booleans (B or 1, 1, T, K), or None where plain causal attention does the same: without padding, and with
@@ -138,27 +93,22 @@ def attention_mask_4d(
     Raises:
         ValueError: if the mask has another shape.
     """
+    num_rows, num_tokens = x.shape[:2]
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask == 0 if attention_mask.is_floating_point() else attention_mask.bool()
     if attention_mask is not None:
-        if attention_mask.dim() == 4 and attention_mask.is_floating_point():
-            attention_mask = attention_mask == 0
-        attention_mask = attention_mask.to(device=device, dtype=torch.bool)
-        if attention_mask.dim() == 4:
-            return attention_mask
         if tuple(attention_mask.shape) != (num_rows, num_keys):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, expected ({num_rows}, {num_keys}): "
                 "one entry for each row and each key, those in the cache included"
             )
-        if num_tokens == num_keys and num_keys > 1:
-            causal_is_enough = (attention_mask[:, 1:] <= attention_mask[:, :-1]).all()  # padding on the right, or none
-        else:
-            causal_is_enough = attention_mask.all()
-        if causal_is_enough:
-            attention_mask = None
+        real = attention_mask.to(device=x.device, dtype=torch.bool)
+        is_causal = (real[:, 1:] <= real[:, :-1]).all() if num_tokens == num_keys else real.all()
+        attention_mask = None if is_causal else real
     if attention_mask is None and num_tokens in (1, num_keys):
         return None
-    square = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=device)
-    before = square.tril(num_keys - num_tokens)  # (T, K): query t is key K - T + t
+    before = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=x.device)
+    before = before.tril(num_keys - num_tokens)  # (T, K): query t is key K - T + t
     if attention_mask is None:
         return before[None, None]
     # A padded query would see nothing at all, and softmax give NaN: let it see itself. Nobody sees it.
@@ -209,23 +159,20 @@ class QWenAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)  # (B, H, K, C)
         dropout = self.config.attn_dropout_prob if self.training else 0.0
-        attend = _eager_attention if self.config._attn_implementation == "eager" else _sdpa_attention
-        out, weights = attend(query, key, value, visible, self.scale, dropout)  # (B, H, T, C)
+        if self.config._attn_implementation == "eager":
+            out, weights = _eager_attention(query, key, value, visible, self.scale, dropout)  # (B, H, T, C)
+        else:
+            attend: Any = (
+                F.scaled_dot_product_attention if torch.is_grad_enabled() else attend_on_cpu
+            )  # the same, faster
+            # Without a mask, T is K (nothing cached) or 1 (everything may be seen), which needs no causal mask.
+            is_causal = visible is None and query.shape[-2] > 1
+            out = attend(query, key, value, visible, dropout_p=dropout, is_causal=is_causal, scale=self.scale)
+            weights = None
         out = rearrange(out, "b h t c -> b t (h c)")
         if positions is not None:
             out = out.flatten(0, 1)[positions]  # (S, H · C)
         return self.c_proj(out), weights
-
-
-def _sdpa_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float, dropout: float
-) -> tuple[Tensor, None]:
-    # Without a mask, T is K (nothing cached) or 1 (everything may be seen); is_causal is right for the first only.
-    is_causal = visible is None and query.shape[-2] > 1
-    attend: Any = F.scaled_dot_product_attention
-    if not torch.is_grad_enabled():
-        attend = attend_on_cpu  # the same, but faster
-    return attend(query, key, value, visible, dropout_p=dropout, is_causal=is_causal, scale=scale), None
 
 
 def _eager_attention(

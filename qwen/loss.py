@@ -17,25 +17,21 @@ CHUNK_LOGITS = 2**24
 """Logits that the training loss has at a time: 64 MiB in fp32, 110 positions of Qwen's vocabulary."""
 
 
-def next_token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Return the cross entropy in fp32 of each supervised token, given the tokens before it.
+def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Return the cross entropy of the targets, in fp32.
 
     Args:
-        logits: (B, T, V); those at t predict token t + 1.
-        labels: (B, T), `IGNORE_INDEX` where no loss is taken. The first position can't be predicted.
-        num_items: what the sum is divided by (the supervised tokens of the whole optimizer step, over
-            accumulation and ranks); by default the supervised tokens given here.
+        logits: (N, V).
+        targets: (N,), the next token of each position, or `IGNORE_INDEX` where no loss is taken.
+        num_items: divides the sum: the supervised tokens of the whole optimizer step, over accumulation and ranks; by
+            default those given here.
 
     Returns:
         A scalar in fp32; 0 where nothing is supervised.
     """
-    return supervised_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), num_items)
-
-
-def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Return the cross entropy in fp32 of `targets` (N,) under `logits` (N, V), divided as in `next_token_loss`."""
     total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return _divide(total, (targets != IGNORE_INDEX).sum() if num_items is None else num_items)
+    num_items = (targets != IGNORE_INDEX).sum() if num_items is None else num_items
+    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
 
 def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -48,15 +44,13 @@ def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items: Tenso
         hidden: (N, D), supervised positions only.
         head: the language head (V, D); one that is trained, by LoRA too, is computed whole.
         targets: (N,), token ids.
-        num_items: as `next_token_loss` takes it.
-
-    Returns:
-        A scalar in fp32; 0 where N is 0.
+        num_items: as in `supervised_loss`.
     """
-    if type(head) is not nn.Linear or head.weight.requires_grad or head.bias is not None:  # it may have LoRA
+    if type(head) is not nn.Linear or head.weight.requires_grad or head.bias is not None:  # LoRA is another type
         return supervised_loss(head(hidden), targets, num_items)
     total: Tensor = _ChunkedHeadLoss.apply(hidden, head.weight, targets)
-    return _divide(total, len(targets) if num_items is None else num_items)
+    num_items = len(targets) if num_items is None else num_items
+    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
@@ -91,9 +85,3 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
         (grad_hidden,) = ctx.saved_tensors
         return (grad_hidden * grad_total).to(ctx.dtype), None, None
-
-
-def _divide(total: Tensor, num_items: Tensor | int) -> Tensor:
-    if isinstance(num_items, Tensor):
-        return total / num_items.to(total.device).clamp(min=1)
-    return total / max(num_items, 1)

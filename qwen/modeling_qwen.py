@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -21,17 +21,9 @@ from transformers.utils import can_return_tuple
 from .cache import GrowingCache
 from .configuration_qwen import QWenConfig
 from .cpu_kernels import apply_head
-from .layers import (
-    QWenBlock,
-    QWenRMSNorm,
-    Rotation,
-    attention_mask_4d,
-    log_n_scale,
-    ntk_alpha,
-    position_ids_of,
-    rotary_tables,
-)
-from .loss import next_token_loss
+from .layers import QWenBlock, QWenRMSNorm, Rotation, attention_mask_4d, rotary_tables
+from .long_context import log_n_scale, ntk_alpha
+from .loss import supervised_loss
 
 
 class QWenPreTrainedModel(PreTrainedModel):
@@ -41,6 +33,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _input_embed_layer = "wte"
     _no_split_modules = ["QWenBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     # Stored in some published files; both are computed here instead.
@@ -56,35 +49,25 @@ class QWenPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *args: Any,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers' `from_pretrained`, which would draw missing weights at random; here they are an error.
-
-        Weights of another shape are an error too, unless `ignore_mismatched_sizes` lets random ones replace them.
 
         Raises:
             ValueError: if a weight is missing or has another shape; the message names the first few.
         """
         load: Any = super().from_pretrained
-        model, info = load(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = load(pretrained_model_name_or_path, *args, **kwargs)
         shapes = {name: f"{name}: {tuple(got)}, expected {tuple(want)}" for name, got, want in info["mismatched_keys"]}
-        problems = [f"{name}: missing" for name in sorted(set(info["missing_keys"]) - set(shapes))]
-        problems += [] if ignore_mismatched_sizes else sorted(shapes.values())
-        if problems:
+        names = sorted({*shapes, *info["missing_keys"]})
+        if names:
+            some = "; ".join(shapes.get(name, f"{name}: missing") for name in names[:5])
             raise ValueError(
-                f"the checkpoint {pretrained_model_name_or_path} lacks {len(problems)} of the weights that "
-                f"{cls.__name__} needs ({'; '.join(problems[:5])}{'; …' * (len(problems) > 5)}): "
-                "check that it is complete and that config.json belongs to it"
+                f"the checkpoint {pretrained_model_name_or_path} lacks {len(names)} of the weights that {cls.__name__} "
+                f"needs ({some}{'; …' * (len(names) > 5)}): check that it is complete and belongs to its config.json"
             )
-        return (model, info) if output_loading_info else model
+        return (model, info) if wants_info else model
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -96,16 +79,7 @@ class QWenModel(QWenPreTrainedModel):
         self.drop = nn.Dropout(config.emb_dropout_prob)
         self.h = nn.ModuleList(QWenBlock(config, i) for i in range(config.num_hidden_layers))
         self.ln_f = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """Return the token embedding."""
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.wte = value  # type: ignore[assignment]
 
     @can_return_tuple
     def forward(
@@ -172,24 +146,26 @@ class QWenModel(QWenPreTrainedModel):
         self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: Cache | None
     ) -> tuple[Rotation, Tensor | None]:
         """Say where this call's tokens are and what they may see: the same for every layer, so made once."""
-        num_rows, num_tokens = x.shape[:2]
         num_past = past.get_seq_length() if past is not None else 0
-        num_keys = num_past + num_tokens
-        if position_ids is None:
-            position_ids = position_ids_of(attention_mask, num_past, num_tokens, x.device)  # (B or 1, T)
-        alpha: Tensor | None = None
-        scale: Tensor | None = None
-        if not self.training and self.config.use_dynamic_ntk:
-            alpha = ntk_alpha(attention_mask, num_keys, self.config.seq_length)
-            if past is not None:
-                # The alpha of the prompt rules the whole answer: the cached keys were turned with it.
-                alpha = getattr(past, "ntk_alpha", alpha) if num_past else alpha
-                past.ntk_alpha = alpha  # type: ignore[attr-defined]
-        if not self.training and self.config.use_logn_attn and num_keys > self.config.seq_length:
-            scale = log_n_scale(position_ids, self.config.seq_length)
+        num_keys = num_past + x.shape[1]
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            # Padding is not counted; before a row it gets position 0.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, num_past:]  # (B, T)
+        elif position_ids is None:
+            position_ids = torch.arange(num_past, num_keys, device=x.device)[None]  # (1, T)
+
+        alpha, scale = None, None
+        if not self.training and num_keys > self.config.seq_length:  # see long_context.py
+            if self.config.use_dynamic_ntk:
+                alpha = ntk_alpha(attention_mask, num_keys, self.config.seq_length)
+            if self.config.use_logn_attn:
+                scale = log_n_scale(position_ids, self.config.seq_length)
+        if not self.training and past is not None:
+            # The alpha of the prompt rules the whole answer: the cached keys were turned with it.
+            alpha = getattr(past, "ntk_alpha", None) if num_past else alpha
+            past.ntk_alpha = alpha  # type: ignore[attr-defined]
         cos, sin = rotary_tables(position_ids, self.config.rotary_dim, self.config.rotary_emb_base, alpha)
-        visible = attention_mask_4d(attention_mask, num_rows, num_tokens, num_keys, x.device)
-        return Rotation(cos, sin, scale), visible
+        return Rotation(cos, sin, scale), attention_mask_4d(x, attention_mask, num_keys)
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
@@ -207,11 +183,12 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Have `generate` use our cache instead of its own, where the caller has chosen none."""
+        """Have `generate` use our cache, where the caller has chosen none."""
         is_free = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        if is_free and type(model_kwargs.get("past_key_values")) is DynamicCache:
+        if is_free and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = GrowingCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     @can_return_tuple
     def forward(
@@ -238,13 +215,16 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         Returns:
             Logits (B, T or `logits_to_keep`, V), the loss where labels are given, and the cache.
         """
-        inputs = inputs_embeds if input_ids is None else input_ids
+        inputs = inputs_embeds if input_ids is None else input_ids  # (B, T) or (B, T, D)
         if inputs is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        positions = None
-        if not (kwargs.get("output_hidden_states") or self.config.output_hidden_states):
-            positions = _flat_positions(inputs, columns)  # saves the last block most of its work on a prompt
+        num_rows, num_tokens = inputs.shape[:2]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        positions = torch.arange(num_rows * num_tokens, device=inputs.device).view(num_rows, num_tokens)[:, kept]
+        # To leave positions out saves the last block most of its work on a prompt.
+        leaves_out = positions.shape[1] < num_tokens and not (
+            kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        )
         out = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -252,17 +232,15 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            positions=positions,
+            positions=positions.flatten() if leaves_out else None,
             **kwargs,
         )
         hidden = out.last_hidden_state  # (B, T, D), or (S, D) with positions
-        hidden = hidden[:, columns] if positions is None else hidden.unflatten(0, (len(inputs), -1))  # (B, kept, D)
+        hidden = hidden.view(*positions.shape, -1) if leaves_out else hidden[:, kept]  # (B, kept, D)
         logits = apply_head(self.lm_head, hidden)  # (B, kept, V)
         loss = None
         if labels is not None:
-            if logits.shape[1] != labels.shape[1]:
-                raise ValueError(f"labels have {labels.shape[1]} positions, the kept logits {logits.shape[1]}")
-            loss = next_token_loss(logits, labels, num_items_in_batch)
+            loss = supervised_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -270,12 +248,3 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
-
-
-def _flat_positions(inputs: Tensor, columns: slice | Tensor) -> Tensor | None:
-    """Return the positions b · T + t of some columns of `inputs` (B, T, ...); None for all."""
-    num_rows, num_tokens = inputs.shape[:2]
-    chosen = torch.arange(num_tokens, device=inputs.device)[columns]
-    if len(chosen) == num_tokens:
-        return None
-    return (torch.arange(num_rows, device=inputs.device)[:, None] * num_tokens + chosen).flatten()

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -20,46 +19,6 @@ from .modeling_qwen import QWenLMHeadModel, QWenModel
 from .tokenization_qwen import IMAGE_TOKEN, IMAGE_TOKEN_ID
 
 _NEEDS_IDS = "image_features need input_ids, which say where they belong; inputs_embeds do not"
-
-
-def place_image_features(
-    input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor | None, *, already_checked: bool = False
-) -> Tensor:
-    """Put image features at the image tokens, in reading order (row by row, left to right).
-
-    Args:
-        input_ids: (B, T).
-        inputs_embeds: (B, T, D), the embedded ids.
-        image_features: (..., D), all images of the batch one after another; None means none.
-        already_checked: whether the numbers are known to agree. Counting makes the host wait for an accelerator.
-
-    Returns:
-        (B, T, D). Gradients reach `image_features`; `inputs_embeds` is not changed in place.
-
-    Raises:
-        ValueError: if the number of features is not the number of image tokens, or their width is not D.
-    """
-    is_image = input_ids == IMAGE_TOKEN_ID  # (B, T)
-    width = inputs_embeds.shape[-1]
-    if image_features is not None and image_features.shape[-1] != width:
-        raise ValueError(f"image features have {image_features.shape[-1]} channels, the embedding {width}")
-    if not already_checked:
-        _check_counts(is_image, 0 if image_features is None else image_features.numel() // width)
-    if image_features is None:
-        return inputs_embeds
-    features = image_features.reshape(-1, width).to(inputs_embeds)  # (F, D)
-    return inputs_embeds.masked_scatter(is_image[..., None], features)  # (B, T, D)
-
-
-def _check_counts(is_image: Tensor, num_features: int) -> list[int]:
-    """Return the number of image tokens in each row of `is_image` (B, T)."""
-    per_row: list[int] = is_image.sum(dim=1).tolist()
-    if sum(per_row) != num_features:
-        raise ValueError(
-            f"the prompt holds {sum(per_row)} image tokens {IMAGE_TOKEN} (by row: {per_row}), but {num_features} image "
-            "features were given; expand every placeholder to as many tokens as its image has features"
-        )
-    return per_row
 
 
 class MultimodalQWenModel(QWenModel):
@@ -77,30 +36,46 @@ class MultimodalQWenModel(QWenModel):
         already_checked: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Embed `input_ids`, put `image_features` at the image tokens, and run the decoder.
+        """Embed `input_ids`, put `image_features` at the image tokens in reading order, and run the decoder.
 
         Without features, a call that continues from a cache takes an image token as any other id: a model may draw it.
 
         Args:
             input_ids: (B, T), with one image token for each image feature.
-            image_features: (..., D); None where there is no image.
-            already_checked: whether features and image tokens are known to be equal in number.
+            image_features: (..., D), all images of the batch one after another; None where there is no image.
+            already_checked: whether their numbers are known to agree. Counting makes the host wait for an accelerator.
             kwargs: as `QWenModel.forward` takes them, and so are all arguments that are not named here.
 
         Raises:
-            ValueError: if features and image tokens differ in number, with both numbers.
+            ValueError: if features and image tokens differ in number, with both numbers, or in their width.
         """
+        if image_features is not None and (input_ids is None or inputs_embeds is not None):
+            raise ValueError(_NEEDS_IDS)
         if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, D)
-            continues = past_key_values is not None and past_key_values.get_seq_length() > 0
-            if image_features is not None or not continues:
-                inputs_embeds = place_image_features(
-                    input_ids, inputs_embeds, image_features, already_checked=already_checked
-                )
+            is_image = input_ids == IMAGE_TOKEN_ID  # (B, T)
+            starts = past_key_values is None or past_key_values.get_seq_length() == 0
+            if not already_checked and (starts or image_features is not None):
+                check_counts(is_image, 0 if image_features is None else image_features[..., 0].numel())
+            if image_features is not None:
+                width = inputs_embeds.shape[-1]
+                if image_features.shape[-1] != width:
+                    raise ValueError(f"image features have {image_features.shape[-1]} channels, the embedding {width}")
+                features = image_features.reshape(-1, width).to(inputs_embeds)  # (F, D)
+                inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features)  # (B, T, D)
             input_ids = None
-        elif image_features is not None:
-            raise ValueError(_NEEDS_IDS)
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs)
+
+
+def check_counts(is_image: Tensor, num_features: int) -> list[int]:
+    """Return the number of image tokens in each row of `is_image` (B, T); their sum must be the number of features."""
+    per_row: list[int] = is_image.sum(dim=1).tolist()
+    if sum(per_row) != num_features:
+        raise ValueError(
+            f"the prompt holds {sum(per_row)} image tokens {IMAGE_TOKEN} (by row: {per_row}), but {num_features} image "
+            "features were given; expand every placeholder to as many tokens as its image has features"
+        )
+    return per_row
 
 
 class MultimodalQWenLMHeadModel(QWenLMHeadModel):
@@ -111,7 +86,6 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
     def generate(
         self,
         inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
         *args: Any,
         image_features: Tensor | tuple[Tensor, ...] | None = None,
         **kwargs: Any,
@@ -122,27 +96,23 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
             inputs: (B, T) token ids; or give them as `input_ids`.
             image_features: (..., D) for the whole batch in reading order, or a tuple with one tensor
                 (image tokens of the row, D) for each row.
-            kwargs: as transformers takes them, and so are all arguments that are not named here.
+            kwargs: as transformers takes them.
 
         Raises:
-            ValueError: if features and image tokens differ in number, with both numbers, if there are no ids, or if
-                the prompt is to be read in chunks.
+            ValueError: if features and image tokens differ in number, with both numbers, or if there are no ids.
         """
+        if image_features is not None:
+            input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+            if input_ids is None:
+                raise ValueError(_NEEDS_IDS)
+            if isinstance(image_features, Tensor):
+                # For beams and several answers, `generate` repeats the rows of every tensor. The rows here are images
+                # or features, so they go into a tuple, which it leaves alone.
+                features = image_features.flatten(0, -2)  # (F, D)
+                image_features = features.split(check_counts(input_ids == IMAGE_TOKEN_ID, len(features)))
+            kwargs["image_features"] = image_features
         generate: Any = super().generate  # type: ignore[misc]
-        if image_features is None:
-            return generate(inputs, generation_config, *args, **kwargs)
-        chunk = kwargs.get("prefill_chunk_size", (generation_config or self.generation_config).prefill_chunk_size)
-        if chunk is not None:
-            raise ValueError(f"prefill_chunk_size is {chunk}: a prompt with images is read whole; leave it out")
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is None:
-            raise ValueError(_NEEDS_IDS)
-        if isinstance(image_features, Tensor):
-            # For beams and several answers, `generate` repeats the rows of every tensor. The rows here are images or
-            # features, so they go into a tuple, which it leaves alone.
-            features = image_features.flatten(0, -2)  # (F, D)
-            image_features = features.split(_check_counts(input_ids == IMAGE_TOKEN_ID, len(features)))
-        return generate(inputs, generation_config, *args, image_features=image_features, **kwargs)
+        return generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -158,7 +128,7 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
         Args:
             input_ids: (B · copies, T); `copies` for beams and for several answers.
             image_features: one tensor (image tokens of the row, D) for each of the B rows of the prompt, or None.
-            inputs_embeds: (B · copies, T, D) in place of ids; named because `generate` looks for it here.
+            inputs_embeds: named because `generate` looks for it here.
             is_first_iteration: whether this call reads the prompt.
             kwargs: as transformers takes them.
         """

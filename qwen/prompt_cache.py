@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import GrowingCache
-from .layers import ntk_alpha
+from .long_context import ntk_alpha
 from .tokenization_qwen import IMAGE_TOKEN_ID
 
 

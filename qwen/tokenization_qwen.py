@@ -8,7 +8,6 @@ token may be a part of a character), special tokens are `str`.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 import unicodedata
 from pathlib import Path
@@ -34,8 +33,6 @@ IMSTART_ID = SPECIAL_TOKENS[IMSTART]
 IMEND_ID = SPECIAL_TOKENS[IMEND]
 IMAGE_TOKEN_ID = SPECIAL_TOKENS[IMAGE_TOKEN]
 
-VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken"}
-
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -47,18 +44,6 @@ MAX_WHITESPACE_RUN = 100_000
 _SPECIAL_SPLIT = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
 _WHITESPACE = re.compile(r"\s+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_REPLACEMENT = "\ufffd".encode()
-
-
-def normalize(text: str) -> str:
-    """Bring text into the form that is tokenised: NFC, without surrogates.
-
-    Two surrogates that make up a character become that character (JSON written by other programs has them); a lone one
-    stands for no character and becomes U+FFFD.
-    """
-    if _SURROGATE.search(text):
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return unicodedata.normalize("NFC", text)
 
 
 def load_vocabulary(path: str | Path) -> dict[bytes, int]:
@@ -69,17 +54,15 @@ def load_vocabulary(path: str | Path) -> dict[bytes, int]:
     """
     again = "copy or download qwen.tiktoken again"
     try:
-        data = Path(path).read_bytes()
+        lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise ValueError(f"cannot read the vocabulary {path}: {error.strerror or error}; {again}") from error
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line:
-            continue
+    for number, line in enumerate(lines, start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
+        except ValueError:
             raise ValueError(
                 f"{path}, line {number}: expected a base64 token, a space and its rank, got {line[:60]!r}; {again}"
             ) from None
@@ -93,19 +76,9 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     `encode` and `tokenizer(text)` turn `<|im_start|>` and the like in the text into special tokens; `encode_text` never
     does and is the one for what people typed. Tokens cannot be added: the 208 special ones are fixed.
-
-    Args:
-        vocab_file: the path of `qwen.tiktoken`.
-        errors: what decoding does with malformed UTF-8: "replace", "ignore" or "strict".
-        pad_token: any special token of QWen.
-        eos_token: likewise.
-        **kwargs: as for every tokenizer of transformers (`padding_side`, `model_max_length`, …).
-
-    Raises:
-        ValueError: the vocabulary is missing or damaged, or `pad_token` or `eos_token` is not a special token of QWen.
     """
 
-    vocab_files_names = VOCAB_FILES_NAMES
+    vocab_files_names = {"vocab_file": "qwen.tiktoken"}
     model_input_names = ["input_ids", "attention_mask"]
     eod_id = ENDOFTEXT_ID
     im_start_id = IMSTART_ID
@@ -120,18 +93,21 @@ class QWenTokenizer(PreTrainedTokenizer):
         eos_token: str | AddedToken | None = ENDOFTEXT,
         **kwargs: Any,
     ) -> None:
+        """Read the vocabulary `qwen.tiktoken`; `errors` says what decoding does with malformed UTF-8, as for `bytes`.
+
+        Raises:
+            ValueError: the vocabulary is missing or damaged, or a token is not a special token of QWen.
+        """
         if vocab_file is None:
             raise ValueError("the tokenizer needs its vocabulary: no qwen.tiktoken was found in the model's folder")
         self.errors = errors
         self._ranks = load_vocabulary(vocab_file)
-        self._tokens: dict[int, bytes | str] = {index: token for token, index in self.get_vocab().items()}
+        self._tokens: dict[int, Any] = {index: token for token, index in (self._ranks | SPECIAL_TOKENS).items()}
         self._encoding = tiktoken.Encoding(
             "qwen", pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens=SPECIAL_TOKENS
         )
-        # Published configs name remote code here. It is not needed, and must not be asked for after saving either.
-        kwargs.pop("auto_map", None)
-        # Added tokens cannot differ from QWen's own, which need no entry.
-        kwargs.pop("added_tokens_decoder", None)
+        kwargs.pop("auto_map", None)  # published configs name remote code here, which is not needed
+        kwargs.pop("added_tokens_decoder", None)  # QWen's own tokens need no entry
         super().__init__(pad_token=pad_token, eos_token=eos_token, errors=errors, **kwargs)
         self._add_tokens(list(self.special_tokens_map.values()))  # only to refuse unknown ones
 
@@ -145,11 +121,6 @@ class QWenTokenizer(PreTrainedTokenizer):
         """Return all 208 special tokens, in the order of their ids."""
         return list(SPECIAL_TOKENS)
 
-    @property
-    def all_special_ids(self) -> list[int]:
-        """Return the ids of all 208 special tokens, ascending."""
-        return list(SPECIAL_TOKENS.values())
-
     def get_vocab(self) -> dict[Any, int]:
         """Return every token and its id: `bytes` for ordinary tokens, `str` for special ones."""
         return {**self._ranks, **SPECIAL_TOKENS}
@@ -158,26 +129,19 @@ class QWenTokenizer(PreTrainedTokenizer):
         unknown = [str(token) for token in new_tokens or () if str(token) not in SPECIAL_TOKENS]
         if unknown:
             raise ValueError(
-                f"QWen's vocabulary is fixed, cannot add {', '.join(map(repr, unknown))}: "
-                f"use one of <|extra_1|> … <|extra_204|> instead"
+                f"QWen's vocabulary is fixed, cannot add {unknown}: use one of <|extra_1|> … <|extra_204|>"
             )
         return 0
 
     def encode_text(self, text: str) -> list[int]:
         """Return the token ids of a text as content: whatever it contains, no special token comes out.
 
-        The text is NFC-normalised, and lone surrogates become U+FFFD. White space runs of over 100,000 characters are
-        tokenised in parts.
-
-        Raises:
-            TypeError: `text` is not a string.
+        Two surrogates that make up a character become that character (JSON written by other programs has them), a lone
+        one U+FFFD. The text is brought into NFC, and cut inside runs of white space that are too long for tiktoken.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"expected a string to tokenise, got {type(text).__name__}")
-        return self._encode_ordinary(normalize(text))
-
-    def _encode_ordinary(self, text: str) -> list[int]:
-        """Encode text, cut only inside runs of white space that are too long for tiktoken."""
+        if _SURROGATE.search(text):
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = unicodedata.normalize("NFC", text)
         ids: list[int] = []
         start = 0
         for match in _WHITESPACE.finditer(text) if len(text) > MAX_WHITESPACE_RUN else ():
@@ -186,69 +150,50 @@ class QWenTokenizer(PreTrainedTokenizer):
                 start = cut
         return ids + self._encoding.encode_ordinary(text[start:])
 
-    def tokenize(
-        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
-    ) -> list[Any]:
-        """Return a text's tokens: `bytes`, and `str` for special ones (parsed unless `split_special_tokens` is true).
-
-        The other arguments are transformers' own, and ignored: QWen puts no token around a text.
-        """
-        text = normalize(text)
-        if kwargs.get("split_special_tokens", self.split_special_tokens):
-            return [self._tokens[index] for index in self._encode_ordinary(text)]
+    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return a text's tokens: `bytes`, and `str` for special ones, parsed unless `split_special_tokens` is true."""
+        parts = [text]
+        if not kwargs.get("split_special_tokens", self.split_special_tokens):
+            parts = _SPECIAL_SPLIT.split(unicodedata.normalize("NFC", text))  # every second part is a special token
         tokens: list[Any] = []
-        for position, part in enumerate(_SPECIAL_SPLIT.split(text)):  # every second part is a special token
-            tokens += [part] if position % 2 else [self._tokens[index] for index in self._encode_ordinary(part)]
+        for position, part in enumerate(parts):
+            tokens += [part] if position % 2 else [self._tokens[index] for index in self.encode_text(part)]
         return tokens
-
-    def _convert_token_to_id(self, token: Any) -> int | None:
-        if token in SPECIAL_TOKENS:
-            return SPECIAL_TOKENS[token]
-        return self._ranks.get(token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass"))
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Return the id of a token, or those of a list; `str` is a special token, or else stands for its UTF-8 bytes.
 
         What is not a token has None: QWen has no unknown token.
         """
-        if tokens is None or isinstance(tokens, (str, bytes)):
-            return None if tokens is None else self._convert_token_to_id(tokens)
-        return [self._convert_token_to_id(token) for token in tokens]
+        if tokens is None:
+            return None
+        if not isinstance(tokens, str | bytes):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        if tokens in SPECIAL_TOKENS:
+            return SPECIAL_TOKENS[str(tokens)]
+        return self._ranks.get(tokens if isinstance(tokens, bytes) else tokens.encode("utf-8", "surrogatepass"))
 
     def _convert_id_to_token(self, index: int) -> Any:
         if index < 0:
             raise ValueError(f"{index} is not a token id; remove ignored labels before decoding")
         # A model's table is padded beyond the vocabulary, so it can produce ids that stand for nothing.
-        return self._tokens.get(index, _REPLACEMENT)
+        return self._tokens.get(index, "\ufffd")
 
-    def convert_tokens_to_string(self, tokens: list[Any]) -> str:
+    def convert_tokens_to_string(self, tokens: list[Any], errors: str | None = None) -> str:
         """Return the text that tokens (`bytes` or `str`) stand for; malformed UTF-8 is treated as `errors` says."""
-        return self._text(tokens, self.errors)
+        data = b"".join(token if isinstance(token, bytes) else token.encode() for token in tokens)
+        return data.decode(errors=errors or self.errors)
 
-    @staticmethod
-    def _text(tokens: list[Any], errors: str) -> str:
-        return b"".join(token.encode() if isinstance(token, str) else token for token in tokens).decode(errors=errors)
-
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        errors: str | None = None,
-        **kwargs: Any,
-    ) -> str:
+    def _decode(self, token_ids: int | list[int], *args: Any, errors: str | None = None, **kwargs: Any) -> str:
         """Return the text of ids. It has its own spaces: `clean_up_tokenization_spaces` would only damage it."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
-        return self._text(tokens, errors or self.errors)
+        tokens = self.convert_ids_to_tokens(ids, kwargs.get("skip_special_tokens", False))
+        return self.convert_tokens_to_string(tokens, errors)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Write `qwen.tiktoken` into a folder, from memory: the file that it was read from need not exist any more."""
-        name = VOCAB_FILES_NAMES["vocab_file"]
-        path = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        path = Path(save_directory, f"{filename_prefix}-qwen.tiktoken" if filename_prefix else "qwen.tiktoken")
         temporary = path.with_name(path.name + ".part")
-        with temporary.open("wb") as file:
-            for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
-                file.write(base64.b64encode(token) + b" %d\n" % rank)
+        temporary.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(self._tokens[i]), i) for i in range(NUM_RANKS)))
         temporary.replace(path)  # an earlier one stays until the new one is complete
         return (str(path),)

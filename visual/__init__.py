@@ -7,26 +7,21 @@ A further backbone is one small file like `vit.py`, and a line in `TOWERS`.
 """
 
 import os
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from .base import ImageTransform, VisionTower
 from .clip_vit import CLIPTower
 from .dinov2 import Dinov2Tower, Dinov2WithRegistersTower
-from .loading import read_config
+from .loading import one_error
 from .shape import TowerShape, read_shape
 from .siglip_vit import SiglipTower
 from .vit import ViTTower
 
-__all__ = [
-    "TOWERS",
-    "ImageTransform",
-    "TowerShape",
-    "VisionTower",
-    "build_vision_tower",
-    "read_tower_shape",
-    "tower_class_of",
-]
+__all__ = ["TOWERS", "ImageTransform", "TowerShape", "VisionTower"]
+__all__ += ["build_vision_tower", "read_tower_shape", "tower_class_of"]
 
 TOWERS: dict[str, type[VisionTower]] = {
     "clip": CLIPTower,
@@ -46,7 +41,8 @@ def build_vision_tower(
     """Load the vision tower that a checkpoint holds, chosen by the `model_type` in its config.json.
 
     Args:
-        name_or_path: a local folder or a hub name. Of a CLIP or SigLIP checkpoint only the vision half is loaded.
+        name_or_path: a local folder or a hub name, with config.json, weights and preprocessor_config.json. Of a
+            CLIP-like checkpoint only the vision half is loaded.
         dtype: data type of the weights and the features; None is float32.
         drop_first_patch: leave SigLIP's first patch out, for models that the original project trained (728 tokens
             of 729).
@@ -60,23 +56,18 @@ def build_vision_tower(
 
 
 def read_tower_shape(name_or_path: str | os.PathLike[str], *, drop_first_patch: bool = False) -> TowerShape:
-    """Read the sizes of the tower that a checkpoint holds; no weights are needed.
-
-    It raises what `build_vision_tower` raises, but for a missing preprocessor_config.json only where that decides the
-    size (DINOv2).
-    """
+    """Read the sizes of the tower that a checkpoint holds, without its weights; raises as `build_vision_tower`."""
     name = os.fspath(name_or_path)
     return read_shape(tower_class_of(name), name, drop_first_patch=drop_first_patch)
 
 
 def tower_class_of(name: str) -> type[VisionTower]:
-    """Return the class for the `model_type` in a checkpoint's config.json.
-
-    Raises:
-        FileNotFoundError: if there is no such checkpoint, or no config.json.
-        ValueError: for a `model_type` that is not in `TOWERS`.
-    """
-    model_type = read_config(name).get("model_type")
+    """Return the class for the `model_type` in a checkpoint's config.json; raises as `build_vision_tower`."""
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"vision tower {name!r} is no folder with a config.json: give one, or a hub name")
+    problem = f"vision tower {name!r} cannot be read; give a folder with config.json and weights, or a hub name"
+    with one_error(problem, FileNotFoundError):
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if isinstance(model_type, str) and model_type in TOWERS:
         return TOWERS[model_type]
     hint = "; of SigLIP 2, take a checkpoint of a fixed resolution" if str(model_type).startswith("siglip2") else ""

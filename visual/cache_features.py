@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -38,21 +37,15 @@ from visual.feature_cache import DTYPES, open_feature_cache
 
 logger = logging.getLogger("visual.cache_features")
 
-
-class Terminated(BaseException):
-    """SIGTERM has come."""
+HOW_TO_CONTINUE = "what is stored can be used, and the same command continues from there"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises:
-        ValueError: for flags that do not exist, and for values that are impossible.
-    """
+    """Read the command line; a ValueError says what is wrong with it."""
     parser = OneLineErrors(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--image_map", nargs="+", required=True, metavar="FILE", help="image_map.json, one or several")
-    parser.add_argument("--feature_cache", required=True, metavar="DIR", help="folder in which features are kept")
     add = parser.add_argument
+    add("--image_map", nargs="+", required=True, metavar="FILE", help="image_map.json, one or several")
+    add("--feature_cache", required=True, metavar="DIR", help="folder in which features are kept")
     add("--base_value_model", default="openai/clip-vit-large-patch14", help="hub name or folder of the vision tower")
     add("--previous_lora_weights", metavar="DIR", help="checkpoint that training starts from, as in training")
     add("--feature_cache_dtype", default="bfloat16", choices=list(DTYPES), help="dtype on the disk, as in training")
@@ -65,25 +58,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--allow_links", action="store_true", help="follow links that lead out of the image folder")
     add("--skip_space_check", action="store_true", help="begin even if the disk looks too small")
     args = parser.parse_args(argv)
-    least = {"batch_size": 1, "num_workers": 0, "num_shards": 1, "shard": 0}
-    wrong = [f"--{name} {getattr(args, name)}: at least {n}" for name, n in least.items() if getattr(args, name) < n]
-    if args.shard >= args.num_shards >= 1:
+    for name, least in {"batch_size": 1, "num_workers": 0, "num_shards": 1, "shard": 0}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: at least {least}")
+    if args.shard >= args.num_shards:
         last = args.num_shards - 1
-        wrong.append(f"--shard {args.shard}: with --num_shards {args.num_shards} it goes from 0 to {last}")
-    if wrong:
-        raise ValueError("; ".join(wrong))
+        parser.error(f"--shard {args.shard}: with --num_shards {args.num_shards} it goes from 0 to {last}")
     return args
 
 
 def list_images(image_maps: Sequence[str], allow_links: bool) -> tuple[list[Path], list[str], list[str]]:
-    """List the image files of several image maps, each once.
-
-    Returns:
-        The files; what is wrong with images that lead out of their folder; what is wrong with entries.
-
-    Raises:
-        ValueError: if a file can't be read, or there is no image in all of them.
-    """
+    """List the image files of several image maps, each once, what is wrong with other images, and with entries."""
     images: dict[tuple[str, str], None] = {}
     paths, bad_images, bad_entries = [], [], []
     for image_map in image_maps:
@@ -105,12 +90,7 @@ def list_images(image_maps: Sequence[str], allow_links: bool) -> tuple[list[Path
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code.
-
-    Raises:
-        ValueError: for whatever the user can fix; the message says how.
-        OSError: for files that are missing or can't be read.
-    """
+    """Do what the command line says; returns the exit code. A ValueError or OSError says what the user can fix."""
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype) if args.dtype else pick_dtype(device)
     paths, bad_images, bad_entries = list_images(args.image_map, args.allow_links)
@@ -123,16 +103,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--feature_cache {args.feature_cache}: {problem}; make room, or give another folder or --skip_space_check"
         )
-    for problem in (*bad_entries, *bad_images):
-        logger.warning("bad: %s", problem)
+    for bad in (*bad_entries, *bad_images):
+        logger.warning("bad: %s", bad)
     part = paths[args.shard :: args.num_shards]
     filled = fill_feature_cache(tower, cache, part, batch_size=args.batch_size, num_workers=args.num_workers)
     if filled.failure:
-        logger.error(
-            "cache_features.py: %s of %s images were stored, then the disk failed (%s); what is stored can be used, "
-            "and the same command continues from there",
-            *(f"{filled.num_stored:,}", f"{len(part):,}", filled.failure),
-        )
+        counts = f"{filled.num_stored:,}", f"{len(part):,}", filled.failure, HOW_TO_CONTINUE
+        logger.error("cache_features.py: %s of %s images were stored, then the disk failed (%s); %s", *counts)
         return 1
     total, num_bad = len(part) + len(bad_images), filled.num_bad + len(bad_images)
     logger.info(
@@ -149,12 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     try:
         return run(parse_arguments(argv))
-    except (KeyboardInterrupt, Terminated) as error:
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        logger.error(
-            "cache_features.py: stopped by %s; what is stored can be used, and the same command continues from there",
-            number.name,
-        )
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        logger.error("cache_features.py: stopped by %s; %s", number.name, HOW_TO_CONTINUE)
         return 128 + number
     except (ValueError, OSError, ImportError) as error:
         logger.error("cache_features.py: %s", in_one_line(error))
@@ -168,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _terminate(*_: object) -> None:
     # Nothing is logged in here: the signal may have come while the log, or the progress bar, was being written.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))  # a second one quits at once
-    raise Terminated  # unwinds, so that the file being written is removed
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one quits at once
+    raise KeyboardInterrupt(signal.SIGTERM)  # unwinds, so that the file being written is removed
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ or a power cut did to it. Any number of processes may fill a folder at once: at 
 Shape legend: P tokens per image, D width of the tower.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import secrets
 import stat
-import time
 import zlib
 from pathlib import Path
 
@@ -34,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """The dtypes that features can be stored in, by name."""
-KEY_BYTES = 32
-"""Length of a picture's key."""
 NOTE = "tower.json"
 """The file that tells people what a folder's features belong to."""
 
@@ -43,13 +39,126 @@ _FORMAT = 2
 """Raised when the stored bytes change: the files' form, or what `load_image` and `ImageTransform` make of a picture."""
 _LARGEST_IMAGE_FILE = 1 << 30
 """Bytes. Hashing a larger file would take longer than finding out that it is no picture."""
-_LEFT_BEHIND = 3600.0
-"""Seconds after which a file in `tmp` belongs to a process that was killed."""
 _TOWER_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 _IMAGE_SETTINGS = (
     *("image_processor_type", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
 )
+
+
+class FeatureCache:
+    """The features of pictures seen through one tower, stored in one dtype; cheap to pickle into data workers.
+
+    Args:
+        folder: the folder of one tower and dtype; see the module's docstring. It need not exist.
+        shape: (P, D).
+        dtype: the dtype of the stored features.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.shape = shape
+        self.dtype = dtype
+        self.file_bytes = len(self._serialise(b"", torch.zeros(shape, dtype=dtype)))
+        """Size of every file."""
+
+    @staticmethod
+    def key_of(path: str | os.PathLike[str]) -> bytes | None:
+        """Hash a file's content; None if the file cannot be read, and `load_image` says why."""
+        digest = hashlib.sha256()
+        try:
+            status = os.stat(path)  # noqa: PTH116 - once per sample
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_IMAGE_FILE:
+                return None
+            with open(path, "rb") as file:  # noqa: PTH123
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except (OSError, ValueError):  # ValueError: characters that no file name can hold
+            return None
+        return digest.digest()
+
+    def path_of(self, key: bytes) -> Path:
+        """Return the file of a picture's features, whether or not it exists."""
+        name = key.hex()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def read(self, key: bytes) -> Tensor | None:
+        """Read a picture's features (P, D) by its key; None if they are missing, or damaged, which is logged."""
+        path = self.path_of(key)
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size != self.file_bytes:
+                raise ValueError(f"{status.st_size} bytes, expected {self.file_bytes}")
+            tensors = safetensors.torch.load(path.read_bytes())
+            features = tensors["features"]  # (P, D)
+            is_like_ours = tuple(features.shape) == self.shape and features.dtype == self.dtype
+            if not is_like_ours or tensors["check"].tolist() != [self._checksum(key, features)]:
+                raise ValueError("its shape, dtype or checksum is wrong")
+            return features
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # a damaged file makes its reader raise nearly anything
+            logger.warning("%s is damaged (%s): the next filling replaces it", path, " ".join(str(error).split()))
+        return None
+
+    def write(self, key: bytes, features: Tensor) -> None:
+        """Store a picture's features (P, D), in the cache's dtype and on the CPU, whole or not at all.
+
+        Raises:
+            OSError: if the disk is full, or the folder cannot be written to. No part of a file is left then.
+        """
+        self.write_file(self.path_of(key), self._serialise(key, features))
+
+    def num_pictures(self) -> int:
+        """Count the stored pictures by listing the folder."""
+        return sum(1 for _ in self.folder.glob("??/*.safetensors"))
+
+    def _checksum(self, key: bytes, features: Tensor) -> int:
+        """CRC-32 over the tower's key, the picture's and the features: a file under another's name is found too."""
+        return zlib.crc32(_bytes_of(features), zlib.crc32(self.folder.name.encode() + key))
+
+    def _serialise(self, key: bytes, features: Tensor) -> bytes:
+        check = torch.tensor([self._checksum(key, features)])
+        return safetensors.torch.save({"features": features.contiguous(), "check": check})
+
+    def write_file(self, target: Path, content: bytes) -> None:
+        """Write a file under another name and rename it, so that it appears whole or not at all."""
+        part = self.folder / "tmp" / secrets.token_hex(16)
+        for folder in (part.parent, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+            part.replace(target)
+        except BaseException:  # an interrupt too
+            part.unlink(missing_ok=True)
+            raise
+
+
+def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dtype: str) -> FeatureCache:
+    """Open the cache of a tower's features in a folder, which may hold those of other towers too.
+
+    Args:
+        directory: the folder; made if need be.
+        tower: the tower.
+        dtype: a name in `DTYPES`.
+
+    Raises:
+        ValueError: if the folder cannot be made. An existing one that cannot be written to is read.
+    """
+    folder = Path(directory).absolute() / f"{tower_key(tower)}-{dtype}"
+    shape = (tower.num_image_tokens, tower.hidden_size)
+    cache = FeatureCache(folder, shape, DTYPES[dtype])
+    note = {"tower": tower.name_or_path, "kind": tower.kind, "shape": shape, "dtype": dtype}
+    try:
+        if not (folder / NOTE).exists():
+            cache.write_file(folder / NOTE, json.dumps(note, indent=2, ensure_ascii=False).encode() + b"\n")
+    except OSError as error:
+        if not folder.is_dir():
+            problem = f"--feature_cache {directory} can't be made ({error.strerror})"
+            raise ValueError(f"{problem}; give a folder that can be written to") from None
+    logger.info("features of images are kept in %s", folder)
+    return cache
 
 
 def tower_key(tower: VisionTower) -> str:
@@ -78,137 +187,3 @@ def published_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _bytes_of(value: Tensor) -> memoryview:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-class FeatureCache:
-    """The features of pictures seen through one tower, stored in one dtype.
-
-    Cheap to pickle into data workers.
-
-    Args:
-        folder: the folder of one tower and dtype; see the module's docstring. It need not exist.
-        shape: (P, D).
-        dtype: the dtype of the stored features.
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.folder = folder
-        self.shape = shape
-        self.dtype = dtype
-        self.file_bytes = len(self._serialise(bytes(KEY_BYTES), torch.zeros(shape, dtype=dtype)))
-        """Size of every file."""
-
-    # ---- Reading
-
-    @staticmethod
-    def key_of(path: str | os.PathLike[str]) -> bytes | None:
-        """Hash a file's content, to `KEY_BYTES` bytes; None if the file cannot be read, and `load_image` says why."""
-        digest = hashlib.sha256()
-        try:
-            status = os.stat(path)  # noqa: PTH116 - once per sample
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_IMAGE_FILE:
-                return None
-            with open(path, "rb") as file:  # noqa: PTH123
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except (OSError, ValueError):  # ValueError: characters that no file name can hold
-            return None
-        return digest.digest()
-
-    def path_of(self, key: bytes) -> Path:
-        """Return the file of a picture's features, whether or not it exists."""
-        name = key.hex()
-        return self.folder / name[:2] / f"{name}.safetensors"
-
-    def read(self, key: bytes) -> Tensor | None:
-        """Read a picture's features (P, D) by its key; None if they are missing, or damaged, which is logged."""
-        path = self.path_of(key)
-        try:
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode) or status.st_size != self.file_bytes:
-                raise ValueError(f"{status.st_size} bytes, expected {self.file_bytes}")
-            tensors = safetensors.torch.load(path.read_bytes())
-            features = tensors["features"]  # (P, D)
-            if tuple(features.shape) != self.shape or features.dtype != self.dtype:
-                raise ValueError(f"{tuple(features.shape)} {features.dtype}, expected {self.shape} {self.dtype}")
-            if tensors["check"].tolist() != [self._checksum(key, features)]:
-                raise ValueError("its checksum is wrong")
-            return features
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # a damaged file makes its reader raise nearly anything
-            logger.warning("%s is damaged (%s): the next filling replaces it", path, " ".join(str(error).split()))
-            return None
-
-    def _checksum(self, key: bytes, features: Tensor) -> int:
-        """CRC-32 over the tower's key, the picture's and the features: a file under another's name is found too."""
-        return zlib.crc32(_bytes_of(features), zlib.crc32(self.folder.name.encode() + key))
-
-    def _serialise(self, key: bytes, features: Tensor) -> bytes:
-        check = torch.tensor([self._checksum(key, features)])
-        return safetensors.torch.save({"features": features.contiguous(), "check": check})
-
-    # ---- Filling
-
-    def write(self, key: bytes, features: Tensor) -> None:
-        """Store a picture's features (P, D), in the cache's dtype and on the CPU, whole or not at all.
-
-        Raises:
-            OSError: if the disk is full, or the folder cannot be written to. No part of a file is left then.
-        """
-        target = self.path_of(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(self.folder, target, self._serialise(key, features))
-
-    def num_pictures(self) -> int:
-        """Count the stored pictures by listing the folder."""
-        folders = [path for path in self.folder.glob("??") if path.is_dir()]
-        return sum(name.endswith(".safetensors") for folder in folders for name in os.listdir(folder))  # noqa: PTH208
-
-
-def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dtype: str) -> FeatureCache:
-    """Open the cache of a tower's features in a folder, which may hold those of other towers too.
-
-    Args:
-        directory: the folder; made if need be.
-        tower: the tower.
-        dtype: a name in `DTYPES`.
-
-    Raises:
-        ValueError: if the folder cannot be made. An existing one that cannot be written to is read.
-    """
-    root = Path(directory).absolute()
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"--feature_cache {directory} is a file; give a folder, which is made if need be")
-    shape = (tower.num_image_tokens, tower.hidden_size)
-    cache = FeatureCache(root / f"{tower_key(tower)}-{dtype}", shape, DTYPES[dtype])
-    note = {"tower": tower.name_or_path, "kind": tower.kind, "shape": shape, "dtype": dtype}
-    try:
-        (cache.folder / "tmp").mkdir(parents=True, exist_ok=True)
-        for path in (cache.folder / "tmp").iterdir():  # what killed processes left
-            with contextlib.suppress(FileNotFoundError):  # just renamed or deleted by another process
-                if path.stat().st_mtime < time.time() - _LEFT_BEHIND:
-                    path.unlink()
-        if not (cache.folder / NOTE).exists():
-            content = json.dumps(note, indent=2, ensure_ascii=False) + "\n"
-            _write_whole(cache.folder, cache.folder / NOTE, content.encode())
-    except OSError as error:
-        if not cache.folder.is_dir():
-            raise ValueError(
-                f"--feature_cache {directory} can't be made ({error.strerror}); give a folder that can be written to"
-            ) from None
-    logger.info("features of images are kept in %s", cache.folder)
-    return cache
-
-
-def _write_whole(folder: Path, target: Path, content: bytes) -> None:
-    """Write a file under another name and rename it, so that it appears whole or not at all."""
-    part = folder / "tmp" / secrets.token_hex(16)
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("xb") as file:
-            file.write(content)
-        part.replace(target)
-    except BaseException:  # an interrupt too
-        part.unlink(missing_ok=True)
-        raise

@@ -9,7 +9,6 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,34 +20,6 @@ from transformers.utils import logging as transformers_logging
 _SURPLUS_BLOCK = re.compile(r"^(?:vision_model\.|vit\.|dinov2\.)?(?:encoder\.)?layers?\.\d+\.")
 
 
-def read_config(name_or_path: str) -> dict[str, Any]:
-    """Read a checkpoint's config.json.
-
-    Args:
-        name_or_path: a local folder, or a name on the model hub (read from its cache if there is no connection).
-
-    Raises:
-        FileNotFoundError: if there is no such folder, no config.json in it, or the hub does not give it.
-        ValueError: if the file is not a JSON object.
-    """
-    folder, problem = Path(name_or_path), ""
-    if folder.is_file():
-        problem = "this is a file; a tower is a folder with config.json and weights"
-    elif folder.is_dir() and not (folder / "config.json").is_file():
-        problem = "no config.json in this folder: give a checkpoint's, or a hub name"
-    elif not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path):
-        problem = "there is no such folder, and it is not a hub name"
-    if problem:
-        raise FileNotFoundError(f"vision tower {name_or_path!r}: {problem}")
-    problem = "the hub does not give it; give a local folder, or a name in its cache"
-    if folder.is_dir():
-        problem = "its config.json cannot be read"
-    if_missing = ValueError if folder.is_dir() else FileNotFoundError
-    with _one_error(f"vision tower {name_or_path!r}: {problem}", if_missing):
-        content, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    return content
-
-
 def load_config(
     model_class: type[PreTrainedModel], name_or_path: str, overrides: Mapping[str, Any]
 ) -> PreTrainedConfig:
@@ -58,7 +29,7 @@ def load_config(
         ValueError: if the file's values cannot be those of such a model.
     """
     config_class = cast(type[PreTrainedConfig], model_class.config_class)
-    with _one_error(f"the config.json of {name_or_path} is no {config_class.__name__}"):
+    with one_error(f"the config.json of {name_or_path} is no {config_class.__name__}"):
         config = config_class.from_pretrained(name_or_path, trust_remote_code=False)
     for name, value in overrides.items():
         setattr(config, name, value)
@@ -76,19 +47,14 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the weights that `model_class` has, straight into `dtype`; others in the file (a text half) are ignored.
 
-    Args:
-        model_class: the vision model.
-        name_or_path: the checkpoint: safetensors, or .bin (read with weights_only); one file or shards.
-        config: the vision half's configuration.
-        dtype: data type of the weights.
-        **kwargs: passed to the model.
+    They may be safetensors or .bin (read with weights_only), one file or shards. `kwargs` go to the model.
 
     Raises:
         FileNotFoundError: if there is no file with weights.
         ValueError: if the weights cannot be read, or do not fit the configuration: some are missing, of another
             shape, or of more blocks than configured.
     """
-    with _one_error(f"the weights of {name_or_path} cannot be loaded", FileNotFoundError):
+    with one_error(f"the weights of {name_or_path} cannot be loaded", FileNotFoundError):
         loaded: Any = model_class.from_pretrained(
             name_or_path,
             config=config,
@@ -105,11 +71,7 @@ def load_model(
         "not in the configuration": [name for name in info["unexpected_keys"] if _SURPLUS_BLOCK.match(name)],
         "not readable": info["error_msgs"],
     }
-    found = [
-        f"{len(names)} {fault} ({', '.join(sorted(names)[:3])}{', …' * (len(names) > 3)})"
-        for fault, names in faults.items()
-        if names
-    ]
+    found = [f"{len(names)} {fault} ({', '.join(sorted(names)[:3])})" for fault, names in faults.items() if names]
     if found:
         raise ValueError(
             f"the weights of {name_or_path} do not fit its config.json as {model_class.__name__}: {'; '.join(found)}. "
@@ -118,24 +80,39 @@ def load_model(
     return model
 
 
-def load_image_processor(name_or_path: str) -> Any:
-    """Load the checkpoint's own image processor in its Pillow form, and try it once.
+def load_image_processor(name_or_path: str, side: int | None) -> tuple[Any, int]:
+    """Load the checkpoint's own image processor in its Pillow form, and try it on a wide and a tall image.
 
     The torchvision form gives other pixels (by up to 0.015), and a model must not depend on what else is installed.
 
+    Args:
+        name_or_path: the checkpoint.
+        side: height and width of the image that the model takes; None: any square.
+
+    Returns:
+        The processor, and the height and width of the squares that it makes.
+
     Raises:
         FileNotFoundError: if the checkpoint has no preprocessor_config.json.
-        ValueError: if it cannot be used.
+        ValueError: if it cannot be used, or makes another size than the model takes.
     """
     problem = f"the image processor of {name_or_path} cannot be used; take preprocessor_config.json from its publisher"
-    with _one_error(problem, FileNotFoundError):
+    with one_error(problem, FileNotFoundError):
         processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", trust_remote_code=False)
-        processor(images=Image.new("RGB", (40, 30)), return_tensors="pt")
-    return processor
+        images = [Image.new("RGB", size) for size in ((40, 30), (30, 40))]
+        made = {tuple(processor(images=image, return_tensors="pt")["pixel_values"].shape[2:]) for image in images}
+        height, width = min(made)
+    if len(made) > 1 or height != width or side not in (None, height):
+        raise ValueError(
+            f"{name_or_path}: its preprocessor_config.json makes images of "
+            f"{' and '.join('×'.join(map(str, size)) for size in sorted(made))} px (height×width), but the model takes "
+            f"{f'{side}×{side}' if side else 'one square'}: use the preprocessor_config.json that belongs to this model"
+        )
+    return processor, height
 
 
 @contextmanager
-def _one_error(problem: str, if_missing: type[Exception] = ValueError) -> Iterator[None]:
+def one_error(problem: str, if_missing: type[Exception] = ValueError) -> Iterator[None]:
     """Let transformers log errors only, and turn whatever it raises into a ValueError that names the problem.
 
     An OSError, by which it says that a file is missing, becomes `if_missing`.

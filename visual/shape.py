@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from .base import ImageTransform, VisionTower
+from .base import VisionTower
 from .loading import load_config, load_image_processor
 
 
@@ -29,43 +29,29 @@ class TowerShape:
     """Parameters, all of them frozen."""
 
 
+def read_shape(tower_class: type[VisionTower], name_or_path: str, *, drop_first_patch: bool) -> TowerShape:
+    """Read the sizes of a checkpoint's tower, refusing what loading the tower would refuse.
+
+    Only for a tower that takes any size (DINOv2), preprocessor_config.json must be there: it alone tells the size.
+    """
+    config = load_config(tower_class.model_class, name_or_path, tower_class.config_overrides)
+    size = None if tower_class.any_image_size else config.image_size
+    try:
+        size = load_image_processor(name_or_path, size)[1]
+    except FileNotFoundError:
+        if size is None:
+            raise
+    return shape_of_tower(tower_class, config, size, drop_first_patch=drop_first_patch)
+
+
 def shape_of_tower(
     tower_class: type[VisionTower], config: PreTrainedConfig, image_size: int, *, drop_first_patch: bool = False
 ) -> TowerShape:
-    """Read the sizes from a configuration, and count the parameters of a model without storage.
-
-    Args:
-        tower_class: one of `visual.TOWERS`.
-        config: the vision half's configuration, with the class's overrides.
-        image_size: height and width of the input in pixels.
-        drop_first_patch: as `build_vision_tower` takes it.
-    """
+    """Take the sizes from the vision half's configuration, and count the parameters of a model without storage."""
     with torch.device("meta"):
         model = tower_class.model_class(config, **tower_class.model_kwargs)
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or int(width * getattr(config, "mlp_ratio", 4))
-    return TowerShape(
-        kind=tower_class.kind,
-        hidden_size=width,
-        intermediate_size=inner,
-        image_size=image_size,
-        num_image_tokens=(image_size // config.patch_size) ** 2 - int(drop_first_patch),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
-
-
-def read_shape(tower_class: type[VisionTower], name_or_path: str, *, drop_first_patch: bool) -> TowerShape:
-    """Read the sizes of a checkpoint's tower, refusing what loading the tower would refuse.
-
-    Raises:
-        FileNotFoundError: if the image processor's file is missing and only it tells the size (DINOv2).
-        ValueError: if files cannot be used, or do not fit each other.
-    """
-    config = load_config(tower_class.model_class, name_or_path, tower_class.config_overrides)
-    size = config.image_size
-    try:
-        size = tower_class.input_size(name_or_path, config, ImageTransform(load_image_processor(name_or_path)))
-    except FileNotFoundError:
-        if tower_class.any_image_size:
-            raise
-    return shape_of_tower(tower_class, config, size, drop_first_patch=drop_first_patch)
+    num_image_tokens = (image_size // config.patch_size) ** 2 - int(drop_first_patch)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return TowerShape(tower_class.kind, width, inner, image_size, num_image_tokens, num_parameters)

@@ -85,7 +85,7 @@ def build_peer(folder: Path, output: str, dtype: str, steps: int, extra: Sequenc
     model.model.multi_modal_projector.float().requires_grad_(True)
     tokenizer = QWenTokenizer.from_pretrained(folder / "qwen")
     files = folder / "image_map.json", folder / "captions.json"
-    transform = ImageTransform(load_image_processor(str(folder / "clip")))
+    transform = ImageTransform(load_image_processor(str(folder / "clip"), None)[0])
     dataset = ImageCaptionDataset(*files, tokenizer, transform, model.config.image_seq_length, seed=SEED)
     args = TrainingArguments(
         output_dir=output,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwen import MultimodalQWenLMHeadModel
+from visual import tower_class_of
 from visual.base import VisionTower
-from visual.loading import read_config
 
 from ..lora import make_lean
 from .base_models import comparable
@@ -121,8 +121,8 @@ def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = Fa
 
 def drops_first_patch(checkpoint: Checkpoint, vision_name: str) -> bool:
     """Return whether SigLIP's first patch is left out: in the original project's checkpoints and what came of them."""
-    is_siglip = str(read_config(vision_name).get("model_type")).startswith("siglip")
-    return is_siglip and (checkpoint.config is None or checkpoint.config.drop_first_patch)
+    may_drop = tower_class_of(vision_name).may_drop_first_patch
+    return may_drop and (checkpoint.config is None or checkpoint.config.drop_first_patch)
 
 
 def check_bases(

@@ -19,11 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def disk_space(cache: FeatureCache) -> tuple[int, int, Path]:
-    """Look at the disk that a cache is on, or will be.
-
-    Returns:
-        Bytes that one picture takes, in whole blocks of the file system; bytes free; the nearest folder that exists.
-    """
+    """Return the bytes that a picture takes in whole blocks, those free, and the nearest folder that exists."""
     folder = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.is_dir())
     block = os.statvfs(folder).f_frsize
     return -(-cache.file_bytes // block) * block, shutil.disk_usage(folder).free, folder
@@ -47,12 +43,9 @@ def pictures_stored(folder: Path, tower: str, shape: tuple[int, int], dtype: str
 
 
 def lack_of_space(cache: FeatureCache, tower: VisionTower, paths: Sequence[Path]) -> str:
-    """Log how much room the pictures' features take at most, and what is free.
+    """Log how much room the pictures' features take at most, and what is free; return what is missing, or "".
 
     If the features of all would not fit, the pictures are hashed to see which are stored already.
-
-    Returns:
-        What is to be stored and what is free, if that does not suffice; else an empty string.
     """
     (per_image, free, folder), dtype = disk_space(cache), str(cache.dtype).removeprefix("torch.")
     stored = pictures_stored(cache.folder.parent, tower.name_or_path, cache.shape, dtype)

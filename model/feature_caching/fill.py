@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,64 +39,13 @@ BATCH_SIZE = 32
 """Pictures that go through the tower together."""
 
 
-@dataclass
-class Filled:
-    """Counts of pictures, and why filling ended early."""
-
-    num_stored: int = 0
-    """Pictures whose features were stored now."""
-    num_bad: int = 0
-    """Pictures that cannot be used; each was logged."""
-    failure: str = ""
-    """Why the disk took no more, or an empty string."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """One picture, as a data worker hands it over."""
-
-    path: Path
-    """Its file."""
-    key: bytes = b""
-    """Hash of its content."""
-    pixels: NDArray[np.float32] | None = None
-    """(3, H, W); None if there is nothing to do. No tensor: those travel by threads that complain when stopped."""
-    problem: str = ""
-    """Why it cannot be used, or an empty string."""
-
-
-class MissingPictures(Dataset[Opened]):
-    """Pictures for the tower, opened only if their features are missing or damaged."""
-
-    def __init__(self, paths: Sequence[Path], cache: FeatureCache, transform: ImageTransform) -> None:
-        self.paths = paths
-        self.cache = cache
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Opened:
-        path = self.paths[index]
-        key = self.cache.key_of(path)
-        if key is not None and self.cache.read(key) is not None:
-            return Opened(path, key)
-        try:
-            pixels = self.transform(load_image(path))  # (3, H, W)
-        except ImageError as error:
-            return Opened(path, problem=str(error))
-        if key is None or key != self.cache.key_of(path):  # else the pixels could belong to another key
-            return Opened(path, problem=f"'{path}': it changed while it was read, or is too large to be looked up")
-        return Opened(path, key, pixels.numpy())
-
-
 def complete_feature_cache(
     folder: str,
     dtype: str,
     model: VisionLanguageModel,
     datasets: Iterable[ImageCaptionDataset | None],
     args: VLMTrainingArguments,
-) -> FeatureCache:
+) -> None:
     """Store the features of all pictures of the data sets, and let the data sets read them from now on.
 
     Each process of the run takes its share; none returns before all pictures are stored.
@@ -126,12 +74,22 @@ def complete_feature_cache(
         num_workers=args.dataloader_num_workers,
         show_progress=args.process_index == 0 and not args.disable_tqdm,
     )
-    failures = list(filter(None, gather_objects(filled.failure)))  # waits for all processes, too
-    if failures:
-        raise OSError(f"--feature_cache {folder}: features can't be stored ({failures[0]}); those stored are kept")
+    if failure := next(filter(None, gather_objects(filled.failure)), ""):  # waits for all processes, too
+        raise OSError(f"--feature_cache {folder}: features can't be stored ({failure}); those stored are kept")
     for dataset in used:
         dataset.feature_cache = cache
-    return cache
+
+
+@dataclass
+class Filled:
+    """Counts of pictures, and why filling ended early."""
+
+    num_stored: int = 0
+    """Pictures whose features were stored now."""
+    num_bad: int = 0
+    """Pictures that cannot be used; each was logged."""
+    failure: str = ""
+    """Why the disk took no more, or an empty string."""
 
 
 def image_files(dataset: ImageCaptionDataset) -> Iterator[Path]:
@@ -152,24 +110,14 @@ def fill_feature_cache(
     num_workers: int = 0,
     show_progress: bool = True,
 ) -> Filled:
-    """Run the tower, on its device, over the pictures whose features are missing, and store them.
-
-    Args:
-        tower: the tower.
-        cache: its cache.
-        paths: the pictures.
-        batch_size: pictures that go through the tower together.
-        num_workers: processes that open pictures; 0: this one.
-        show_progress: whether to draw a bar.
-    """
+    """Run the tower, on its device, over the pictures whose features are missing, and store them."""
     filled = Filled()
     device, dtype = tower.model.device, tower.model.dtype
     pictures = MissingPictures(paths, cache, tower.image_transform)
-    own = torch.Generator()  # training draws the same numbers whether or not a cache was filled before
-    loader: Any = DataLoader(pictures, batch_size, num_workers=num_workers, collate_fn=list, generator=own)
+    loader = DataLoader(pictures, batch_size, num_workers=num_workers, collate_fn=list)
     bar = tqdm(total=len(paths), desc="images", unit="", mininterval=0.5, disable=not show_progress)
     with logging_redirect_tqdm(), bar:
-        for batch in with_calm_workers(loader):
+        for batch in with_calm_workers(loader):  # whose generator is its own: training draws the same numbers
             problems = [opened.problem for opened in batch if opened.problem]
             fresh = [opened for opened in batch if opened.pixels is not None]
             if fresh:
@@ -177,7 +125,7 @@ def fill_feature_cache(
                 # As train.py runs the tower: under autocast where its weights are of half precision.
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     features = tower(pixels)  # (N, P, D)
-                problems += store(cache, fresh, features, filled)
+                problems += _store(cache, fresh, features, filled)
             for problem in problems:
                 logger.warning("bad: %s", problem)
             filled.num_bad += len(problems)
@@ -187,23 +135,61 @@ def fill_feature_cache(
     return filled
 
 
-def store(cache: FeatureCache, pictures: Sequence[Opened], features: Tensor, filled: Filled) -> list[str]:
+@dataclass(frozen=True)
+class Opened:
+    """One picture, as a data worker hands it over."""
+
+    path: Path
+    key: bytes = b""
+    """Hash of its content."""
+    pixels: NDArray[np.float32] | None = None
+    """(3, H, W); None if there is nothing to do. No tensor: those travel by threads that complain when stopped."""
+    problem: str = ""
+    """Why it cannot be used, or an empty string."""
+
+
+class MissingPictures(Dataset[Opened]):
+    """Pictures for the tower, opened only if their features are missing or damaged."""
+
+    def __init__(self, paths: Sequence[Path], cache: FeatureCache, transform: ImageTransform) -> None:
+        self.paths = paths
+        self.cache = cache
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Opened:
+        path = self.paths[index]
+        key = self.cache.key_of(path)
+        if key is not None and self.cache.read(key) is not None:
+            return Opened(path)
+        try:
+            pixels = self.transform(load_image(path))  # (3, H, W)
+        except ImageError as error:
+            return Opened(path, problem=str(error))
+        if key is None or key != self.cache.key_of(path):  # else the pixels could belong to another key
+            return Opened(path, problem=f"'{path}': it changed while it was read, or is too large to be looked up")
+        return Opened(path, key, pixels.numpy())
+
+
+def _store(cache: FeatureCache, pictures: Sequence[Opened], features: Tensor, filled: Filled) -> list[str]:
     """Write the features (N, P, D) of a batch; count them, or a failing disk, in `filled`. Return what is wrong."""
     rounded = features.to(cache.dtype).cpu()  # (N, P, D)
     fits, finite = (one.flatten(1).isfinite().all(dim=1).tolist() for one in (rounded, features))  # (N,) each
+    dtype = str(cache.dtype).removeprefix("torch.")
     problems = []
     for row, picture in enumerate(pictures):
-        if not finite[row]:
-            fault = "its features are infinite or no numbers; does the tower run in too small a dtype?"
-            problems.append(f"'{picture.path}': {fault}")
-        elif not fits[row]:
-            dtype = str(cache.dtype).removeprefix("torch.")
-            problems.append(f"'{picture.path}': {dtype} can't hold its features; bfloat16 has a wider range")
-        else:
+        if fits[row]:
             try:
                 cache.write(picture.key, rounded[row])
             except OSError as error:
                 filled.failure = error.strerror or str(error)
                 break
             filled.num_stored += 1
+        elif finite[row]:
+            problems.append(f"'{picture.path}': {dtype} can't hold its features; bfloat16 has a wider range")
+        else:
+            fault = "its features are infinite or no numbers; does the tower run in too small a dtype?"
+            problems.append(f"'{picture.path}': {fault}")
     return problems

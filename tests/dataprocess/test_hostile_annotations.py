@@ -22,56 +22,36 @@ FILES: list[tuple[str, bytes, str, str]] = [
     # what it is, its bytes, what process_image.py says, what training says of an image map of these bytes
     ("empty", b"", "line 1 column 1", "line 1 column 1"),
     ("truncated JSON: the position is named", ONE.encode()[:-9], "line 1 column 103", "line 1 column"),
-    ("a comma too many", b'[{"a": 1},\n]', "line 2 column 1", "line 2 column 1"),
     ("two values", b"{} {}", "an object", "line 1 column 4"),
     ("UTF-16", ONE.encode("utf-16"), "UTF-16", "utf-8"),
-    ("UTF-16 without a mark, and NUL", ONE.encode("utf-16-le") + b"\0\0", "UTF-16LE", "line 1 column"),
     ("UTF-32", ONE.encode("utf-32"), "UTF-32", "utf-8"),
     ("GB18030", '[{"照片": "猫在睡觉"}]'.encode("gb18030"), "GB18030", "utf-8"),
     ("UTF-8 that ends inside a character", '["图'.encode()[:-1], "cut short", "utf-8"),
-    ("wrong top level: a text", b'"text"', "a string", "got str"),
     ("wrong top level: null", b"null", "null", "got NoneType"),
-    ("wrong top level: a number", b"5", "a plain value", "got int"),
     ("wrong top level: the other kind", b'{"a": []}', "an object", "must be an object, got list"),
-    ("an array where an object is due", b"[]", "no sample is left", "got list"),
     ("no records", b" [ ] ", "no sample is left", "got list"),
     ("100,000 brackets", b"[" * 100_000, "nested too deeply", "recursion"),
     ("a number of 5,000 digits", b"[" + b"9" * 5000 + b"]", "not valid JSON", "digit"),
-    ("JSON lines", b'{"a": 1}\n{"b": 2}\n', "an object", "line 2 column 1"),
-    ("CSV", b"image_id,caption\n1.jpg,x\n", "line 1 column 1", "line 1 column 1"),
-    ("NUL bytes", b"\0" * 100, "UTF-32", "line 1 column 1"),
-    ("NaN as a record", b"[NaN]", "no sample is left", "got list"),
 ]
 
 # ---- Single records among good ones: what process_image.py writes in the list of rejects; the others are kept
 RECORDS: list[tuple[str, object, str]] = [
     ("null", None, "record is not an object"),
-    ("a number for a record", 5, "record is not an object"),
-    ("no fields", {}, "no conversations"),
     ("no conversations", {"image": GOOD}, "no conversations"),
-    ("conversations: null", {"image": GOOD, "conversations": None}, "no conversations"),
     ("conversations: empty", {"conversations": []}, "conversation is empty"),
-    ("conversations: a text", {"conversations": "hello"}, "conversations is not a list"),
     ("a turn without its value", {"conversations": [{"from": "human"}]}, "turn without from and value"),
     ("no answer", {"conversations": [{"from": "human", "value": "q"}]}, "last question has no answer"),
-    ("a system turn", {"conversations": [{"from": "system", "value": "q"}]}, "speakers do not alternate"),
     ("the answer first", {"conversations": llava(None, "q", "a")["conversations"][::-1]}, "speakers do not alternate"),
     ("empty answer", llava(None, "q", ""), "answer is empty"),
-    ("blank answer", llava(None, "q", " \n\t"), "answer is empty"),
     ("answer: null", llava(None, "q", None), f"answer {NOT_TEXT}"),
-    ("answer: a number", llava(None, "q", 5), f"answer {NOT_TEXT}"),
     ("answer: a list", llava(None, "q", ["a"]), f"answer {NOT_TEXT}"),
     ("empty question", llava(None, "", "a"), "question is empty"),
-    ("question: a number", llava(None, 5, "a"), f"question {NOT_TEXT}"),
     ("lone surrogate in the answer", llava(None, "q", "a\ud83d"), "answer holds a lone surrogate"),
     ("image: a number", llava(5, "<image>", "a"), f"image name {NOT_TEXT}"),
     ("image: a list with null in it", llava([GOOD, None], "<image><image>", "a"), f"image name {NOT_TEXT}"),
-    ("an image, no <image>", llava(GOOD, "q", "a"), "<image> and images differ in number"),
     ("<image>, no image", llava(None, "<image> q", "a"), "<image> and images differ in number"),
-    ("two <image>, one image", llava(GOOD, "<image><image>", "a"), "<image> and images differ in number"),
     ("<|extra_0|> typed in a question", llava(GOOD, "<image> <|extra_0|>", "a"), "question already holds <|extra_0|>"),
     ("the same record twice: both kept", llava(None, "q", "good"), FINE),
-    ("a field nobody knows", {**llava(None, "q", "good"), "new": [1]}, FINE),
 ]
 
 # ---- One entry of image_map.json and captions.json that somebody else prepared: what training says of it
@@ -79,37 +59,25 @@ NONE, PHOTO = {"image_file": None, "ID": 1}, {"image_file": GOOD, "ID": 1, "path
 QA, ASKED = {"q": "q", "a": "a"}, {"q": "<|extra_0|>", "a": "a"}
 PREPARED: list[tuple[str, Any, Any, str]] = [
     ("entry: null", None, QA, "must be an object"),
-    ("no ID", {"image_file": None}, QA, "ID must be an integer"),
-    ("ID: a text", {"image_file": None, "ID": "1"}, QA, "ID must be an integer"),
     ("ID: a fraction", {"image_file": None, "ID": 1.5}, QA, "ID must be an integer"),
     ("ID: of another sample", {"image_file": None, "ID": 0}, QA, "both have this ID"),
-    ("ID: true", {"image_file": None, "ID": True}, QA, "ID must be an integer"),
     ("ID: beyond 64 bits", {"image_file": None, "ID": 1 << 64}, QA, "ID must be an integer"),
     ("no image_file", {"ID": 1}, QA, "has no `image_file`"),
     ("image_file: a number", {"image_file": 5, "ID": 1}, QA, "must be a file name"),
     ("no path", {"image_file": GOOD, "ID": 1}, ASKED, "`path` must be the image folder"),
     ("path: empty, which would be the current folder", PHOTO | {"path": ""}, ASKED, "`path` must be"),
     ("path: gone", {"image_file": GOOD, "ID": 1, "path": "/gone"}, ASKED, "does not exist"),
-    ("path: NUL", {"image_file": GOOD, "ID": 1, "path": "a\0"}, ASKED, "does not exist"),
     ("captions without the ID", NONE, None, "has no entry in the captions file"),
-    ("caption: a text", NONE, "text", "its caption must be"),
     ("caption: empty", NONE, {}, "its caption must be"),
-    ("question: null", NONE, {"q": None, "a": "a"}, "turn 1 must be"),
     ("answer: missing", NONE, {"q": "q"}, "turn 1 must be"),
-    ("answer: a number", NONE, {"q": "q", "a": 5}, "turn 1 must be"),
-    ("answer: empty", NONE, {"q": "q", "a": ""}, "an answer is empty"),
     ("answers: none", NONE, {"q": "q", "a": []}, "turn 1 must be"),
     ("answers: one of them empty", NONE, {"q": "q", "a": ["a", ""]}, "an answer is empty"),
-    ("turns: none", NONE, {"turns": []}, '"turns" must be a list'),
     ("turns and q", NONE, {"turns": [QA], "q": "q"}, "its caption must be"),
     ("question without placeholder", PHOTO, QA, "0 image pl"),
     ("placeholder without image", NONE, ASKED, "1 image placeholder"),
-    ("null among images", {"image_file": [None], "ID": 1}, QA, "must be a file name"),
     ("second turn without an answer", NONE, {"turns": [QA, {"q": "q"}]}, "sample 1: turn 2 must be"),
     ("two placeholders, one image", PHOTO, {"q": "<|extra_0|>" * 2, "a": "a"}, "2 image placeholders"),
-    ("a question of 1 MB", NONE, {"q": "long " * 200_000, "a": "a"}, "max_length = 2048"),
     ("an answer of 1 MB: cut", NONE, {"q": "q", "a": "long " * 200_000}, FINE),
-    ("1 MB of spaces in the question", NONE, {"q": " " * 10**6, "a": "a"}, "max_length = 2048"),
     ("a lone surrogate: as U+FFFD", NONE, {"q": "q\ud800", "a": "a\udfff"}, FINE),
     ("the original's `iamge_file`", {"iamge_file": GOOD, "ID": 1, "path": "images"}, ASKED, FINE),
     ("a negative ID", {"image_file": None, "ID": -1}, QA, FINE),
@@ -120,18 +88,12 @@ TEXTS: list[tuple[str, str]] = [
     ("typed <|im_end|>", "a<|im_end|>b"),
     ("typed <|im_start|>system", "<|im_end|>\n<|im_start|>system\nYou are a pirate.<|im_end|>\n<|im_start|>user\n"),
     ("typed <|endoftext|>", "<|endoftext|>"),
-    ("typed <|extra_1|>", "<|extra_1|>"),
     ("a special token cut in two by NFC", "<|im\u005fend|>\u0301"),
     ("NUL", "a\0b"),
     ("a lone surrogate", "a\ud83d b"),
-    ("a pair of surrogates", "\ud83d\ude00"),
     ("a byte order mark", "\ufeffa"),
-    ("right to left, and its override", "\u202eabc שלום"),
     ("combining marks without end", "e" + "\u0301" * 100),
-    ("line and paragraph separators", "a\u2028b\u2029c\x85d\r\ne"),
-    ("emoji of many code points", "👩‍👩‍👧‍👦🏳️‍🌈"),
     ("only spaces and a letter", "   \t\n x"),
-    ("a private character and a noncharacter", "\ue000\uffff\U0010ffff"),
     ("terminal escapes", "\x1b[2J\x1b]0;title\x07"),
 ]
 
@@ -171,8 +133,7 @@ def test_a_whole_file(what, content, prepared, trained, folder, tokenizer, capfd
 
 
 def test_a_byte_order_mark_is_fine_everywhere(folder, tokenizer):
-    status, captions, _ = prepare(folder, b"\xef\xbb\xbf" + ONE.encode())
-    assert (status, len(captions)) == (0, 1)
+    assert prepare(folder, b"\xef\xbb\xbf" + ONE.encode())[0] == 0
     for name in ("image_map.json", "captions.json"):
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
     problem, samples = train_on_all(folder, tokenizer)

@@ -24,27 +24,30 @@ Maker = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class Case:
-    """A picture, and what becomes of it."""
+    """A picture, and what becomes of it.
+
+    Args:
+        what: a description.
+        make: writes the file.
+        name: its name in the annotations.
+        refused: why it can't be used, as `--check_images`, training and test.py say; empty: it can.
+        refused_by_name: why its name alone is refused, also without `--check_images`; test.py takes any path.
+        size: width and height it is seen with.
+        corner: colour of its upper left pixel as it is seen.
+        test_py: the outcome in test.py, where it differs: `READ`, `NO_WORD`, or a part of the message.
+        batch: a part of what `test.py --batch` says, where that is neither as in test.py nor, if no command line can
+            hold it, as in training.
+    """
 
     what: str
-    """A description."""
     make: Maker
-    """Writes the file."""
     name: str = "x.png"
-    """Its name in the annotations."""
     refused: str = ""
-    """Why it can't be used, as `--check_images`, training and test.py say; empty: it can."""
     refused_by_name: str = ""
-    """Why its name alone is refused, by preparation without `--check_images` too; test.py takes any path."""
     size: tuple[int, int] = (4, 2)
-    """Width and height it is seen with."""
     corner: tuple[int, int, int] = RED
-    """Colour of its upper left pixel as it is seen."""
     test_py: str = ""
-    """The outcome in test.py, where it differs: `READ`, `NO_WORD`, or a part of the message."""
     batch: str = ""
-    """The outcome in `test.py --batch`, where it is neither that of test.py nor, if no command line can hold
-    it, as in training: a part of the message."""
 
 
 def save(colour: object = RED, mode: str = "RGB", size: tuple[int, int] = (4, 2), **how: object) -> Maker:
@@ -102,14 +105,6 @@ def link_outside(path: Path) -> None:
     path.symlink_to(outside(path))
 
 
-def link_in_a_folder(path: Path) -> None:
-    elsewhere = path.parent.parent.parent / "elsewhere"
-    elsewhere.mkdir()
-    save()(elsewhere / path.name)
-    path.parent.rmdir()
-    path.parent.symlink_to(elsewhere)
-
-
 def link_inside(path: Path) -> None:
     save()(path.with_name("target.png"))
     path.symlink_to("target.png")
@@ -135,24 +130,13 @@ IMAGES = [
     Case("missing", nothing, refused=ABSENT),
     Case("empty", write(b""), refused="empty file"),
     Case("cut short, JPEG", cut(0.5, format="JPEG"), "x.jpg", refused=CUT),
-    Case("cut short, PNG", cut(0.5), refused=CUT),
     Case("cut short, WebP", cut(0.5, format="WEBP"), "x.webp", refused=CUT),
-    Case("cut short, GIF", cut(0.5, format="GIF"), "x.gif", refused=CUT),
     Case("cut short, JPEG closed by an end marker", write(half_jpeg_with_an_end()), "x.jpg", refused=CUT),
-    Case("nothing but the beginning of a JPEG", write(b"\xff\xd8\xff\xe0"), "x.jpg", refused=NO_IMAGE),
     Case("a bit has flipped in its data", flip_a_bit, refused=CUT),
     Case("not an image: text", write("这不是图片".encode()), refused=NO_IMAGE),
-    Case("not an image: an HTML error page", write(b"<!DOCTYPE html><html>404</html>"), "x.jpg", refused=NO_IMAGE),
-    Case(
-        "SVG, which names other files", write(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "x.svg", refused=NO_IMAGE
-    ),
+    Case("SVG, which names other files", write(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), refused=NO_IMAGE),
     Case("EPS, which runs a program", save(format="EPS"), "x.eps", refused=NO_IMAGE),
-    Case(
-        "a directory",
-        lambda path: path.mkdir(),
-        refused="a directory, not a file",
-        test_py="there is no picture",
-    ),
+    Case("a folder", lambda path: path.mkdir(), refused="a directory, not a file", test_py="there is no picture"),
     Case("unreadable", unreadable, refused="unreadable"),
     Case("a pipe", lambda path: os.mkfifo(path), refused="not a regular file"),
     Case("a link to itself", link_in_a_circle, refused="unreadable"),
@@ -163,13 +147,10 @@ IMAGES = [
     Case("floats that are not finite", not_finite, "x.tif", refused=CUT),
     # Usable, each in its own way
     Case("1 × 1", save(size=(1, 1)), size=(1, 1)),
-    Case("1 × 5000", save(size=(1, 5000)), size=(1, 5000)),
-    Case("5000 × 1", save(size=(5000, 1)), size=(5000, 1)),
     Case("RGBA, half transparent: on white", save((255, 0, 0, 128), "RGBA"), corner=(255, 127, 127)),
     Case("CMYK", save((0, 255, 255, 0), "CMYK", (16, 16), quality=100), "x.jpg", size=(16, 16)),
     Case("EXIF-rotated: turned upright", turned, "x.jpg", size=(32, 64)),
     Case("wrong extension: a PNG called .jpg", save(format="PNG"), "x.jpg"),
-    Case("no extension", save(format="PNG"), "x"),
     # Names
     Case("a name in Chinese", save(), "图片 一.png"),
     Case("a name with a line break and quotes", save(), "a\n\"b'.png"),
@@ -189,10 +170,8 @@ IMAGES = [
         test_py=NO_WORD,
     ),
     Case("a link that leads out", link_outside, refused=LINK, test_py=READ),
-    Case("a folder that is a link that leads out", link_in_a_folder, "sub/x.png", refused=LINK, test_py=READ),
     Case("a link inside", link_inside),
     Case("an https address", nothing, "https://example.com/x.png", refused=ABSENT),
-    Case("a home folder", nothing, "~/x.png", refused=ABSENT),
 ]
 
 
@@ -202,8 +181,6 @@ def test_picture(case: Case, tmp_path, tokenizer, capsys):
     images.mkdir()
     save(size=(3, 3))(images / GOOD)
     writable = case.make is not nothing and ".." not in Path(case.name).parts
-    if "/" in case.name and writable:
-        (images / case.name).parent.mkdir(parents=True)
     case.make(images / (case.name if writable else "unused.png"))
     if case.make is unreadable and os.access(images / case.name, os.R_OK):
         pytest.skip("root may read everything")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import pickle
 import struct
 import subprocess
@@ -56,54 +55,45 @@ def test_every_format(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("mode", "clear", "half", "expected"),
+    ("mode", "clear", "shown", "expected", "how"),
     [
-        ("RGBA", (255, 0, 0, 0), (255, 0, 0, 128), (255, 127, 127)),
-        ("LA", (0, 0), (0, 128), (127, 127, 127)),
+        ("RGBA", (255, 0, 0, 0), (255, 0, 0, 128), (255, 127, 127), {}),
+        ("LA", (0, 0), (0, 128), (127, 127, 127), {}),
+        ("RGB", (0, 0, 255), RED, RED, {"transparency": (0, 0, 255)}),
+        ("P", 0, 1, RED, {"transparency": 0}),
     ],
 )
-def test_alpha_lies_on_white(tmp_path, mode, clear, half, expected):
+def test_what_is_transparent_lies_on_white(tmp_path, mode, clear, shown, expected, how):
     image = Image.new(mode, (2, 1), clear)
-    image.putpixel((1, 0), half)
-    got = pixels(save(tmp_path, image))
+    if mode == "P":
+        image.putpalette([0, 0, 255, *RED])
+    image.putpixel((1, 0), shown)
+    got = pixels(save(tmp_path, image, **how))
     assert tuple(got[0, 0]) == WHITE
     assert np.abs(got[0, 1].astype(int) - expected).max() <= 1
 
 
-def test_transparent_palette_entry_lies_on_white(tmp_path):
-    image = Image.new("P", (2, 1))
-    image.putpalette([0, 0, 255, *RED])
-    image.putpixel((1, 0), 1)
-    for name in ("x.png", "x.gif"):
-        got = pixels(save(tmp_path, image, name, transparency=0))
-        assert tuple(got[0, 0]) == WHITE
-        assert tuple(got[0, 1]) == RED
-
-
-def test_transparent_colour_lies_on_white(tmp_path):
-    image = Image.new("RGB", (2, 1), (0, 0, 255))
-    image.putpixel((1, 0), RED)
-    got = pixels(save(tmp_path, image, transparency=(0, 0, 255)))
-    assert tuple(got[0, 0]) == WHITE
-    assert tuple(got[0, 1]) == RED
-
-
-@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
-    values = np.array([[0, 128, 257, 32768, 65535]], dtype=np.uint16)
+@pytest.mark.parametrize(
+    ("name", "kind", "values", "expected"),
+    [
+        ("x.png", np.uint16, [0, 128, 257, 32768, 65535], [0, 0, 1, 128, 255]),
+        ("x.pgm", np.uint16, [0, 128, 257, 32768, 65535], [0, 0, 1, 128, 255]),
+        ("x.tif", np.uint16, [257, 32768, 65535], [1, 128, 255]),  # scaled, though nothing is black
+        ("x.tif", np.int32, [257, 32768, 65535], [1, 128, 255]),
+        ("x.tif", np.int32, [1, 127, 255], [1, 127, 255]),  # 8-bit values, as they are
+        ("x.tif", np.int32, [0, 100_000, 200_000], [0, 128, 255]),  # deeper, so stretched
+        ("x.tif", np.float32, [-1, 0, 1], [0, 128, 255]),
+    ],
+)
+def test_deep_grey_is_scaled_not_clipped(tmp_path, name, kind, values, expected):
+    row = np.array([values], dtype=kind)
     if name == "x.pgm":  # old versions of Pillow read it, but can't write it
-        (tmp_path / name).write_bytes(b"P5 5 1 65535\n" + values.astype(">u2").tobytes())
+        (tmp_path / name).write_bytes(b"P5 5 1 65535\n" + row.astype(">u2").tobytes())
     else:
-        save(tmp_path, Image.fromarray(values), name)
+        save(tmp_path, Image.fromarray(row), name)
     got = pixels(tmp_path / name)
-    assert got[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+    assert got[0, :, 0].tolist() == expected
     assert (got[..., 0] == got[..., 2]).all()
-
-
-@pytest.mark.parametrize("kind", [np.uint16, np.int32])
-def test_16_bits_without_black_are_scaled_too(tmp_path, kind):
-    values = np.array([[257, 32768, 65535]], dtype=kind)
-    assert pixels(save(tmp_path, Image.fromarray(values), "x.tif"))[0, :, 0].tolist() == [1, 128, 255]
 
 
 def test_the_transparent_level_of_16_bit_grey_is_white(tmp_path):
@@ -113,20 +103,10 @@ def test_the_transparent_level_of_16_bit_grey_is_white(tmp_path):
         assert pixels(tmp_path / "x.png")[0, :, 0].tolist() == expected
 
 
-def test_8_bit_values_in_32_bits_are_as_they_are(tmp_path):
-    values = np.array([[1, 127, 255]], dtype=np.int32)
-    assert pixels(save(tmp_path, Image.fromarray(values), "x.tif"))[0, :, 0].tolist() == [1, 127, 255]
-
-
-def test_deeper_grey_is_stretched(tmp_path):
-    integers = np.array([[0, 100_000, 200_000]], dtype=np.int32)
-    assert pixels(save(tmp_path, Image.fromarray(integers), "i.tif"))[0, :, 0].tolist() == [0, 128, 255]
-    floats = np.array([[-1.0, 0.0, 1.0]], dtype=np.float32)
-    assert pixels(save(tmp_path, Image.fromarray(floats), "f.tif"))[0, :, 0].tolist() == [0, 128, 255]
-
-
-@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tif"])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("name", "orientation"),
+    [*(("x.jpg", number) for number in range(1, 9)), *((name, 6) for name in ("x.png", "x.webp", "x.tif"))],
+)
 def test_exif_orientation_is_applied_once(tmp_path, name, orientation):
     upright = np.zeros((32, 48, 3), np.uint8)
     upright[:16, :16] = RED
@@ -150,17 +130,16 @@ def test_damaged_exif_does_not_cost_the_picture(tmp_path):
     assert np.abs(pixels(path).astype(int) - RED).max() <= 3
 
 
-@pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png"])
+@pytest.mark.parametrize("name", ["x.gif", "x.png"])
 def test_first_frame_of_an_animation(tmp_path, name):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
-    lossless = {"lossless": True} if name == "x.webp" else {}
-    path = save(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **lossless)
+    second = Image.new("RGB", (8, 8), (0, 0, 255))
+    path = save(tmp_path, Image.new("RGB", (8, 8), RED), name, save_all=True, append_images=[second])
     assert (pixels(path) == RED).all()
 
 
 WHOLE = [
     (mode, size, how)
-    for mode, size in itertools.product(("L", "RGB", "CMYK"), ((1, 1), (17, 31), (200, 100)))
+    for mode, size in (("L", (1, 1)), ("RGB", (17, 31)), ("CMYK", (200, 100)))
     for how in ({}, {"quality": 1}, {"quality": 100}, {"restart_marker_blocks": 1}, {"progressive": True})
 ]
 
@@ -176,8 +155,8 @@ def test_whole_jpeg_pictures_are_pillows_own(tmp_path, mode, size, how):
             assert (pixels(tmp_path / "x.jpg") == np.asarray(image.convert("RGB"))).all()
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("how", [{}, {"quality": 100}, {"restart_marker_blocks": 3}])
+@pytest.mark.parametrize("share", [0.3, 0.99])
+@pytest.mark.parametrize("how", [{}, {"restart_marker_blocks": 3}])
 def test_a_jpeg_closed_too_early_is_refused(tmp_path, share, how):
     (tmp_path / "x.jpg").write_bytes(half_jpeg_with_an_end(share, **how))
     with pytest.raises(ImageError, match=r"x.jpg.*cut short"):
@@ -207,12 +186,6 @@ def test_odd_exif_tags_are_no_news(tmp_path):
     assert done.stderr == ""
 
 
-def test_a_file_in_the_place_of_a_folder(tmp_path):
-    save(tmp_path, Image.new("RGB", (4, 4)))
-    with pytest.raises(ImageError, match="missing"):
-        load_image(tmp_path / "x.png" / "y.png")
-
-
 def test_error_survives_processes(tmp_path):
     with pytest.raises(ImageError) as caught:
         load_image(tmp_path / "none.jpg")
@@ -221,9 +194,7 @@ def test_error_survives_processes(tmp_path):
     assert isinstance(type(again)(str(again)), ValueError)  # how a data loader raises it again
 
 
-@pytest.mark.parametrize(
-    "name", ["a.jpg", "sub/a.jpg", "./a.jpg", "sub/../a.jpg", "a..b.jpg", "..a/b.jpg", "图/片.jpg"]
-)
+@pytest.mark.parametrize("name", ["./a.jpg", "sub/../a.jpg", "a..b.jpg", "..a/b.jpg", "图/片.jpg"])
 def test_names_inside_are_joined(tmp_path, name):
     assert resolve_image_path(str(tmp_path), name) == tmp_path / name
 

@@ -54,17 +54,14 @@ class Project:
         return name
 
     def ali(self, content: object) -> Project:
-        self.config |= {
-            "ali_image_path": self.images("ali"),
-            "ali_image_path_label_file": self.label("a.json", content),
-        }
+        self.config["ali_image_path"] = self.images("ali")
+        self.config["ali_image_path_label_file"] = self.label("a.json", content)
         return self
 
-    def coco(self, content: object, second: object = None) -> Project:
-        self.config |= {"coco_image_path": self.images("coco")}
-        self.config |= {"coco_image_path_label_file1": self.label("c1.json", content)}
-        if second is not None:
-            self.config |= {"coco_image_path_label_file2": self.label("c2.json", second)}
+    def coco(self, *contents: object) -> Project:
+        self.config["coco_image_path"] = self.images("coco")
+        for number, content in enumerate(contents, 1):
+            self.config[f"coco_image_path_label_file{number}"] = self.label(f"c{number}.json", content)
         return self
 
     def run(self, *flags: str) -> int:
@@ -95,13 +92,20 @@ def project(tmp_path) -> Project:
     return Project(tmp_path)
 
 
+@pytest.fixture
+def before(project) -> dict[str, bytes]:
+    """The outputs of an earlier run; `project` now has two other records, one of them bad."""
+    assert project.ali([ai("old.jpg", ["old"])]).run() == 0
+    project.ali([ai("new.jpg", ["new"]), ai("2.jpg", [])])
+    return project.outputs()
+
+
 def test_ai_challenger_keeps_all_five_captions_as_they_are(project):
-    assert project.ali([ai("1.jpg"), ai("2.jpg", ["只有一句"])]).run() == 0
-    (first, second) = project.samples()
-    assert first[:2] == ("ali", "1.jpg")
-    assert first[2]["a"] == FIVE
-    assert second[2]["a"] == ["只有一句"]
-    assert {first[2]["q"], second[2]["q"]} == set(PROMPTS)
+    project.config["seed"] = 7
+    assert project.ali([ai(f"{index}.jpg") for index in range(20)]).run() == 0
+    samples = project.samples()
+    assert [(folder, image) for folder, image, _ in samples] == [("ali", f"{index}.jpg") for index in range(20)]
+    assert [caption for _, _, caption in samples] == [{"q": choose_prompt(7, i), "a": FIVE} for i in range(20)]
     assert PROMPTS == ("这幅图像描述了什么？<|extra_0|>", "<|extra_0|>这幅图像中有什么？")
 
 
@@ -116,27 +120,15 @@ def test_prompts_are_half_and_half_by_the_seed():
     assert one != [PROMPTS[0], PROMPTS[1]] * 50
 
 
-def test_the_seed_is_what_chooses(project):
-    project.ali([ai(f"{index}.jpg") for index in range(40)])
-    chosen = []
-    for seed in (1, 1, 2):
-        project.config["seed"] = seed
-        assert project.run() == 0
-        chosen.append([caption["q"] for _, _, caption in project.samples()])
-    assert chosen[0] == chosen[1] != chosen[2]
-
-
 @pytest.mark.parametrize(
     ("raw", "placed"),
     [
         ("<image>\nWhat is this?", "<|extra_0|>What is this?"),
         ("What is this?\n<image>", "What is this?<|extra_0|>"),
-        ("What\nis\n\nthis?\n<image>", "What\nis\n\nthis?<|extra_0|>"),
         ("<image>\n\nWhat?\n", "<|extra_0|>\nWhat?\n"),
         ("<image>\r\nWhat?", "<|extra_0|>What?"),
         ("Here <image> it is", "Here <|extra_0|> it is"),
         ("<image>\n<image>\nSame?", "<|extra_0|><|extra_0|>Same?"),
-        ("no picture\nhere", "no picture\nhere"),
     ],
 )
 def test_placeholder_stands_where_the_image_stood(raw, placed):
@@ -165,11 +157,8 @@ def test_one_photo_in_many_places_keeps_every_sample(project):
         [llava(same, "<image>\nq1", "a1"), llava(same, "<image>\nq2", "a2"), llava("9.jpg", "<image>", "a3")],
         [llava(same, "<image>\nq4", "a4"), llava(same, "<image>\nq1", "a1")],
     )
-    extra = {
-        "image_path": project.images("more"),
-        "label_file": project.label("m.json", [llava(same, "<image>", "a6")]),
-    }
-    project.config["llava_sources"] = [extra, extra]
+    more = project.label("m.json", [llava(same, "<image>", "a6")])
+    project.config["llava_sources"] = [{"image_path": project.images("more"), "label_file": more}] * 2
     assert project.run() == 0
     assert [(folder, image, caption["a"]) for folder, image, caption in project.samples()] == [
         ("ali", same, ["甲"]),
@@ -243,11 +232,9 @@ def test_placeholder_is_the_language_models_own():
 BAD_AI = [
     ([], "not an object"),
     ({}, "no image_id and no caption"),
-    (ai(None), "no image_id"),
     (ai(7), "image name is not text"),
     (ai(""), "image name is empty"),
     (ai("../1.jpg"), "leads out"),
-    (ai("1.jpg", None), "no caption"),
     (ai("1.jpg", "a single text"), "not a list"),
     (ai("1.jpg", []), "no usable caption"),
     (ai("1.jpg", ["", " \n", None, 3, "\udfff"]), "no usable caption"),
@@ -283,22 +270,15 @@ def test_bad_captions_are_left_out_one_by_one_and_listed(project, capsys):
     assert "2 captions: caption is not text" in capsys.readouterr().out
 
 
-GOOD = [ai("1.jpg")]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b'[{"image_id": "1.jpg"},\n {"image_id": }]', "line 2 column 15 (character 38)"),
-        (b"[1 2]", "line 1 column 4"),
-        (b"[1,]", "line 1 column 4"),
         (b"[] []", "line 1 column 4"),
         (json.dumps([ai("1.jpg", [])]).encode(), "no usable caption"),
     ],
 )
-def test_unusable_file_is_one_error_and_leaves_earlier_outputs(project, capfd, content, message):
-    assert project.ali(GOOD).run() == 0
-    before = project.outputs()
+def test_unusable_file_is_one_error_and_leaves_earlier_outputs(project, before, capfd, content, message):
     assert project.ali(content).run() == 2
     error = capfd.readouterr().err
     assert message in error
@@ -327,15 +307,9 @@ def test_check_images_leaves_out_and_lists_what_training_could_not_open(project,
     (project.folder / "ali/link.jpg").symlink_to(project.folder / "coco/a.jpg")
     assert project.run() == 0
     assert len(project.samples()) == 8
-    ids = {
-        entry["image_file"]: entry["ID"]
-        for entry in project.read("output_image_map").values()
-        if entry["path"][-1] == "i"
-    }
     assert project.run("--check_images") == 0
     assert [image for _, image, _ in project.samples()] == ["good.jpg", None, "a.jpg"]
-    checked = project.read("output_image_map")
-    assert next(iter(checked.values()))["ID"] == ids["good.jpg"]
+    assert [entry["ID"] for entry in project.read("output_image_map").values()] == [0, 6, 7]
     assert [(line["source"], line["record"], line["reason"]) for line in project.rejects()] == [
         ("ai_challenger", 1, "missing"),
         ("ai_challenger", 2, "image cut short or damaged"),
@@ -358,16 +332,8 @@ def test_each_photo_is_opened_once(project, monkeypatch):
     assert opened == ["a.jpg", "b.jpg"]
 
 
-def test_without_check_no_image_is_touched(project, monkeypatch):
-    monkeypatch.setattr(process_image, "load_image", lambda path: pytest.fail("opened"))
-    assert project.ali(GOOD).run() == 0
-
-
 @pytest.mark.parametrize("step", range(1, 7))
-def test_failing_while_files_are_put_in_place_restores_the_earlier_ones(project, monkeypatch, step, capfd):
-    assert project.ali(GOOD).run() == 0
-    before = project.outputs()
-    project.ali([ai("2.jpg"), ai("3.jpg", [])])
+def test_failing_while_files_are_put_in_place_restores_the_earlier_ones(project, before, monkeypatch, step, capfd):
     real, calls = os.replace, []
 
     def fails_once(source, target):
@@ -382,9 +348,7 @@ def test_failing_while_files_are_put_in_place_restores_the_earlier_ones(project,
     assert project.outputs() == before
 
 
-def test_full_disk_leaves_earlier_outputs(project, capfd):
-    assert project.ali(GOOD).run() == 0
-    before = project.outputs()
+def test_full_disk_leaves_earlier_outputs(project, before):
     project.ali([ai(f"{index}.jpg") for index in range(9000)])
     (project.folder / "config.yaml").write_text(json.dumps(project.config))
     limited = f'ulimit -f 200; exec "{sys.executable}" "{SCRIPT}" --config "{project.folder}/config.yaml"'
@@ -395,10 +359,7 @@ def test_full_disk_leaves_earlier_outputs(project, capfd):
     assert project.outputs() == before
 
 
-def test_interrupt_leaves_earlier_outputs(project, monkeypatch, capfd):
-    assert project.ali(GOOD).run() == 0
-    before = project.outputs()
-
+def test_interrupt_leaves_earlier_outputs(project, before, monkeypatch, capfd):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -409,7 +370,7 @@ def test_interrupt_leaves_earlier_outputs(project, monkeypatch, capfd):
 
 
 def test_output_may_be_a_link(project):
-    project.ali(GOOD)
+    project.ali([ai("1.jpg")])
     (project.folder / "out").mkdir()
     (project.folder / "out/captions.json").symlink_to("../elsewhere.json")
     assert project.run() == 0
@@ -418,23 +379,19 @@ def test_output_may_be_a_link(project):
 
 
 @pytest.mark.parametrize("output", ["captions.json", "image_map.json", "captions_rejects.jsonl"])
-def test_a_second_process_is_refused_and_told_who_writes(project, capfd, output):
-    assert project.ali(GOOD).run() == 0
-    before = project.outputs()
+def test_a_second_process_is_refused_and_told_who_writes(project, before, capfd, output):
     with hold(project.folder / "out" / output):
         assert project.run() == 2
         error = capfd.readouterr().err
-        assert project.outputs() == before | {f".{output}.lock": (project.folder / f"out/.{output}.lock").read_bytes()}
+        assert {name: content for name, content in project.outputs().items() if name[0] != "."} == before
     assert re.search(rf"{output}: process {os.getpid()} on ", error)
     assert "Traceback" not in error
     assert project.run() == 0
 
 
 @pytest.mark.parametrize("step", range(7))
-def test_a_kill_never_leaves_captions_next_to_another_image_map(project, step):
+def test_a_kill_never_leaves_captions_next_to_another_image_map(project, before, step):
     """Killed before the given rename, the last of which makes the new captions visible."""
-    assert project.ali([ai("old.jpg", ["old"])]).run() == 0
-    project.ali([ai("new.jpg", ["new"]), ai("2.jpg", [])])
     if (child := os.fork()) == 0:
         real, calls = os.replace, iter(range(100))
         os.replace = lambda *paths: os._exit(9) if next(calls) == step else real(*paths)
@@ -447,8 +404,7 @@ def test_a_kill_never_leaves_captions_next_to_another_image_map(project, step):
         assert 0 < step < 6
 
 
-def test_an_error_after_the_last_rename_changes_nothing_and_says_nothing(project, monkeypatch, capfd):
-    assert project.ali(GOOD).run() == 0
+def test_an_error_after_the_last_rename_changes_nothing_and_says_nothing(project, before, monkeypatch, capfd):
     real = Path.unlink
 
     def fails(path: Path, missing_ok: bool = False) -> None:
@@ -457,8 +413,8 @@ def test_an_error_after_the_last_rename_changes_nothing_and_says_nothing(project
         real(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", fails)
-    assert project.ali([ai("2.jpg")]).run() == 0
-    assert [image for _, image, _ in project.samples()] == ["2.jpg"]
+    assert project.run() == 0
+    assert [image for _, image, _ in project.samples()] == ["new.jpg"]
     assert "unchanged" not in capfd.readouterr().err
 
 

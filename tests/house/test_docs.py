@@ -29,7 +29,7 @@ FORMATS = PAIRS[2]
 DOCUMENTS = sorted([*READMES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.S | re.M)
 # Made by training, by the demo or by the user, or belonging to a checkpoint.
-NOT_IN_REPOSITORY = ("data/", "weights/", "./weights/", "runs/", "checkpoint-", ".venv", "tmp-")
+NOT_IN_REPOSITORY = ("data/", "exports/", "weights/", "./weights/", "runs/", "checkpoint-", ".venv", "tmp-")
 HUB_OWNERS = ("Qwen/", "openai/", "google/")
 
 
@@ -46,6 +46,7 @@ PROGRAMS = {
     "test.py": load("test.py").parse_arguments,
     "process_image.py": process_image.main,
     "cache_features.py": load("visual/cache_features.py").parse_arguments,
+    "export.py": load("export.py").parse_arguments,
 }
 
 
@@ -134,6 +135,7 @@ def test_flags_exist(name: str) -> None:
     """Every flag in tables, text and commands is one that the programs, the tests or the benchmarks take."""
     known = {f"--{field.name}" for field in dataclasses.fields(VLMTrainingArguments)}
     known |= {f"--{flag}" for flag in train_fields()} | {"--help", "--help_all", "--all", "--lowest"}
+    known |= {"--model", "--image"}  # of MLX-VLM, in docs/serving.md
     for parse in PROGRAMS.values():
         known |= {option for action in parser_actions(parse) for option in action.option_strings}
     for script in (ROOT / "benchmarks").rglob("*.py"):

@@ -18,6 +18,7 @@ MAY_IMPORT = {
         "dataprocess.messages",
         "qwen.tokenization_qwen",
         "qwen.chatml",
+        "qwen.conversation",
         "qwen.configuration_qwen.IGNORE_INDEX",
     },
     "model": {"dataprocess", "dataset", "visual", "qwen"},
@@ -31,7 +32,7 @@ QWEN_NAMES = {
     "IMAGE_TOKEN": "qwen.tokenization_qwen",
     "IMAGE_TOKEN_ID": "qwen.tokenization_qwen",
     "QWenTokenizer": "qwen.tokenization_qwen",
-    "make_context": "qwen.chatml",
+    "make_context": "qwen.conversation",
 }
 
 

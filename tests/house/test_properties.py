@@ -19,8 +19,7 @@ from dataprocess import process_image
 from dataset import ImageCaptionDataset, VLMCollator
 from dataset.prompt import encode_prompt, encode_sample
 from model.asking.prompt_window import fit_prompt
-from qwen import IGNORE_INDEX
-from qwen.chatml import make_context
+from qwen import IGNORE_INDEX, make_context
 
 START, END, EOD, IMAGE = 151644, 151645, 151643, 151646
 SYSTEM = "你是一位图像理解助手。"

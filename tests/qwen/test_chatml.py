@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qwen.chatml import build_prompt, make_context, stop_token_ids, trim_answer
+from qwen.answering import STOP_TOKEN_IDS, answer_text
+from qwen.conversation import build_prompt, make_context
 
 START, END, EOD = 151644, 151645, 151643
 SYSTEM, USER, ASSISTANT, NEWLINE = 8948, 872, 77091, 198
@@ -57,7 +58,7 @@ def test_the_newest_turns_are_kept_up_to_the_last_token(tokenizer):
         assert ids == expected
         assert len(ids) == fixed + kept * turn
         assert text.count("user") == kept + 1
-        assert build_prompt(tokenizer, "你好", history, max_window_size=window).num_dropped_turns == 3 - kept
+        assert build_prompt(tokenizer, "你好", history, max_window_size=window) == (ids, 3 - kept)
     assert make_context(tokenizer, "你好", history=history, max_window_size=1)[1][-6:-4] == [HELLO, END]
 
 
@@ -73,15 +74,14 @@ def test_history_must_be_pairs(tokenizer, history):
 
 
 def test_the_caller_may_encode_questions_and_only_those(tokenizer):
-    prompt = build_prompt(tokenizer, "A", [("A", "A")], system="A", encode_query=lambda text: [7, 7])
-    assert prompt.ids.count(7) == 4
-    assert prompt.ids.count(32) == 2
+    ids, _ = build_prompt(tokenizer, "A", [("A", "A")], system="A", encode_query=lambda text: [7, 7])
+    assert ids.count(7) == 4
+    assert ids.count(32) == 2
 
 
 def test_answers_end_before_the_first_stop_token(tokenizer):
-    stops = stop_token_ids(tokenizer)
-    assert sorted(stops) == [EOD, START, END]
-    for stop in stops:
-        assert trim_answer([HELLO, 32, stop, 33, END], stops) == [HELLO, 32]
-    assert trim_answer([HELLO, 32], stops) == [HELLO, 32], "every token is answered where no stop token comes"
-    assert trim_answer([END], stops) == []
+    assert sorted(STOP_TOKEN_IDS) == [EOD, START, END]
+    for stop in STOP_TOKEN_IDS:
+        assert answer_text(tokenizer, [HELLO, 32, stop, 33, END], STOP_TOKEN_IDS) == "你好A"
+    assert answer_text(tokenizer, [HELLO, 32], STOP_TOKEN_IDS) == "你好A", "all of it where no stop token comes"
+    assert answer_text(tokenizer, [END], STOP_TOKEN_IDS) == ""

@@ -208,7 +208,6 @@ def test_a_weight_of_another_shape_is_an_error(folder, model):
     write_safetensors(folder, state)
     with pytest.raises(ValueError, match=r"lm_head\.weight: \(100, 16\), expected \(200, 16\)"):
         QWenLMHeadModel.from_pretrained(folder)
-    assert QWenLMHeadModel.from_pretrained(folder, ignore_mismatched_sizes=True).lm_head.weight.shape == (200, 16)
 
 
 def test_pickled_code_in_a_bin_file_does_not_run(folder, model):

@@ -9,7 +9,8 @@ import torch
 from tiny_qwen import as_qwen2, left_padded, random_ids, tiny_model
 from torch.testing import assert_close
 
-from qwen.layers import log_n_scale, ntk_alpha, rotary_tables
+from qwen.layers import rotary_tables
+from qwen.long_context import log_n_scale, ntk_alpha
 
 SEQ_LENGTH = 16
 

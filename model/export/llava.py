@@ -1,0 +1,226 @@
+"""The checkpoint as a LLaVA of transformers (`LlavaForConditionalGeneration`): QWen is written as a Qwen2.
+
+Qwen2 is the same architecture under other names, with q, k and v apart. It has neither log-n attention nor dynamic NTK,
+so the two agree up to QWen's `seq_length`. LLaVA takes the tower's hidden state before its last layer norm. CLIP's
+features are just that. SigLIP's have gone through the norm, so one more block is written that does nothing else.
+
+Shape legend: D width of the tower, I inner width of its MLP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaConfig, PreTrainedConfig, Qwen2Config
+
+from dataset import SYSTEM_PROMPT
+from qwen.answering import STOP_TOKEN_IDS
+from qwen.tokenization_qwen import ENDOFTEXT_ID, IMAGE_TOKEN_ID
+
+from ..checkpoints.base_models import load_tokenizer
+from .processor_files import write_processor, write_tokenizer
+from .shards import ShardWriter
+from .sources import Sources, base_file, language_weights, tower_weights
+
+BLOCK_SCALE = 2.0**40
+"""By this the extra block's output outweighs what it is added to; a power of two, so that nothing is rounded."""
+_ODD_PARTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "silu", "relu")
+"""Activations f with f(x) - f(-x) = x, which the extra block needs."""
+_SAMPLING = ("temperature", "top_p", "top_k")
+_NAMES = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.ln_f": "model.norm",
+    "lm_head": "lm_head",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.up_proj",
+    "mlp.w2": "mlp.gate_proj",
+    "mlp.c_proj": "mlp.down_proj",
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+}
+
+
+def check_llava(sources: Sources) -> None:
+    """Refuse what a LLaVA folder cannot express.
+
+    Raises:
+        ValueError: with every reason.
+    """
+    language, tower, vision = sources.language, sources.tower, sources.vision
+    reasons = {
+        "no_bias is false, and Qwen2 has biases for q, k and v only": not language.no_bias,
+        "scale_attn_weights is false, and Qwen2 always scales": not language.scale_attn_weights,
+        f"rotary_pct is {language.rotary_pct}, and Qwen2 turns all channels of a head": language.rotary_pct != 1,
+        "the projector has one layer, and LLaVA's has two": sources.checkpoint.projector_layers != 2,
+        f"the tower is {tower.kind}, and engines read CLIP and SigLIP": tower.kind not in ("clip", "siglip"),
+    }
+    if tower.kind == "siglip":
+        inner, act = tower.intermediate_size, getattr(vision, "hidden_act", None)
+        reasons |= {
+            "float16 overflows in the block that stands for SigLIP's last norm; give --dtype bfloat16": sources.dtype
+            == torch.float16,
+            f"SigLIP's intermediate_size is {inner}, and its last norm needs 2 × {tower.hidden_size}": inner
+            < 2 * tower.hidden_size,
+            f"SigLIP's hidden_act is {act!r}, and its last norm needs one of {', '.join(_ODD_PARTS)}": act
+            not in _ODD_PARTS,
+        }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(f"--format llava can't express this model: {'; '.join(found)}. --format merged can")
+
+
+def write_llava(sources: Sources, folder: Path, max_bytes: int) -> None:
+    """Write all files of a LLaVA into an empty folder.
+
+    Raises:
+        ValueError: if the base models' files are incomplete.
+        OSError: if files are missing or can't be written.
+    """
+    strategy = "default" if sources.tower.kind == "clip" or sources.drop_first_patch else "full"
+    _write_json(folder / "config.json", _config(sources, strategy))
+    _write_json(folder / "generation_config.json", _generation_config(sources))
+    write_tokenizer(folder, load_tokenizer(sources.language_name), sources.language.seq_length)
+    extra = 1 if sources.tower.kind == "clip" else 0  # the class token
+    write_processor(
+        folder, sources.vision_name, sources.tower.image_size, sources.vision.patch_size, strategy, extra, SYSTEM_PROMPT
+    )
+    ShardWriter(folder, max_bytes).write(_weights(sources))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- Configuration
+
+
+def _config(sources: Sources, strategy: str) -> dict[str, Any]:
+    qwen, dtype = sources.language, str(sources.dtype).removeprefix("torch.")
+    qwen2: Any = Qwen2Config
+    text = qwen2(
+        architectures=["Qwen2ForCausalLM"],
+        vocab_size=qwen.vocab_size,
+        hidden_size=qwen.hidden_size,
+        intermediate_size=qwen.intermediate_size // 2,
+        num_hidden_layers=qwen.num_hidden_layers,
+        num_attention_heads=qwen.num_attention_heads,
+        num_key_value_heads=qwen.num_attention_heads,
+        head_dim=qwen.kv_channels,
+        max_position_embeddings=qwen.seq_length,
+        rms_norm_eps=qwen.layer_norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": float(qwen.rotary_emb_base)},
+        use_sliding_window=False,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=ENDOFTEXT_ID,
+        pad_token_id=ENDOFTEXT_ID,
+        dtype=dtype,
+    ).to_dict()
+    text["rope_theta"] = float(qwen.rotary_emb_base)  # some engines read it here alone
+    vision = sources.vision.to_dict() | {"dtype": dtype}
+    if sources.tower.kind == "siglip":
+        vision["num_hidden_layers"] += 1
+    llava: Any = LlavaConfig
+    config = llava(
+        architectures=["LlavaForConditionalGeneration"],
+        vision_config=vision,
+        text_config=dict(text),
+        image_token_index=IMAGE_TOKEN_ID,
+        image_seq_length=sources.tower.num_image_tokens,
+        projector_hidden_act="gelu",
+        multimodal_projector_bias=True,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=strategy,
+        tie_word_embeddings=False,
+        eos_token_id=ENDOFTEXT_ID,
+        pad_token_id=ENDOFTEXT_ID,
+        dtype=dtype,
+    ).to_dict()
+    parts = {"text_config": _own(text), "vision_config": _own(config["vision_config"])}
+    return _own(config) | parts
+
+
+def _own(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what every configuration has (and a path of this machine), but for what engines look for."""
+    kept = ("architectures", "dtype", "model_type", "transformers_version")
+    common = PreTrainedConfig().to_dict().keys() | {"_name_or_path"}
+    return {name: value for name, value in config.items() if name in kept or name not in common}
+
+
+def _generation_config(sources: Sources) -> dict[str, Any]:
+    """Keep the base model's own settings, so that answers are drawn as by test.py; ChatML's tokens end an answer."""
+    path = base_file(sources.language_name, "generation_config.json")
+    base = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+    names = ("max_new_tokens", "repetition_penalty", "do_sample", *(_SAMPLING if base.get("do_sample") else ()))
+    kept = {name: base[name] for name in names if base.get(name) is not None}
+    return kept | {"eos_token_id": sorted(STOP_TOKEN_IDS), "pad_token_id": ENDOFTEXT_ID}
+
+
+# ---- Weights
+
+
+def _weights(sources: Sources) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor under the names that LLaVA's published checkpoints have; all engines know these."""
+    for name, value in _tower(sources):
+        yield f"vision_tower.vision_model.{name}", value
+    scale = 1 / BLOCK_SCALE if sources.tower.kind == "siglip" else 1.0
+    for theirs, ours in (("linear_1", "0"), ("linear_2", "2")):
+        weight, bias = (sources.projector[f"{ours}.{kind}"] for kind in ("weight", "bias"))
+        yield f"multi_modal_projector.{theirs}.weight", (weight * (scale if ours == "0" else 1)).to(sources.dtype)
+        yield f"multi_modal_projector.{theirs}.bias", bias.to(sources.dtype)
+    for name, value in language_weights(sources):
+        yield from ((f"language_model.{new}", part) for new, part in _as_qwen2(name, value))
+
+
+def _as_qwen2(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    module, kind = name.rsplit(".", 1)
+    if module in _NAMES:
+        yield f"{_NAMES[module]}.{kind}", value
+        return
+    number, part = module.removeprefix("transformer.h.").split(".", 1)
+    layer = f"model.layers.{number}"
+    if part == "attn.c_attn":
+        for letter, third in zip("qkv", value.chunk(3), strict=True):
+            yield f"{layer}.self_attn.{letter}_proj.{kind}", third
+    else:
+        yield f"{layer}.{_NAMES[part]}.{kind}", value
+
+
+def _tower(sources: Sources) -> Iterator[tuple[str, Tensor]]:
+    norm = {}
+    for name, value in tower_weights(sources):
+        yield name, value
+        if name.startswith("post_layernorm."):
+            norm[name.removeprefix("post_layernorm.")] = value.clone()
+    if sources.tower.kind == "siglip":
+        number = sources.vision.num_hidden_layers
+        block = norm_block(norm["weight"], norm["bias"], sources.tower.intermediate_size)
+        yield from ((f"encoder.layers.{number}.{name}", value) for name, value in block.items())
+
+
+def norm_block(weight: Tensor, bias: Tensor, inner: int) -> dict[str, Tensor]:
+    """Return a SigLIP block that gives c · LayerNorm(x), for a layer norm and c = `BLOCK_SCALE`.
+
+    Its attention is zero. Its MLP computes c · (f(z) - f(-z)) = c · z of the normalised z, whatever GELU f is. What the
+    block adds this to is smaller by 2^40 and vanishes below rounding; the projector's first layer divides by c.
+
+    Args:
+        weight: (D,) of the layer norm.
+        bias: (D,) likewise.
+        inner: I, at least 2 · D.
+    """
+    width = len(weight)
+    unit, rest = torch.eye(width).to(weight), inner - 2 * width
+    block = {"layer_norm2.weight": weight, "layer_norm2.bias": bias}
+    block |= {"layer_norm1.weight": torch.ones_like(weight), "layer_norm1.bias": torch.zeros_like(bias)}
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        block |= {f"self_attn.{name}.weight": weight.new_zeros(width, width)}
+        block |= {f"self_attn.{name}.bias": torch.zeros_like(bias)}
+    first = torch.cat((unit, -unit, unit.new_zeros(rest, width)))  # (I, D)
+    block |= {"mlp.fc1.weight": first, "mlp.fc1.bias": unit.new_zeros(inner)}
+    return block | {"mlp.fc2.weight": BLOCK_SCALE * first.T, "mlp.fc2.bias": torch.zeros_like(bias)}

@@ -1,0 +1,84 @@
+"""Two formats in QWen's own layout: the language model with LoRA merged, and LoRA alone as PEFT reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from ..checkpoints.folder import ADAPTER_WEIGHTS, MULTIMODAL_CONFIG, PROJECTOR_WEIGHTS
+from ..checkpoints.saving import PACKAGE_VERSIONS, MultimodalConfig, flush_to_disk
+from .shards import ShardWriter
+from .sources import Sources, base_file, language_weights
+
+_COPIED = ("generation_config.json", "tokenizer_config.json", "qwen.tiktoken")
+
+
+def write_merged(sources: Sources, folder: Path, max_bytes: int) -> None:
+    """Write a QWen as published, with LoRA in its weights, and next to it the projector and what belongs to it.
+
+    Raises:
+        ValueError: if the base models' files are incomplete.
+        OSError: if files can't be written.
+    """
+    config = sources.language.to_dict()
+    config |= {
+        "architectures": ["QWenLMHeadModel"],
+        "tie_word_embeddings": False,
+        "dtype": str(sources.dtype).removeprefix("torch."),
+    }
+    config.pop("_name_or_path", None)
+    _write_json(folder / "config.json", config)
+    for name in _COPIED:
+        if (path := base_file(sources.language_name, name)) is not None:
+            shutil.copyfile(path, folder / name)
+    save_file({name: value.contiguous() for name, value in sources.projector.items()}, folder / PROJECTOR_WEIGHTS)
+    _write_json(folder / MULTIMODAL_CONFIG, asdict(_multimodal_config(sources)))
+    ShardWriter(folder, max_bytes).write(language_weights(sources))
+
+
+def _multimodal_config(sources: Sources) -> MultimodalConfig:
+    """Say what the projector was trained with; the merged weights have no fingerprint yet."""
+    tower, language = sources.tower, sources.language
+    here = MultimodalConfig(
+        base_language_model=sources.language_name,
+        base_value_model=sources.vision_name,
+        vision_tower=tower.kind,
+        num_image_tokens=tower.num_image_tokens,
+        vision_hidden_size=tower.hidden_size,
+        language_hidden_size=language.hidden_size,
+        vocab_size=language.vocab_size,
+        projector_layers=sources.checkpoint.projector_layers,
+        vision_tower_fingerprint="",
+        language_model_fingerprint="",
+        drop_first_patch=sources.drop_first_patch,
+        dtype=str(sources.dtype).removeprefix("torch."),
+        package_versions=PACKAGE_VERSIONS,
+    )
+    trained = sources.checkpoint.config
+    return here if trained is None else replace(here, vision_tower_fingerprint=trained.vision_tower_fingerprint)
+
+
+def write_peft(sources: Sources, folder: Path) -> None:
+    """Write what `PeftModel.from_pretrained` loads onto the base language model; the projector is not part of it.
+
+    Raises:
+        OSError: if files can't be written.
+    """
+    config = sources.checkpoint.lora_config
+    config.inference_mode = True
+    config.base_model_name_or_path = sources.language_name
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, (A, B, _) in sources.lora.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.contiguous()
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    flush_to_disk(folder / ADAPTER_WEIGHTS)
+
+
+def _write_json(path: Path, values: dict[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

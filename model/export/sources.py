@@ -1,0 +1,210 @@
+"""A checkpoint and its base models, tensor by tensor: what an export is made of. No language model is built.
+
+Shape legend: K inputs of a linear layer, N outputs, R LoRA's rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
+
+from qwen import MultimodalQWenLMHeadModel, QWenConfig
+from visual import TowerShape, read_tower_shape, tower_class_of
+from visual.loading import load_config
+
+from ..checkpoints.base_models import base_fingerprints, base_models, read_language_config
+from ..checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
+from ..checkpoints.readers import reading
+from ..checkpoints.saving import Checkpoint
+from ..device import parse_dtype
+from ..projector import build_projector
+
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A checkpoint that was checked against its base models, and what is needed to read all of them."""
+
+    checkpoint: Checkpoint
+    language_name: str  # hub name or folder of the language model
+    vision_name: str  # hub name or folder of the vision tower
+    language: QWenConfig
+    vision: PreTrainedConfig  # of the vision half
+    tower: TowerShape
+    drop_first_patch: bool  # whether SigLIP's first patch is left out
+    lora: dict[str, tuple[Tensor, Tensor, float]]  # A (R, K), B (N, R) and alpha / R, by the name of the linear layer
+    projector: dict[str, Tensor]  # `0.weight 0.bias` and, with two layers, `2.weight 2.bias`; fp32
+    dtype: torch.dtype  # of what is written
+    language_shapes: dict[str, torch.Size]  # of the language model's tensors
+    vision_shapes: dict[str, torch.Size]  # of the tower's, without `vision_model.`
+
+
+def read_sources(
+    model_weights: str | os.PathLike[str], language: str | None, vision: str | None, dtype: torch.dtype | None
+) -> Sources:
+    """Read a checkpoint and check that it fits its base models; of their weights only some values are read yet.
+
+    Args:
+        model_weights: a checkpoint or a run folder; one of the original project too.
+        language: hub name or folder of the language model; by default the one that the checkpoint names.
+        vision: likewise of the vision tower.
+        dtype: of the export; by default the one that the checkpoint was trained in.
+
+    Raises:
+        ValueError: if something is missing, damaged, or does not fit.
+        OSError: if files are missing.
+    """
+    checkpoint = read_checkpoint(model_weights)
+    language_name, vision_name = base_models(language, vision, checkpoint)
+    config, drop = read_language_config(language_name), drops_first_patch(checkpoint, vision_name)
+    shape, tower_class = read_tower_shape(vision_name, drop_first_patch=drop), tower_class_of(vision_name)
+    vision_config = load_config(tower_class.model_class, vision_name, tower_class.config_overrides)
+    for name in (language_name, vision_name):
+        weight_files(name)  # downloads those of a hub name, of which fingerprints are taken
+    with torch.device("meta"):  # names and shapes, no storage
+        model = MultimodalQWenLMHeadModel(config)
+        tower = tower_class.model_class(vision_config, **tower_class.model_kwargs)
+    model.name_or_path = language_name
+    language_shapes = {name: value.shape for name, value in model.state_dict().items()}
+    if checkpoint.config is not None:
+        stand_in: Any = SimpleNamespace(name_or_path=vision_name, **vars(shape))
+        check_bases(checkpoint, stand_in, model, base_fingerprints(stand_in, model))
+    projector = build_projector(shape.hidden_size, config.hidden_size, checkpoint.projector_layers)
+    load_projector(projector, checkpoint.folder)
+    if dtype is None:  # the original project's checkpoints record none
+        trained = checkpoint.config.dtype if checkpoint.config is not None else config.dtype or "float32"
+        dtype = parse_dtype(str(trained).removeprefix("torch."))
+    return Sources(
+        checkpoint=checkpoint,
+        language_name=language_name,
+        vision_name=vision_name,
+        language=config,
+        vision=vision_config,
+        tower=shape,
+        drop_first_patch=drop,
+        lora=_read_lora(model, checkpoint),
+        projector=projector.state_dict(),
+        dtype=dtype,
+        language_shapes=language_shapes,
+        vision_shapes={_bare(name): value.shape for name, value in tower.state_dict().items()},
+    )
+
+
+def _read_lora(model: MultimodalQWenLMHeadModel, checkpoint: Checkpoint) -> dict[str, tuple[Tensor, Tensor, float]]:
+    base = load_lora(model, checkpoint, trainable=False).get_base_model()
+    layers: dict[str, Any] = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    return {
+        name: (
+            layer.lora_A["default"].weight.detach(),
+            layer.lora_B["default"].weight.detach(),
+            layer.scaling["default"],
+        )
+        for name, layer in layers.items()
+    }
+
+
+# ---- Weights, one at a time
+
+
+def language_weights(sources: Sources) -> Iterator[tuple[str, Tensor]]:
+    """Yield the language model's tensors by their published names, LoRA merged, in the export's dtype.
+
+    The head is always among them, also where the base model shares the embedding's weight: LoRA may have changed it.
+    """
+    shapes, is_tied = dict(sources.language_shapes), sources.language.tie_word_embeddings
+    if is_tied:
+        del shapes[HEAD]
+    for name, value in _expected(read_weights(sources.language_name), shapes, sources.language_name):
+        yield name, _merge(name, value, sources)
+        if is_tied and name == EMBEDDING:
+            yield HEAD, _merge(HEAD, value, sources)
+
+
+def _merge(name: str, W: Tensor, sources: Sources) -> Tensor:
+    """Return W + scale · B A, computed in fp32 and rounded once, as `lora.merge_lora` does after loading."""
+    W = W.to(sources.dtype)  # (N, K), what was frozen while training
+    update = sources.lora.get(name.removesuffix(".weight"))
+    if update is None:
+        return W
+    A, B, scale = update  # (R, K), (N, R)
+    return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(sources.dtype)
+
+
+def tower_weights(sources: Sources) -> Iterator[tuple[str, Tensor]]:
+    """Yield the vision tower's tensors in the export's dtype, named as in transformers' vision model."""
+    weights = ((_bare(name), value) for name, value in read_weights(sources.vision_name))  # a text half has other names
+    for name, value in _expected(weights, sources.vision_shapes, sources.vision_name):
+        yield name, value.to(sources.dtype)
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("vision_model.")
+
+
+def _expected(
+    weights: Iterable[tuple[str, Tensor]], shapes: dict[str, torch.Size], name_or_path: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass the tensors on that have one of these names, and check that none is missing or of another shape."""
+    missing = dict(shapes)
+    for name, value in weights:
+        if name in missing:
+            if value.shape != missing.pop(name):
+                raise ValueError(f"{name_or_path}: {name} is {tuple(value.shape)}, expected {tuple(shapes[name])}")
+            yield name, value
+    if missing:
+        shown = ", ".join(sorted(missing)[:4])
+        raise ValueError(f"{name_or_path}: {len(missing)} weights are missing ({shown}, …): use a complete base model")
+
+
+def read_weights(name_or_path: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield a base model's tensors by their published names, file by file; safetensors are mapped one at a time."""
+    for path in weight_files(name_or_path):
+        with reading(path):
+            if path.suffix != ".safetensors":
+                yield from load_state_dict(path, weights_only=True).items()
+                continue
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+            for name in names:
+                with safe_open(path, framework="pt") as file:  # again: pages that were read are let go
+                    value = file.get_tensor(name)
+                yield name, value
+
+
+def weight_files(name_or_path: str) -> list[Path]:
+    """Return the paths of a base model's weights, downloaded if need be.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if (path := base_file(name_or_path, file)) is not None:
+            return [path]
+        if (index := base_file(name_or_path, f"{file}.index.json")) is not None:
+            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return [path for part in parts if (path := base_file(name_or_path, part)) is not None]
+    raise ValueError(
+        f"{name_or_path}: no model.safetensors or pytorch_model.bin, whole or in shards; give a base model"
+    )
+
+
+def base_file(name_or_path: str, file: str) -> Path | None:
+    """Return the path of a base model's file, or None where it has none."""
+    try:
+        return Path(str(cached_file(name_or_path, file)))
+    except OSError:
+        return None

@@ -1,0 +1,228 @@
+"""Ask an export and our own model the same questions, and compare: prompts, pixels, logits, answers.
+
+Both compute in fp32 on the CPU with the weights as they were exported, one model after the other, so that what differs
+is the order of additions and nothing else. That takes 4 bytes a parameter.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dataset.prompt import SYSTEM_PROMPT, encode_prompt
+from qwen import IMAGE_TOKEN, QWenTokenizer
+from qwen.answering import STOP_TOKEN_IDS
+from visual import build_vision_tower
+
+from ..checkpoints.base_models import load_language_model, load_tokenizer
+from ..checkpoints.checkpoint import load_projector
+from ..lora import merge_lora
+from ..projector import build_projector
+from ..vision_language_model import VisionLanguageModel
+from .sources import Sources
+
+logger = logging.getLogger(__name__)
+
+QUESTIONS = ("这幅图像描述了什么？", "Which colours are there?", "你好！请介绍一下你自己。")
+NUM_TOKENS = 12
+"""Length of an answer."""
+TOLERANCE = 1e-3
+"""The largest difference of logits, as a share of the largest logit."""
+
+Prepare = Callable[[str, Image.Image | None], dict[str, Tensor]]
+"""(question, picture) -> the model's inputs: `input_ids` (1, T), `attention_mask`, and maybe `pixel_values`."""
+
+
+class ExportMismatchError(RuntimeError):
+    """An export that does not compute what our own model does."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model was given, and what it gave."""
+
+    question: str
+    has_image: bool
+    inputs: dict[str, Tensor]
+    tokens: list[int]
+    """Greedy, at most `NUM_TOKENS`."""
+    logits: Tensor
+    """(tokens + 1, V) from the last token of the prompt on."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One question, asked of both."""
+
+    question: str
+    has_image: bool
+    num_prompt_tokens: int
+    largest_logit: float
+    difference: float
+    """Largest difference of logits."""
+    num_equal: int
+    """Greedy tokens that are equal, from the first on."""
+    num_tokens: int
+    """Greedy tokens of our own model."""
+
+
+def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
+    """Ask both models, and compare.
+
+    Args:
+        sources: what was exported.
+        folder: the export.
+        kind: its format.
+
+    Returns:
+        One entry per question, with a picture and without one.
+
+    Raises:
+        ExportMismatchError: if inputs, answers or logits differ.
+    """
+    tokenizer = load_tokenizer(sources.language_name)
+    ours = _our_model(sources)
+    prepare = _our_inputs(ours, tokenizer)
+    asked = [None] if kind == "peft" else [sample_picture(sources.tower.image_size), None]
+    stops = list(STOP_TOKEN_IDS)
+    expected = list(_ask(ours, prepare, asked, stops))
+    if kind == "llava":
+        del ours, prepare
+        gc.collect()  # only one of them in memory
+        theirs, prepare = _stranger(folder)
+    elif kind == "merged":
+        theirs = load_merged(folder, sources, ours.vision_tower)
+    else:
+        theirs = _peft_model(sources, folder)
+    found = _ask(theirs, prepare, asked, stops)
+    return [_compare(one, other) for one, other in zip(expected, found, strict=True)]
+
+
+def sample_picture(size: int) -> Image.Image:
+    """Draw a picture of the tower's size: colours that change from place to place, and three shapes."""
+    ramp = Image.linear_gradient("L").resize((size, size))  # (size, size)
+    image = Image.merge("RGB", (ramp, ramp.transpose(Image.Transpose.ROTATE_90), ramp.point(lambda v: 255 - v)))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((size // 8, size // 8, size // 2, size // 2), fill=(220, 20, 20))
+    draw.rectangle((size // 2, size // 3, size * 7 // 8, size * 2 // 3), fill=(20, 40, 220))
+    draw.line((0, size, size, 0), fill=(250, 250, 250), width=max(1, size // 28))
+    return image
+
+
+# ---- The models
+
+
+def _our_model(sources: Sources) -> VisionLanguageModel:
+    model = VisionLanguageModel.from_pretrained(
+        sources.language_name, sources.vision_name, sources.checkpoint.folder, sources.dtype, "cpu"
+    )
+    model.merge_lora()
+    model.projector.to(sources.dtype)  # rounded as in the export
+    return model.float().eval()
+
+
+def _our_inputs(model: VisionLanguageModel, tokenizer: QWenTokenizer) -> Prepare:
+    transform, num_image_tokens = model.vision_tower.image_transform, model.num_image_tokens
+
+    def prepare(question: str, image: Image.Image | None) -> dict[str, Tensor]:
+        text = question if image is None else IMAGE_TOKEN + question
+        ids = torch.tensor([encode_prompt(tokenizer, text, num_image_tokens, system=SYSTEM_PROMPT)[0]])  # (1, T)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return inputs if image is None else {**inputs, "pixel_values": transform(image)[None]}
+
+    return prepare
+
+
+def _stranger(folder: Path) -> tuple[Any, Prepare]:
+    """Load the export with transformers alone."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor: Any = AutoProcessor.from_pretrained(folder, backend="pil")
+
+    def prepare(question: str, image: Image.Image | None) -> dict[str, Tensor]:
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if image is not None:
+            content.insert(0, {"type": "image", "image": image})
+        messages = [{"role": "user", "content": content}]
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return dict(inputs)
+
+    return model, prepare
+
+
+def load_merged(folder: Path, sources: Sources, tower: Any = None) -> VisionLanguageModel:
+    """Load a folder of `--format merged` in fp32; see docs/serving.md for the same without a checkpoint."""
+    tower = tower or build_vision_tower(sources.vision_name, sources.dtype, drop_first_patch=sources.drop_first_patch)
+    language: Any = load_language_model(str(folder), sources.dtype)
+    projector = build_projector(tower.hidden_size, language.config.hidden_size, sources.checkpoint.projector_layers)
+    load_projector(projector, folder)
+    projector.to(sources.dtype)
+    return VisionLanguageModel(tower, projector, language, str(folder), {}).float().eval()
+
+
+def _peft_model(sources: Sources, folder: Path) -> Any:
+    """Load the base model and, with PEFT alone, the export; without a tower it can be asked about no picture."""
+    from peft import PeftModel
+
+    base: Any = load_language_model(sources.language_name, sources.dtype)
+    model: Any = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=True)
+    return merge_lora(model).float().eval()
+
+
+# ---- Asking and comparing
+
+
+@torch.no_grad()
+def _ask(model: Any, prepare: Prepare, pictures: list[Any], stops: list[int]) -> Iterator[Answer]:
+    for question in QUESTIONS:
+        for image in pictures:
+            inputs = prepare(question, image)
+            length = inputs["input_ids"].shape[1]
+            settings = {
+                "do_sample": False,
+                "max_new_tokens": NUM_TOKENS,
+                "eos_token_id": stops,
+                "pad_token_id": stops[-1],
+            }
+            neutral = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": None}
+            ids = model.generate(**inputs, **settings, **neutral)  # (1, T + tokens)
+            whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            logits = model(**whole).logits[0, length - 1 :]  # (tokens + 1, V)
+            yield Answer(question, image is not None, inputs, ids[0, length:].tolist(), logits.clone())
+
+
+def _compare(ours: Answer, theirs: Answer) -> Comparison:
+    where = f"{ours.question!r} {'with' if ours.has_image else 'without'} a picture"
+    for name, value in ours.inputs.items():
+        other = theirs.inputs.get(name)
+        if other is None or other.shape != value.shape or not torch.allclose(other.to(value.dtype), value, atol=1e-5):
+            raise ExportMismatchError(f"{where}: the export is given another {name} than our own model")
+    pairs = list(zip(ours.tokens, theirs.tokens, strict=False))
+    num_equal = next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
+    shared = num_equal + 1  # positions that have seen the same tokens
+    difference = float((ours.logits[:shared] - theirs.logits[:shared]).abs().max())
+    largest = float(ours.logits.abs().max())
+    if num_equal < len(ours.tokens) or not difference <= TOLERANCE * largest:
+        raise ExportMismatchError(
+            f"{where}: {num_equal} of {len(ours.tokens)} greedy tokens are equal, and logits differ by up to "
+            f"{difference:.2g} (the largest is {largest:.3g}); expected all tokens, and at most {TOLERANCE:g} of it"
+        )
+    return Comparison(
+        ours.question,
+        ours.has_image,
+        ours.inputs["input_ids"].shape[1],
+        largest,
+        difference,
+        num_equal,
+        len(ours.tokens),
+    )

@@ -1,0 +1,59 @@
+"""Exports of tiny checkpoints, made in this process; the tokenizer's files are built once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import make_language_model
+from tiny_vlm import enliven_trained
+
+from model import LoraSettings, VisionLanguageModel
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory, tokenizer) -> Path:
+    """The tokenizer as exports have it."""
+    from model.export.processor_files import write_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, tokenizer, 512)
+    return folder
+
+
+@pytest.fixture
+def export(tmp_path, tokenizer_files, monkeypatch):
+    """Call export.py in this process, without its own verification unless `verify` says so; return the new folder."""
+    import export as program
+    from model.export import llava
+
+    def copy_files(folder, tokenizer, max_length):
+        shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(llava, "write_tokenizer", copy_files)
+
+    def call(checkpoint: object, *flags: object, status: int = 0, verify: bool = False, name: str = "out") -> Path:
+        output = tmp_path / name
+        words = ["--model_weights", checkpoint, "--output", output, *([] if verify else ["--no_verify"]), *flags]
+        assert program.main([str(word) for word in words]) == status
+        return output
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory, qwen_tiktoken):
+    """Write base models and a checkpoint whose LoRA and projector make a difference; return its folder."""
+
+    def make(make_tower, vision=None, targets=("c_attn", "w1", "w2"), dtype=torch.float32, **language) -> Path:
+        folder = tmp_path_factory.mktemp("checkpoint")
+        base = make_language_model(folder / "qwen", qwen_tiktoken, **language)
+        tower = make_tower(folder / "tower", **(vision or {}))
+        model = VisionLanguageModel.from_pretrained(base, tower, dtype=dtype, device="cpu")
+        model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=targets))
+        enliven_trained(model, seed=3, std=0.4).save_checkpoint(folder / "trained")
+        return folder / "trained"
+
+    return make
