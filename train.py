@@ -27,10 +27,11 @@ from model.console import set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
 from model.runs.callbacks import WatchBadEvalSamples, WatchBadSamples
+from model.runs.deleting import overwriting
 from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity
 from model.runs.resuming import check_identity, checkpoint_to_resume
-from model.runs.run_folder import files_in_the_way, hold_run_folder, run_config
+from model.runs.run_folder import hold_run_folder, is_overwriting, run_config
 from qwen import QWenTokenizer
 
 
@@ -96,7 +97,7 @@ def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack | None = None)
     if lock is not None:
         lock.enter_context(hold_run_folder(args))
     resume = checkpoint_to_resume(args) if args.resume_from_checkpoint is not None else None
-    old_files = files_in_the_way(args, resume)
+    overwrites = is_overwriting(args, resume)
 
     # Put tower, projector and language model together; the seed decides the first weights of what is trained.
     set_seed(args.seed)
@@ -115,7 +116,6 @@ def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack | None = None)
         args=args,
         identity=identity,
         run_config=run_config(model_args, data_args, args),
-        overwritten=old_files,
         train_dataset=in_epoch_order(train_set, args),
         eval_dataset=eval_set,
         data_collator=VLMCollator(tokenizer.pad_token_id),
@@ -131,6 +131,8 @@ def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack | None = None)
         cache = data_args.feature_cache, data_args.feature_cache_dtype
         complete_feature_cache(*cache, model, (train_set, eval_set), args)
     args.resume_from_checkpoint = resume
+    if overwrites and lock is not None:
+        lock.enter_context(overwriting(trainer))
     return trainer
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from torch.utils.data import SequentialSampler
 from dataset.epoch_order import EpochOrder
 
 from .arguments import VLMTrainingArguments
-from .runs.callbacks import RatesAndSpeed, StopOnNonFinite, StopOnSignal, first_problem
+from .runs.callbacks import RatesAndSpeed, StopOnNonFinite, StopOnSignal
 from .runs.data_workers import with_calm_workers
 from .runs.evaluating import TokenMeanTrainer
 from .runs.resuming import Resumed, newest_resumable, use_settings
-from .runs.run_folder import RunFiles
+from .runs.run_folder import write_run_config
 from .runs.run_state import write_checkpoint
 from .vision_language_model import VisionLanguageModel
 
@@ -69,7 +68,6 @@ class VLMTrainer(TokenMeanTrainer):
         identity: what the run trains on and with. It is saved in every checkpoint, and a resumed run must have the
             same; None: nothing is compared.
         run_config: what `train_config.json` is to hold; None: it is not written.
-        overwritten: the files of an older run in the output folder, which are deleted after the first step.
         kwargs: as `transformers.Trainer` takes them; `model` is a `VisionLanguageModel`. For runs that may be resumed,
             `train_dataset` is an `EpochOrder`.
     """
@@ -83,7 +81,6 @@ class VLMTrainer(TokenMeanTrainer):
         args: VLMTrainingArguments,
         identity: dict[str, Any] | None = None,
         run_config: dict[str, Any] | None = None,
-        overwritten: Sequence[Path] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(args=args, **kwargs)
@@ -94,8 +91,7 @@ class VLMTrainer(TokenMeanTrainer):
         self.stop_on_signal = StopOnSignal()
         self._finite = StopOnNonFinite()
         self._rates = RatesAndSpeed()
-        self._files = RunFiles(self.run_folder, run_config, overwritten)
-        for callback in (self._files, self._rates, self._finite, self.stop_on_signal):
+        for callback in (self._rates, self._finite, self.stop_on_signal):
             self.add_callback(callback)
         self._resumed: Resumed | None = None
         log_parameter_counts(self.model)
@@ -173,9 +169,8 @@ class VLMTrainer(TokenMeanTrainer):
             self._resumed = Resumed(self, checkpoint)
             self.add_callback(self._resumed)
         try:
-            problem = first_problem(self._files.begin if self.args.should_save else list)
-            if problem:
-                raise OSError(problem)
+            if self.run_config is not None and self.args.should_save:
+                write_run_config(self.run_folder, self.run_config)
             with self._resumed.named_errors() if self._resumed else contextlib.nullcontext():
                 return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:
@@ -183,8 +178,6 @@ class VLMTrainer(TokenMeanTrainer):
                 self.remove_callback(self._resumed)
                 self._resumed = None
             self.stop_on_signal.restore()
-            if self.args.should_save:
-                self._files.end()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_checkpoint(resume_from_checkpoint)

@@ -1,5 +1,7 @@
 """Read a checkpoint's files as a stranger's: nothing in them is run, leads elsewhere, blocks, or fills the memory.
 
+Whatever can't be read or is something else is one `CheckpointError` that names the file.
+
 PEFT's configuration can name modules to import, models to download and patterns that take forever to match. Four keys
 of `adapter_config.json` are read; a key that would change what they mean is refused.
 """
@@ -28,7 +30,7 @@ from .saving import MultimodalConfig
 _MAX_JSON_BYTES = 64 << 20
 """Larger JSON files are refused unread: a checkpoint's own have some kilobytes, a long run's log some megabytes."""
 _CHANGES_NO_NUMBER = {
-    *("peft_type", "task_type", "inference_mode", "init_lora_weights", "base_model_name_or_path", "auto_mapping"),
+    *("task_type", "inference_mode", "init_lora_weights", "base_model_name_or_path", "auto_mapping"),
     *("revision", "peft_version"),
 }
 
@@ -88,17 +90,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_lora_config(folder: Path) -> LoraConfig:
-    """Read rank, alpha, dropout and target modules from a checkpoint's `adapter_config.json`.
-
-    Raises:
-        CheckpointError: if it can't be read, or asks for anything but plain LoRA.
-    """
+    """Read rank, alpha, dropout and target modules from a checkpoint's `adapter_config.json`."""
     path = folder / ADAPTER_CONFIG
     values = read_json(path)
-    if values.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{path}: not a LoRA configuration: peft_type is {shorten(values.get('peft_type'))}, expected 'LORA'"
-        )
     r: Any = values.get("r")
     alpha: Any = values.get("lora_alpha")
     dropout: Any = values.get("lora_dropout", 0.0)
@@ -107,6 +101,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
         isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name) for name in targets
     )
     expected = {
+        "peft_type": (values.get("peft_type"), "'LORA'", values.get("peft_type") == "LORA"),
         "r": (r, "a whole number from 1 to 65536", type(r) is int and 1 <= r <= 1 << 16),
         "lora_alpha": (alpha, "a number above 0", type(alpha) in (int, float) and 0 < alpha < 1e9),
         "lora_dropout": (dropout, "at least 0 and below 1", type(dropout) in (int, float) and 0 <= dropout < 1),
@@ -128,11 +123,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
 
 
 def read_multimodal_config(folder: Path) -> MultimodalConfig:
-    """Read a checkpoint's `multimodal_config.json`.
-
-    Raises:
-        CheckpointError: if it can't be read, or a value is missing or of another type.
-    """
+    """Read a checkpoint's `multimodal_config.json`."""
     path = folder / MULTIMODAL_CONFIG
     values = read_json(path)
     types = get_type_hints(MultimodalConfig)

@@ -32,7 +32,7 @@ import train
 from dataset.epoch_order import EpochOrder
 from dataset.grouped_order import GroupedOrder
 from model import CheckpointError
-from model.runs.callbacks import MOST_SKIPPED, NotFiniteError
+from model.runs.failures import MOST_SKIPPED, NotFiniteError
 from model.runs.resuming import newest_resumable
 
 
