@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from dataprocess.messages import format_count
 from dataset.prompt import encode_prompt, encode_question
@@ -59,9 +60,10 @@ def fit_prompt(
         return ids
     content = encode_question(tokenizer, query, num_image_tokens)
     text = [at for at, index in enumerate(content) if index != tokenizer.image_token_id]
+    tokens: Any = tokenizer.convert_ids_to_tokens([content[at] for at in text])
     num_cut = len(ids) - max_window_size
     # A character is cut whole: tokens that begin with a UTF-8 continuation byte go with the one before.
-    while num_cut < len(text) and 0x80 <= tokenizer.convert_ids_to_tokens(content[text[num_cut]])[0] < 0xC0:
+    while num_cut < len(text) and 0x80 <= tokens[num_cut][0] < 0xC0:
         num_cut += 1
     if num_cut >= len(text):
         raise ValueError(
