@@ -19,8 +19,7 @@ from dataprocess.messages import format_count
 from qwen.answering import complete_settings, decode, start_decoding
 
 from ..checkpoints.checkpoint import resolve_checkpoint
-from ..console import one_line
-from ..errors import in_one_line
+from ..errors import in_one_line, one_line
 from .answer_file import AnswerFile, digest, picture_stamp, trained_digest
 from .assistant import Assistant, load_assistant, with_placeholders
 from .question_file import Question, read_questions

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from dataprocess.image_io import FORMATS, ImageError, load_image
 
-from ..console import one_line
+from ..errors import one_line
 from .assistant import Assistant
 
 logger = logging.getLogger(__name__)
