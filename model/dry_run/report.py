@@ -19,6 +19,7 @@ from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import load_tokenizer
 from ..console import set_up_logging
 from ..feature_caching.disk import disk_space, in_gb, pictures_stored
+from ..runs.failures import check_bad_samples
 from .data_sizes import DataSizes, data_sizes
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_memory
 from .planned_model import planned_model, settings_to_show
@@ -98,7 +99,7 @@ def _measure(
         max_bad_fraction=asked.max_bad_fraction,
         need_folders=False,
     )
-    dataset.bad.check(None)
+    check_bad_samples(dataset.bad)
     return data_sizes(
         dataset,
         rows=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
