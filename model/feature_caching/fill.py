@@ -48,14 +48,8 @@ def complete_feature_cache(
 ) -> None:
     """Store the features of all pictures of the data sets, and let the data sets read them from now on.
 
-    Each process of the run takes its share; none returns before all pictures are stored.
-
-    Args:
-        folder: as `--feature_cache` names it.
-        dtype: as `--feature_cache_dtype` names it.
-        model: the model whose tower is used.
-        datasets: the data sets; None is skipped.
-        args: processes, data workers, and whether to show progress.
+    Each process of the run takes its share; none returns before all pictures are stored. `folder` and `dtype` are as
+    `--feature_cache` and `--feature_cache_dtype` name them.
 
     Raises:
         ValueError: if the folder cannot be made, or the disk is too small.
@@ -84,12 +78,9 @@ def complete_feature_cache(
 class Filled:
     """Counts of pictures, and why filling ended early."""
 
-    num_stored: int = 0
-    """Pictures whose features were stored now."""
-    num_bad: int = 0
-    """Pictures that cannot be used; each was logged."""
-    failure: str = ""
-    """Why the disk took no more, or an empty string."""
+    num_stored: int = 0  # now
+    num_bad: int = 0  # each was logged
+    failure: str = ""  # why the disk took no more, or an empty string
 
 
 def image_files(dataset: ImageCaptionDataset) -> Iterator[Path]:
@@ -141,11 +132,8 @@ class Opened:
 
     path: Path
     key: bytes = b""
-    """Hash of its content."""
-    pixels: NDArray[np.float32] | None = None
-    """(3, H, W); None if there is nothing to do. No tensor: those travel by threads that complain when stopped."""
-    problem: str = ""
-    """Why it cannot be used, or an empty string."""
+    pixels: NDArray[np.float32] | None = None  # (3, H, W); a tensor would travel by threads that complain when stopped
+    problem: str = ""  # why it cannot be used, or an empty string
 
 
 class MissingPictures(Dataset[Opened]):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataset import ImageCaptionDataset
 from dataset.epoch_order import EpochOrder
 from dataset.grouped_order import GroupedOrder, estimated_lengths, padding_shares
 
+from ..arguments import VLMTrainingArguments
 from ..errors import in_one_line
+from ..trainer import VLMTrainer
+from ..vision_language_model import VisionLanguageModel
 from .failures import HOW_TO_RESUME, fail
-
-if TYPE_CHECKING:
-    from ..arguments import VLMTrainingArguments
-    from ..trainer import VLMTrainer
-    from ..vision_language_model import VisionLanguageModel
 
 logger = logging.getLogger("train")
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from stopped_runs import Answers, KillAt, Killed, answer_lengths, assert_same_end, new_trainer, resume
-from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, write_data
+from tiny_run import MIXED_CAPTIONS, build_trainer, make_bases, make_pictures, write_data
 
 import train
 from benchmarks.training.grouped import padding_share
@@ -169,7 +169,7 @@ def command(tmp_path_factory, qwen_tiktoken) -> list[str]:
 def test_train_py_groups_says_so_and_goes_on(command, tmp_path, capsys):
     flags = [*command, "--output_dir", str(tmp_path), "--num_train_epochs", "1", "--save_steps", "2"]
     grouped = [*flags, "--train_sampling_strategy", "group_by_length"]
-    assert train.build_trainer([*grouped, "--max_steps", "4"]).train_dataset.lengths is not None
+    assert build_trainer([*grouped, "--max_steps", "4"]).train_dataset.lengths is not None
     assert "batches grouped by length: about " in capsys.readouterr().err
     assert train.main([*grouped, "--max_steps", "4"]) == 0
     assert train.main([*grouped, "--resume_from_checkpoint", "auto"]) == 0

@@ -274,8 +274,8 @@ class Event(TrainerCallback):
         setattr(self, event, lambda *args, **kwargs: action())
         build = train.build_trainer
 
-        def build_with_event(argv, lock):
-            trainer = build(argv, lock)
+        def build_with_event(*args):
+            trainer = build(*args)
             trainer.add_callback(self)
             return trainer
 
