@@ -113,10 +113,10 @@ class ChatTokenizer:
         if (whole := self.decode(seen)) != text or not text:
             yield whole
 
-    def convert_ids_to_tokens(self, index: int) -> bytes:
-        """Return a token's text in UTF-8; a continuation byte where it begins in the middle of a character."""
-        text = self.decode([index])
-        return b"\x80" if text.startswith("\ufffd") else text.encode()
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[bytes]:
+        """Return each token's text in UTF-8; a continuation byte where it begins in the middle of a character."""
+        texts = [self.decode([index]) for index in ids]
+        return [b"\x80" if text.startswith("\ufffd") else text.encode() for text in texts]
 
     # ---- What is written around them
 
