@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dataprocess.messages import format_count
 
 from ..errors import in_one_line
-from .failures import MOST_SKIPPED, not_finite
+from .failures import MOST_SKIPPED, check_bad_samples, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class WatchBadSamples(TrainerCallback):
                 logger.error("%s could not be written: %s", path, error)
             verb = "was" if self._known == 1 else "were"
             logger.warning("%s %s left out so far; see %s", format_count(self._known, "bad sample"), verb, path)
-        self.dataset.bad.check(str(path))
+        check_bad_samples(self.dataset.bad, str(path))
 
     on_evaluate = on_step_end  # a loss over what is left of an evaluation set may mean little
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from dataprocess.image_io import ImageError
+from dataprocess.messages import format_count
 from dataset import SampleError
-from dataset.bad_samples import TooManyBadSamplesError
+from dataset.bad_samples import BadSamples
 
 from ..checkpoints.folder import CheckpointError
 from ..errors import in_one_line, is_out_of_memory, out_of_memory
@@ -59,6 +60,22 @@ def not_finite(what: str, step: int, ids: list[int], args: TrainingArguments) ->
         f"the {what} of step {step} is not finite; the step was not taken. Its samples {named}. Look at them, or "
         f"lower --learning_rate and --feature_proj_lr; checkpoints in {args.output_dir} are unchanged"
     )
+
+
+class TooManyBadSamplesError(ValueError):
+    """More of a data set is bad than `--max_bad_fraction` allows."""
+
+
+def check_bad_samples(bad: BadSamples, where: str | None = None) -> None:
+    """Refuse more bad samples than are allowed, naming the file that lists them, or the first unreadable one."""
+    total = len(bad.flags) + len(bad.unreadable)
+    if len(bad) > bad.max_fraction * total:
+        which = f"{where} lists them" if where else f"the first: {bad.unreadable[0]}"
+        raise TooManyBadSamplesError(
+            f"{len(bad):,} of {format_count(total, 'sample')} {'is' if len(bad) == 1 else 'are'} bad, more than "
+            f"--max_bad_fraction {bad.max_fraction:g} allows; {which}; "
+            "fix the data (or --max_length, if it is too small), or raise the fraction"
+        )
 
 
 def report_failure(error: BaseException, *, has_begun: bool) -> int:
