@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
 
@@ -26,15 +25,13 @@ from .base_models import comparable
 from .folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CHECKSUMS,
     MULTIMODAL_CONFIG,
     PROJECTOR_WEIGHTS,
     WEIGHTS,
     CheckpointError,
     numbered_checkpoints,
-    sha256,
 )
-from .readers import check_file, read_json, read_lora_config, read_multimodal_config, read_tensors, reading
+from .readers import check_checksums, read_lora_config, read_multimodal_config, read_tensors
 from .saving import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -76,30 +73,6 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     check_checksums(path, WEIGHTS)
     config = read_multimodal_config(path)
     return Checkpoint(path, config, read_lora_config(path), config.projector_layers)
-
-
-def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = False) -> None:
-    """Check files that are about to be read against `checksums.json`; `everything` adds all that it lists.
-
-    Folders written before it existed are read unchecked, with a warning.
-    """
-    names = set(names)
-    has_sums = os.path.lexists(folder / CHECKSUMS)
-    sums = read_json(folder / CHECKSUMS) if has_sums else {}
-    if everything:
-        names |= sums.keys()
-    for name in sorted(names):
-        check_file(folder / name)
-    if not has_sums:
-        logger.warning("%s has no %s, as older versions wrote it: it is read unchecked", folder, CHECKSUMS)
-        return
-    with reading(folder):
-        wrong = [name for name in sorted(names) if sums.get(name) != sha256(folder / name)]
-    if wrong:
-        raise CheckpointError(
-            f"checkpoint {folder}: not what was written, by {CHECKSUMS}: {', '.join(wrong)} (damaged, or from another "
-            "checkpoint); copy the checkpoint again, or use another one"
-        )
 
 
 # ---- Does it fit the base models?
@@ -204,13 +177,9 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
 
 
 def check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, likely: str) -> None:
-    """Compare the tensors of a file with a model's own: the same names and shapes, and finite numbers.
+    """Compare the tensors found in a file with a model's own: the same names and shapes, and finite numbers.
 
-    Args:
-        expected: the model's own tensors.
-        found: those of the file.
-        what: their name in the message.
-        likely: what most likely differs, if they do not fit.
+    The message names them by `what`, and by `likely` the cause that is most likely.
     """
     problems = [f"missing {name}" for name in expected.keys() - found.keys()]
     problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]

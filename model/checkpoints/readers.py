@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -24,8 +26,10 @@ from torch import Tensor
 
 from dataprocess.messages import shorten
 
-from .folder import ADAPTER_CONFIG, MULTIMODAL_CONFIG, CheckpointError
+from .folder import ADAPTER_CONFIG, CHECKSUMS, MULTIMODAL_CONFIG, CheckpointError, sha256
 from .saving import MultimodalConfig
+
+logger = logging.getLogger(__name__)
 
 _MAX_JSON_BYTES = 64 << 20
 """Larger JSON files are refused unread: a checkpoint's own have some kilobytes, a long run's log some megabytes."""
@@ -61,6 +65,30 @@ def check_file(path: Path) -> None:
             with zipfile.ZipFile(path) as archive:  # PyTorch's own are never compressed
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ValueError("a compressed archive, which may unpack to more than fits the memory")
+
+
+def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = False) -> None:
+    """Check files that are about to be read against `checksums.json`; `everything` adds all that it lists.
+
+    Folders written before it existed are read unchecked, with a warning.
+    """
+    names = set(names)
+    has_sums = os.path.lexists(folder / CHECKSUMS)
+    sums = read_json(folder / CHECKSUMS) if has_sums else {}
+    if everything:
+        names |= sums.keys()
+    for name in sorted(names):
+        check_file(folder / name)
+    if not has_sums:
+        logger.warning("%s has no %s, as older versions wrote it: it is read unchecked", folder, CHECKSUMS)
+        return
+    with reading(folder):
+        wrong = [name for name in sorted(names) if sums.get(name) != sha256(folder / name)]
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {folder}: not what was written, by {CHECKSUMS}: {', '.join(wrong)} (damaged, or from another "
+            "checkpoint); copy the checkpoint again, or use another one"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

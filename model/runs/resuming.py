@@ -19,9 +19,8 @@ from dataprocess.messages import shorten
 
 from ..arguments import VLMTrainingArguments
 from ..checkpoints.base_models import comparable
-from ..checkpoints.checkpoint import check_checksums
 from ..checkpoints.folder import WEIGHTS, CheckpointError, numbered_checkpoints
-from ..checkpoints.readers import read_json, reading
+from ..checkpoints.readers import check_checksums, read_json, reading
 from .callbacks import RUN_CONFIG
 from .run_state import RUN_STATE, TRAINER_STATE, Geometry, RunState, bad_samples
 

@@ -180,34 +180,22 @@ def test_no_remote_code_is_run_whatever_auto_map_says(stranger, base_flags, tmp_
     """In a process of its own: an import that has happened can't be told from one that is refused."""
     proof = tmp_path / "it ran"
     poison = f"open({str(proof)!r}, 'w').close()\n"
-    auto_map = {
-        "AutoConfig": "evil.Config",
-        "AutoModel": "evil.Model",
-        "AutoModelForCausalLM": "evil.Model",
-        "AutoTokenizer": ["evil.Tokenizer", None],
-        "AutoImageProcessor": "evil.Processor",
-        "AutoProcessor": "evil.Processor",
-    }
-    copies = [
-        Path(shutil.copytree(base, tmp_path / name))
-        for base, name in ((base_flags[1], "qwen"), (base_flags[3], "clip"))
-    ]
-    for folder in (*copies, stranger):
+    names = ("Config", "Model", "ModelForCausalLM", "ImageProcessor", "Processor")
+    auto_map = {f"Auto{name}": f"evil.{name}" for name in names} | {"AutoTokenizer": ["evil.Tokenizer", None]}
+    qwen, clip = (Path(shutil.copytree(base, tmp_path / Path(base).name)) for base in (base_flags[1], base_flags[3]))
+    for folder in (qwen, clip, stranger):
         (folder / "evil.py").write_text(poison)
         (folder / "custom_generate").mkdir()
         (folder / "custom_generate/generate.py").write_text(poison)
         for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
             if (folder / name).is_file():
                 edit(folder / name, auto_map=auto_map, trust_remote_code=True, custom_generate="./custom_generate")
-    edit(
-        stranger / "adapter_config.json",
-        auto_mapping={"base_model_class": "Model", "parent_library": "evil"},
-        task_type=None,
-    )
+    auto_mapping = {"base_model_class": "Model", "parent_library": "evil"}
+    edit(stranger / "adapter_config.json", auto_mapping=auto_mapping, task_type=None)
     edit(stranger / "multimodal_config.json", auto_map=auto_map, trust_remote_code=True)
-    bases_flags = ["--base_language_model", str(copies[0]), "--base_value_model", str(copies[1])]
-    flags = ["--model_weights", str(stranger), *bases_flags, "--prompt", "What?", "--device", "cpu", "--greedy"]
-    command = [sys.executable, str(ROOT / "test.py"), *flags]
+    bases = ["--base_language_model", qwen, "--base_value_model", clip]
+    flags = ["--model_weights", stranger, *bases, "--prompt", "What?", "--device", "cpu", "--greedy"]
+    command = [sys.executable, ROOT / "test.py", *flags]
     # From the checkpoint's own folder, where evil.py would be found by its name.
     done = subprocess.run(command, cwd=stranger, env=environment(), capture_output=True, text=True, input="y\n" * 9)
     assert done.returncode == 0, done.stderr
