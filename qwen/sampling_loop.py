@@ -1,4 +1,4 @@
-"""The loop of transformers_stream_generator behind `chat_stream`'s sampling, in the form of `decoding.decode`.
+"""The loop of transformers_stream_generator behind `chat_stream`'s sampling, in the form of `answering.decode`.
 
 The library (0.0.5) was written for transformers 4.2x and patches the model there. Here its loop alone is used, on an
 object that plays the model for it. Everything around the loop is done by today's `generate`, whose tokens it draws.
@@ -28,10 +28,9 @@ def library_decode(
     generators: Sequence[torch.Generator | None],
     **inputs: Any,
 ) -> Iterator[dict[int, int]]:
-    """Sample the tokens of one row as `decoding.decode` does.
+    """Sample the tokens of one row as `decode` does; its limit is among the stopping criteria.
 
-    Its limit is among the stopping criteria, and its generator PyTorch's own. The library's `generate` is left out, as
-    it reseeds the global generators and knows an older transformers only.
+    The library's `generate` is left out, as it reseeds the global generators and knows an older transformers only.
     """
     loop = _library_sampling_loop()
     criteria = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
