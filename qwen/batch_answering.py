@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .answering import answer_ids, answer_text, complete_settings, decode, start_decoding
-from .tokenization_qwen import QWenTokenizer
+from .tokenization_qwen import ENDOFTEXT_ID, QWenTokenizer
 
 
 def answer_batch(
@@ -27,8 +27,6 @@ def answer_batch(
     """Answer prompts together.
 
     Args:
-        model: a model with `generate`.
-        tokenizer: QWen's tokenizer.
         prompts: token ids, each ending where its answer begins.
         image_features: for each prompt, features (image tokens of the prompt, D), or None where it has no image.
         generation_config: as `answer_ids` takes it.
@@ -44,7 +42,7 @@ def answer_batch(
     """
     if not prompts:
         return []
-    config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
+    config, inputs = complete_settings(model, generation_config, kwargs)
     features = image_features or [None] * len(prompts)
     if (config.num_beams or 1) > 1:  # beams are a batch already
         answers = []
@@ -67,11 +65,7 @@ def generate_batch(
     seed: int = 0,
     **kwargs: Any,
 ) -> list[list[int]]:
-    """Return the new token ids of each answer, its stop token included; see `answer_batch` for the arguments.
-
-    Raises:
-        ValueError: as `answer_batch` does.
-    """
+    """Return the new token ids of each answer, its stop token included; see `answer_batch` for the arguments."""
     config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
     inputs = config.update(**kwargs)
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in prompts]
@@ -82,18 +76,13 @@ def generate_batch(
     return answers
 
 
-def check_settings(model: Any, tokenizer: QWenTokenizer, **kwargs: Any) -> None:
+def check_settings(model: Any, **kwargs: Any) -> None:
     """Have `generate` get ready for an answer and draw none: settings that it rejects, it rejects for every prompt.
-
-    Args:
-        model: a model with `generate`.
-        tokenizer: QWen's tokenizer.
-        kwargs: generation settings, as `answer_batch` takes them.
 
     Raises:
         ValueError: for settings that can't be used.
     """
-    config, inputs = complete_settings(model, tokenizer, None, kwargs)
+    config, inputs = complete_settings(model, None, kwargs)
     # Whether a prompt leaves room within `max_length` is a matter of the prompt.
     config.max_new_tokens, config.max_length = config.max_new_tokens or config.max_length, None
-    start_decoding(decode, model, [[tokenizer.eod_id]], [None], [None], config, inputs)
+    start_decoding(decode, model, [[ENDOFTEXT_ID]], [None], [None], config, inputs)

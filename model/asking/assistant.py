@@ -178,7 +178,7 @@ class Assistant:
             ValueError: if not, whatever the question.
         """
         try:
-            check_settings(self.model.qwen, self.tokenizer, **self.options)
+            check_settings(self.model.qwen, **self.options)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"the generation settings can't be used: {error}; correct the generation_config.json of "
