@@ -27,8 +27,8 @@ from model.asking.assistant import Assistant, add_generation_flags, check_flags,
 from model.asking.batch_answers import answer_questions
 from model.asking.chat import chat, explain, show
 from model.asking.folder import ask_about_each, check_folder, pictures_in
-from model.console import OneLineErrors, set_up_logging, use_utf8
-from model.errors import is_out_of_memory
+from model.console import set_up_logging, use_utf8
+from model.errors import OneLineErrors, is_out_of_memory
 from qwen import IMAGE_TOKEN
 
 logger = logging.getLogger("test")

@@ -13,10 +13,6 @@ from dataprocess.messages import format_count
 logger = logging.getLogger(__name__)
 
 
-class TooManyBadSamplesError(ValueError):
-    """More of a data set is bad than `--max_bad_fraction` allows."""
-
-
 class BadSamples:
     """The samples of a data set that turned out bad.
 
@@ -56,17 +52,6 @@ class BadSamples:
                 sample = dataset[index]  # is marked, with its message, if it is still bad
                 self.mark(index, f"sample {sample['id']}: could not be read, but can be now")
         return [*self.unreadable, *(self.messages[index] for index in indices)]
-
-    def check(self, where: str | None) -> None:
-        """Refuse more bad samples than are allowed, naming the file that lists them, or the first unreadable one."""
-        total = len(self.flags) + len(self.unreadable)
-        if len(self) > self.max_fraction * total:
-            which = f"{where} lists them" if where else f"the first: {self.unreadable[0]}"
-            raise TooManyBadSamplesError(
-                f"{len(self):,} of {format_count(total, 'sample')} {'is' if len(self) == 1 else 'are'} bad, more than "
-                f"--max_bad_fraction {self.max_fraction:g} allows; {which}; "
-                "fix the data (or --max_length, if it is too small), or raise the fraction"
-            )
 
 
 class CutAnswers:

@@ -17,7 +17,7 @@ from stopped_runs import Answers, KillAt, Killed, answer_lengths, checkpoints, l
 from transformers import TrainerCallback
 
 from dataset.epoch_order import EpochOrder
-from model.runs.callbacks import NotFiniteError
+from model.runs.failures import NotFiniteError
 
 HALF = {"per_device_train_batch_size": 1, "dropout": 0.3}
 """With two processes and accumulation, steps of 4 samples."""

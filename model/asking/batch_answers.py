@@ -18,7 +18,7 @@ from dataprocess.image_io import load_image
 from dataprocess.messages import format_count
 
 from ..checkpoints.checkpoint import resolve_checkpoint
-from ..console import one_line
+from ..errors import one_line
 from .answer_file import AnswerFile, digest, picture_stamp, trained_digest
 from .assistant import Assistant, load_assistant, with_placeholders
 from .question_file import Question, read_questions

@@ -13,7 +13,7 @@ from transformers import set_seed
 from dataprocess.image_io import FORMATS, ImageError, load_image
 from qwen import IMAGE_TOKEN
 
-from ..console import one_line
+from ..errors import one_line
 from .assistant import Assistant
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import load_tokenizer
 from ..console import set_up_logging
 from ..feature_caching.disk import disk_space, in_gb, pictures_stored
+from ..runs.failures import check_bad_samples
 from .data_sizes import DataSizes, data_sizes
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_memory
 from .planned_model import planned_model, settings_to_show
@@ -61,7 +62,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrain
             max_bad_fraction=data_args.max_bad_fraction,
             need_folders=False,
         )
-        dataset.bad.check(None)
+        check_bad_samples(dataset.bad)
         order_seed = args.seed if args.data_seed is None else args.data_seed
         return data_sizes(dataset, rows=rows, strategy=strategy, order_seed=order_seed)
 

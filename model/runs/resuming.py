@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,11 +19,9 @@ from dataprocess.messages import shorten
 
 from ..arguments import VLMTrainingArguments
 from ..checkpoints.base_models import comparable
-from ..checkpoints.checkpoint import check_checksums
 from ..checkpoints.folder import WEIGHTS, CheckpointError, numbered_checkpoints
-from ..checkpoints.readers import read_json, reading
-from .callbacks import gather_objects
-from .run_folder import RUN_CONFIG
+from ..checkpoints.readers import check_checksums, read_json, reading
+from .callbacks import RUN_CONFIG
 from .run_state import RUN_STATE, TRAINER_STATE, Geometry, RunState, bad_samples
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def checkpoint_to_resume(args: VLMTrainingArguments) -> str | None:
             return None
         raise CheckpointError(f"--resume_from_checkpoint {folder}: no such folder; give a checkpoint or a run folder")
     found = newest_resumable(folder)
-    if len(set(gather_objects(None if found is None else found.name))) > 1:
+    if len(set(gather_object([found and found.name]))) > 1:
         raise CheckpointError(f"the processes see different checkpoints in {folder}; it must be a folder they share")
     if found is None and wanted.lower() == "auto":
         return None

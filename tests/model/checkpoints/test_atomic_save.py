@@ -40,8 +40,9 @@ import model.runs.run_state
 import model.trainer
 import train
 from model import CheckpointError
+from model.runs.deleting import delete_old_checkpoints
 from model.runs.resuming import check_resumable, newest_resumable
-from model.runs.run_folder import clear_leftovers, delete_old_checkpoints, put_in_place
+from model.runs.run_folder import clear_leftovers, put_in_place
 
 
 class Faults:
@@ -263,7 +264,7 @@ def test_deleting_old_checkpoints(tmp_path):
         (tmp_path / f"checkpoint-{number}").mkdir()
         os.utime(tmp_path / f"checkpoint-{number}", (1000 + number, 1000 + number))
     (tmp_path / "checkpoint-notes").mkdir()
-    for limit in (None, 0, 5):
+    for limit in (5, 6):
         delete_old_checkpoints(tmp_path, limit, {tmp_path / "checkpoint-10"})
         assert len(checkpoints(tmp_path)) == 6
     delete_old_checkpoints(tmp_path, 3, {tmp_path / "checkpoint-10", tmp_path / "checkpoint-1"})

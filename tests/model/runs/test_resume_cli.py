@@ -274,8 +274,8 @@ class Event(TrainerCallback):
         setattr(self, event, lambda *args, **kwargs: action())
         build = train.build_trainer
 
-        def build_with_event(argv, lock):
-            trainer = build(argv, lock)
+        def build_with_event(*args):
+            trainer = build(*args)
             trainer.add_callback(self)
             return trainer
 
@@ -341,7 +341,7 @@ def test_an_overwriting_run_that_was_killed_before_its_first_step_does_not_conti
     flags = [*command, "--output_dir", str(run), "--seed", "7", "--num_train_epochs", "1"]
     with monkeypatch.context() as patched:
         Event(patched, "on_step_begin", kill)
-        patched.setattr("model.runs.run_folder.RunFiles.end", lambda _: None)  # a SIGKILL runs no `finally`
+        patched.setattr("model.runs.deleting.put_back", lambda _: None)  # a SIGKILL runs no `finally`
         with pytest.raises(Killed):
             train.main([*flags, *OVERWRITE])
     capsys.readouterr()

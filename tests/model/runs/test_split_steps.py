@@ -22,17 +22,16 @@ from stopped_runs import (
     resume,
     weights,
 )
-from tiny_run import ROOT, one_line_error, start
+from tiny_run import ROOT, exit_status, one_line_error, start
 from tiny_vlm import trainable_parameters
 from torch import Tensor
 from transformers import TrainerCallback
 from two_processes import GROUPED, POISON, Poisoned
 
-import train
 from dataset.epoch_order import EpochOrder
 from dataset.grouped_order import GroupedOrder
 from model import CheckpointError
-from model.runs.callbacks import MOST_SKIPPED, NotFiniteError
+from model.runs.failures import MOST_SKIPPED, NotFiniteError
 from model.runs.resuming import newest_resumable
 
 
@@ -252,8 +251,7 @@ class Spoil(TrainerCallback):
 def test_a_step_that_is_not_finite_is_not_taken(tiny_bases, tmp_path, monkeypatch, capsys, what, called, clip):
     """Also where every number of the gradient is finite, but its norm is too large for fp32: clipping would zero it."""
     trainer = new_trainer(tiny_bases, tmp_path, callbacks=[Spoil(what)], max_grad_norm=clip, size=12)
-    monkeypatch.setattr(train, "build_trainer", lambda *_: trainer)
-    assert train.main([]) == 1
+    assert exit_status(monkeypatch, trainer) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     ids = sorted(trainer.seen[2])
     assert len(ids) == 4
@@ -314,8 +312,7 @@ def fp16_trainer(tiny_bases, folder, bad, **changes):
 def test_fp16_that_overflows_for_ever_is_an_error(tiny_bases, tmp_path, monkeypatch, capsys):
     trainer = fp16_trainer(tiny_bases, tmp_path, range(10**9), num_train_epochs=200, gradient_accumulation_steps=1)
     before = weights(trainer)
-    monkeypatch.setattr(train, "build_trainer", lambda *_: trainer)
-    assert train.main([]) == 1
+    assert exit_status(monkeypatch, trainer) == 1
     said = one_line_error(capsys.readouterr().err, "train.py")
     assert f"the gradients of {MOST_SKIPPED} steps in a row, up to step {MOST_SKIPPED}, were not finite in fp16" in said
     assert "The last samples have the IDs " in said
