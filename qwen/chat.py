@@ -44,9 +44,6 @@ def chat(
 
     Returns:
         The answer without its stop token, and a new history that ends with this turn.
-
-    Raises:
-        ValueError: if `history` holds something else than pairs.
     """
     input_ids = _chat_prompt(model, tokenizer, query, history, system, generation_config, kwargs)
     answer = answer_ids(model, tokenizer, input_ids, generation_config, **kwargs)

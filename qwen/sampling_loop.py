@@ -27,10 +27,9 @@ def library_decode(
     generators: Sequence[torch.Generator | None],
     **inputs: Any,
 ) -> Iterator[dict[int, int]]:
-    """Sample the tokens of one row as `answering.decode` does.
+    """Sample the tokens of one row as `decode` does; its limit is among the stopping criteria.
 
-    Its limit is among the stopping criteria, and its generator PyTorch's own. The library's `generate` is left out, as
-    it reseeds the global generators and knows an older transformers only.
+    The library's `generate` is left out, as it reseeds the global generators and knows an older transformers only.
     """
     with _names_that_transformers_dropped():
         from transformers_stream_generator.main import NewGenerationMixin
