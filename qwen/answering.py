@@ -22,14 +22,10 @@ from transformers import GenerationConfig
 
 from .prompt_cache import PromptCache
 
-DEFAULT_MAX_NEW_TOKENS = 512
-"""Length limit of an answer where neither caller nor `generation_config.json` sets one: the published chat models'."""
+DEFAULT_MAX_NEW_TOKENS = 512  # the published chat models'
+MOST_EXTREME = 1e30  # larger temperatures and penalties, or smaller ones than 1 / this, could make scores infinite
 
-MOST_EXTREME = 1e30
-"""Larger temperatures and penalties, or smaller ones than 1 / this, could make scores infinite."""
-
-TokenLoop = Callable[..., Iterator[dict[int, int]]]
-"""Draws tokens; called as `decode` is, and gives what it gives."""
+TokenLoop = Callable[..., Iterator[dict[int, int]]]  # draws tokens, as `decode` does
 
 
 def answer_ids(
@@ -81,11 +77,7 @@ def answer_text(tokenizer: Any, new_ids: Iterable[int], stop_ids: Sequence[int])
 def merge_settings(
     model: Any, generation_config: GenerationConfig | None, overrides: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Merge generation settings: `overrides`, then `generation_config`, then the model's own, with its extra ones.
-
-    Returns:
-        A configuration of its own, and those of `overrides` that are no generation settings (model inputs).
-    """
+    """Merge `overrides`, `generation_config` and the model's own, in this order; also return the model inputs."""
     config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
     config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     return config, config.update(**overrides)
@@ -94,7 +86,7 @@ def merge_settings(
 def complete_settings(
     model: Any, tokenizer: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Merge the settings, and decide everything that `generate` would otherwise guess; also return the model inputs."""
+    """Merge the settings, and decide everything that `generate` would otherwise guess."""
     config, inputs = merge_settings(model, generation_config, kwargs)
     if (config.num_return_sequences or 1) > 1:
         raise ValueError(f"num_return_sequences is {config.num_return_sequences}: one answer is given; call generate")
@@ -215,8 +207,8 @@ def decode(
     Args:
         model: the language model.
         input_ids: (B, T) prompts, padded on the left.
-        logits_processor: what `generate` has made of the settings: changes the scores of the next token.
-        stopping_criteria: likewise: says which rows have ended.
+        logits_processor: changes the scores of the next token; made of the settings by `generate`.
+        stopping_criteria: says which rows have ended; likewise.
         generation_config: says whether to sample.
         limits: the most tokens of each row's answer.
         generators: what each row's tokens are sampled with; None is PyTorch's own.

@@ -24,8 +24,6 @@ def answer_batch(
     """Answer prompts together.
 
     Args:
-        model: a model with `generate`.
-        tokenizer: QWen's tokenizer.
         prompts: token ids, each ending where its answer begins.
         image_features: for each prompt, features (image tokens of the prompt, D), or None where it has no image.
         seed: each answer is what `answer_ids` gives after `torch.manual_seed(seed)`: it depends on no other prompt.

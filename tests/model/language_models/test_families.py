@@ -167,7 +167,7 @@ def test_answers_and_the_tokens_that_end_them_are_supervised(bases):
     assert encoded.input_ids.count(tokenizer.image_token_id) == 3
     assert tokenizer.image_token_id == 320
     control = set(tokenizer.tokenizer.added_tokens_decoder)
-    assert not control & {index for index in tokenizer.encode_text("<|im_end|></s><|eot_id|>")}
+    assert not control & set(tokenizer.encode_text("<|im_end|></s><|eot_id|>"))
 
 
 # ---- Asking
