@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.console import OneLineErrors, set_up_logging, use_utf8
+from model.console import set_up_logging, use_utf8
 from model.device import parse_dtype
-from model.errors import in_one_line, is_out_of_memory, out_of_memory
+from model.errors import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory
 from model.export.llava import check_llava, write_llava
 from model.export.qwen_formats import write_merged, write_peft
 from model.export.report import table, write_report

@@ -19,30 +19,24 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from PIL import Image
 from transformers import set_seed
 
 from dataset import SYSTEM_PROMPT, load_image
-from model.asking.assistant import Assistant, add_generation_flags, check_flags, load_assistant, with_placeholders
+from model.asking.assistant import add_generation_flags, check_flags, load_assistant, with_placeholders
 from model.asking.batch_answers import answer_questions
 from model.asking.chat import chat, explain, show
 from model.asking.folder import ask_about_each, check_folder, pictures_in
-from model.console import OneLineErrors, set_up_logging, use_utf8
-from model.errors import is_out_of_memory
+from model.console import set_up_logging, use_utf8
+from model.errors import OneLineErrors, is_out_of_memory
 from qwen import IMAGE_TOKEN
 
 logger = logging.getLogger("test")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Read and check the command line.
-
-    Raises:
-        ValueError: for flags that do not exist, have an invalid value, or do not go together.
-    """
-    parser = OneLineErrors(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """Read the command line; refuse flags that do not exist, have an invalid value, or do not go together."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineErrors(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--model_weights", help="checkpoint folder, or a run folder (its newest complete checkpoint)")
     add("--base_language_model", help="hub name or folder; default: what the checkpoint was trained on")
@@ -62,15 +56,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.folder is not None:
         check_folder(args)
     return args
-
-
-def ask_once(assistant: Assistant, prompt: str, images: Sequence[Image.Image], stream: bool) -> None:
-    """Print the answer to a prompt that has a placeholder for each of these images."""
-    features = assistant.features(images)
-    if stream:
-        show(assistant.stream(prompt, features))
-    else:
-        print(assistant.answer(prompt, features))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,8 +79,10 @@ def run(args: argparse.Namespace) -> int:
         return 2 if ask_about_each(assistant, prompt, paths, args.seed) else 0
     if prompt is None:
         chat(assistant, images)
+    elif args.stream:
+        show(assistant.stream(prompt, assistant.features(images)))
     else:
-        ask_once(assistant, prompt, images, args.stream)
+        print(assistant.answer(prompt, assistant.features(images)))
     return 0
 
 

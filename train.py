@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from dataset import ImageCaptionDataset, VLMCollator
 from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
-from model.arguments import DataArguments, ModelArguments, is_dry_run, parse_arguments
+from model.arguments import DataArguments, ModelArguments, parse_arguments
 from model.checkpoints.base_models import load_tokenizer
 from model.checkpoints.checkpoint import read_checkpoint
 from model.checkpoints.previous import check_previous
@@ -27,10 +27,11 @@ from model.console import set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
 from model.runs.callbacks import WatchBadEvalSamples, WatchBadSamples
+from model.runs.deleting import overwriting
 from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity
 from model.runs.resuming import check_identity, checkpoint_to_resume
-from model.runs.run_folder import files_in_the_way, hold_run_folder, run_config
+from model.runs.run_folder import hold_run_folder, is_overwriting, run_config
 from qwen import QWenTokenizer
 
 
@@ -77,26 +78,27 @@ def build_datasets(
     return train_set, eval_set
 
 
-def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack | None = None) -> VLMTrainer:
+def build_trainer(
+    model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments, lock: contextlib.ExitStack
+) -> VLMTrainer:
     """Do everything that comes before the first step; no file of an earlier run is deleted or changed.
 
     Args:
-        argv: the command line.
-        lock: keeps other runs out of the output folder until it is closed; None: nothing does.
+        model_args: which models, and which LoRA layers.
+        data_args: which data.
+        args: how to train.
+        lock: keeps other runs out of the output folder until it is closed.
 
     Raises:
         ValueError: for whatever the user can fix; the message says how.
         OSError: for files that are missing or can't be read.
     """
-    # Read the flags, and refuse at once what can't work.
-    model_args, data_args, args = parse_arguments(argv, __doc__)
     set_up_logging(args.process_index, args.world_size)
 
     # One run, one folder: take it, and find the checkpoint to resume from, or an old run to overwrite.
-    if lock is not None:
-        lock.enter_context(hold_run_folder(args))
+    lock.enter_context(hold_run_folder(args))
     resume = checkpoint_to_resume(args) if args.resume_from_checkpoint is not None else None
-    old_files = files_in_the_way(args, resume)
+    overwrites = is_overwriting(args, resume)
 
     # Put tower, projector and language model together; the seed decides the first weights of what is trained.
     set_seed(args.seed)
@@ -115,35 +117,35 @@ def build_trainer(argv: Sequence[str], lock: contextlib.ExitStack | None = None)
         args=args,
         identity=identity,
         run_config=run_config(model_args, data_args, args),
-        overwritten=old_files,
         train_dataset=in_epoch_order(train_set, args),
         eval_dataset=eval_set,
         data_collator=VLMCollator(tokenizer.pad_token_id),
-        callbacks=[
-            WatchBadSamples(train_set),
-            *([WatchBadEvalSamples(eval_set)] if eval_set is not None else []),
-        ],
+        callbacks=[WatchBadSamples(train_set), *([WatchBadEvalSamples(eval_set)] if eval_set is not None else [])],
     )
     trainer.create_optimizer()  # a wrong --optim is found before anything is written
 
     # Let the tower see every image once, if its features are to be stored.
     if data_args.feature_cache is not None:
-        cache = data_args.feature_cache, data_args.feature_cache_dtype
-        complete_feature_cache(*cache, model, (train_set, eval_set), args)
+        complete_feature_cache(
+            data_args.feature_cache, data_args.feature_cache_dtype, model, (train_set, eval_set), args
+        )
     args.resume_from_checkpoint = resume
+    if overwrites:
+        lock.enter_context(overwriting(trainer))
     return trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, and return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     has_begun = False
     with contextlib.ExitStack() as lock:
         try:
-            if is_dry_run(argv):
-                return dry_run(*parse_arguments(argv, __doc__))
-            trainer = build_trainer(argv, lock)
+            # Read the flags, and refuse at once what can't work.
+            model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, __doc__)
+            if data_args.dry_run:
+                return dry_run(model_args, data_args, args)
+            trainer = build_trainer(model_args, data_args, args, lock)
             has_begun = True
             trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
             return finish(trainer)

@@ -2,7 +2,7 @@
 # The published training command. Further flags are passed on, and the last value of a flag wins:
 #     sh train.sh --num_train_epochs 1 --base_language_model Qwen/Qwen-1_8B-Chat
 # CUDA_VISIBLE_DEVICES (default 0), NPROC_PER_NODE (1) and MASTER_PORT (25642) may be set. For two GPUs:
-#     CUDA_VISIBLE_DEVICES=0,1 NPROC_PER_NODE=2 sh train.sh
+#     CUDA_VISIBLE_DEVICES=0,1 NPROC_PER_NODE=2 sh train.sh --per_device_train_batch_size 2
 # torchrun passes SIGTERM and Ctrl-C on and waits for the checkpoint, up to TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (600).
 # If no environment is active, the one that `sh demo.sh` and `sh tests/run.sh` set up is used.
 command -v torchrun > /dev/null || PATH="$(cd "$(dirname "$0")" && pwd)/.venv/bin:$PATH"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ def write_samples(
         captions[str(index)] = {"q": QUESTION, "a": answer}
     for name, content in (("image_map", image_map), ("captions", captions)):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def build_trainer(flags: list[str]) -> Any:
+    """Return what train.py trains for a command line; nothing keeps other runs out of its folder afterwards."""
+    import train
+    from model.arguments import parse_arguments
+
+    with contextlib.ExitStack() as lock:
+        return train.build_trainer(*parse_arguments(flags), lock)
 
 
 def train_flags(folder: Path, output: Path | str, **changes: Any) -> list[str]:

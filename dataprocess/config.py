@@ -104,12 +104,8 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         raise DataError(f"{path}: the configuration cannot be read: {exc.strerror}") from None
     except UnicodeDecodeError as exc:
         raise DataError(f"{path}: the configuration is not UTF-8 (byte {exc.start})") from None
-    except yaml.MarkedYAMLError as exc:
-        mark = exc.problem_mark
-        where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
-        raise DataError(f"{path}: not valid YAML{where}: {exc.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as exc:
-        raise DataError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from None
+        raise DataError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from None  # says the line, too
     if not isinstance(values, dict):
         raise DataError(f"{path}: the configuration must be a list of `key: value` lines, got {shorten(values)}")
     return values
@@ -150,6 +146,7 @@ class _Checker:
         return path
 
     def sources(self, values: dict[Any, Any]) -> list[Source]:
+        """Return the sources without problems."""
         found: list[Source | None] = []
         if any(key in values for key in _ALI):
             found.append(self.source("ai_challenger", values, *_ALI))

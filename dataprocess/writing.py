@@ -45,13 +45,20 @@ def open_outputs(config: Config) -> Iterator[Outputs]:
     Raises:
         DataError: a file can't be written, or another process is writing it.
     """
-    with contextlib.ExitStack() as stack:
-        captions = stack.enter_context(_new_file(config.output_captions))
-        image_map = stack.enter_context(_new_file(config.output_image_map))
-        rejects = stack.enter_context(_new_file(config.output_rejects))
+    with (
+        _new_file(config.output_captions) as captions,
+        _new_file(config.output_image_map) as image_map,
+        _new_file(config.output_rejects) as rejects,
+    ):
         outputs = Outputs(captions, image_map, rejects)
         yield outputs
-        outputs.close()
+        end = b"\n}\n" if outputs.num_samples else b"{}\n"
+        image_map.write(end)
+        captions.write(end)
+        for file in (captions, image_map, rejects):
+            with _naming(file.target):
+                file.stream.flush()
+                os.fsync(file.stream.fileno())
         _put_in_place((captions, image_map, rejects))
 
 
@@ -106,29 +113,17 @@ class Outputs:
         # A lone surrogate becomes \udXXX, which is how JSON writes it.
         self.rejects.write((_encode(line) + "\n").encode(errors="backslashreplace"))
 
-    def close(self) -> None:
-        """Write the ends of the files, and all of them to the disk."""
-        end = b"\n}\n" if self.num_samples else b"{}\n"
-        self.image_map.write(end)
-        self.captions.write(end)
-        for file in (self.captions, self.image_map, self.rejects):
-            with _naming(file.target):
-                file.stream.flush()
-                os.fsync(file.stream.fileno())
-                file.stream.close()
-
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
 class _NewFile:
-    """An output that is being written."""
+    """An output that is being written; the earlier one has the name `earlier` while the new ones are put in place."""
 
     target: Path
     temporary: Path
     earlier: Path
-    """Name of the earlier output while the new ones are put in place."""
     stream: BinaryIO
 
     def write(self, data: bytes) -> None:
@@ -186,13 +181,6 @@ def _put_in_place(files: Sequence[_NewFile]) -> None:
     for file in files:
         with contextlib.suppress(OSError):
             file.earlier.unlink(missing_ok=True)
-    for folder in {file.target.parent for file in files}:
-        with contextlib.suppress(OSError):  # some file systems can't write a folder to the disk on request
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)  # the renames themselves
-            finally:
-                os.close(descriptor)
 
 
 def table(counts: Sequence[Counts]) -> str:

@@ -13,18 +13,8 @@ from dataprocess.messages import format_count
 logger = logging.getLogger(__name__)
 
 
-class TooManyBadSamplesError(ValueError):
-    """More of a data set is bad than `--max_bad_fraction` allows."""
-
-
 class BadSamples:
-    """The samples of a data set that turned out bad.
-
-    Args:
-        num_samples: samples that can be asked for.
-        unreadable: messages of those that the two files already showed to be bad.
-        max_fraction: the share of all samples that may be bad, 0 to 1.
-    """
+    """The samples of a data set that turned out bad, besides those that the two files already showed to be bad."""
 
     def __init__(self, num_samples: int, unreadable: list[str], max_fraction: float) -> None:
         self.flags = torch.zeros(num_samples, dtype=torch.uint8).share_memory_()
@@ -32,7 +22,9 @@ class BadSamples:
         self.messages: dict[int, str] = {}
         """What is wrong with samples, by position, as far as this process knows."""
         self.unreadable = unreadable
+        """Messages of those that the two files showed to be bad; they have no position."""
         self.max_fraction = max_fraction
+        """The share of all samples that may be bad, 0 to 1."""
 
     def mark(self, index: int, message: str = "") -> None:
         """Remember that a sample is bad and, if it is known here, why; the first message stays."""
@@ -56,17 +48,6 @@ class BadSamples:
                 sample = dataset[index]  # is marked, with its message, if it is still bad
                 self.mark(index, f"sample {sample['id']}: could not be read, but can be now")
         return [*self.unreadable, *(self.messages[index] for index in indices)]
-
-    def check(self, where: str | None) -> None:
-        """Refuse more bad samples than are allowed, naming the file that lists them, or the first unreadable one."""
-        total = len(self.flags) + len(self.unreadable)
-        if len(self) > self.max_fraction * total:
-            which = f"{where} lists them" if where else f"the first: {self.unreadable[0]}"
-            raise TooManyBadSamplesError(
-                f"{len(self):,} of {format_count(total, 'sample')} {'is' if len(self) == 1 else 'are'} bad, more than "
-                f"--max_bad_fraction {self.max_fraction:g} allows; {which}; "
-                "fix the data (or --max_length, if it is too small), or raise the fraction"
-            )
 
 
 class CutAnswers:

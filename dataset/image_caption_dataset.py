@@ -57,9 +57,8 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         allow_links: follow links that lead out of the image folder.
         on_bad_sample: "error", or "skip": a sample that the two files show to be bad is left out; one that turns out
             bad when it is asked for becomes a sample of one token without a label. `bad` counts both.
-        max_bad_fraction: with "skip", the share of samples that may be bad, 0 to 1; `bad.check` compares with it.
-        feature_cache: holds the features of every image: `key_of(path)` hashes a file, `read(key)` returns (P, D) or
-            None.
+        max_bad_fraction: with "skip", the share of samples that a run lets be bad, 0 to 1.
+        feature_cache: holds the features of every image, as `visual.feature_cache.FeatureCache` does.
         need_folders: a missing image folder makes its samples bad; a dry run needs none.
 
     Raises:

@@ -7,7 +7,8 @@ work is found before a model is loaded, and said in one line.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import HfArg, string_to_bool
+from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from visual.feature_cache import DTYPES
 
-from .console import OneLineErrors
 from .device import pick_device, pick_dtype
+from .errors import OneLineErrors
 from .help_page import HelpFormatter, ShortHelp
 from .lora import LoraSettings
 
@@ -99,7 +100,11 @@ class DataArguments:
 
 @dataclass
 class VLMTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the projector's learning rate, and defaults that fit this model."""
+    """`TrainingArguments` with the projector's learning rate, and defaults that fit this model.
+
+    Attributes:
+        frozen_dtype: dtype of the frozen weights: that of autocast, or fp32 without autocast.
+    """
 
     feature_proj_lr: float = flag(default=1e-4, help="Learning rate of the projector; --learning_rate is that of LoRA.")
     learning_rate: float = flag(default=3e-5, help="Learning rate of the LoRA layers.")
@@ -119,50 +124,48 @@ class VLMTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        """Refuse what Trainer accepts but would train something else than it says; derive the accumulation.
+        """Refuse what Trainer accepts but would train something else than it says; derive accumulation and dtype.
 
         Raises:
             ValueError: for flags that are not supported, with what to do instead.
         """
-        given = {name: getattr(self, name) for name in _NOT_SUPPORTED if getattr(self, name)}
-        if given:
-            raise ValueError(
-                "; ".join(f"--{name} {value} is not supported: {_NOT_SUPPORTED[name]}" for name, value in given.items())
-            )
-        super().__post_init__()
-        accelerator: Any = self.accelerator_config
-        if accelerator.dispatch_batches:
-            raise ValueError(
-                '--accelerator_config {"dispatch_batches": true} is not supported: images would be split like rows, '
-                "and arrive in other rows; leave it out"
-            )
-        strategy, optimizer = choice(self.train_sampling_strategy), choice(self.optim)
-        if strategy not in ("random", "sequential", "group_by_length"):
-            raise ValueError(
-                f"--train_sampling_strategy {strategy} is not supported; take random, sequential or group_by_length"
-            )
-        if optimizer.startswith(("galore", "apollo", "lomo", "adalomo")):
-            raise ValueError(
-                f"--optim {optimizer} is not supported: it groups the model's parameters itself, and LoRA and "
-                "projector need two learning rates; leave it out for AdamW, or take adafactor or sgd"
-            )
-        if self.global_batch_size is not None:
-            self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
+        refused = {f"{name} {value}": why for name, why in _NOT_SUPPORTED.items() if (value := getattr(self, name))}
+        if not refused:
+            super().__post_init__()
+            accelerator: Any = self.accelerator_config
+            if accelerator.dispatch_batches:
+                refused['accelerator_config {"dispatch_batches": true}'] = (
+                    "images would be split like rows, and arrive in other rows; leave it out"
+                )
+            optimizer: Any = self.optim
+            if optimizer.value.startswith(("galore", "apollo", "lomo", "adalomo")):
+                refused[f"optim {optimizer.value}"] = (
+                    "it groups the model's parameters itself, and LoRA and projector need two learning rates; leave it "
+                    "out for AdamW, or take adafactor or sgd"
+                )
+            strategy = self.train_sampling_strategy
+            if strategy not in ("random", "sequential", "group_by_length"):
+                refused[f"train_sampling_strategy {strategy}"] = "take random, sequential or group_by_length"
+        if refused:
+            raise ValueError("; ".join(f"--{given} is not supported: {why}" for given, why in refused.items()))
+        if (self.global_batch_size or 0) > 0:
+            self.gradient_accumulation_steps = self._accumulation()
+        self.frozen_dtype = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
-    def _accumulation(self, global_batch_size: int) -> int:
+    def _accumulation(self) -> int:
         """Return how many batches of all processes make up one optimizer step of `global_batch_size` samples."""
-        per_batch = self.per_device_train_batch_size * self.world_size
-        batch = f"{self.per_device_train_batch_size} rows (--per_device_train_batch_size) × {self.world_size} processes"
-        steps, rest = divmod(global_batch_size, max(per_batch, 1))
+        rows, processes = self.per_device_train_batch_size, self.world_size
+        batch = f"{rows} rows (--per_device_train_batch_size) × {processes} processes"
+        steps, rest = divmod(self.global_batch_size or 0, max(rows * processes, 1))
         if rest or steps < 1:
             raise ValueError(
-                f"--global_batch_size {global_batch_size}: must be a multiple of {batch} = {per_batch}; change one of "
-                "them"
+                f"--global_batch_size {self.global_batch_size}: must be a multiple of {batch} = {rows * processes}; "
+                "change one of them"
             )
         if self.gradient_accumulation_steps not in (1, steps):  # 1 is the default, and what train.sh gives
             raise ValueError(
-                f"--global_batch_size {global_batch_size} over {batch} takes --gradient_accumulation_steps {steps}, "
-                f"got {self.gradient_accumulation_steps}; leave one of the two flags out"
+                f"--global_batch_size {self.global_batch_size} over {batch} takes --gradient_accumulation_steps "
+                f"{steps}, got {self.gradient_accumulation_steps}; leave one of the two flags out"
             )
         return steps
 
@@ -170,11 +173,6 @@ class VLMTrainingArguments(TrainingArguments):
     def n_gpu(self) -> int:
         """Return at most 1: torchrun starts a process per GPU, and DataParallel would split images from their rows."""
         return min(super().n_gpu, 1)
-
-    @property
-    def frozen_dtype(self) -> torch.dtype:
-        """Return the dtype of the frozen weights: that of autocast, or fp32 without autocast."""
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
 
 # ---- Parsing
@@ -203,50 +201,27 @@ def parse_arguments(
     )
     parser.add_argument("-h", "--help", action=ShortHelp, nargs=0, help="Explain the flags that matter most, and stop.")
     parser.add_argument("--help_all", "--help-all", action="help", help="Explain every flag, and stop.")
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        args=with_machine_defaults(argv), look_for_args_file=False, return_remaining_strings=True
-    )
+    flags, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
+
+    # Defaults that depend on the machine have to be there before `TrainingArguments` is built, because it sets up the
+    # process group: two processes that learn later that they run on the CPU would each believe to be alone.
+    if not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True)
+    elif not flags.use_cpu:
+        parser.set_defaults(dataloader_num_workers=4)
+        autocast = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(pick_dtype(pick_device()))
+        if autocast is not None and not any(re.match(r"--(bf16|fp16)\b", word) for word in argv):
+            parser.set_defaults(**{autocast: True})
+    if find_spec("tensorboard") is not None:
+        parser.set_defaults(report_to="tensorboard")
+    if flags.eval_image_map is not None:
+        parser.set_defaults(eval_strategy="epoch")
+    parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     data_args, model_args, training_args = parsed[:3]
     check_arguments(model_args, data_args, training_args)
     return model_args, data_args, training_args
-
-
-def with_machine_defaults(argv: Sequence[str]) -> list[str]:
-    """Add the flags whose default depends on the machine, unless the user gave them.
-
-    They are added before `TrainingArguments` is built, because it sets up the process group: two processes that learn
-    later that they run on the CPU would each believe to be alone.
-    """
-    given = {word.split("=", 1)[0].replace("-", "_").removeprefix("__") for word in argv if word.startswith("--")}
-    defaults: dict[str, str] = {}
-    if not torch.accelerator.is_available():
-        defaults["use_cpu"] = "true"
-    elif not _asks_for("use_cpu", argv):
-        defaults["dataloader_num_workers"] = "4"
-        autocast = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(pick_dtype(pick_device()))
-        if autocast is not None and not given & {"bf16", "fp16"}:
-            defaults[autocast] = "true"
-    if find_spec("tensorboard") is not None:
-        defaults["report_to"] = "tensorboard"
-    if "eval_image_map" in given:
-        defaults["eval_strategy"] = "epoch"
-    added = [word for name, value in defaults.items() if name not in given for word in (f"--{name}", value)]
-    return [*added, *argv]
-
-
-def is_dry_run(argv: Sequence[str]) -> bool:
-    """Return whether the command line asks for `--dry_run`."""
-    return _asks_for("dry_run", argv)
-
-
-def _asks_for(flag: str, argv: Sequence[str]) -> bool:
-    """Read one yes-or-no flag before the others are parsed."""
-    parser = OneLineErrors(add_help=False, allow_abbrev=False)
-    names = f"--{flag}", f"--{flag.replace('_', '-')}"
-    parser.add_argument(*names, dest=flag, type=string_to_bool, nargs="?", const=True, default=False)
-    return bool(getattr(parser.parse_known_args(argv)[0], flag))
 
 
 # ---- Values that cannot work
@@ -254,6 +229,7 @@ def _asks_for(flag: str, argv: Sequence[str]) -> bool:
 _NOT_SUPPORTED = {
     # Trainer shifts the labels of language models in its own list only; here it would smooth the wrong tokens.
     "label_smoothing_factor": "leave it out",
+    "remove_unused_columns": "the data set returns exactly what the model takes; leave the flag out",
     "dataloader_drop_last": "no sample of an epoch is left out; leave the flag out",
     "ignore_data_skip": "a run resumes after the last sample it was given, at no cost; leave the flag out",
     "auto_find_batch_size": "give a smaller --per_device_train_batch_size, with --gradient_accumulation_steps",
@@ -261,24 +237,11 @@ _NOT_SUPPORTED = {
     "deepspeed": "every GPU holds the whole model; leave it out",
     "push_to_hub": "leave it out, and upload the finished checkpoint folder yourself",
 }
-_RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "at least 1": (
-        lambda value: value >= 1,
-        (
-            *("lora_rank", "lora_alpha", "max_train_samples", "max_length", "per_device_train_batch_size"),
-            *("per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size"),
-        ),
-    ),
-    "0 or more": (
-        lambda value: 0 <= value < math.inf,
-        ("learning_rate", "feature_proj_lr", "max_grad_norm", "weight_decay"),
-    ),
-    "above 0": (lambda value: 0 < value < math.inf, ("num_train_epochs",)),
-    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("lora_dropout",)),
-    "0 to 1": (lambda value: 0 <= value <= 1, ("max_bad_fraction",)),
-    "1 or 2": (lambda value: value in (1, 2), ("projector_layers",)),
-    "at least 1, or -1 to count by epochs": (lambda value: value == -1 or value >= 1, ("max_steps",)),
-}
+_COUNTS = (
+    *("lora_rank", "lora_alpha", "max_train_samples", "max_length", "per_device_train_batch_size"),
+    *("per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+)
+_RATES = ("learning_rate", "feature_proj_lr", "max_grad_norm", "weight_decay")
 
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> None:
@@ -287,24 +250,31 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     Raises:
         ValueError: for what is wrong, with what is expected.
     """
-    values = {name: value for group in (model_args, data_args, args) for name, value in vars(group).items()}
+    values = {**vars(model_args), **vars(data_args), **vars(args)}
+    ranges = {
+        **{name: (lambda value: value >= 1, "at least 1") for name in _COUNTS},
+        **{name: (lambda value: 0 <= value < math.inf, "a finite number, 0 or more") for name in _RATES},
+        "num_train_epochs": (lambda value: 0 < value < math.inf, "a finite number above 0"),
+        "lora_dropout": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        "max_bad_fraction": (lambda value: 0 <= value <= 1, "0 to 1"),
+        "projector_layers": (lambda value: value in (1, 2), "1 or 2"),
+        "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 to count by epochs"),
+    }
     wrong = [
-        f"--{name} {values[name]}: must be {expected}"
-        for expected, (is_valid, names) in _RANGES.items()
-        for name in names
+        f"--{name} {values[name]}: must be {expected}; change it, or leave it out for the default"
+        for name, (is_valid, expected) in ranges.items()
         if values[name] is not None and not is_valid(values[name])
     ]
     if wrong:
         raise ValueError("; ".join(wrong))
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
-    if args.eval_strategy != "no" and data_args.eval_image_map is None:
+    strategy: Any = args.eval_strategy
+    if strategy != "no" and data_args.eval_image_map is None:
         raise ValueError(
-            f"--eval_strategy {choice(args.eval_strategy)} needs --eval_image_map and --eval_captions_file; "
-            "give both, or leave it out"
+            f"--eval_strategy {strategy.value} needs --eval_image_map and --eval_captions_file; give both, or leave it "
+            "out"
         )
-    if args.remove_unused_columns:
-        raise ValueError("--remove_unused_columns must be false: the data set returns exactly what the model takes")
     for name in ("image_map", "captions_file", "eval_image_map", "eval_captions_file"):
         path = getattr(data_args, name)
         if path is not None and not Path(path).is_file():
@@ -315,8 +285,3 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     for name, folder in (("output_dir", args.output_dir), ("feature_cache", data_args.feature_cache)):
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
             raise ValueError(f"--{name} {folder} is a file; give a folder, which is made if need be")
-
-
-def choice(value: Any) -> str:
-    """Return what the user typed for a flag that transformers turns into an enumeration."""
-    return str(getattr(value, "value", value))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import logging
 import sys
 import warnings
-from typing import NoReturn
 
 OUR_LOGGERS = ("dataset", "export", "model", "qwen", "test", "train", "visual")
 
@@ -28,20 +26,3 @@ def set_up_logging(rank: int = 0, world_size: int = 1) -> None:
     # PEFT uses deprecated names of transformers, and accelerate reports a default that it has set.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
-
-
-class OneLineErrors(argparse.ArgumentParser):
-    """Raises what is wrong with a command line instead of printing a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Report a mistake.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"{message}; --help explains the flags")
-
-
-def one_line(text: str) -> str:
-    """Write line breaks, tabs and backslashes as escapes, so that a name or an answer takes one column of one line."""
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")

@@ -1,8 +1,10 @@
-"""Errors in one line, and memory that has run out under many names."""
+"""Messages in one line, and memory that has run out under many names."""
 
 from __future__ import annotations
 
+import argparse
 import re
+from typing import NoReturn
 
 import torch
 
@@ -18,6 +20,18 @@ _OUT_OF_MEMORY = (
 """How CUDA, MPS, cuBLAS, PyTorch's CPU allocator, C++ and a killed data worker say it."""
 
 
+class OneLineErrors(argparse.ArgumentParser):
+    """Raises what is wrong with a command line instead of printing a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report a mistake.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{message}; --help explains the flags")
+
+
 def in_one_line(error: BaseException) -> str:
     """Return an error's message without line breaks, and without the traceback of a data worker."""
     text = str(error)
@@ -25,6 +39,11 @@ def in_one_line(error: BaseException) -> str:
         # PyTorch puts the worker's traceback into the message; its last paragraph names the class and the reason.
         text = re.split(r"\n[\w.]*Error: ", text)[-1]
     return " ".join(text.split())
+
+
+def one_line(text: str) -> str:
+    """Write line breaks, tabs and backslashes as escapes, so that a name or an answer takes one column of one line."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

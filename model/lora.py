@@ -5,7 +5,6 @@ Shape legend: K inputs of a linear layer, N outputs, R LoRA's rank.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from dataprocess.messages import format_count
 
 
 class LoraTargetError(ValueError):
@@ -64,11 +61,7 @@ def add_lora(language_model: PreTrainedModel, settings: LoraSettings) -> PeftMod
 
 @torch.no_grad()
 def merge_lora(language_model: PeftModel) -> Any:
-    """Add every LoRA update to its base weight, in place; computed in fp32 and rounded once.
-
-    Returns:
-        The base model without LoRA layers.
-    """
+    """Add every LoRA update to its base weight, computed in fp32 and rounded once; return the base model alone."""
     base: Any = language_model.get_base_model()
     embedding = base.get_input_embeddings()
     layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
@@ -84,20 +77,14 @@ def merge_lora(language_model: PeftModel) -> Any:
 
 
 def check_targets(language_model: nn.Module, targets: tuple[str, ...]) -> None:
-    """Check that every target name is that of linear layers.
-
-    Raises:
-        LoraTargetError: as `add_lora` says.
-    """
+    """Raise LoraTargetError unless every target name is that of linear layers."""
     names = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if unmatched or not targets:
-        numbers = Counter(name.rsplit(".", 1)[-1] for name in names)
-        ordered = sorted(numbers, key=lambda name: (name == "lm_head", name))
-        existing = ", ".join(f"{name} ({format_count(numbers[name], 'layer')})" for name in ordered)
+        existing = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
         raise LoraTargetError(
             f"--target_modules {'|'.join(targets)!r}: no linear layer is called {', '.join(unmatched) or '(empty)'}; "
-            f"the language model has {existing}. Separate names with '|'."
+            f"the language model has {', '.join(existing)}. Separate names with '|'."
         )
 
 
@@ -108,29 +95,21 @@ class LeanLoraLinear(LoraLinear):
     """PEFT's LoRA layer, with forward and backward pass written as the few products they are.
 
     PEFT computes `base(x) + B(A(dropout(x))) * scale`, with two more passes over the output and, under autocast, copies
-    of the input in fp32. Here the product itself adds the update. Whatever is unusual (merged, disabled, several
-    adapters) is left to PEFT; names, weights and files are PEFT's own.
+    of the input in fp32. Here the product itself adds the update. A layer that is merged or disabled, or in two dtypes
+    without autocast, is left to PEFT; names, weights and files are PEFT's own.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map (..., K) to (..., N)."""
-        adapters = self.active_adapters
-        name = adapters[0] if len(adapters) == 1 else ""
-        plain = name in self.lora_A and not (args or kwargs or self.disable_adapters or self.merged)
-        if not plain or name in self.lora_variant:
+        name, base = self.active_adapters[0], self.get_base_layer()
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        autocast = torch.is_autocast_enabled(x.device.type)
+        one_dtype = autocast or x.dtype == base.weight.dtype == A.dtype
+        if args or kwargs or self.disable_adapters or self.merged or not one_dtype:
             return super().forward(x, *args, **kwargs)
-        base, lora_A, lora_B = self.get_base_layer(), self.lora_A[name], self.lora_B[name]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        else:
-            dtype = x.dtype
-            if not dtype == base.weight.dtype == lora_A.weight.dtype:
-                return super().forward(x)
-        if lora_A.bias is not None or lora_B.bias is not None or base.weight.requires_grad:
-            return super().forward(x)
-        x = x.to(dtype)
-        dropped = self.lora_dropout[name](x)
-        return _LoraProduct.apply(x, dropped, base.weight, base.bias, lora_A.weight, lora_B.weight, self.scaling[name])
+        if autocast:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return _LoraProduct.apply(x, self.lora_dropout[name](x), base.weight, base.bias, A, B, self.scaling[name])
 
 
 def make_lean(model: nn.Module) -> None:

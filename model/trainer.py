@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch.utils.data import SequentialSampler
 from dataset.epoch_order import EpochOrder
 
 from .arguments import VLMTrainingArguments
-from .runs.callbacks import RatesAndSpeed, StopOnNonFinite, StopOnSignal, first_problem
+from .runs.callbacks import StopOnNonFinite, StopOnSignal
 from .runs.data_workers import with_calm_workers
-from .runs.evaluating import TokenMeanTrainer
-from .runs.resuming import Resumed, newest_resumable, use_settings
-from .runs.run_folder import RunFiles
+from .runs.loading import LoadingTrainer
+from .runs.resuming import Resumed, newest_resumable
+from .runs.run_folder import write_run_config
 from .runs.run_state import write_checkpoint
 from .vision_language_model import VisionLanguageModel
 
@@ -34,34 +34,27 @@ logger = logging.getLogger(__name__)
 def optimizer_groups(model: VisionLanguageModel, args: VLMTrainingArguments) -> list[dict[str, Any]]:
     """Group the trainable parameters: LoRA and projector at their learning rates, weight decay on matrices only.
 
-    LoRA's matrices come first, so that the schedule's `learning_rate` is theirs.
+    LoRA comes first, so that the schedule's `learning_rate` is its rate; the last group is the projector's.
 
     Raises:
-        ValueError: if a trainable parameter belongs to neither part, or is not in exactly one group.
+        ValueError: if a trainable parameter belongs to neither part, or a part has none.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parts = {
-        "lora": {name: p for name, p in trainable.items() if "lora_" in name},
-        "projector": {name: p for name, p in trainable.items() if name.startswith("projector.")},
-    }
-    rates = {"lora": args.learning_rate, "projector": args.feature_proj_lr}
     groups: list[dict[str, Any]] = []
-    for part, parameters in parts.items():
-        matrices = [p for p in parameters.values() if p.dim() >= 2]
-        vectors = [p for p in parameters.values() if p.dim() < 2]
-        for kind, members, decay in (("matrices", matrices, args.weight_decay), ("vectors", vectors, 0.0)):
-            if members:
-                groups.append({"params": members, "lr": rates[part], "weight_decay": decay, "name": f"{part} {kind}"})
-    grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    if sorted(grouped) != sorted(id(parameter) for parameter in trainable.values()):
-        outside = [name for name, parameter in trainable.items() if grouped.count(id(parameter)) != 1]
-        raise ValueError(f"trainable parameters that are not in exactly one optimizer group: {', '.join(outside)}")
-    if not parts["lora"] or not parts["projector"]:
-        raise ValueError("LoRA and projector must both be trainable; was add_lora called?")
+    for part, sign, rate in (("lora", "lora_", args.learning_rate), ("projector", "projector.", args.feature_proj_lr)):
+        members = [trainable.pop(name) for name in list(trainable) if sign in name]
+        if not members:
+            raise ValueError(f"the {part} has nothing to train, but LoRA and projector must both; was add_lora called?")
+        matrices, vectors = ([p for p in members if (p.dim() >= 2) == is_matrix] for is_matrix in (True, False))
+        for kind, parameters, decay in (("matrices", matrices, args.weight_decay), ("vectors", vectors, 0.0)):
+            if parameters:
+                groups.append({"params": parameters, "lr": rate, "weight_decay": decay, "name": f"{part} {kind}"})
+    if trainable:
+        raise ValueError(f"trainable parameters of neither LoRA nor the projector: {', '.join(trainable)}")
     return groups
 
 
-class VLMTrainer(TokenMeanTrainer):
+class VLMTrainer(LoadingTrainer):
     """Trains the LoRA layers and the projector of a `VisionLanguageModel`.
 
     Args:
@@ -69,7 +62,6 @@ class VLMTrainer(TokenMeanTrainer):
         identity: what the run trains on and with. It is saved in every checkpoint, and a resumed run must have the
             same; None: nothing is compared.
         run_config: what `train_config.json` is to hold; None: it is not written.
-        overwritten: the files of an older run in the output folder, which are deleted after the first step.
         kwargs: as `transformers.Trainer` takes them; `model` is a `VisionLanguageModel`. For runs that may be resumed,
             `train_dataset` is an `EpochOrder`.
     """
@@ -83,7 +75,6 @@ class VLMTrainer(TokenMeanTrainer):
         args: VLMTrainingArguments,
         identity: dict[str, Any] | None = None,
         run_config: dict[str, Any] | None = None,
-        overwritten: Sequence[Path] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(args=args, **kwargs)
@@ -93,12 +84,15 @@ class VLMTrainer(TokenMeanTrainer):
         """What went wrong when the last checkpoint was written, or an empty string."""
         self.stop_on_signal = StopOnSignal()
         self._finite = StopOnNonFinite()
-        self._rates = RatesAndSpeed()
-        self._files = RunFiles(self.run_folder, run_config, overwritten)
-        for callback in (self._files, self._rates, self._finite, self.stop_on_signal):
+        for callback in (self._finite, self.stop_on_signal):
             self.add_callback(callback)
-        self._resumed: Resumed | None = None
-        log_parameter_counts(self.model)
+        self._projector_rate = 0.0
+        self._last_log: tuple[int, float] | None = None
+        """Step and time of the last logged line, or of the beginning."""
+        counts = self.model.parameter_counts()
+        counts["all"] = (sum(total for total, _ in counts.values()), sum(trained for _, trained in counts.values()))
+        for part, (number, trained) in counts.items():
+            logger.info("%-15s %15s parameters, %13s trainable", part, f"{number:,}", f"{trained:,}")
 
     # ---- One step
 
@@ -114,34 +108,32 @@ class VLMTrainer(TokenMeanTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
+        if self._last_log is None:
+            self._last_log = self.state.global_step, time.perf_counter()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Compute the loss as Trainer does; the language head runs at supervised positions only."""
-        inputs = {name: value for name, value in inputs.items() if name != "ids"}
-        inputs["return_logits"] = False
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Keep the loss and the samples' IDs for the check before the optimizer's step."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._finite.remember(loss, inputs.get("ids"))
+        """Compute loss and gradients as Trainer does; the language head runs at supervised positions only."""
+        ids = inputs.pop("ids", None)
+        loss = super().training_step(model, {**inputs, "return_logits": False}, num_items_in_batch)
+        self._finite.remember(loss, ids)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Called before the optimizer's step: the norm is for the check, the rate of this step for the log.
+        optimizer: Any = self.optimizer
+        self._projector_rate = optimizer.param_groups[-1]["lr"]
         self._finite.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._finite.gradient_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the projector's learning rate and the speed to what Trainer logs."""
-        if "learning_rate" in logs:
-            logs |= self._rates.since_last_log(self.state.global_step)
+        """Add the projector's learning rate, and samples per second since the last line, to what Trainer logs."""
+        if "learning_rate" in logs and self._last_log is not None:
+            args, (step, since) = self.args, self._last_log
+            self._last_log = self.state.global_step, time.perf_counter()
+            samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            speed = (self._last_log[0] - step) * samples_per_step / max(self._last_log[1] - since, 1e-9)
+            logs |= {"feature_proj_lr": self._projector_rate, "samples_per_second": round(speed, 3)}
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> Any:
@@ -152,9 +144,8 @@ class VLMTrainer(TokenMeanTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Read an `EpochOrder` from first to last, whatever `--train_sampling_strategy` says: it is in that order."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, EpochOrder):
-            return SequentialSampler(dataset)
+        if isinstance(self.train_dataset, EpochOrder):
+            return SequentialSampler(self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
     # ---- Stopping and resuming
@@ -166,6 +157,7 @@ class VLMTrainer(TokenMeanTrainer):
             CheckpointError: if the checkpoint belongs to a run on something else, or with other steps.
             NotFiniteError: if a loss or a gradient is not finite.
         """
+        self._last_log = None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_resumable(self.run_folder) or self.run_folder)
         checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
@@ -173,9 +165,8 @@ class VLMTrainer(TokenMeanTrainer):
             self._resumed = Resumed(self, checkpoint)
             self.add_callback(self._resumed)
         try:
-            problem = first_problem(self._files.begin if self.args.should_save else list)
-            if problem:
-                raise OSError(problem)
+            if self.run_config is not None and self.args.should_save:
+                write_run_config(self.run_folder, self.run_config)
             with self._resumed.named_errors() if self._resumed else contextlib.nullcontext():
                 return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:
@@ -183,32 +174,6 @@ class VLMTrainer(TokenMeanTrainer):
                 self.remove_callback(self._resumed)
                 self._resumed = None
             self.stop_on_signal.restore()
-            if self.args.should_save:
-                self._files.end()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load_checkpoint(resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        optimizer: Any = self.optimizer
-        own = [dict(group) for group in optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:  # rates and weight decay are those of the flags now, not those of the checkpoint
-            use_settings(optimizer, self.lr_scheduler, own)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        super()._load_scaler(checkpoint)
-        if self._resumed is not None:
-            self._resumed.loading = None  # it was the last of the checkpoint's files
-
-    def _load_best_model(self) -> None:
-        # The folder is one of this run, whatever trainer_state.json names.
-        best = self.run_folder / Path(str(self.state.best_model_checkpoint)).name
-        if not best.is_dir():
-            logger.warning("the best checkpoint %s is missing; the weights of the last step are kept", best)
-            return
-        logger.info("loading the best checkpoint %s (score %s)", best, self.state.best_metric)
-        self.model.load_checkpoint(best)
 
     # ---- Saving
 
@@ -227,11 +192,3 @@ class VLMTrainer(TokenMeanTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
         self.save_failure = write_checkpoint(self)  # whole or not at all; if that fails, training continues
-
-
-def log_parameter_counts(model: VisionLanguageModel) -> None:
-    """Log how many parameters each part has, and how many of them are trained."""
-    counts = model.parameter_counts()
-    counts["all"] = (sum(total for total, _ in counts.values()), sum(trained for _, trained in counts.values()))
-    for part, (number, trained) in counts.items():
-        logger.info("%-15s %15s parameters, %13s trainable", part, f"{number:,}", f"{trained:,}")

@@ -40,6 +40,8 @@ class VisionLanguageModel(nn.Module):
         language_model: frozen `MultimodalQWenLMHeadModel`, or a `PeftModel` around it whose LoRA layers are fp32.
         base_language_model: hub name or folder that the language model came from.
         fingerprints: of both base models, under the names that `multimodal_config.json` gives them.
+        num_image_tokens: tokens that one image takes in the prompt (P).
+        projector_layers: linear layers of the projector, 1 or 2.
     """
 
     accepts_loss_kwargs = True  # has Trainer pass the number of supervised tokens of the whole optimizer step
@@ -58,6 +60,8 @@ class VisionLanguageModel(nn.Module):
         self.language_model: Any = language_model
         self.base_language_model = base_language_model
         self.fingerprints = fingerprints
+        self.num_image_tokens = vision_tower.num_image_tokens
+        self.projector_layers = 1 if len(projector) == 1 else 2
 
     @classmethod
     def from_pretrained(
@@ -128,10 +132,9 @@ class VisionLanguageModel(nn.Module):
         """
         if vision_features is None:
             vision_features = self.vision_tower(pixel_values)  # (N, P, W), without a graph: the tower is frozen
-        expected = (self.num_image_tokens, self.vision_tower.hidden_size)
-        if tuple(vision_features.shape[1:]) != expected:
-            got = tuple(vision_features.shape)
-            raise ValueError(f"vision_features must be (N, {expected[0]}, {expected[1]}), got {got}")
+        P, W = self.num_image_tokens, self.vision_tower.hidden_size
+        if vision_features.shape[1:] != (P, W):
+            raise ValueError(f"vision_features must be (N, {P}, {W}), got {tuple(vision_features.shape)}")
         dtype = next(self.projector.parameters()).dtype
         features: Tensor = self.projector(vision_features.to(dtype))  # (N, P, D)
         return features
@@ -244,7 +247,6 @@ class VisionLanguageModel(nn.Module):
         if isinstance(self.language_model, PeftModel):
             raise ValueError("the language model has LoRA layers already; train or merge those")
         self.language_model = add_lora(self.language_model, settings)
-        self.language_model.to(self.device)
         self.projector.requires_grad_(True)
         self.train(self.training)  # PEFT creates its layers, their dropout too, in training mode
 
@@ -292,16 +294,6 @@ class VisionLanguageModel(nn.Module):
         """The dtype of the frozen weights."""
         return self.qwen.transformer.wte.weight.dtype
 
-    @property
-    def num_image_tokens(self) -> int:
-        """The number of tokens that one image takes in the prompt (P)."""
-        return self.vision_tower.num_image_tokens
-
-    @property
-    def projector_layers(self) -> int:
-        """The number of linear layers of the projector: 1 or 2."""
-        return 1 if len(self.projector) == 1 else 2
-
     def get_input_embeddings(self) -> nn.Module:
         """Return the language model's token embedding, to which `--neftune_noise_alpha` adds noise."""
         return self.qwen.get_input_embeddings()
@@ -315,18 +307,10 @@ class VisionLanguageModel(nn.Module):
             counts[part] = (total + parameter.numel(), trainable + parameter.numel() * parameter.requires_grad)
         return counts
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the language model's activations in the backward pass; Trainer asks for it by this name."""
-        kwargs = activation_checkpointing_kwargs or {"use_reentrant": False}
-        if hasattr(self.qwen, "activation_checkpointing_enable"):
-            self.qwen.activation_checkpointing_enable(kwargs, **options)
-        else:  # transformers before 5.23
-            self.qwen.gradient_checkpointing_enable(kwargs, **options)
+        self.qwen.activation_checkpointing_enable(**options)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Do the same under the name that Trainer uses before transformers 5.23."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Do the same under the name that transformers before 5.23 uses."""
+        self.qwen.gradient_checkpointing_enable(**options)

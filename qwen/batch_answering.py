@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ def answer_batch(
     tokenizer: QWenTokenizer,
     prompts: Sequence[Sequence[int]],
     image_features: Sequence[Tensor | None] | None = None,
-    generation_config: GenerationConfig | None = None,
     *,
     seed: int = 0,
     **kwargs: Any,
@@ -27,13 +25,10 @@ def answer_batch(
     """Answer prompts together.
 
     Args:
-        model: a model with `generate`.
-        tokenizer: QWen's tokenizer.
         prompts: token ids, each ending where its answer begins.
         image_features: for each prompt, features (image tokens of the prompt, D), or None where it has no image.
-        generation_config: as `answer_ids` takes it.
         seed: each answer is what `answer_ids` gives after `torch.manual_seed(seed)`: it depends on no other prompt.
-        kwargs: generation settings, which come first.
+        kwargs: generation settings; those that are left open are taken from the model's own.
 
     Returns:
         The answers' texts, in the prompts' order; see `answer_ids`. In bf16 and fp16 the larger matrices round
@@ -44,15 +39,14 @@ def answer_batch(
     """
     if not prompts:
         return []
-    config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
+    config, inputs = complete_settings(model, None, kwargs)
     features = image_features or [None] * len(prompts)
     if (config.num_beams or 1) > 1:  # beams are a batch already
         answers = []
         for prompt, row in zip(prompts, features, strict=True):
             torch.manual_seed(seed)
             images: dict[str, Any] = {} if row is None else {"image_features": row}
-            ids = torch.tensor([list(prompt)])
-            answers.append(answer_ids(model, tokenizer, ids, generation_config, **images, **kwargs))
+            answers.append(answer_ids(model, tokenizer, torch.tensor([list(prompt)]), **images, **kwargs))
         return answers
     new_ids = generate_batch(model, prompts, features, config, seed=seed, **inputs)
     return [answer_text(tokenizer, row, config.eos_token_id) for row in new_ids]
@@ -62,38 +56,15 @@ def generate_batch(
     model: Any,
     prompts: Sequence[Sequence[int]],
     image_features: Sequence[Tensor | None],
-    generation_config: GenerationConfig | None = None,
+    config: GenerationConfig,
     *,
     seed: int = 0,
-    **kwargs: Any,
+    **inputs: Any,
 ) -> list[list[int]]:
-    """Return the new token ids of each answer, its stop token included; see `answer_batch` for the arguments.
-
-    Raises:
-        ValueError: as `answer_batch` does.
-    """
-    config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
-    inputs = config.update(**kwargs)
+    """Return the new token ids of each answer, its stop token included; see `answer_batch` for the arguments."""
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     for step in start_decoding(decode, model, prompts, image_features, generators, config, inputs):
         for row, token in step.items():
             answers[row].append(token)
     return answers
-
-
-def check_settings(model: Any, tokenizer: QWenTokenizer, **kwargs: Any) -> None:
-    """Have `generate` get ready for an answer and draw none: settings that it rejects, it rejects for every prompt.
-
-    Args:
-        model: a model with `generate`.
-        tokenizer: QWen's tokenizer.
-        kwargs: generation settings, as `answer_batch` takes them.
-
-    Raises:
-        ValueError: for settings that can't be used.
-    """
-    config, inputs = complete_settings(model, tokenizer, None, kwargs)
-    # Whether a prompt leaves room within `max_length` is a matter of the prompt.
-    config.max_new_tokens, config.max_length = config.max_new_tokens or config.max_length, None
-    start_decoding(decode, model, [[tokenizer.eod_id]], [None], [None], config, inputs)

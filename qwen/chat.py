@@ -33,8 +33,6 @@ def chat(
     """Answer a question.
 
     Args:
-        model: a model of QWen.
-        tokenizer: QWen's tokenizer.
         query: the question; no special token in it is parsed.
         history: earlier (question, answer) pairs, oldest first. The newest that fit into `max_window_size` tokens
             (`generation_config.json`; else 6144) are kept.
@@ -46,9 +44,6 @@ def chat(
 
     Returns:
         The answer without its stop token, and a new history that ends with this turn.
-
-    Raises:
-        ValueError: if `history` holds something else than pairs.
     """
     input_ids = _chat_prompt(model, tokenizer, query, history, system, generation_config, kwargs)
     answer = answer_ids(model, tokenizer, input_ids, generation_config, **kwargs)
@@ -69,9 +64,6 @@ def chat_stream(
 
     Returns:
         An iterator of the whole answer so far; the last is what `chat` gives under the same seed.
-
-    Raises:
-        ValueError: if `history` holds something else than pairs, or beams are asked for.
     """
     input_ids = _chat_prompt(model, tokenizer, query, history, system, generation_config, kwargs)
     config, _ = merge_settings(model, generation_config, kwargs)

@@ -26,10 +26,6 @@ class PromptCache:
     def __init__(self) -> None:
         self.num_reused = 0
         """How many tokens of the last prompt did not have to be read."""
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything, and free its memory."""
         self._cache: GrowingCache | None = None
         self._ids: list[int] = []  # the last prompt and its answer
         self._num_read = 0  # so many of them have gone through the whole model; the cache may hold parts of more
@@ -37,10 +33,10 @@ class PromptCache:
         self._alpha: float | None = None
 
     def reuse(self, model: Any, prompt: Sequence[int], features: Tensor | None) -> tuple[GrowingCache, Tensor | None]:
-        """Cut the cache to the beginning that it shares with a prompt.
+        """Cut the cache to the beginning that it shares with a prompt of the same model.
 
         Args:
-            model: the model that will be called; always the same.
+            model: the model that will be called.
             prompt: token ids (T).
             features: (image tokens of the prompt, D), or None.
 

@@ -1,4 +1,4 @@
-"""The loop of transformers_stream_generator behind `chat_stream`'s sampling, in the form of `decoding.decode`.
+"""The loop of transformers_stream_generator behind `chat_stream`'s sampling, in the form of `answering.decode`.
 
 The library (0.0.5) was written for transformers 4.2x and patches the model there. Here its loop alone is used, on an
 object that plays the model for it. Everything around the loop is done by today's `generate`, whose tokens it draws.
@@ -7,9 +7,8 @@ object that plays the model for it. Everything around the loop is done by today'
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +27,14 @@ def library_decode(
     generators: Sequence[torch.Generator | None],
     **inputs: Any,
 ) -> Iterator[dict[int, int]]:
-    """Sample the tokens of one row as `decoding.decode` does.
+    """Sample the tokens of one row as `decode` does; its limit is among the stopping criteria.
 
-    Its limit is among the stopping criteria, and its generator PyTorch's own. The library's `generate` is left out, as
-    it reseeds the global generators and knows an older transformers only.
+    The library's `generate` is left out, as it reseeds the global generators and knows an older transformers only.
     """
-    loop = _library_sampling_loop()
+    with _names_that_transformers_dropped():
+        from transformers_stream_generator.main import NewGenerationMixin
     criteria = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-    for token in loop(_LoopModel(model), input_ids, **criteria, **inputs):  # (1,)
+    for token in NewGenerationMixin.sample_stream(_LoopModel(model), input_ids, **criteria, **inputs):  # (1,)
         yield {0: int(token)}
 
 
@@ -58,20 +57,12 @@ class _LoopModel:
         )
 
     def __call__(self, **inputs: Any) -> Any:
-        """Run the model; logits come in fp32, in which `generate` samples too."""
         output = self.model(**inputs)
-        output.logits = output.logits.float()
+        output.logits = output.logits.float()  # in which `generate` samples too
         return output
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.model._update_model_kwargs_for_generation(*args, **kwargs)
-
-
-@functools.cache
-def _library_sampling_loop() -> Callable[..., Iterator[Tensor]]:
-    with _names_that_transformers_dropped():
-        from transformers_stream_generator.main import NewGenerationMixin
-    return NewGenerationMixin.sample_stream
 
 
 @contextlib.contextmanager

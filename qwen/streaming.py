@@ -27,20 +27,16 @@ def stream_ids(
 ) -> Iterator[str]:
     """Answer a prompt as `answer_ids` does, which see for the arguments, and show the answer while it grows.
 
-    Tokens are drawn only while the iterator is used: closing or dropping it ends the answer.
-
-    Args:
-        loop: what draws the tokens, `decode` (the default) or `sampling_loop.library_decode`.
+    Tokens are drawn, by `decode` or another `loop`, only while the iterator is used: closing it ends the answer.
 
     Returns:
-        An iterator of the whole text so far, longer each time; the last is what `answer_ids` gives (an empty answer
-        is given too). A character is held back until all its bytes are there.
+        An iterator of the whole text so far, longer each time; the last is what `answer_ids` gives.
 
     Raises:
         ValueError: as for `answer_ids`, and if beams are asked for: their text is not known before the end.
     """
     check_one_row(input_ids)
-    config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
+    config, inputs = complete_settings(model, generation_config, kwargs)
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams is {config.num_beams}: beams can't be streamed; use 1, or ask without streaming")
     tokens = new_tokens(model, input_ids, config, inputs, prompt_cache, loop)

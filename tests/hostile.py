@@ -106,9 +106,6 @@ class RecordingAssistant:
         self.images += [whole_picture(image) for image in images]
         return torch.zeros(len(images), 2, 4) if images else None
 
-    def check_settings(self) -> None:
-        pass
-
     def prompt_ids(self, prompt: str, name: str) -> list[int]:
         return encode_prompt(self.tokenizer, prompt, 2)[0]
 

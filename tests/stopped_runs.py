@@ -103,7 +103,6 @@ def new_trainer(
     callbacks=(),
     identity=None,
     lengths=None,
-    overwritten=(),
     **changes,
 ) -> Recorder:
     """A trainer over a fresh model; 3 epochs of steps of 4 samples, logged off the grid of epochs and checkpoints."""
@@ -133,7 +132,6 @@ def new_trainer(
         data_collator=collate_list,
         callbacks=list(callbacks),
         identity=identity,
-        overwritten=overwritten,
     )
 
 

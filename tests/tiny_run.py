@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -10,8 +11,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,10 @@ from safetensors.torch import load_file
 from tiny_qwen import tiny_model
 from tiny_towers import make_clip_checkpoint
 from torch import Tensor
+
+import train
+from model import VLMTrainer
+from model.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {
@@ -179,6 +185,19 @@ def with_generation_config(base: str, folder: Path, **changes: object) -> Path:
     kept = {name: value for name, value in settings.items() if value is not None}
     (folder / "generation_config.json").write_text(json.dumps(kept))
     return folder
+
+
+def build_trainer(argv: Sequence[object]) -> VLMTrainer:
+    """Return what train.py trains for a command line; nothing keeps other runs out of its folder afterwards."""
+    with contextlib.ExitStack() as lock:
+        return train.build_trainer(*parse_arguments([str(word) for word in argv]), lock)
+
+
+def exit_status(monkeypatch: pytest.MonkeyPatch, trainer: VLMTrainer) -> int:
+    """What train.py makes of a trainer's run."""
+    monkeypatch.setattr(train, "parse_arguments", lambda *_: (None, SimpleNamespace(dry_run=False), None))
+    monkeypatch.setattr(train, "build_trainer", lambda *_: trainer)
+    return train.main([])
 
 
 def load_test_py() -> ModuleType:

@@ -27,9 +27,9 @@ from dataprocess.messages import format_count, shorten
 from dataset.annotations import find_folder, folder_and_files, read_object
 from dataset.prompt import SampleError
 from model.checkpoints.checkpoint import drops_first_patch, read_checkpoint
-from model.console import OneLineErrors, set_up_logging
+from model.console import set_up_logging
 from model.device import parse_dtype, pick_device, pick_dtype
-from model.errors import in_one_line, is_out_of_memory, out_of_memory
+from model.errors import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory
 from model.feature_caching.disk import lack_of_space
 from model.feature_caching.fill import BATCH_SIZE, fill_feature_cache
 from visual import build_vision_tower

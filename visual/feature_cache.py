@@ -47,12 +47,9 @@ _IMAGE_SETTINGS = (
 
 
 class FeatureCache:
-    """The features of pictures seen through one tower, stored in one dtype; cheap to pickle into data workers.
+    """The features (P, D) of pictures seen through one tower, stored in one dtype; cheap to pickle into data workers.
 
-    Args:
-        folder: the folder of one tower and dtype; see the module's docstring. It need not exist.
-        shape: (P, D).
-        dtype: the dtype of the stored features.
+    `folder` is that of the tower and dtype, as the module's docstring explains it. It need not exist.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -138,13 +135,10 @@ class FeatureCache:
 def open_feature_cache(directory: str | os.PathLike[str], tower: VisionTower, dtype: str) -> FeatureCache:
     """Open the cache of a tower's features in a folder, which may hold those of other towers too.
 
-    Args:
-        directory: the folder; made if need be.
-        tower: the tower.
-        dtype: a name in `DTYPES`.
+    The folder is made if need be; `dtype` is a name in `DTYPES`.
 
     Raises:
-        ValueError: if the folder cannot be made. An existing one that cannot be written to is read.
+        ValueError: if it cannot be made. An existing one that cannot be written to is read.
     """
     folder = Path(directory).absolute() / f"{tower_key(tower)}-{dtype}"
     shape = (tower.num_image_tokens, tower.hidden_size)

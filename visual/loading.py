@@ -85,12 +85,7 @@ def load_image_processor(name_or_path: str, side: int | None) -> tuple[Any, int]
 
     The torchvision form gives other pixels (by up to 0.015), and a model must not depend on what else is installed.
 
-    Args:
-        name_or_path: the checkpoint.
-        side: height and width of the image that the model takes; None: any square.
-
-    Returns:
-        The processor, and the height and width of the squares that it makes.
+    Returns the processor, and the side of the squares that it makes: `side` as the model takes it, or any if None.
 
     Raises:
         FileNotFoundError: if the checkpoint has no preprocessor_config.json.

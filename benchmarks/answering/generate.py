@@ -38,6 +38,7 @@ def make_inputs(size: Any, batch: int, dtype: str) -> tuple[list[list[int]], Any
 def prepare(peer: str, size: Any, prompts: Sequence[Sequence[int]], pixels: Any) -> Callable[[int, Any], list[int]]:
     """Build a peer; returns a function from a number of tokens, and a call after each, to the first answer's ids."""
     import torch
+    from transformers import GenerationConfig
 
     from qwen.answering import pad_left
     from qwen.batch_answering import generate_batch
@@ -50,8 +51,8 @@ def prepare(peer: str, size: Any, prompts: Sequence[Sequence[int]], pixels: Any)
 
         def answer(number: int, after_each: Any) -> list[int]:
             features = list(ours.encode_images(pixels))
-            calls = {"max_new_tokens": number, "stopping_criteria": [after_each]}
-            return generate_batch(ours.qwen, prompts, features, **calls, **settings)[0]
+            config = GenerationConfig(max_new_tokens=number, **settings)
+            return generate_batch(ours.qwen, prompts, features, config, stopping_criteria=[after_each])[0]
 
         return answer
     llava = build_peer(size, pixels.dtype)

@@ -41,16 +41,14 @@ def write_inputs(folder: Path, *, tiny: bool) -> None:
 
 def train_once(folder: Path, peer: str, dtype: str) -> dict[str, float]:
     """Train for an epoch; returns the median seconds of a step, and the losses."""
-    import train
-
-    from ..inputs import train_flags
+    from ..inputs import build_trainer, train_flags
     from ..training.step_runs import Clock
 
     changes = {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "bf16": dtype == "bfloat16"}
     if peer == PEERS[1]:
         changes["feature_cache"] = folder / "cache"
     with tempfile.TemporaryDirectory() as output:
-        trainer = train.build_trainer(train_flags(folder, output, dataloader_num_workers=0, **changes))
+        trainer = build_trainer(train_flags(folder, output, dataloader_num_workers=0, **changes))
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..inputs import train_flags, write_samples
+from ..inputs import build_trainer, train_flags, write_samples
 from ..measure import DTYPES, ROOT, itself, medians, parser, publish, resident, run_in_turn, run_once, text_table
 
 SIZES = ("large-vocabulary", "wide")
@@ -51,12 +51,10 @@ def flags(folder: Path, dtype: str, *, checkpointing: bool) -> list[str]:
 
 def train_once(folder: Path, dtype: str, *, checkpointing: bool) -> dict[str, int]:
     """Train in this process, and return the bytes that it took."""
-    import train
-
     from ..small_vocabulary import fold_token_ids
 
     before = resident("VmRSS")
-    trainer = train.build_trainer(flags(folder, dtype, checkpointing=checkpointing))
+    trainer = build_trainer(flags(folder, dtype, checkpointing=checkpointing))
     fold_token_ids(trainer, trainer.model.qwen)
     trainer.train()
     return {"measured": resident("VmHWM") - before}

@@ -27,11 +27,10 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 from dataset import ImageCaptionDataset, VLMCollator
 from dataset.epoch_order import EpochOrder
 from qwen import QWenTokenizer
-from train import build_trainer
 from visual.base import ImageTransform
 from visual.loading import load_image_processor
 
-from ..inputs import SEED, train_flags, write_samples
+from ..inputs import SEED, build_trainer, train_flags, write_samples
 from ..measure import DTYPES, resident
 from ..peers import SIZES, TINY, write_both
 from ..small_vocabulary import fold_token_ids

@@ -29,9 +29,7 @@ def trained_digest(folder: Path) -> str:
     for file in sorted(folder.iterdir()):
         if file.name.startswith(("adapter_", "projector.", "other_params.")) and file.is_file():
             found.update(file.name.encode())
-            with file.open("rb") as content:
-                while block := content.read(1 << 20):
-                    found.update(block)
+            found.update(file.read_bytes())
     return found.hexdigest()[:16]
 
 
@@ -47,14 +45,12 @@ def picture_stamp(path: Path) -> tuple[int, int] | None:
 class AnswerFile:
     """The lines that an output has, and the end to which more are added. Whoever uses one holds the output's lock.
 
+    What is something else than answers to these questions, one to each and made with the same, is refused.
+
     Args:
         path: the output.
         ids: the questions' ids.
         made_with: what the answers depend on, by name, as far as it is known before the model is loaded.
-
-    Raises:
-        ValueError: if the output is something else than answers to these questions, made with the same.
-        OSError: if it can't be read.
     """
 
     def __init__(self, path: Path, ids: Collection[str | int], made_with: dict[str, Any]) -> None:
@@ -70,20 +66,15 @@ class AnswerFile:
         self._now: dict[str, Any] = {}
         self._compare(made_with)
         for number, raw in enumerate(content[: self._size].splitlines(), start=1):
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # whatever the line is instead
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # whatever the line is instead
                 line = json.loads(raw)
-                if line["id"] in ids and line.keys() & {"answer", "error"}:
+                if line["id"] in ids and line["id"] not in self.lines and line.keys() & {"answer", "error"}:
                     self.lines[line["id"]] = line
                     continue
-            raise ValueError(f"--output {path}, line {number}: not the answer to one of the questions; {_ADVICE}")
+            raise ValueError(f"--output {path}, line {number}: not the first answer to one of the questions; {_ADVICE}")
 
     def begin(self, made_with: dict[str, Any]) -> None:
-        """Get ready for `add`, now that the rest of what the answers depend on is known.
-
-        Raises:
-            ValueError: if the output was made with something else; nothing is changed then.
-            OSError: if it can't be written.
-        """
+        """Get ready for `add`, now that the rest of what the answers depend on is known; refuse another."""
         self._compare(made_with)
         if self._before is not None:
             os.truncate(self.path, self._size)
@@ -102,7 +93,7 @@ class AnswerFile:
             file.write(raw + b"\n")
 
     def _read_note(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             note = json.loads(self._note.read_text(encoding="utf-8")) if self._note.is_file() else None
             if isinstance(note, dict):
                 return note

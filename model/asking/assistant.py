@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from dataprocess.messages import format_count
 from dataset.prompt import encode_prompt
 from qwen import IMAGE_TOKEN, QWenTokenizer
 from qwen.answering import MOST_EXTREME, answer_ids
-from qwen.batch_answering import answer_batch, check_settings
-from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE
+from qwen.batch_answering import answer_batch
+from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn
 from qwen.prompt_cache import PromptCache
 from qwen.streaming import stream_ids
 
@@ -31,24 +32,16 @@ from .prompt_window import fit_prompt
 
 logger = logging.getLogger(__name__)
 
-Turns = list[tuple[str, str]]
-
 _GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "do_sample")
 _MODERATE = f"from {1 / MOST_EXTREME:g} to {MOST_EXTREME:g}"
-
-
-def _is_moderate(value: float) -> bool:
-    return 1 / MOST_EXTREME <= value <= MOST_EXTREME
-
-
-_VALID = {
-    "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
-    "batch_size": (lambda value: value >= 1, "at least 1"),
-    "max_new_tokens": (lambda value: value >= 1, "at least 1"),
-    "temperature": (_is_moderate, f"{_MODERATE}; for no randomness use --greedy"),
-    "repetition_penalty": (_is_moderate, f"{_MODERATE}; 1 changes nothing"),
-    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "top_k": (lambda value: value >= 0, "at least 0"),
+_VALID = {  # the least, the most, and both in words
+    "seed": (0, 2**32 - 1, "at least 0 and below 2**32"),
+    "batch_size": (1, math.inf, "at least 1"),
+    "max_new_tokens": (1, math.inf, "at least 1"),
+    "temperature": (1 / MOST_EXTREME, MOST_EXTREME, f"{_MODERATE}; for no randomness use --greedy"),
+    "repetition_penalty": (1 / MOST_EXTREME, MOST_EXTREME, f"{_MODERATE}; 1 changes nothing"),
+    "top_p": (math.ulp(0), 1, "above 0 and at most 1"),
+    "top_k": (0, math.inf, "at least 0"),
 }
 
 
@@ -68,20 +61,17 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(args: argparse.Namespace) -> argparse.Namespace:
-    """Check the flags, and replace names by what they name.
+    """Check the flags; refuse one that is missing, out of its range, or does not go with another.
 
     Returns:
         The same, where `device` and `dtype` are PyTorch's, `image_path` holds paths, `folder` is the folder of pictures
         or None, and `options` holds the generation settings that were given.
-
-    Raises:
-        ValueError: for a flag that is missing, out of its range, or does not go with another.
     """
     if args.model_weights is None:
         raise ValueError("--model_weights is missing: give a checkpoint folder, as train.py writes it")
-    for name, (is_valid, expected) in _VALID.items():
+    for name, (least, most, expected) in _VALID.items():
         value = getattr(args, name)
-        if value is not None and not is_valid(value):
+        if value is not None and not least <= value <= most:
             raise ValueError(f"--{name} {value}: must be {expected}")
     if (args.batch is None) != (args.output is None):
         raise ValueError("--batch FILE and --output FILE go together: give both, or neither")
@@ -117,12 +107,7 @@ def with_placeholders(prompt: str, num_images: int) -> str:
 
 
 def load_assistant(args: argparse.Namespace) -> Assistant:
-    """Load model and tokenizer as the flags of test.py say.
-
-    Raises:
-        ValueError: for a checkpoint or a base model that does not fit.
-        OSError: for files that are missing.
-    """
+    """Load model and tokenizer as the flags of test.py say; refuse a checkpoint or a base model that does not fit."""
     model = VisionLanguageModel.from_pretrained(
         args.base_language_model, args.base_value_model, args.model_weights, args.dtype, args.device
     )
@@ -131,17 +116,13 @@ def load_assistant(args: argparse.Namespace) -> Assistant:
 
 
 class Assistant:
-    """A model in `eval()`, its tokenizer, a system prompt, and generation settings.
-
-    These `options` come before those of the model's own `generation_config.json`.
-    """
+    """A model in `eval()`, its tokenizer, a system prompt, and generation settings, which come before the model's."""
 
     def __init__(
         self, model: VisionLanguageModel, tokenizer: QWenTokenizer, system: str, options: dict[str, Any]
     ) -> None:
         self.model, self.tokenizer, self.system, self.options = model, tokenizer, system, options
         self.max_window_size = int(getattr(model.qwen.generation_config, "max_window_size", DEFAULT_MAX_WINDOW_SIZE))
-        self.chat_cache: PromptCache | None = None
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image]) -> Tensor | None:
@@ -153,50 +134,28 @@ class Assistant:
 
     def answer(self, prompt: str, features: Tensor | None, name: str = "") -> str:
         """Return the whole answer; warnings begin with the name."""
-        ids, inputs = self._inputs(prompt, features, [], name)
+        ids, inputs = self._inputs(prompt, features, (), name)
         return answer_ids(self.model.qwen, self.tokenizer, ids, **inputs)
 
-    def stream(self, prompt: str, features: Tensor | None, history: Turns | None = None) -> Iterator[str]:
-        """Yield the growing answer; nothing is computed before the first text is asked for.
-
-        With a history, even an empty one, keys and values are kept for the next turn.
-        """
-        ids, inputs = self._inputs(prompt, features, history or [])
-        if history is not None and self.chat_cache is None:
-            self.chat_cache = PromptCache()
-        cache = None if history is None else self.chat_cache
+    def stream(
+        self, prompt: str, features: Tensor | None, history: Sequence[Turn] = (), cache: PromptCache | None = None
+    ) -> Iterator[str]:
+        """Yield the growing answer; nothing is computed before the first text is asked for."""
+        ids, inputs = self._inputs(prompt, features, history)
         yield from stream_ids(self.model.qwen, self.tokenizer, ids, prompt_cache=cache, **inputs)
 
     def answer_rows(self, prompts: Sequence[list[int]], features: Sequence[Tensor | None], seed: int) -> list[str]:
         """Answer prompts (see `prompt_ids`) with their features, each as it would be answered alone under this seed."""
         return answer_batch(self.model.qwen, self.tokenizer, prompts, features, seed=seed, **self.options)
 
-    def check_settings(self) -> None:
-        """Check that answers can be generated with these settings.
-
-        Raises:
-            ValueError: if not, whatever the question.
-        """
-        try:
-            check_settings(self.model.qwen, self.tokenizer, **self.options)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"the generation settings can't be used: {error}; correct the generation_config.json of "
-                f"{self.model.base_language_model}, or give flags in its place"
-            ) from error
-
-    def prompt_ids(self, prompt: str, history: Sequence[tuple[str, str]] = (), name: str = "") -> list[int]:
-        """Return the prompt's token ids, shortened if it is longer than the window; warnings begin with the name.
-
-        Raises:
-            ValueError: if system prompt and images leave no room for a question.
-        """
+    def prompt_ids(self, prompt: str, history: Sequence[Turn] = (), name: str = "") -> list[int]:
+        """Return the prompt's token ids, shortened if it is longer than the window; warnings begin with the name."""
         how = (self.tokenizer, prompt, self.model.num_image_tokens, history, self.system, self.max_window_size)
         ids, num_dropped = encode_prompt(*how)
         return ids if num_dropped == 0 and len(ids) <= self.max_window_size else fit_prompt(*how, name)
 
     def _inputs(
-        self, prompt: str, features: Tensor | None, history: Turns, name: str = ""
+        self, prompt: str, features: Tensor | None, history: Sequence[Turn], name: str = ""
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return the prompt (1, T), and the generation settings with the image features."""
         ids = torch.tensor([self.prompt_ids(prompt, history, name)])  # (1, T)

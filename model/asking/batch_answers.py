@@ -16,9 +16,10 @@ from tqdm import tqdm
 from dataprocess.file_lock import hold
 from dataprocess.image_io import load_image
 from dataprocess.messages import format_count
+from qwen.answering import complete_settings, decode, start_decoding
 
 from ..checkpoints.checkpoint import resolve_checkpoint
-from ..console import one_line
+from ..errors import in_one_line, one_line
 from .answer_file import AnswerFile, digest, picture_stamp, trained_digest
 from .assistant import Assistant, load_assistant, with_placeholders
 from .question_file import Question, read_questions
@@ -35,11 +36,7 @@ Outcome = str | ValueError
 
 
 def answer_questions(args: argparse.Namespace) -> int:
-    """Answer the questions in the file `--batch` that have no line in `--output` yet; return the exit status.
-
-    Raises:
-        ValueError: for a line that is not a question, an output of something else, or a model that does not fit.
-    """
+    """Answer the questions in the file `--batch` that have no line in `--output` yet; return the exit status."""
     questions = read_questions(Path(args.batch))
     args.model_weights = resolve_checkpoint(args.model_weights)  # a run may save a newer one meanwhile
     made_with = {
@@ -56,6 +53,7 @@ def answer_questions(args: argparse.Namespace) -> int:
         # A checkpoint knows its base models; if others are named, they are compared even if nothing is left to answer.
         if left or args.base_language_model or args.base_value_model:
             assistant = load_assistant(args)
+            _check_settings(assistant)
             generation = assistant.model.qwen.generation_config.to_diff_dict()
             generation.pop("transformers_version", None)
             answers.begin({"base models": assistant.model.fingerprints, "generation settings": generation})
@@ -67,31 +65,35 @@ def answer_questions(args: argparse.Namespace) -> int:
     for line in failed[:_SHOWN]:
         logger.error("test.py: %s", one_line(f"{line['id']}: {line['error']}"))
     if failed:
-        lack = "has" if len(failed) == 1 else "have"
-        all_questions = format_count(len(questions), "question")
-        logger.error("test.py: %d of %s %s no answer", len(failed), all_questions, lack)
+        lack = f"{format_count(len(questions), 'question')} {'has' if len(failed) == 1 else 'have'} no answer"
+        logger.error("test.py: %d of %s", len(failed), lack)
     return 2 if failed else 0
+
+
+def _check_settings(assistant: Assistant) -> None:
+    """Refuse settings under which no question can be answered: `generate` gets ready for an answer, and draws none."""
+    model = assistant.model.qwen
+    try:
+        config, inputs = complete_settings(model, None, assistant.options)
+        # Whether a prompt leaves room within `max_length` is a matter of the prompt.
+        config.max_new_tokens, config.max_length = config.max_new_tokens or config.max_length, None
+        start_decoding(decode, model, [[assistant.tokenizer.eod_id]], [None], [None], config, inputs)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"the generation settings can't be used: {error}; correct the generation_config.json of "
+            f"{assistant.model.base_language_model}, or give flags in its place"
+        ) from error
 
 
 def answer_all(
     assistant: Assistant, questions: Sequence[Question], batch_size: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Answer questions.
-
-    Args:
-        assistant: who answers.
-        questions: all of them.
-        batch_size: questions that are answered together.
-        seed: the seed of sampling; every answer is the one that this seed gives to its question alone.
+    """Answer questions, so many together, each as it would be answered alone under this seed.
 
     Yields:
         `{"id": …, "answer": …}` or `{"id": …, "error": …}` in the order of the questions, each as soon as it and all
         before it are there.
-
-    Raises:
-        ValueError: before the first, for settings under which no question can be answered.
     """
-    assistant.check_settings()
     for start in range(0, len(questions), batch_size * _WINDOW):
         window = questions[start : start + batch_size * _WINDOW]
         outcomes: dict[int, Outcome] = {}  # by the question's position in the window
@@ -107,7 +109,9 @@ def answer_all(
             while at not in outcomes:
                 batch, order = order[:batch_size], order[batch_size:]
                 outcomes |= _answer_batch(assistant, {at: window[at] for at in batch}, prompts, seed)
-            yield _line(question, outcomes[at])
+            outcome = outcomes[at]
+            said = {"answer": outcome} if isinstance(outcome, str) else {"error": in_one_line(outcome)}
+            yield {"id": question.id, **said}
 
 
 def _answer_batch(
@@ -118,16 +122,13 @@ def _answer_batch(
     pictures: dict[Path, Image.Image] = {}
     for at, question in questions.items():
         try:
-            for path in question.images:
-                if path not in pictures:
-                    pictures[path] = load_image(path)
+            pictures |= {path: load_image(path) for path in dict.fromkeys(question.images) if path not in pictures}
         except ValueError as error:
             outcomes[at] = error
     live = [at for at in questions if at not in outcomes]
-    needed = list(dict.fromkeys(path for at in live for path in questions[at].images))
     try:
-        found = assistant.features([pictures[path] for path in needed])  # the tower sees every picture once
-        by_path = {} if found is None else dict(zip(needed, found, strict=True))
+        found = assistant.features(list(pictures.values()))  # the tower sees every picture once
+        by_path = {} if found is None else dict(zip(pictures, found, strict=True))
         rows = [[by_path[path] for path in questions[at].images] for at in live]
         features = [torch.stack(row) if row else None for row in rows]
         answers = assistant.answer_rows([prompts[at] for at in live], features, seed)
@@ -138,9 +139,3 @@ def _answer_batch(
     for at in live:  # one of them can't be answered; each is asked alone to see which one
         outcomes |= _answer_batch(assistant, {at: questions[at]}, prompts, seed)
     return outcomes
-
-
-def _line(question: Question, outcome: Outcome) -> dict[str, Any]:
-    if isinstance(outcome, str):
-        return {"id": question.id, "answer": outcome}
-    return {"id": question.id, "error": " ".join(str(outcome).split())}

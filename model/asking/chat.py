@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 
 from qwen import IMAGE_TOKEN
+from qwen.chatml import Turn
+from qwen.prompt_cache import PromptCache
 
 from ..errors import in_one_line, is_out_of_memory, out_of_memory
-from .assistant import Assistant, Turns, with_placeholders
+from .assistant import Assistant, with_placeholders
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,8 @@ def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
     Ctrl-C stops an answer, and what was said of it stays in the conversation; at the prompt it leaves the chat.
     """
     features = assistant.features(images)
-    history: Turns = []
+    history: list[Turn] = []
+    cache = PromptCache()  # each turn reads its new tokens only
     sys.stderr.write("Ask about the image; `exit` or the end of input leaves.\n")
     while True:
         sys.stderr.write("> " if sys.stdin.isatty() else "")
@@ -39,7 +42,7 @@ def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
             if history and IMAGE_TOKEN in question:
                 logger.warning("%s left out: the images belong to the first question", IMAGE_TOKEN)
             question = question.replace(IMAGE_TOKEN, "") if history else with_placeholders(question, len(images))
-            answer = show(assistant.stream(question, features, history), may_be_stopped=True)
+            answer = show(assistant.stream(question, features, history, cache), may_be_stopped=True)
         except (ValueError, RuntimeError, MemoryError) as error:
             logger.error("test.py: %s", explain(error))
             continue
@@ -48,10 +51,7 @@ def chat(assistant: Assistant, images: Sequence[Image.Image]) -> None:
 
 
 def show(texts: Iterator[str], *, may_be_stopped: bool = False) -> str:
-    """Print a growing text as it grows, and a line break at its end; returns what was printed.
-
-    With `may_be_stopped`, Ctrl-C ends the text there, and nothing else.
-    """
+    """Print a growing text as it grows; return what was printed. With `may_be_stopped`, Ctrl-C only ends the text."""
     shown = ""
     try:
         with contextlib.closing(texts):  # type: ignore[type-var]
@@ -70,11 +70,7 @@ def show(texts: Iterator[str], *, may_be_stopped: bool = False) -> str:
 
 
 def explain(error: Exception) -> str:
-    """Return one line about an error, with advice where memory ran out.
-
-    Raises:
-        Exception: the error itself, if it is one of this program's own.
-    """
+    """Return one line about an error, with advice where memory ran out; raise one that is this program's own again."""
     if is_out_of_memory(error):
         return out_of_memory(
             error,

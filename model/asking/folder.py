@@ -11,31 +11,21 @@ from PIL import Image
 from transformers import set_seed
 
 from dataprocess.image_io import FORMATS, ImageError, load_image
-from qwen import IMAGE_TOKEN
 
-from ..console import one_line
+from ..errors import one_line
 from .assistant import Assistant
 
 logger = logging.getLogger(__name__)
 
 
 def check_folder(args: argparse.Namespace) -> None:
-    """Check the flags that go with a folder.
-
-    Raises:
-        ValueError: for other paths, no prompt, a stream, or a prompt for several pictures.
-    """
+    """Refuse what does not go with a folder: other paths, no prompt, a stream."""
     if len(args.image_path) > 1:
         raise ValueError(f"--image_path: the folder {args.folder} must be given alone, without other paths")
     if args.prompt is None:
         raise ValueError("--image_path is a folder, so --prompt is needed; a chat is about one picture")
     if args.stream:
         raise ValueError("--stream shows one answer as it grows, a folder gives a line per picture; leave --stream out")
-    if (found := args.prompt.count(IMAGE_TOKEN)) > 1:
-        raise ValueError(
-            f"--image_path is a folder, whose pictures are asked about one by one: --prompt has {found} placeholders "
-            f"{IMAGE_TOKEN}; write one, or none, or name the pictures"
-        )
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dataprocess.messages import format_count
-from dataset.prompt import SYSTEM_PROMPT, encode_prompt, encode_question
-from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, question_ids, system_ids
+from dataset.prompt import encode_prompt, encode_question
+from qwen.chatml import Turn, question_ids, system_ids
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
 
 logger = logging.getLogger(__name__)
@@ -18,9 +18,9 @@ def fit_prompt(
     tokenizer: QWenTokenizer,
     query: str,
     num_image_tokens: int,
-    history: Sequence[Turn] = (),
-    system: str = SYSTEM_PROMPT,
-    max_window_size: int = DEFAULT_MAX_WINDOW_SIZE,
+    history: Sequence[Turn],
+    system: str,
+    max_window_size: int,
     name: str = "",
 ) -> list[int]:
     """Return the token ids of a prompt that fits into the window, and warn of what was left out.
@@ -41,48 +41,37 @@ def fit_prompt(
     Raises:
         ValueError: if system prompt and images leave no room for a question.
     """
-    turns, num_dropped = list(history), 0
-    while True:
-        ids, dropped = encode_prompt(tokenizer, query, num_image_tokens, turns, system, max_window_size)
-        if not dropped:
-            break
+    turns = list(history)
+    ids, dropped = encode_prompt(tokenizer, query, num_image_tokens, turns, system, max_window_size)
+    while dropped:
         images = IMAGE_TOKEN * sum(question.count(IMAGE_TOKEN) for question, _ in turns[:dropped])
-        turns, num_dropped = turns[dropped:], num_dropped + dropped
+        turns = turns[dropped:]
         if turns:
             turns[0] = (images + turns[0][0], turns[0][1])
         else:
             query = images + query
+        ids, dropped = encode_prompt(tokenizer, query, num_image_tokens, turns, system, max_window_size)
     begin = f"{name}: " if name else ""
     too_long = f"longer than the window of {max_window_size} tokens"
-    if num_dropped:
-        left_out = format_count(num_dropped, "turn was", "turns were")
+    if len(turns) < len(history):
+        left_out = format_count(len(history) - len(turns), "turn was", "turns were")
         logger.warning("%sthe conversation is %s: the oldest %s left out", begin, too_long, left_out)
-    excess = len(ids) - max_window_size
-    if excess <= 0:
+    if len(ids) <= max_window_size:
         return ids
     content = encode_question(tokenizer, query, num_image_tokens)
-    kept, num_cut = _cut_beginning(tokenizer, content, excess)
-    if len(content) - num_cut == content.count(tokenizer.image_token_id):
+    text = [at for at, index in enumerate(content) if index != tokenizer.image_token_id]
+    tokens: Any = tokenizer.convert_ids_to_tokens([content[at] for at in text])
+    num_cut = len(ids) - max_window_size
+    # A character is cut whole: tokens that begin with a UTF-8 continuation byte go with the one before.
+    while num_cut < len(text) and 0x80 <= tokens[num_cut][0] < 0xC0:
+        num_cut += 1
+    if num_cut >= len(text):
         raise ValueError(
             f"system prompt and {format_count(query.count(IMAGE_TOKEN), 'image')} leave no room for a question in the "
             f"window of {max_window_size} tokens; shorten the system prompt or give fewer images"
         )
     left_out = format_count(num_cut, "token of its text was", "tokens of its text were")
     logger.warning("%sthe question is %s: the first %s left out", begin, too_long, left_out)
+    cut = set(text[:num_cut])
+    kept = [index for at, index in enumerate(content) if at not in cut]
     return [*system_ids(tokenizer, system), *question_ids(tokenizer, kept)]
-
-
-def _cut_beginning(tokenizer: QWenTokenizer, content: list[int], excess: int) -> tuple[list[int], int]:
-    """Drop the first `excess` text tokens, and those that continue a character whose first byte went with them."""
-    kept: list[int] = []
-    num_cut, cutting = 0, True
-    for index in content:
-        is_image = index == tokenizer.image_token_id
-        if cutting and not is_image:
-            token: Any = tokenizer.convert_ids_to_tokens(index)
-            cutting = num_cut < excess or 0x80 <= token[0] < 0xC0  # a UTF-8 continuation byte
-        if cutting and not is_image:
-            num_cut += 1
-        else:
-            kept.append(index)
-    return kept, num_cut

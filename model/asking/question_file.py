@@ -18,23 +18,15 @@ _EXPECTED = 'expected {"id": …, "image": "PATH" or ["PATH", …] or null, "pro
 class Question:
     """One line."""
 
-    id: str | int
-    """Unique within the file."""
-    images: tuple[Path, ...]
-    """Where its pictures are, in the order of the placeholders."""
+    id: str | int  # unique within the file
+    images: tuple[Path, ...]  # in the order of the placeholders
     prompt: str
-    """As it is in the file."""
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read a file of questions; empty lines and other keys are ignored.
+    """Read a file of questions; empty lines and other keys are ignored, other lines refused with their number.
 
     Relative image paths count from the current folder, or from the file's own if nothing is there.
-
-    Raises:
-        ValueError: for a line that is not a question, an id that occurs twice, or a file without questions; with the
-            line's number.
-        OSError: if the file can't be read.
     """
     questions: list[Question] = []
     line_of: dict[str | int, int] = {}

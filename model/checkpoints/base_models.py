@@ -36,11 +36,7 @@ _IMAGE_SETTINGS = (
 
 
 def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint | None) -> tuple[str, str]:
-    """Return the names of the base models: those given, else those that the checkpoint was trained on.
-
-    Raises:
-        CheckpointError: if one is named neither here nor there.
-    """
+    """Return the names of the base models: those given, else those that the checkpoint was trained on."""
     if checkpoint is not None and checkpoint.config is not None:
         language = language or checkpoint.config.base_language_model
         vision = vision or checkpoint.config.base_value_model
@@ -52,15 +48,11 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
     return language, vision
 
 
-# ---- The language model
+# ---- The language model; a name that does not exist, or of another model, is a ValueError in one line
 
 
 def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWenLMHeadModel:
-    """Load QWen from a hub name or folder, its weights in this dtype.
-
-    Raises:
-        ValueError: if there is no such folder or name, or no complete QWen in it.
-    """
+    """Load QWen from a hub name or folder, its weights in this dtype."""
     read_language_config(name_or_path)  # another model's name is an error before its weights are downloaded
     try:
         model: Any = MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
@@ -70,11 +62,7 @@ def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWen
 
 
 def load_tokenizer(name_or_path: str) -> QWenTokenizer:
-    """Load QWen's tokenizer from the hub name or folder of the language model.
-
-    Raises:
-        ValueError: if there is no such folder or name, or no vocabulary in it.
-    """
+    """Load QWen's tokenizer from the hub name or folder of the language model."""
     try:
         PreTrainedConfig.get_config_dict(name_or_path)  # a wrong name is another mistake than a missing vocabulary
         return QWenTokenizer.from_pretrained(name_or_path)
@@ -83,11 +71,7 @@ def load_tokenizer(name_or_path: str) -> QWenTokenizer:
 
 
 def read_language_config(name_or_path: str) -> QWenConfig:
-    """Read QWen's configuration from a hub name or folder; no other file is needed.
-
-    Raises:
-        ValueError: if there is no such folder or name, or it is not a QWen's.
-    """
+    """Read QWen's configuration from a hub name or folder; no other file is needed."""
     base = f"base language model {name_or_path!r}"
     try:
         values = PreTrainedConfig.get_config_dict(name_or_path)[0]

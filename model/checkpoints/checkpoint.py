@@ -1,7 +1,7 @@
-"""Load checkpoint folders, as `saving.py` writes them and as the original project wrote them. No pickle is executed.
+"""Load checkpoint folders, as `saving.py` writes them and as the original project wrote them.
 
 Folders of the original project hold `adapter_model.bin` (or `.safetensors`) and `other_params.bin`, and neither
-`multimodal_config.json` nor checksums.
+`multimodal_config.json` nor checksums. No pickle is executed, and whatever does not fit is one `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
 
@@ -26,15 +25,13 @@ from .base_models import comparable
 from .folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CHECKSUMS,
     MULTIMODAL_CONFIG,
     PROJECTOR_WEIGHTS,
     WEIGHTS,
     CheckpointError,
     numbered_checkpoints,
-    sha256,
 )
-from .readers import check_file, read_json, read_lora_config, read_multimodal_config, read_tensors, reading
+from .readers import check_checksums, read_lora_config, read_multimodal_config, read_tensors
 from .saving import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -52,11 +49,7 @@ _NEEDED: tuple[tuple[str, ...], ...] = (
 
 
 def resolve_checkpoint(folder: str | os.PathLike[str]) -> Path:
-    """Find the checkpoint that a path means: the folder itself, or the newest complete one of a run folder.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
+    """Find the checkpoint that a path means: the folder itself, or the newest complete one of a run folder."""
     path = Path(folder)
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path}: no such folder; give a checkpoint or a run folder")
@@ -72,11 +65,7 @@ def resolve_checkpoint(folder: str | os.PathLike[str]) -> Path:
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Check a checkpoint's files and read its configuration; a run folder means its newest complete checkpoint.
-
-    Raises:
-        CheckpointError: if files are missing, damaged, or can't be read.
-    """
+    """Check a checkpoint's files and read its configuration; a run folder means its newest complete checkpoint."""
     path = resolve_checkpoint(folder)
     if not (path / MULTIMODAL_CONFIG).exists():  # of the original project: only the weights show the number of layers
         layers = 2 if any(name.startswith("2.") for name in read_projector(path)) else 1
@@ -84,36 +73,6 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     check_checksums(path, WEIGHTS)
     config = read_multimodal_config(path)
     return Checkpoint(path, config, read_lora_config(path), config.projector_layers)
-
-
-def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = False) -> None:
-    """Check files against `checksums.json`. Folders written before it existed are read unchecked, with a warning.
-
-    Args:
-        folder: the checkpoint.
-        names: the files that are about to be read.
-        everything: whether all that `checksums.json` lists is read too.
-
-    Raises:
-        CheckpointError: if a file is missing, is none, or is not the one that was written.
-    """
-    names = set(names)
-    has_sums = os.path.lexists(folder / CHECKSUMS)
-    sums = read_json(folder / CHECKSUMS) if has_sums else {}
-    if everything:
-        names |= sums.keys()
-    for name in sorted(names):
-        check_file(folder / name)
-    if not has_sums:
-        logger.warning("%s has no %s, as older versions wrote it: it is read unchecked", folder, CHECKSUMS)
-        return
-    with reading(folder):
-        wrong = [name for name in sorted(names) if sums.get(name) != sha256(folder / name)]
-    if wrong:
-        raise CheckpointError(
-            f"checkpoint {folder}: not what was written, by {CHECKSUMS}: {', '.join(wrong)} (damaged, or from another "
-            "checkpoint); copy the checkpoint again, or use another one"
-        )
 
 
 # ---- Does it fit the base models?
@@ -131,11 +90,7 @@ def check_bases(
     language_model: MultimodalQWenLMHeadModel,
     fingerprints: dict[str, str],
 ) -> None:
-    """Check that the base models at hand match the checkpoint; the original project's checkpoints record nothing.
-
-    Raises:
-        CheckpointError: with every difference.
-    """
+    """Check that the base models at hand match the checkpoint; the original project's checkpoints record nothing."""
     config = checkpoint.config
     if config is None:
         return
@@ -171,17 +126,7 @@ def check_bases(
 def load_lora(
     language_model: PreTrainedModel, checkpoint: Checkpoint, *, trainable: bool, dropout: float | None = None
 ) -> PeftModel:
-    """Wrap the language model with the LoRA layers of a checkpoint, in fp32.
-
-    Args:
-        language_model: the base model.
-        checkpoint: where the layers come from.
-        trainable: whether they are to be trained further.
-        dropout: dropout to train with, instead of the checkpoint's.
-
-    Raises:
-        CheckpointError: if names or shapes are not exactly those that the base model and the rank call for.
-    """
+    """Wrap the language model with the LoRA layers of a checkpoint, in fp32; `dropout` replaces the checkpoint's."""
     config = copy(checkpoint.lora_config)
     config.inference_mode = not trainable
     config.base_model_name_or_path = language_model.name_or_path  # or PEFT warns that it is another
@@ -203,9 +148,6 @@ def read_adapter(wrapped: PeftModel, folder: Path) -> dict[str, Tensor]:
     """Read a checkpoint's LoRA weights for a model with such layers: in fp32, under the names of its parameters.
 
     torch can load them as they are. PEFT would round them to the base model's dtype.
-
-    Raises:
-        CheckpointError: if names or shapes differ.
     """
     name = ADAPTER_WEIGHTS if (folder / ADAPTER_WEIGHTS).exists() else ORIGINAL_ADAPTER_WEIGHTS
     # Names as PEFT writes them: without the adapter's own name, from the language model on.
@@ -219,11 +161,7 @@ def read_adapter(wrapped: PeftModel, folder: Path) -> dict[str, Tensor]:
 
 
 def load_projector(projector: nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights into the projector.
-
-    Raises:
-        CheckpointError: if names or shapes differ.
-    """
+    """Load a checkpoint's weights into the projector."""
     weights = read_projector(folder)
     check_weights(projector.state_dict(), weights, f"projector in {folder}", "another vision tower or language model")
     projector.load_state_dict(weights)
@@ -239,16 +177,9 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
 
 
 def check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], what: str, likely: str) -> None:
-    """Compare the tensors of a file with the names and shapes that a model needs; they must be finite, too.
+    """Compare the tensors found in a file with a model's own: the same names and shapes, and finite numbers.
 
-    Args:
-        expected: the model's own tensors.
-        found: those of the file.
-        what: what they are called in the message.
-        likely: what most likely differs, if they do not fit.
-
-    Raises:
-        CheckpointError: with the first few differences.
+    The message names them by `what`, and by `likely` the cause that is most likely.
     """
     problems = [f"missing {name}" for name in expected.keys() - found.keys()]
     problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]

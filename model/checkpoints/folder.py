@@ -25,7 +25,7 @@ WEIGHTS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that is incomplete, damaged, or does not fit the base models."""
+    """A checkpoint folder that is incomplete, damaged, or does not fit the base models; every reader raises it."""
 
 
 def numbered_checkpoints(run: Path) -> list[Path]:

@@ -52,5 +52,5 @@ def restore_weights(model: Any, folder: str | os.PathLike[str]) -> None:
             f"model has {alpha}; give the same --lora_alpha"
         )
     weights = read_adapter(model.language_model, checkpoint.folder)
-    model.language_model.load_state_dict(weights, strict=False)
     load_projector(model.projector, checkpoint.folder)
+    model.language_model.load_state_dict(weights, strict=False)  # both fit: nothing changes before that is known

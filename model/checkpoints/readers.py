@@ -1,5 +1,7 @@
 """Read a checkpoint's files as a stranger's: nothing in them is run, leads elsewhere, blocks, or fills the memory.
 
+Whatever can't be read or is something else is one `CheckpointError` that names the file.
+
 PEFT's configuration can name modules to import, models to download and patterns that take forever to match. Four keys
 of `adapter_config.json` are read; a key that would change what they mean is refused.
 """
@@ -8,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -22,13 +26,15 @@ from torch import Tensor
 
 from dataprocess.messages import shorten
 
-from .folder import ADAPTER_CONFIG, MULTIMODAL_CONFIG, CheckpointError
+from .folder import ADAPTER_CONFIG, CHECKSUMS, MULTIMODAL_CONFIG, CheckpointError, sha256
 from .saving import MultimodalConfig
+
+logger = logging.getLogger(__name__)
 
 _MAX_JSON_BYTES = 64 << 20
 """Larger JSON files are refused unread: a checkpoint's own have some kilobytes, a long run's log some megabytes."""
 _CHANGES_NO_NUMBER = {
-    *("peft_type", "task_type", "inference_mode", "init_lora_weights", "base_model_name_or_path", "auto_mapping"),
+    *("task_type", "inference_mode", "init_lora_weights", "base_model_name_or_path", "auto_mapping"),
     *("revision", "peft_version"),
 }
 
@@ -61,6 +67,30 @@ def check_file(path: Path) -> None:
                     raise ValueError("a compressed archive, which may unpack to more than fits the memory")
 
 
+def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = False) -> None:
+    """Check files that are about to be read against `checksums.json`; `everything` adds all that it lists.
+
+    Folders written before it existed are read unchecked, with a warning.
+    """
+    names = set(names)
+    has_sums = os.path.lexists(folder / CHECKSUMS)
+    sums = read_json(folder / CHECKSUMS) if has_sums else {}
+    if everything:
+        names |= sums.keys()
+    for name in sorted(names):
+        check_file(folder / name)
+    if not has_sums:
+        logger.warning("%s has no %s, as older versions wrote it: it is read unchecked", folder, CHECKSUMS)
+        return
+    with reading(folder):
+        wrong = [name for name in sorted(names) if sums.get(name) != sha256(folder / name)]
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {folder}: not what was written, by {CHECKSUMS}: {', '.join(wrong)} (damaged, or from another "
+            "checkpoint); copy the checkpoint again, or use another one"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of at most 64 MiB."""
     check_file(path)
@@ -88,17 +118,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_lora_config(folder: Path) -> LoraConfig:
-    """Read rank, alpha, dropout and target modules from a checkpoint's `adapter_config.json`.
-
-    Raises:
-        CheckpointError: if it can't be read, or asks for anything but plain LoRA.
-    """
+    """Read rank, alpha, dropout and target modules from a checkpoint's `adapter_config.json`."""
     path = folder / ADAPTER_CONFIG
     values = read_json(path)
-    if values.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{path}: not a LoRA configuration: peft_type is {shorten(values.get('peft_type'))}, expected 'LORA'"
-        )
     r: Any = values.get("r")
     alpha: Any = values.get("lora_alpha")
     dropout: Any = values.get("lora_dropout", 0.0)
@@ -107,6 +129,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
         isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name) for name in targets
     )
     expected = {
+        "peft_type": (values.get("peft_type"), "'LORA'", values.get("peft_type") == "LORA"),
         "r": (r, "a whole number from 1 to 65536", type(r) is int and 1 <= r <= 1 << 16),
         "lora_alpha": (alpha, "a number above 0", type(alpha) in (int, float) and 0 < alpha < 1e9),
         "lora_dropout": (dropout, "at least 0 and below 1", type(dropout) in (int, float) and 0 <= dropout < 1),
@@ -128,11 +151,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
 
 
 def read_multimodal_config(folder: Path) -> MultimodalConfig:
-    """Read a checkpoint's `multimodal_config.json`.
-
-    Raises:
-        CheckpointError: if it can't be read, or a value is missing or of another type.
-    """
+    """Read a checkpoint's `multimodal_config.json`."""
     path = folder / MULTIMODAL_CONFIG
     values = read_json(path)
     types = get_type_hints(MultimodalConfig)

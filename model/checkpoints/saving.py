@@ -76,13 +76,7 @@ def multimodal_config(model: Any) -> MultimodalConfig:
 def save_checkpoint(
     folder: str | os.PathLike[str], language_model: PeftModel, projector: nn.Module, config: MultimodalConfig
 ) -> None:
-    """Write a checkpoint's weights and configuration.
-
-    Args:
-        folder: created if need be.
-        language_model: the language model with its LoRA layers.
-        projector: the projector.
-        config: what they were trained on.
+    """Write a checkpoint's weights and configuration into a folder, which is created if need be.
 
     Raises:
         OSError: if they can't be written; files that were there before are then unchanged.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,30 +24,21 @@ _LONGEST_BATCHES = 64
 class SampleSize:
     """A sample as training sees it."""
 
-    tokens: int
-    """All tokens: prompt, image tokens and answers, after cutting."""
-    supervised: int
-    """Tokens of answers and their end tokens."""
+    tokens: int  # prompt, image tokens and answers, after cutting
+    supervised: int  # tokens of answers and their end tokens
     images: int
-    """Images."""
 
 
 @dataclass(frozen=True)
 class DataSizes:
     """The sizes of a data set that matter to a run."""
 
-    num_samples: int
-    """Samples, without those that the two files show to be bad."""
-    num_bad: int
-    """Samples that the two files show to be bad."""
-    samples: list[list[SampleSize]]
-    """Samples drawn from all of them, counted exactly, each with every alternative answer."""
-    batches: list[BatchShape]
-    """The longest batches of the first epoch, counted exactly: each sample with its longest answers."""
-    padding: tuple[float, float]
-    """Shares of padding in batches, 0 to 1: grouped by length, and in random order."""
-    images: frozenset[tuple[str, str]]
-    """Folder and name of each image, once."""
+    num_samples: int  # without those that the two files show to be bad
+    num_bad: int  # those
+    samples: list[list[SampleSize]]  # drawn from all, counted exactly, each with every alternative answer
+    batches: list[BatchShape]  # the longest of the first epoch, counted exactly: each sample with its longest answers
+    padding: tuple[float, float]  # shares of padding in batches, 0 to 1: grouped by length, and in random order
+    images: frozenset[tuple[str, str]]  # folder and name of each image, once
 
 
 def data_sizes(
@@ -75,11 +66,18 @@ def data_sizes(
     counted = [_sizes_of(dataset, batches[number].tolist()) for number in longest[:_LONGEST_BATCHES].tolist()]
     if not samples or not any(counted):
         raise SampleError(f"none of {len(dataset)} samples fits into --max_length {dataset.max_length}; raise it")
+    shapes = []
+    for batch in filter(None, counted):
+        longest_answers = [max(sizes, key=lambda size: size.tokens) for sizes in batch]
+        tokens = max(size.tokens for size in longest_answers)
+        supervised = sum(size.supervised for size in longest_answers)
+        images = sum(size.images for size in longest_answers)
+        shapes.append(BatchShape(min(rows, len(dataset)), tokens, supervised, images))
     return DataSizes(
         num_samples=len(dataset),
         num_bad=len(dataset.bad),
         samples=samples,
-        batches=[_batch_shape(batch, min(rows, len(dataset))) for batch in counted if batch],
+        batches=shapes,
         padding=padding_shares(dataset, lengths, rows, order_seed),
         images=frozenset((one.image_folder, name) for one in dataset.annotations for name in one.image_files),
     )
@@ -106,14 +104,3 @@ def _sizes(dataset: ImageCaptionDataset, sample: Sample) -> list[SampleSize]:
         supervised = sum(label != IGNORE_INDEX for label in encoded.labels)
         sizes.append(SampleSize(len(encoded.input_ids), supervised, len(sample.image_files)))
     return sizes
-
-
-def _batch_shape(samples: Sequence[Sequence[SampleSize]], rows: int) -> BatchShape:
-    """Return the shape of a batch in which every sample has its longest answers."""
-    longest = [max(sizes, key=lambda size: size.tokens) for sizes in samples]
-    return BatchShape(
-        rows=rows,
-        tokens=max(size.tokens for size in longest),
-        supervised=sum(size.supervised for size in longest),
-        images=sum(size.images for size in longest),
-    )

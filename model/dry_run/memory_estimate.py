@@ -44,44 +44,28 @@ from dataclasses import dataclass
 FP32 = 4
 CUDA_CONTEXT = 600_000_000
 """Bytes that CUDA, cuBLAS and their kernels take before the first tensor. An assumption."""
-HOST_PROCESS = 135_000_000
-"""Bytes that a process on the CPU takes apart from tensors: tokenizer, and modules that are loaded on use. Measured."""
-HOST_SURPLUS = 0.5
-"""How much more than its tensors a process on the CPU holds, frozen weights left out: a middle of what was measured."""
+HOST_PROCESS = 500_000_000
+"""Bytes that a process on the CPU takes apart from these tensors. Measured: with 0.1 and with 8 billion parameters."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of both models, all but the last five in channels or counts."""
+    """Sizes of both models, in channels or counts."""
 
-    layers: int
-    """L: blocks of the language model."""
-    width: int
-    """D: channels of its residual stream."""
-    heads: int
-    """H: heads of a block."""
-    attention_width: int
-    """W: heads times channels of a head."""
-    inner: int
-    """I: channels inside its MLP."""
-    vocabulary: int
-    """V: rows of the language head."""
-    image_tokens: int
-    """P: features of an image."""
-    tower_width: int
-    """D_v: channels of the tower."""
-    tower_inner: int
-    """I_v: channels inside the tower's MLP."""
-    lora_layers: frozenset[str]
-    """Linear layers of a block that have LoRA: `attn.c_attn`, `attn.c_proj`, `mlp.w1`, `mlp.w2`, `mlp.c_proj`."""
-    tower_parameters: int
-    """Parameters of the tower, frozen."""
-    language_parameters: int
-    """Parameters of the language model, frozen."""
-    projector_parameters: int
-    """Parameters of the projector, trained."""
-    lora_parameters: int
-    """Parameters of LoRA, trained."""
+    layers: int  # L: blocks of the language model
+    width: int  # D: channels of its residual stream
+    heads: int  # H: heads of a block
+    attention_width: int  # W: heads times channels of a head
+    inner: int  # I: channels inside its MLP
+    vocabulary: int  # V: rows of the language head
+    image_tokens: int  # P: features of an image
+    tower_width: int  # D_v: channels of the tower
+    tower_inner: int  # I_v: channels inside the tower's MLP
+    lora_layers: frozenset[str]  # those of a block that have LoRA: attn.c_attn, attn.c_proj, mlp.w1, mlp.w2, mlp.c_proj
+    tower_parameters: int  # frozen
+    language_parameters: int  # frozen
+    projector_parameters: int  # trained
+    lora_parameters: int  # trained
 
     @property
     def frozen(self) -> int:
@@ -98,58 +82,38 @@ class ModelShape:
 class Setting:
     """How a model is trained, as far as memory goes."""
 
-    dtype_bytes: int = 2
-    """s: 2 for bf16 and fp16, 4 for fp32."""
-    device: str = "cuda"
-    """`cpu` or `cuda`."""
-    rank: int = 128
-    """r: LoRA's rank."""
-    dropout: float = 0.1
-    """LoRA's dropout, 0 to 1."""
-    checkpointing: bool = False
-    """Whether activations are computed again in the backward pass."""
-    accumulates: bool = False
-    """Whether gradients of an earlier batch are kept while the next one runs."""
-    processes: int = 1
-    """GPUs, or processes on the CPU, that train together."""
-    chunk_logits: int | None = None
-    """Logits that the language head makes at a time; None: all of a batch."""
+    dtype_bytes: int = 2  # s: 2 for bf16 and fp16, 4 for fp32
+    device: str = "cuda"  # cpu or cuda
+    rank: int = 128  # r: LoRA's rank
+    dropout: float = 0.1  # LoRA's dropout, 0 to 1
+    checkpointing: bool = False  # activations are computed again in the backward pass
+    accumulates: bool = False  # gradients of an earlier batch are kept while the next one runs
+    processes: int = 1  # that train together
+    chunk_logits: int | None = None  # logits that the language head makes at a time; None: all of a batch
 
 
 @dataclass(frozen=True)
 class BatchShape:
     """The batch of one process."""
 
-    rows: int
-    """B: samples."""
-    tokens: int
-    """T: of the longest sample, to which the others are padded."""
-    supervised: int
-    """S: positions of the whole batch that have a label."""
-    images: int
-    """N: images of the whole batch."""
+    rows: int  # B: samples
+    tokens: int  # T: of the longest sample, to which the others are padded
+    supervised: int  # S: positions of the whole batch that have a label
+    images: int  # N: images of the whole batch
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes that one process takes on its device."""
 
-    frozen_weights: int
-    """Tower and language model."""
-    trained_weights: int
-    """LoRA and projector, in fp32."""
-    gradients: int
-    """Of the trained weights; with several processes DDP's buckets too."""
-    optimizer: int
-    """AdamW's moments."""
-    activations: int
-    """What autograd keeps for the backward pass, the language head left out."""
-    language_head: int
-    """Log-probabilities and gradients at supervised positions."""
-    other: int
-    """CUDA's context; on the CPU what the process takes apart from its tensors."""
-    peak: int
-    """The largest of all moments: gradients and the language head's tensors need not exist at the same time."""
+    frozen_weights: int  # tower and language model
+    trained_weights: int  # LoRA and projector, in fp32
+    gradients: int  # of the trained weights; with several processes DDP's buckets too
+    optimizer: int  # AdamW's moments
+    activations: int  # what autograd keeps for the backward pass, the language head left out
+    language_head: int  # log-probabilities and gradients at supervised positions
+    other: int  # CUDA's context; on the CPU what the process takes apart from its tensors
+    peak: int  # the most at one moment: gradients and the language head's tensors need not exist at the same time
 
 
 def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> MemoryEstimate:
@@ -161,10 +125,9 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
     logits = batch.supervised * shape.vocabulary
     head = 3 * FP32 * min(logits, setting.chunk_logits or logits)
     tower = s * batch.images * shape.image_tokens * (2 * shape.tower_inner + 4 * shape.tower_width)
-    moving = 3 * trained + buckets  # with the optimizer's two moments
     earlier = trained if setting.accumulates else 0
-    moving += max(trained, earlier + max(tower, kept + max(head, backward)))
-    other = CUDA_CONTEXT if setting.device == "cuda" else HOST_PROCESS + round(HOST_SURPLUS * moving)
+    lasting = frozen + 3 * trained + buckets  # with the optimizer's two moments
+    other = CUDA_CONTEXT if setting.device == "cuda" else HOST_PROCESS
     return MemoryEstimate(
         frozen_weights=frozen,
         trained_weights=trained,
@@ -173,26 +136,25 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
         activations=kept + (backward if setting.checkpointing else 0),
         language_head=head,
         other=other,
-        peak=frozen + moving + other,
+        peak=lasting + max(trained, earlier + max(tower, kept + max(head, backward))) + other,
     )
 
 
 def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tuple[int, int]:
     """Return the bytes that are kept from the forward pass, and those that exist while one layer goes backward."""
-    s = setting.dtype_bytes
-    tokens = batch.rows * batch.tokens
-    layer = kept_by_layer(shape, setting, tokens, tokens)
+    s, tokens = setting.dtype_bytes, batch.rows * batch.tokens
+    layer = _kept_by_layer(shape, setting, tokens, tokens)
     if setting.checkpointing:
         kept = shape.layers * tokens * shape.width * s
     else:
-        kept = (shape.layers - 1) * layer + kept_by_layer(shape, setting, tokens, batch.supervised)
+        kept = (shape.layers - 1) * layer + _kept_by_layer(shape, setting, tokens, batch.supervised)
     kept += 2 * FP32 * batch.supervised * shape.width
     kept += s * batch.images * shape.image_tokens * (shape.tower_width + 2 * shape.width)
     backward = 4 * tokens * (shape.inner * s + shape.width * FP32)
     return kept, backward + (layer if setting.checkpointing else 0)
 
 
-def kept_by_layer(shape: ModelShape, setting: Setting, tokens: int, after: int) -> int:
+def _kept_by_layer(shape: ModelShape, setting: Setting, tokens: int, after: int) -> int:
     """Count the bytes that autograd keeps of one block of `tokens` positions, `after` of them after the attention."""
     s, d, w, i = setting.dtype_bytes, shape.width, shape.attention_width, shape.inner
     reads = {"attn.c_attn": d, "attn.c_proj": w, "mlp.w1": d, "mlp.w2": d, "mlp.c_proj": i}

@@ -27,26 +27,23 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
         ValueError: if a base model, a checkpoint or a target module is missing, unknown, or at odds with a flag.
         OSError: likewise.
     """
-    previous = None
+    lora, layers, previous = asked.lora_settings, asked.projector_layers or 2, None
     if asked.previous_lora_weights is not None:
         previous = read_checkpoint(asked.previous_lora_weights)
         check_previous(asked, previous)
-    drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
-    tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
-    config = read_language_config(asked.base_language_model)
-    lora, layers = asked.lora_settings, 2
-    if previous is not None:
         there = previous.lora_config.target_modules
         targets = (there,) if isinstance(there, str) else tuple(there or ())
         lora = replace(lora, rank=previous.lora_config.r, target_modules=targets)
         layers = previous.projector_layers
-    return model_shape(config, tower, lora, asked.projector_layers or layers), lora
+    drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
+    tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
+    return model_shape(read_language_config(asked.base_language_model), tower, lora, layers), lora
 
 
-def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments, dtype: torch.dtype) -> dict[str, Setting]:
+def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments) -> dict[str, Setting]:
     """Return the settings to show, by name: that of this machine, and if it has no GPU, bf16 on one too."""
     setting = Setting(
-        dtype_bytes=dtype.itemsize,
+        dtype_bytes=args.frozen_dtype.itemsize,
         device="cpu" if args.device.type == "cpu" else "cuda",
         rank=lora.rank,
         dropout=lora.dropout,
@@ -55,18 +52,14 @@ def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments, dtype: torc
         processes=args.world_size,
         chunk_logits=CHUNK_LOGITS,
     )
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[args.frozen_dtype]
     if setting.device == "cuda":
         return {f"GPU {short}": setting}
     return {f"CPU {short}": setting, "GPU bf16": replace(setting, dtype_bytes=2, device="cuda")}
 
 
 def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, projector_layers: int = 2) -> ModelShape:
-    """Return the sizes of a model; its parameters are counted without storage.
-
-    Raises:
-        LoraTargetError: if a target module does not exist.
-    """
+    """Return the sizes of a model, its parameters counted without storage; refuse target modules that do not exist."""
     with torch.device("meta"):
         language = QWenLMHeadModel(config)
         projector = build_projector(tower.hidden_size, config.hidden_size, projector_layers)
@@ -88,11 +81,7 @@ def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, proje
         tower_inner=tower.intermediate_size,
         lora_layers=frozenset(name.split(".h.0.", 1)[1] for name in targets if ".h.0." in name),
         tower_parameters=tower.num_parameters,
-        language_parameters=_count(language),
-        projector_parameters=_count(projector),
+        language_parameters=sum(parameter.numel() for parameter in language.parameters()),
+        projector_parameters=sum(parameter.numel() for parameter in projector.parameters()),
         lora_parameters=sum(lora.rank * (linear.in_features + linear.out_features) for linear in targets.values()),
     )
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from dataprocess.messages import format_count
 from dataset import ImageCaptionDataset
+from qwen import QWenTokenizer
 from visual.feature_cache import DTYPES, FeatureCache
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import load_tokenizer
 from ..console import set_up_logging
 from ..feature_caching.disk import disk_space, in_gb, pictures_stored
+from ..runs.failures import check_bad_samples
 from .data_sizes import DataSizes, data_sizes
 from .memory_estimate import BatchShape, ModelShape, Setting, estimate_memory
 from .planned_model import planned_model, settings_to_show
@@ -33,6 +35,9 @@ _MEMORY_ROWS = {
     "other": "the process itself",
     "peak": "most at one moment",
 }
+_EXPLANATION = """\
+Estimated from shapes (model/dry_run/memory_estimate.py) for the batch of the first epoch that takes most.
+Gradients come as activations go, so that not all parts are there at one moment."""
 
 
 def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> int:
@@ -47,58 +52,12 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrain
     set_up_logging(args.process_index, args.world_size)
     shape, lora = planned_model(model_args)
     tokenizer = load_tokenizer(model_args.base_language_model)
-
-    def measure(
-        files: tuple[str, str], rows: int, strategy: str, *, training: bool, max_samples: int | None = None
-    ) -> DataSizes:
-        dataset = ImageCaptionDataset(
-            *(*files, tokenizer, _open_no_image, shape.image_tokens),
-            max_length=data_args.max_length,
-            seed=args.seed,
-            training=training,
-            max_samples=max_samples,
-            on_bad_sample=data_args.on_bad_sample,
-            max_bad_fraction=data_args.max_bad_fraction,
-            need_folders=False,
-        )
-        dataset.bad.check(None)
-        order_seed = args.seed if args.data_seed is None else args.data_seed
-        return data_sizes(dataset, rows=rows, strategy=strategy, order_seed=order_seed)
-
-    files = data_args.image_map, data_args.captions_file
-    rows, strategy = args.per_device_train_batch_size, str(args.train_sampling_strategy)
-    data = measure(files, rows, strategy, training=True, max_samples=data_args.max_train_samples)
+    data = _measure(tokenizer, shape.image_tokens, data_args, args, training=True)
     evaluation = None
-    if data_args.eval_image_map is not None and data_args.eval_captions_file is not None:
-        eval_files = data_args.eval_image_map, data_args.eval_captions_file
-        evaluation = measure(eval_files, args.per_device_eval_batch_size, "sequential", training=False)
-    if args.process_index == 0:
-        settings = settings_to_show(lora, args, args.frozen_dtype)
-        sys.stdout.write(report((model_args, data_args, args), shape, settings, data, evaluation))
-    return 0
-
-
-def _open_no_image(image: Image.Image) -> Tensor:
-    raise AssertionError("a dry run opens no image")
-
-
-def report(
-    asked: tuple[ModelArguments, DataArguments, VLMTrainingArguments],
-    shape: ModelShape,
-    settings: Mapping[str, Setting],
-    data: DataSizes,
-    evaluation: DataSizes | None = None,
-) -> str:
-    """Write all that a dry run prints.
-
-    Args:
-        asked: the flags.
-        shape: sizes of the model.
-        settings: how it may be trained, by the name of their columns.
-        data: the training set.
-        evaluation: the evaluation set, or None.
-    """
-    model_args, data_args, args = asked
+    if data_args.eval_image_map is not None:
+        evaluation = _measure(tokenizer, shape.image_tokens, data_args, args, training=False)
+    if args.process_index != 0:
+        return 0
     length = run_length(args, data.num_samples, 0 if evaluation is None else evaluation.num_samples)
     processes = format_count(args.world_size, "process", "processes")
     grouped, ungrouped = data.padding
@@ -110,7 +69,6 @@ def report(
         f"{format_count(args.gradient_accumulation_steps, 'batch', 'batches')} × {processes} a step\n"
         f"padding, about: {ungrouped:.1%} of a batch's tokens; {grouped:.1%} with samples grouped by length",
     ]
-    images = set(data.images)
     if evaluation is not None:
         parts.append(
             f"{length_table(evaluation, shape.image_tokens, 'evaluation: ')}\n"
@@ -118,15 +76,40 @@ def report(
             f"{format_count(length.num_evaluations, 'time')}; "
             f"{format_count(args.per_device_eval_batch_size, 'sample')} × {processes} a step"
         )
-        images |= evaluation.images
     if data_args.feature_cache is not None:
-        parts.append(cache_lines(data_args, model_args.base_value_model, shape, images))
-    parts.append(memory_table(shape, settings, data, data_args.max_length))
-    parts.append(
-        "Estimated from shapes (model/dry_run/memory_estimate.py) for the batch of the first epoch that takes most.\n"
-        "Gradients come as activations go, so that not all parts are there at one moment."
+        images = data.images | (evaluation.images if evaluation is not None else set())
+        parts.append(cache_lines(data_args, model_args.base_value_model, shape, len(images)))
+    parts.append(memory_table(shape, settings_to_show(lora, args), data, data_args.max_length))
+    sys.stdout.write("\n\n".join([*parts, _EXPLANATION]) + "\n")
+    return 0
+
+
+def _measure(
+    tokenizer: QWenTokenizer, image_tokens: int, asked: DataArguments, args: VLMTrainingArguments, *, training: bool
+) -> DataSizes:
+    """Measure the training set or the evaluation set."""
+    files = (asked.image_map, asked.captions_file) if training else (asked.eval_image_map, asked.eval_captions_file)
+    dataset = ImageCaptionDataset(
+        *(str(files[0]), str(files[1]), tokenizer, _open_no_image, image_tokens),
+        max_length=asked.max_length,
+        seed=args.seed,
+        training=training,
+        max_samples=asked.max_train_samples if training else None,
+        on_bad_sample=asked.on_bad_sample,
+        max_bad_fraction=asked.max_bad_fraction,
+        need_folders=False,
     )
-    return "\n\n".join(parts) + "\n"
+    check_bad_samples(dataset.bad)
+    return data_sizes(
+        dataset,
+        rows=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+        strategy=str(args.train_sampling_strategy) if training else "sequential",
+        order_seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+
+
+def _open_no_image(image: Image.Image) -> Tensor:
+    raise AssertionError("a dry run opens no image")
 
 
 def parameter_table(shape: ModelShape) -> str:
@@ -159,7 +142,7 @@ def length_table(data: DataSizes, image_tokens: int, name: str = "") -> str:
     return f"{_table(rows)}\n{looked}"
 
 
-def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, images: Collection[tuple[str, str]]) -> str:
+def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, num_images: int) -> str:
     """Say what the features of all images take on the disk, and what may be stored already.
 
     Only the tower's weights tell which files are its own, so those of the same name and shape are counted.
@@ -167,26 +150,17 @@ def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, images: Col
     folder, dtype = Path(str(asked.feature_cache)).absolute(), asked.feature_cache_dtype
     size = (shape.image_tokens, shape.tower_width)
     per_image, free, disk = disk_space(FeatureCache(folder / "tower", size, DTYPES[dtype]))
-    number = format_count(len(images), "distinct image")
     lines = [
-        f"feature cache: {number}, {size[0]:,} × {size[1]:,} {dtype} each: at most "
-        f"{in_gb(len(images) * per_image)} on the disk; {in_gb(free)} free in {disk}"
+        f"feature cache: {format_count(num_images, 'distinct image')}, {size[0]:,} × {size[1]:,} {dtype} each: at most "
+        f"{in_gb(num_images * per_image)} on the disk; {in_gb(free)} free in {disk}"
     ]
     stored = pictures_stored(folder, tower, size, dtype)
     lines += [f"stored already, of a tower called {tower}: {count:,} in {name}" for name, count in stored.items()]
-    lines.append("The others go through the tower before the first step.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "The others go through the tower before the first step."])
 
 
 def memory_table(shape: ModelShape, settings: Mapping[str, Setting], data: DataSizes, max_length: int) -> str:
-    """List the memory of one process in GB, for each setting, without and with gradient checkpointing.
-
-    Args:
-        shape: sizes of the model.
-        settings: by the name of their columns; one with gradient checkpointing is shown only with it.
-        data: the training set; the batch that takes most counts.
-        max_length: the most tokens of a sample.
-    """
+    """List the memory of one process in GB for the batch that takes most, without and with gradient checkpointing."""
     columns: dict[str, Setting] = {}
     for name, setting in settings.items():
         if not setting.checkpointing:
@@ -208,7 +182,8 @@ def memory_table(shape: ModelShape, settings: Mapping[str, Setting], data: DataS
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Lay out columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]

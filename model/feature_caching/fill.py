@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -28,7 +29,6 @@ from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
 
 from ..arguments import VLMTrainingArguments
-from ..runs.callbacks import gather_objects
 from ..runs.data_workers import with_calm_workers
 from ..vision_language_model import VisionLanguageModel
 from .disk import lack_of_space
@@ -48,14 +48,8 @@ def complete_feature_cache(
 ) -> None:
     """Store the features of all pictures of the data sets, and let the data sets read them from now on.
 
-    Each process of the run takes its share; none returns before all pictures are stored.
-
-    Args:
-        folder: as `--feature_cache` names it.
-        dtype: as `--feature_cache_dtype` names it.
-        model: the model whose tower is used.
-        datasets: the data sets; None is skipped.
-        args: processes, data workers, and whether to show progress.
+    Each process of the run takes its share; none returns before all pictures are stored. `folder` and `dtype` are as
+    `--feature_cache` and `--feature_cache_dtype` name them.
 
     Raises:
         ValueError: if the folder cannot be made, or the disk is too small.
@@ -65,7 +59,7 @@ def complete_feature_cache(
     used = [dataset for dataset in datasets if dataset is not None]
     paths = list(dict.fromkeys(path for dataset in used for path in image_files(dataset)))
     problem = lack_of_space(cache, model.vision_tower, paths) if args.process_index == 0 else ""
-    if problem := "".join(gather_objects(problem)):
+    if problem := "".join(gather_object([problem])):
         raise ValueError(f"--feature_cache {folder}: {problem}; make room, or give another folder")
     filled = fill_feature_cache(
         model.vision_tower,
@@ -74,7 +68,7 @@ def complete_feature_cache(
         num_workers=args.dataloader_num_workers,
         show_progress=args.process_index == 0 and not args.disable_tqdm,
     )
-    if failure := next(filter(None, gather_objects(filled.failure)), ""):  # waits for all processes, too
+    if failure := next(filter(None, gather_object([filled.failure])), ""):  # waits for all processes, too
         raise OSError(f"--feature_cache {folder}: features can't be stored ({failure}); those stored are kept")
     for dataset in used:
         dataset.feature_cache = cache
@@ -84,12 +78,9 @@ def complete_feature_cache(
 class Filled:
     """Counts of pictures, and why filling ended early."""
 
-    num_stored: int = 0
-    """Pictures whose features were stored now."""
-    num_bad: int = 0
-    """Pictures that cannot be used; each was logged."""
-    failure: str = ""
-    """Why the disk took no more, or an empty string."""
+    num_stored: int = 0  # now
+    num_bad: int = 0  # each was logged
+    failure: str = ""  # why the disk took no more, or an empty string
 
 
 def image_files(dataset: ImageCaptionDataset) -> Iterator[Path]:
@@ -141,11 +132,8 @@ class Opened:
 
     path: Path
     key: bytes = b""
-    """Hash of its content."""
-    pixels: NDArray[np.float32] | None = None
-    """(3, H, W); None if there is nothing to do. No tensor: those travel by threads that complain when stopped."""
-    problem: str = ""
-    """Why it cannot be used, or an empty string."""
+    pixels: NDArray[np.float32] | None = None  # (3, H, W); a tensor would travel by threads that complain when stopped
+    problem: str = ""  # why it cannot be used, or an empty string
 
 
 class MissingPictures(Dataset[Opened]):

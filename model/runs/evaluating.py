@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
@@ -12,7 +13,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qwen import IGNORE_INDEX
 
-from .callbacks import gather_rows
 from .data_workers import with_calm_workers
 
 
@@ -46,18 +46,11 @@ class TokenMeanTrainer(Trainer):
         self._evaluated.append(torch.stack((total.float(), tokens.float())))
         return total, None, None
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as Trainer does; the loss is summed over the supervised tokens of all batches and divided once."""
         self._evaluated, self._eval_samples = [], len(dataloader.dataset)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
         own = torch.stack(self._evaluated).cpu().double().sum(dim=0).tolist()
-        total, tokens = gather_rows(own, self.args.device).sum(dim=0).tolist()
-        mean = total / tokens if tokens else float("nan")
-        return output._replace(metrics={**(output.metrics or {}), f"{metric_key_prefix}_loss": mean})
+        total, tokens = (sum(column) for column in zip(*gather_object([own]), strict=True))
+        loss = {f"{kwargs.get('metric_key_prefix', 'eval')}_loss": total / tokens if tokens else float("nan")}
+        return output._replace(metrics={**(output.metrics or {}), **loss})

@@ -11,16 +11,21 @@ import sys
 import time
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 from dataprocess.image_io import ImageError
+from dataprocess.messages import format_count
 from dataset import SampleError
-from dataset.bad_samples import TooManyBadSamplesError
+from dataset.bad_samples import BadSamples
 
 from ..checkpoints.folder import CheckpointError
 from ..errors import in_one_line, is_out_of_memory, out_of_memory
-from .callbacks import NotFiniteError
 
 logger = logging.getLogger("train")
 
+MOST_SKIPPED = 50
+"""Steps in a row that may overflow under fp16. A scale of 2**16 that halves each time is then 2**-34, with which no
+gradient of sane size overflows."""
 HOW_TO_RESUME = "resume with the same command and --resume_from_checkpoint auto"
 _LESS_MEMORY = (
     "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, which leaves the steps as "
@@ -35,6 +40,42 @@ except ProcessLookupError:
     pass
 os.write(2, os.fsencode(sys.argv[2] + chr(10)))
 """
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient that is not finite; the step was not taken."""
+
+
+def not_finite(what: str, step: int, ids: list[int], args: TrainingArguments) -> NotFiniteError:
+    """Describe a loss or a gradient that is not finite, with the IDs of the step's samples."""
+    named = f"have the IDs {', '.join(map(str, ids))}"
+    if what == "gradient" and args.fp16:
+        return NotFiniteError(
+            f"the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, were not finite in fp16, however "
+            f"small their scale; none of these steps was taken. The last samples {named}. Try --bf16 true or "
+            "--fp16 false, or lower --learning_rate and --feature_proj_lr; checkpoints since step "
+            f"{step - MOST_SKIPPED} hold the same weights"
+        )
+    return NotFiniteError(
+        f"the {what} of step {step} is not finite; the step was not taken. Its samples {named}. Look at them, or "
+        f"lower --learning_rate and --feature_proj_lr; checkpoints in {args.output_dir} are unchanged"
+    )
+
+
+class TooManyBadSamplesError(ValueError):
+    """More of a data set is bad than `--max_bad_fraction` allows."""
+
+
+def check_bad_samples(bad: BadSamples, where: str | None = None) -> None:
+    """Refuse more bad samples than are allowed, naming the file that lists them, or the first unreadable one."""
+    total = len(bad.flags) + len(bad.unreadable)
+    if len(bad) > bad.max_fraction * total:
+        which = f"{where} lists them" if where else f"the first: {bad.unreadable[0]}"
+        raise TooManyBadSamplesError(
+            f"{len(bad):,} of {format_count(total, 'sample')} {'is' if len(bad) == 1 else 'are'} bad, more than "
+            f"--max_bad_fraction {bad.max_fraction:g} allows; {which}; "
+            "fix the data (or --max_length, if it is too small), or raise the fraction"
+        )
 
 
 def report_failure(error: BaseException, *, has_begun: bool) -> int:
@@ -68,15 +109,11 @@ def fail(message: str, status: int) -> int:
 
 
 def _tell_torchrun(message: str, error_file: Path) -> None:
-    """Have the message end what the user sees, which is a screenful of torchrun's own once a process has failed.
-
-    torchrun's report names what its error file says. The line is then printed again after torchrun has ended, by a
-    process of its own and once for all ranks.
-    """
+    """Put the message into torchrun's report, and have a process of its own print it again after torchrun has ended."""
     note = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
     try:
         error_file.write_text(json.dumps({"message": note}), encoding="utf-8")
-        (error_file.parent.parent / "said").touch(exist_ok=False)
+        (error_file.parent.parent / "said").touch(exist_ok=False)  # once for all ranks
         if hasattr(os, "pidfd_open"):  # Linux
             command = [sys.executable, "-S", "-c", _AFTER_TORCHRUN, str(os.getppid()), message]
             quiet = subprocess.DEVNULL

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataset import ImageCaptionDataset
 from dataset.epoch_order import EpochOrder
 from dataset.grouped_order import GroupedOrder, estimated_lengths, padding_shares
 
+from ..arguments import VLMTrainingArguments
 from ..errors import in_one_line
+from ..trainer import VLMTrainer
+from ..vision_language_model import VisionLanguageModel
 from .failures import HOW_TO_RESUME, fail
-
-if TYPE_CHECKING:
-    from ..arguments import VLMTrainingArguments
-    from ..trainer import VLMTrainer
-    from ..vision_language_model import VisionLanguageModel
 
 logger = logging.getLogger("train")
 
@@ -63,18 +61,20 @@ def finish(trainer: VLMTrainer) -> int:
         name = signal.Signals(received).name
         logger.info("stopped by %s after step %d, which is saved; %s", name, step, HOW_TO_RESUME)
         return 128 + received
-    problem = saved = ""
+    problems = []
+    if trainer.save_failure:
+        problems.append(
+            f"the run ended at step {step}; its last checkpoint could not be written: {trainer.save_failure}"
+        )
     if not received:
         try:
             trainer.save_model()  # much smaller than a checkpoint, so it may fit where that did not
-            saved = f"; the final weights are in {folder}"
         except OSError as error:
-            problem = f"the final weights could not be written to {folder}: {in_one_line(error)}"
-    if trainer.save_failure:
-        failed = f"its last checkpoint could not be written: {trainer.save_failure}"
-        problem = f"the run ended at step {step}; {failed}{saved}"
-    if problem:
-        return fail(problem, 1)
+            problems.append(f"the final weights could not be written to {folder}: {in_one_line(error)}")
+        else:
+            problems += [f"the final weights are in {folder}"] if problems else []
+    if problems:
+        return fail("; ".join(problems), 1)
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         folder = trainer.state.best_model_checkpoint  # the run folder would mean its newest checkpoint
     logger.info("done; ask the model with: python test.py --model_weights %s --image_path …", folder)

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers.trainer_callback import ExportableState
 
 from ..checkpoints.folder import CHECKSUMS, WEIGHTS
 from ..checkpoints.saving import write_checksums
-from .callbacks import first_problem, gather_objects
-from .run_folder import delete_old_checkpoints, put_in_place, remove
+from .callbacks import first_problem
+from .deleting import delete_old_checkpoints, remove
+from .run_folder import put_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -29,30 +31,29 @@ TRAINER_STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an epoch is cut into steps."""
+    """How an epoch is cut into steps.
+
+    Attributes:
+        num_samples: samples of an epoch.
+        batch_size: samples that a process takes at once.
+        accumulation: batches of a process in one optimizer step.
+        num_processes: processes.
+    """
 
     num_samples: int
-    """Samples of an epoch."""
     batch_size: int
-    """Samples that a process takes at once."""
     accumulation: int
-    """Batches of a process in one optimizer step."""
     num_processes: int
-    """Processes."""
 
     @property
     def samples_per_step(self) -> int:
         """Samples of one optimizer step, over accumulation and processes."""
         return self.batch_size * self.accumulation * self.num_processes
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; the last may be smaller."""
-        return -(-self.num_samples // self.samples_per_step)
-
     def position(self, step: int) -> tuple[int, int]:
         """Return the epoch after so many steps of a run, and how many of its samples were trained on."""
-        epoch, steps = divmod(step, self.steps_per_epoch)
+        steps_per_epoch = -(-self.num_samples // self.samples_per_step)  # the last step may be smaller
+        epoch, steps = divmod(step, steps_per_epoch)
         return epoch, steps * self.samples_per_step
 
 
@@ -74,11 +75,6 @@ class RunState:
     """Steps since the last logged one."""
     bad: list[int] = field(default_factory=list)
     """Positions of samples in the data set that turned out bad."""
-
-    def write(self, folder: Path) -> None:
-        """Write `run_state.json` into a checkpoint folder."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        (folder / RUN_STATE).write_text(text + "\n", encoding="utf-8")
 
 
 def bad_samples(trainer: Any) -> Any:
@@ -102,7 +98,7 @@ def run_state(trainer: Any) -> RunState:
         geometry=geometry,
         epoch=epoch,
         position=position,
-        loss_sums=gather_objects(trainer._tr_loss.item()),
+        loss_sums=gather_object([trainer._tr_loss.item()]),
         steps_since_log=step - trainer._globalstep_last_logged,
         bad=bad.indices if bad is not None else [],
     )
@@ -122,8 +118,8 @@ def write_checkpoint(trainer: Any) -> str:
     """
     state, saves, run_folder = trainer.state, trainer.args.should_save, trainer.run_folder
     target = run_folder / f"checkpoint-{state.global_step}"
-    token = gather_objects(secrets.token_hex(4))[0]  # no process of another run writes under this name
-    staging = run_folder / f"tmp-{target.name}-{token}"
+    # No process of another run writes under this name, and no link can have it.
+    staging = run_folder / f"tmp-{target.name}-{gather_object([secrets.token_hex(4)])[0]}"
     best_before = state.best_model_checkpoint
     best = run_folder / f"checkpoint-{state.best_global_step}"
     if state.best_global_step and (best == target or best.is_dir()):
@@ -133,39 +129,25 @@ def write_checkpoint(trainer: Any) -> str:
     def write() -> None:
         trainer.save_model(str(staging), _internal_call=True)
         trainer.save_training_state(str(staging))
-        if saves:
-            state.stateful_callbacks = callback_states([*trainer.callback_handler.callbacks, trainer.control])
-            state.save_to_json(str(staging / TRAINER_STATE))
-            now.write(staging)
 
     def finish() -> None:
+        parts = (*trainer.callback_handler.callbacks, trainer.control)
+        with_state = [part for part in parts if isinstance(part, ExportableState)]
+        replace(state, stateful_callbacks=with_state).save_to_json(str(staging / TRAINER_STATE))
+        text = json.dumps(asdict(now), indent=2, ensure_ascii=False)
+        (staging / RUN_STATE).write_text(text + "\n", encoding="utf-8")
         write_checksums(staging, {path.name for path in staging.iterdir()} - {CHECKSUMS, *WEIGHTS})
         put_in_place(staging, target)
 
-    problem = (
-        first_problem(lambda: staging.mkdir(parents=True) if saves else None)  # never through a link
-        or first_problem(write)
-        or first_problem(lambda: finish() if saves else None)
-    )
+    problem = first_problem(write) or first_problem(finish, saves)
     if problem:
         state.best_model_checkpoint = best_before
         if saves:
-            logger.error(
-                "checkpoint %s could not be written: %s; older checkpoints are unchanged, and training continues",
-                *(target, problem),
-            )
+            told = "checkpoint %s could not be written: %s; older checkpoints are unchanged, and training continues"
+            logger.error(told, target, problem)
             remove(staging)
         return f"{target}: {problem}"
-    if saves:
-        keep = {target, Path(state.best_model_checkpoint or target)}
-        delete_old_checkpoints(run_folder, trainer.args.save_total_limit, keep)
+    limit = trainer.args.save_total_limit or 0
+    if saves and limit > 0:
+        delete_old_checkpoints(run_folder, limit, {target, Path(state.best_model_checkpoint or target)})
     return ""
-
-
-def callback_states(callbacks: list[Any]) -> Any:
-    """Return what `trainer_state.json` holds of callbacks that have a state; Trainer loses that of a second one."""
-    states: dict[str, list[Any]] = {}
-    for callback in callbacks:
-        if isinstance(callback, ExportableState):
-            states.setdefault(type(callback).__name__, []).append(callback.state())
-    return {name: found if len(found) > 1 else found[0] for name, found in states.items()}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +14,8 @@ from transformers import CLIPVisionModel
 from benchmarks import measure, random_weights
 from benchmarks.answering import load
 from benchmarks.data import prepare
-from benchmarks.inputs import write_samples
-from benchmarks.peers import TINY, Size, build_ours, build_peer, copy_weights, write_ours
-from benchmarks.training import full_size, grouped, growth, step_runs, train_step, workers
+from benchmarks.peers import TINY, build_ours, build_peer, copy_weights
+from benchmarks.training import full_size, grouped
 from qwen import IMAGE_TOKEN_ID, QWenLMHeadModel
 
 
@@ -115,20 +112,6 @@ def test_train_step_compares_from_the_same_loss(tmp_path):
     assert peers["ours"]["trained_parameters"] > 1000
 
 
-def test_ratios_are_over_the_peer():
-    ours = {"samples_per_second": 2.0, "processor_seconds": 1.0, "peak_bytes_vm": 6, "baseline_bytes": 2}
-    peer = {"samples_per_second": 0.5, "processor_seconds": 3.0, "peak_bytes_vm": 10, "baseline_bytes": 2}
-    found = train_step.ratios({"ours": ours, "peer": peer})
-    assert found == {"speed": 4.0, "by_processor": 3.0, "memory": 0.6, "less_imports": 0.5}
-
-
-def test_a_small_vocabulary_takes_token_ids_of_any_size(tmp_path):
-    write_samples(tmp_path, 4)
-    write_ours(tmp_path, replace(TINY, vocabulary=4748))
-    trainer = step_runs.build_ours(tmp_path, str(tmp_path / "out"), "float32", 1, ["--lora_rank", "4"])
-    assert math.isfinite(trainer.train().training_loss)
-
-
 @pytest.mark.slow
 def test_grouped_compares_the_same_samples(tmp_path):
     flags = ["--tiny", "--rounds", 1, "--scale", 0.01, "--batches", 4, "--samples", 8]
@@ -161,22 +144,6 @@ def test_growth_changes_one_thing_and_compares_it_with_the_base(tmp_path):
     assert results["figures"]["cache"]["2,048 tokens"]["step_seconds"] > 0
 
 
-def test_what_grows_is_what_the_table_says():
-    base = Size()
-    sizes = {
-        (thing, value): growth.size_of(change.times, tiny=False)
-        for thing, changes in growth.TRAINING.items()
-        for value, change in changes.items()
-    }
-    assert sizes["picture", "336 px, 576 tokens"].num_image_tokens == 576
-    assert sizes["layers", "16"].layers == 16 == 2 * base.layers
-    wide = sizes["width", "1,024"]
-    assert (wide.width, wide.inner, wide.width // wide.heads) == (1024, 2 * base.inner, base.width // base.heads)
-    assert sizes["vocabulary", "303,872"].vocabulary == 303_872 == 2 * base.vocabulary
-    folders = {change.inputs for changes in growth.TRAINING.values() for change in changes.values()}
-    assert len(folders | {growth.BASE.inputs}) == 7, "one for each size, and for each length of answers"
-
-
 @pytest.mark.slow
 def test_workers_deliver_what_is_trained(tmp_path):
     flags = ["--tiny", "--rounds", 1, "--workers", 2, "--steps", 3, "--skipped", 1, "--pictures", 44]
@@ -185,17 +152,6 @@ def test_workers_deliver_what_is_trained(tmp_path):
     (one,) = results["figures"].values()
     assert 0 < one["wait_seconds"] < one["step_seconds"]
     assert 100_000 < one["picture_bytes"] < 200_000, "as photographs of that size have"
-
-
-def test_what_a_step_waits_is_noted_and_handed_on():
-    class Trainer:
-        def get_batch_samples(self, iterator, number):
-            return [next(iterator) for _ in range(number)], None
-
-    trainer = Trainer()
-    waiting = workers.Waiting(trainer)
-    assert trainer.get_batch_samples(iter("abc"), 2) == (["a", "b"], None)
-    assert len(waiting.seconds) == 1
 
 
 @pytest.mark.slow

@@ -13,18 +13,15 @@ from benchmarks.easy_vqa.fitting import Schedule, fit, written_whole
 from benchmarks.easy_vqa.questions import (
     KINDS,
     Question,
-    image_path,
     load_questions,
     questions_by_image,
     scenes_told,
 )
 from benchmarks.easy_vqa.shapes import COLORS, IMAGE_SIZE, SHAPES, Scene, draw_scene
-from benchmarks.easy_vqa.texts import captioning, conversation, describe
+from benchmarks.easy_vqa.texts import captioning, conversation
 from dataprocess import ai_challenger, llava
 from dataset import load_image
 from qwen import QWenLMHeadModel, QWenTokenizer
-
-ALL_SCENES = [Scene(shape, color) for shape in SHAPES for color in COLORS]
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +33,9 @@ def training():
     ("text", "kind"),
     [
         ("what color is the circle?", "what color"),
-        ("what is the color of the shape?", "what color"),
         ("what is the blue shape?", "what shape"),
-        ("what shape is present?", "what shape"),
         ("is there a teal shape in the image?", "a color?"),
         ("does the image contain a circle?", "a shape?"),
-        ("does the image not contain a red shape?", "no color?"),
         ("is no triangle present?", "no shape?"),
     ],
 )
@@ -90,39 +84,10 @@ def test_a_drawing_shows_the_color_on_a_light_background(scene):
     assert counts[COLORS[scene.color]] > 20
 
 
-def test_drawings_fill_their_box_as_their_shape_does():
-    share = {}
-    for shape in SHAPES:
-        rng = random.Random(3)
-        shares = []
-        for _ in range(20):
-            pixels = pretrain_clip.pixels(draw_scene(Scene(shape, "black"), rng)).float().mean(0) < 115
-            rows, columns = pixels.any(1).sum(), pixels.any(0).sum()
-            shares.append(float(pixels.sum() / (rows * columns)))
-        share[shape] = sum(shares) / len(shares)
-    assert share["rectangle"] > 0.98
-    assert 0.7 < share["circle"] < 0.88
-    assert 0.4 < share["triangle"] < 0.62
-
-
-def test_drawn_pictures_resemble_the_training_pictures(training):
-    image_id, scene = next(iter(scenes_told(training).items()))
-    real = load_image(image_path("train", image_id))
-    assert real.size == (IMAGE_SIZE, IMAGE_SIZE)
-    assert COLORS[scene.color] in {color for _, color in real.getcolors(IMAGE_SIZE**2)}
-
-
 def test_chinese_captions_are_five_and_name_what_is_there():
     captions = Scene("triangle", "teal").chinese_captions
     assert len(set(captions)) == 5
     assert all("三角形" in caption and "青色" in caption for caption in captions)
-
-
-def test_descriptions_tell_colour_and_shape_and_nothing_else():
-    rng = random.Random(0)
-    for _ in range(200):
-        text = describe(Scene("circle", "red"), rng)
-        assert set(text.split()) - {"a"} == {"circle", "red"}
 
 
 def test_text_conversations_hold_no_image():
@@ -158,15 +123,6 @@ def test_annotations_are_what_process_image_reads(tmp_path):
     records = json.loads((folder / "ai_challenger.json").read_text(encoding="utf-8"))
     sample = ai_challenger.parse(records[0], 0, 42)
     assert len(sample.turns[0][1]) == 5
-
-
-def test_a_true_caption_of_every_kind():
-    for scene in ALL_SCENES:
-        captions = [
-            kind[number]
-            for kind, number in zip(pretrain_clip.CAPTION_KINDS, pretrain_clip.true_captions(scene), strict=True)
-        ]
-        assert captions == [f"a {scene.color} {scene.shape}", f"a {scene.shape}", f"a {scene.color} shape"]
 
 
 def test_contrastive_loss_is_least_where_pictures_meet_their_captions():
@@ -225,18 +181,6 @@ def test_whatever_is_drawn_is_in_the_small_vocabulary(tokenizer, training):
     assert ((labels >= 0).sum(dim=1) >= 2).all()
 
 
-def test_text_asks_every_kind_of_question_alike_and_for_both_answers(training):
-    source = pretrain_qwen.TextSource(training, random.Random(6))
-    turns = [turn for _ in range(3000) for turn in source.draw() if turn[1].isascii()]
-    asked = [Question(text.splitlines()[-1], answer, 0) for text, answer in turns]
-    for kind in KINDS:
-        answers = [question.answer for question in asked if question.kind == kind]
-        assert 0.12 < len(answers) / len(asked) < 0.21
-        if not kind.startswith("what"):
-            rarer = "no" if kind.startswith("no") else "yes"
-            assert 0.25 < answers.count(rarer) / len(answers) < 0.42
-
-
 def test_the_language_model_is_a_published_one(tmp_path, tokenizer):
     model = QWenLMHeadModel(pretrain_qwen.config_of(pretrain_qwen.VOCAB_SIZE)).eval()
     pretrain_qwen.save(model, tokenizer, tmp_path / "qwen")
@@ -246,15 +190,6 @@ def test_the_language_model_is_a_published_one(tmp_path, tokenizer):
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     assert loaded.generation_config.chat_format == "chatml"
     assert loaded.generation_config.eos_token_id == 151643
-
-
-def test_schedule_rises_and_falls():
-    schedule = Schedule(steps=100, learning_rate=1.0, warmup=10)
-    rates = [schedule.rate(step) for step in range(100)]
-    assert rates[:10] == sorted(rates[:10])
-    assert max(rates) == pytest.approx(1.0)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] < 0.01
 
 
 def test_fit_lowers_the_loss():

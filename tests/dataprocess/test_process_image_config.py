@@ -110,7 +110,7 @@ def test_all_mistakes_at_once(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ali_image_path: [", "not valid YAML at line"),
+        ("ali_image_path: [", "line 1, column 18"),
         ("seed: 1\nseed: 2\n", "key 'seed' is repeated"),
         ("? [a, b]\n: 1\n", "not valid YAML"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, image_caption_dataset
 from dataset.annotations import Annotations, _refuse_repeated_keys
-from dataset.bad_samples import TooManyBadSamplesError
 from dataset.image_caption_dataset import draw_alternative
 from model.feature_caching.fill import image_files
 
@@ -45,10 +44,9 @@ def write(tmp_path):
     """Write the two files; gives their paths."""
 
     def to_disk(entries, captions):
-        files = tmp_path / "image_map.json", tmp_path / "captions.json"
-        for file, content in zip(files, (entries, captions), strict=True):
-            file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8", errors="surrogatepass")
-        return files
+        (tmp_path / "image_map.json").write_text(json.dumps(entries))
+        (tmp_path / "captions.json").write_text(json.dumps(captions))
+        return tmp_path / "image_map.json", tmp_path / "captions.json"
 
     return to_disk
 
@@ -111,19 +109,6 @@ def test_no_image_several_images_and_turns(make, images):
         dataset[3]
 
 
-def test_one_photo_may_have_many_samples(make, images, tokenizer):
-    entries = {f"{name}-{i}": one(images, "red.png", i) for i, name in enumerate("abc")}
-    dataset = make(entries, {str(i): {"q": "<|extra_0|>", "a": f"answer {i}"} for i in range(3)})
-    assert answers(dataset, tokenizer) == [f"answer {i}<|endoftext|>" for i in range(3)]
-
-
-def test_files_of_the_original_project(make, images, tokenizer):
-    entries = {"red.png": {"iamge_file": "red.png", "ID": 0, "path": str(images)}}
-    dataset = make(entries, {"0": {"q": "这幅图像描述了什么？<|extra_0|>", "a": "一只狗"}})
-    assert answers(dataset, tokenizer) == ["一只狗<|endoftext|>"]
-    assert dataset[0]["pixel_values"].shape == (1, 3, 2, 2)
-
-
 def test_a_relative_path_counts_from_here_and_then_from_the_file(make, images, tmp_path, monkeypatch):
     entries = {"k": {"image_file": "red.png", "ID": 0, "path": "images"}}
     elsewhere = tmp_path / "elsewhere"
@@ -179,14 +164,8 @@ def test_persistent_workers_see_the_epoch_and_their_cuts_are_counted(make, conte
     captions = {str(i): {"q": "A", "a": choices} for i in range(10)}
     captions.update({str(i): {"q": "A", "a": "A " * 100} for i in (10, 11)})
     dataset = make(entries, captions, max_length=60)
-    loader = DataLoader(
-        dataset,
-        batch_size=3,
-        num_workers=2 if context == "fork" else 1,
-        multiprocessing_context=context,
-        persistent_workers=True,
-        collate_fn=identity,
-    )
+    how = {"multiprocessing_context": context, "persistent_workers": True, "collate_fn": identity}
+    loader = DataLoader(dataset, batch_size=3, num_workers=2 if context == "fork" else 1, **how)
     with caplog.at_level(logging.WARNING, logger="dataset"):
         for epoch in range(3):
             dataset.set_epoch(epoch)
@@ -199,9 +178,8 @@ def test_persistent_workers_see_the_epoch_and_their_cuts_are_counted(make, conte
         dataset.cuts.log()
     times, lost = dataset.cuts.counts.sum(dim=0).tolist()
     assert lost > 300
-    said = [r.getMessage() for r in caplog.records if f"{lost} tokens" in r.getMessage()]
-    assert len(said) == 1, "said once"
-    assert f"captions.json: {times} times" in said[0]
+    assert caplog.text.count(f"{lost} tokens") == 1, "said once"
+    assert f"captions.json: {times} times" in caplog.text
     del loader
 
 
@@ -223,20 +201,25 @@ def test_the_first_samples_are_counted_good_or_bad(make):
     assert len(dataset.bad) == 1
 
 
-@pytest.mark.parametrize("place", ["path", "image_file", "key", "question", "ID"])
-def test_messages_of_huge_values_are_short_and_name_the_sample(make, images, place):
+HUGE = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("key", "entry", "question", "named"),
+    [
+        ("k", {"path": HUGE}, "<|extra_0|>", "sample 0"),
+        ("k", {"image_file": f"{HUGE}\0"}, "<|extra_0|>", "sample 0"),
+        ("k", {}, [HUGE], "sample 0"),
+        ("k", {"ID": [HUGE]}, "<|extra_0|>", "entry 'k"),
+        (HUGE, {"ID": None}, "<|extra_0|>", "entry 'xxx"),
+    ],
+    ids=["path", "image_file", "question", "ID", "key"],
+)
+def test_messages_of_huge_values_are_short_and_name_the_sample(make, images, key, entry, question, named):
     """A folder name of 5,000 characters once ended the run with the system's own error, whatever was to be skipped."""
-    huge, key, caption, entry = "x" * 5000, "k", ASK, one(images)
-    if place == "key":
-        key, entry = huge, 5
-    elif place == "question":
-        caption = {"q": [huge], "a": "B"}
-    else:
-        entry = {**entry, place: [huge] if place == "ID" else f"{huge}\0" if place == "image_file" else huge}
-    entries, captions = {key: entry, "good": {"image_file": None, "ID": 1}}, {"0": caption, "1": TEXT_ONLY}
-    with pytest.raises(
-        SampleError, match="entry 'k" if place == "ID" else "entry 'xxx" if place == "key" else "sample 0"
-    ):
+    entries = {key: one(images) | entry, "good": {"image_file": None, "ID": 1}}
+    captions = {"0": {"q": question, "a": "B"}, "1": TEXT_ONLY}
+    with pytest.raises(SampleError, match=named):
         make(entries, captions)
     dataset = make(entries, captions, on_bad_sample="skip")
     assert len(dataset) == 1
@@ -268,7 +251,6 @@ def test_a_bad_sample_marked_elsewhere_that_can_be_read_is_said_so(make, images)
     assert "sample 7" in messages[0]
     dataset.bad.mark(0, "another draw of its answers was too long")
     assert dataset.bad.all_messages(dataset) == messages, "one line for each sample"
-    assert not dataset.cuts.counts.any()
 
 
 def test_a_sample_that_a_worker_marks_while_others_are_listed_is_listed_next_time(make, images, monkeypatch):
@@ -279,13 +261,6 @@ def test_a_sample_that_a_worker_marks_while_others_are_listed_is_listed_next_tim
     monkeypatch.setattr(dataset, "encode", lambda sample: (dataset.bad.flags.fill_(1), encode(sample))[1])
     assert [message.split(":")[0] for message in dataset.bad.all_messages(dataset)] == ["sample 0"]
     assert len(dataset.bad.all_messages(dataset)) == 2
-
-
-def test_too_many_bad_samples_are_found_by_the_check_not_on_opening(make, images):
-    entries = {"a": one(images), "b": {"image_file": None, "ID": 1}}
-    dataset = make(entries, {"1": TEXT_ONLY}, on_bad_sample="skip", max_bad_fraction=0.4)
-    with pytest.raises(TooManyBadSamplesError, match=r"1 of 2 .* 0.4 .*sample 0"):
-        dataset.bad.check(None)
 
 
 def test_links_may_leave_the_folder_only_if_allowed(make, images, tmp_path):
@@ -330,8 +305,7 @@ def test_stored_features_take_the_place_of_pixels(make, images, monkeypatch):
 
 @pytest.mark.parametrize(("name", "reason"), [("green.png", "feature cache"), ("missing.png", "missing")])
 def test_an_image_without_stored_features_is_bad(make, images, name, reason):
-    entries = {"k": one(images, ["red.png", name], 3)}
-    dataset = make(entries, {"3": {"q": "<|extra_0|><|extra_0|>", "a": "B"}}, feature_cache=Cache("red.png"))
+    dataset = make({"k": one(images, name, 3)}, {"3": ASK}, feature_cache=Cache("red.png"))
     with pytest.raises(ImageError, match=f"sample 3: .*{name}.*{reason}"):
         dataset[0]
 

@@ -76,8 +76,6 @@ def test_images_are_never_cut(tokenizer):
         encode_sample(tokenizer, turns, num_image_tokens=40, max_length=80)
     with pytest.raises(SampleError, match="before the first answer"):
         encode_sample(tokenizer, turns, num_image_tokens=70, max_length=80)
-    with pytest.raises(SampleError, match="an image is among those to be lost"):
-        encode_sample(tokenizer, [("a", "long " * 50), ("<|extra_0|>b", "c")], num_image_tokens=4, max_length=40)
 
 
 @pytest.mark.parametrize(
@@ -85,17 +83,12 @@ def test_images_are_never_cut(tokenizer):
     [
         ([], "no question and answer"),
         ([("A", " \n")], "answer 1 of 1 is empty"),
-        ([("A", ""), ("A", "B")], "answer 1 of 2 is empty"),
         ([("A", "B"), ("A", "")], "answer 2 of 2 is empty"),
     ],
 )
 def test_nothing_to_learn_is_an_error(tokenizer, turns, message):
     with pytest.raises(SampleError, match=message):
         encode_sample(tokenizer, turns, 1)
-
-
-def test_a_sample_has_2048_tokens_at_most_if_nothing_else_is_said(tokenizer):
-    assert len(encode_sample(tokenizer, [("A", " a" * 3000)], 1).input_ids) == 2048
 
 
 def test_image_tokens_count_towards_the_window(tokenizer):

@@ -45,13 +45,6 @@ def test_the_epoch_reaches_order_and_data_set():
         assert int(order.dataset._epoch) == epoch
 
 
-def test_it_may_be_the_order_of_the_data_set():
-    order = EpochOrder(Answers(20), 5, shuffled=False)
-    for epoch in (0, 1):
-        order.set_epoch(epoch)
-        assert ids(order) == list(range(20))
-
-
 def test_workers_that_outlive_an_epoch_follow():
     order = EpochOrder(Answers(12), 5)
     loader = DataLoader(order, num_workers=2, persistent_workers=True, collate_fn=lambda batch: batch[0]["id"])

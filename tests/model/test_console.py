@@ -6,8 +6,7 @@ import pytest
 import torch
 from tiny_run import too_much_memory
 
-from model.console import one_line
-from model.errors import is_out_of_memory, out_of_memory
+from model.errors import is_out_of_memory, one_line, out_of_memory
 
 OUT_OF_MEMORY = {
     "CPU": too_much_memory,

@@ -23,7 +23,7 @@ from transformers import set_seed
 
 from dataset import load_image
 from model import VisionLanguageModel
-from model.console import one_line
+from model.errors import one_line
 
 ask = load_test_py()
 STOPS = {151643, 151644, 151645}

@@ -16,6 +16,7 @@ import torch
 from tiny_run import (
     MIXED_CAPTIONS,
     ROOT,
+    build_trainer,
     free_port,
     losses,
     make_pictures,
@@ -174,7 +175,7 @@ def test_the_language_model_is_built_once(bases, data, tmp_path, monkeypatch):
     monkeypatch.setattr(
         MultimodalQWenLMHeadModel, "__init__", lambda self, *a, **k: (built.append(1), init(self, *a, **k))[1]
     )
-    train.build_trainer([*bases, *data, *QUICK, "--output_dir", str(tmp_path / "run")])
+    build_trainer([*bases, *data, *QUICK, "--output_dir", str(tmp_path / "run")])
     assert len(built) == 1
 
 
@@ -317,14 +318,14 @@ def test_another_tower_and_a_single_layer(bases, tiny_siglip, data, tmp_path):
 
 def test_the_first_samples_only(bases, data, tmp_path):
     argv = [*bases, *data, *QUICK, "--report_to", "none", "--max_train_samples", "3", "--output_dir", str(tmp_path)]
-    trainer = train.build_trainer(argv)
+    trainer = build_trainer(argv)
     assert sorted(trainer.train_dataset[i]["id"] for i in range(len(trainer.train_dataset))) == [0, 1, 2]
 
 
 def test_the_order_has_a_seed_of_its_own(bases, data, tmp_path):
     def order(*flags: str) -> list[int]:
         argv = [*bases, *data, *QUICK, "--report_to", "none", "--output_dir", str(tmp_path), *flags]
-        train_set = train.build_trainer(argv).train_dataset
+        train_set = build_trainer(argv).train_dataset
         return [train_set[i]["id"] for i in range(len(train_set))]
 
     assert order("--seed", "1") == order("--seed", "2", "--data_seed", "1") != order("--seed", "1", "--data_seed", "2")
@@ -333,7 +334,7 @@ def test_the_order_has_a_seed_of_its_own(bases, data, tmp_path):
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
 def test_the_order_is_the_strategys_and_the_flag_stays(bases, data, tmp_path, strategy):
     argv = [*bases, *data, *QUICK, "--report_to", "none", "--output_dir", str(tmp_path)]
-    trainer = train.build_trainer([*argv, "--train_sampling_strategy", strategy, "--per_device_train_batch_size", "1"])
+    trainer = build_trainer([*argv, "--train_sampling_strategy", strategy, "--per_device_train_batch_size", "1"])
     assert trainer.args.train_sampling_strategy == strategy
     assert trainer.identity["order"] == strategy
     own = [trainer.train_dataset[i]["id"] for i in range(12)]
@@ -366,7 +367,6 @@ def test_the_accumulation_follows_from_the_global_batch(data, monkeypatch, flags
     [
         (["--global_batch_size", "12"], ["12", "4 rows", "2 processes", "8"]),
         (["--global_batch_size", "4"], ["4 rows", "2 processes", "8"]),
-        (["--global_batch_size", "0"], ["--global_batch_size 0"]),
         (
             ["--global_batch_size", "16", "--gradient_accumulation_steps", "3"],
             ["--global_batch_size 16", "--gradient_accumulation_steps 2", "got 3"],
@@ -415,6 +415,8 @@ MISTAKES = {
     "misspelt": ("--lora_rnak 4", "--lora_rnak"),
     "shortened": ("--lora_r 4", "--lora_r"),
     "ranges": ("--lora_rank 0 --lora_dropout 1 --feature_proj_lr -1", "--lora_dropout 1.0: must be"),
+    "no rate": ("--learning_rate nan", "--learning_rate nan: must be a finite number, 0 or more; change it"),
+    "no global batch": ("--global_batch_size 0", "--global_batch_size 0: must be at least 1; change it"),
     "batch": ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0"),
     "epochs": ("--num_train_epochs 0", "--num_train_epochs 0.0"),
     "layers": ("--projector_layers 3", "--projector_layers 3"),

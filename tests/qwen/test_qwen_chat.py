@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import re
-import subprocess
 import sys
 
 import pytest
@@ -20,21 +19,14 @@ from qwen.sampling_loop import library_decode
 from qwen.streaming import decode_growing, stream_ids
 
 PUBLISHED = {
-    "chat_format": "chatml",
-    "do_sample": True,
-    "eos_token_id": 151643,
-    "max_new_tokens": 12,
-    "max_window_size": 24000,
-    "pad_token_id": 151643,
-    "top_k": 0,
-    "top_p": 0.8,
+    **{"chat_format": "chatml", "max_window_size": 24000, "max_new_tokens": 12},
+    **{"do_sample": True, "top_k": 0, "top_p": 0.8, "eos_token_id": 151643, "pad_token_id": 151643},
 }
 HISTORY = [("你好", "你好！"), ("What is it?", "A cat 🐈.")]
 SETTINGS = {
     "published sampling": {},
     "greedy": {"do_sample": False},
     "warped": {"temperature": 0.7, "top_k": 30, "repetition_penalty": 1.2},
-    "greedy with processors": {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 9},
     "no cache": {"use_cache": False, "max_new_tokens": 6},
     "beams": {"num_beams": 3, "do_sample": False},
     "bf16": {"temperature": 2.0, "top_p": 1.0, "max_new_tokens": 24},
@@ -62,16 +54,14 @@ def generated_text(model, tokenizer, ids, seed, **kwargs):
     return tokenizer.decode(tokens[:length])
 
 
-def scripted(cls, script, fail_at=None):
+def scripted(script):
     """A model that answers with the ids of `script`, whatever it is asked."""
 
-    class Scripted(cls):
+    class Scripted(QWenLMHeadModel):
         num_steps = 0
 
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
-            if self.num_steps == fail_at:
-                raise RuntimeError("the model broke")
             out.logits = torch.full_like(out.logits, -1e9)
             out.logits[:, -1, script[min(self.num_steps, len(script) - 1)]] = 1e9
             self.num_steps += 1
@@ -83,28 +73,30 @@ def scripted(cls, script, fail_at=None):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("history", [None, HISTORY], ids=["first turn", "third turn"])
-def test_chat_and_stream_equal_generate(model, tokenizer, name, history):
+def test_chat_and_stream_equal_generate(model, tokenizer, name):
     settings = SETTINGS[name]
     if name == "bf16":
         model = published(tiny_model(MultimodalQWenLMHeadModel, vocab_size=151936).to(torch.bfloat16))
+    history, before = list(HISTORY), model.generation_config.to_dict()
     _, ids = make_context(tokenizer, "为什么？", history, "You are a helpful assistant.")
-    for seed in (1, 2) if name == "warped" else (1,):
-        want = generated_text(model, tokenizer, ids, seed, **settings)
-        torch.manual_seed(seed)
-        answer, new_history = model.chat(tokenizer, "为什么？", history, **settings)
-        assert answer == want
-        assert new_history == [*(history or []), ("为什么？", want)]
-        if name == "beams":
-            continue  # they cannot be streamed
-        torch.manual_seed(seed)
-        texts = list(model.chat_stream(tokenizer, "为什么？", history, **settings))
-        torch.manual_seed(seed)
-        ours = list(stream_ids(model, tokenizer, torch.tensor([ids]), **settings))
-        assert texts[-1] == want
-        assert ours == texts, "our loop and the library's draw the same"
-        assert len(texts) > 2
-        assert all(later.startswith(earlier) and later != earlier for earlier, later in itertools.pairwise(texts))
+    want = generated_text(model, tokenizer, ids, 1, **settings)
+    torch.manual_seed(1)
+    answer, new_history = model.chat(tokenizer, "为什么？", history, **settings)
+    assert answer == want
+    assert new_history == [*HISTORY, ("为什么？", want)]
+    if name == "beams":
+        with pytest.raises(ValueError, match="num_beams is 3"):
+            model.chat_stream(tokenizer, "q", **settings)
+        return
+    torch.manual_seed(1)
+    texts = list(model.chat_stream(tokenizer, "为什么？", history, **settings))
+    torch.manual_seed(1)
+    ours = list(stream_ids(model, tokenizer, torch.tensor([ids]), **settings))
+    assert texts[-1] == want
+    assert ours == texts, "our loop and the library's draw the same"
+    assert len(texts) > 2
+    assert all(later.startswith(earlier) and later != earlier for earlier, later in itertools.pairwise(texts))
+    assert (history, model.generation_config.to_dict()) == (HISTORY, before), "the caller's are not changed"
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
@@ -143,26 +135,18 @@ def test_end_tokens_in_the_prompt_are_no_padding(model, tokenizer, do_sample):
     assert list(stream_ids(model, tokenizer, ids, loop=library_decode if do_sample else decode, **settings))[-1] == want
 
 
-@pytest.mark.parametrize("do_sample", [True, False])
-def test_through_peft(tokenizer, do_sample):
+def test_through_peft(tokenizer):
     from peft import LoraConfig, get_peft_model
 
     base = published(tiny_model(MultimodalQWenLMHeadModel, vocab_size=151936))
     ids = torch.tensor([[5, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 6]])
-    features = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
-    without = generated_text(base, tokenizer, ids, 4, do_sample=do_sample, image_features=features)
-    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn", "w1", "w2"])).eval()
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    want = generated_text(wrapped, tokenizer, ids, 4, do_sample=do_sample, image_features=features)
+    images = {"image_features": torch.randn(2, 16, generator=torch.Generator().manual_seed(0))}
+    without = generated_text(base, tokenizer, ids, 4, **images)
+    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)).eval()
+    want = generated_text(wrapped, tokenizer, ids, 4, **images)
     assert want != without, "the adapter has an effect"
     torch.manual_seed(4)
-    assert answer_ids(wrapped, tokenizer, ids, do_sample=do_sample, image_features=features) == want
-    torch.manual_seed(4)
-    assert list(stream_ids(wrapped, tokenizer, ids, do_sample=do_sample, image_features=features))[-1] == want
-    torch.manual_seed(4)
-    assert list(wrapped.chat_stream(tokenizer, "hi", do_sample=do_sample))[-1] != ""
+    assert answer_ids(wrapped, tokenizer, ids, **images) == want
 
 
 # ---- Prompt, history, settings
@@ -181,17 +165,6 @@ def prompt_of(model, monkeypatch):
     return seen
 
 
-def test_caller_s_history_and_config_are_not_changed(model, tokenizer):
-    history = list(HISTORY)
-    config = GenerationConfig(do_sample=False, max_new_tokens=3)
-    before = config.to_dict(), model.generation_config.to_dict()
-    _, new = model.chat(tokenizer, "q", history, generation_config=config)
-    list(model.chat_stream(tokenizer, "q", history, generation_config=config))
-    assert history == HISTORY
-    assert len(new) == 3
-    assert (config.to_dict(), model.generation_config.to_dict()) == before
-
-
 def test_history_may_hold_lists(model, tokenizer):
     """As JSON gives them."""
     _, new = model.chat(tokenizer, "q", [["a", "b"]], max_new_tokens=2)
@@ -202,11 +175,9 @@ def test_history_may_hold_lists(model, tokenizer):
         model.chat_stream(tokenizer, "q", ["ab"])  # before anything is taken from it
 
 
-@pytest.mark.parametrize("num_kept", [2, 1, 0])
-def test_window_size_comes_from_the_generation_config(tokenizer, monkeypatch, num_kept):
+def test_window_size_comes_from_the_generation_config(tokenizer, monkeypatch):
     model = published(tiny_model(vocab_size=151936))
-    kept = HISTORY[len(HISTORY) - num_kept :]
-    just_enough = len(make_context(tokenizer, "q", kept, "You are a helpful assistant.")[1])
+    just_enough = len(make_context(tokenizer, "q", HISTORY[1:], "You are a helpful assistant.")[1])
     window = {"max_window_size": just_enough}
     seen = prompt_of(model, monkeypatch)
     model.chat(tokenizer, "q", HISTORY, max_new_tokens=1, **window)
@@ -234,7 +205,7 @@ def test_the_model_s_generation_config_rules_unless_told_otherwise(model, tokeni
 
 def test_answers_are_not_cut_short_without_a_published_config(tokenizer, monkeypatch):
     """transformers' own limit would be 20 tokens in all; ours is that of the published chat models."""
-    model = scripted(QWenLMHeadModel, tokenizer.encode_text("a"))
+    model = scripted(tokenizer.encode_text("a"))
     model.generation_config = GenerationConfig()
     assert model.chat(tokenizer, "q")[0] == "a" * 512
 
@@ -246,8 +217,8 @@ def test_answers_are_not_cut_short_without_a_published_config(tokenizer, monkeyp
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
 def test_stop_tokens_end_the_answer_and_are_not_in_it(tokenizer, stop, do_sample):
     ids = [*tokenizer.encode_text("一 yes\n"), tokenizer.convert_tokens_to_ids(stop), *tokenizer.encode_text("no")]
-    assert scripted(QWenLMHeadModel, ids).chat(tokenizer, "q", do_sample=do_sample)[0] == "一 yes\n"
-    texts = list(scripted(QWenLMHeadModel, ids).chat_stream(tokenizer, "q", do_sample=do_sample))
+    assert scripted(ids).chat(tokenizer, "q", do_sample=do_sample)[0] == "一 yes\n"
+    texts = list(scripted(ids).chat_stream(tokenizer, "q", do_sample=do_sample))
     assert texts == ["一", "一 yes", "一 yes\n"]
 
 
@@ -255,17 +226,17 @@ def test_stop_tokens_end_the_answer_and_are_not_in_it(tokenizer, stop, do_sample
 def test_own_stop_ids(tokenizer, do_sample):
     ids = [*tokenizer.encode_text("a b"), tokenizer.im_end_id, *tokenizer.encode_text(" c d")]
     stop = tokenizer.encode_text(" d")
-    model = scripted(QWenLMHeadModel, ids)
+    model = scripted(ids)
     assert model.chat(tokenizer, "q", do_sample=do_sample, eos_token_id=stop[0])[0] == "a b<|im_end|> c"
-    model = scripted(QWenLMHeadModel, ids)
+    model = scripted(ids)
     assert list(model.chat_stream(tokenizer, "q", do_sample=do_sample, eos_token_id=stop))[-1] == "a b<|im_end|> c"
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_an_empty_answer(tokenizer, do_sample):
     script = [tokenizer.im_end_id]
-    assert scripted(QWenLMHeadModel, script).chat(tokenizer, "q", do_sample=do_sample) == ("", [("q", "")])
-    assert list(scripted(QWenLMHeadModel, script).chat_stream(tokenizer, "q", do_sample=do_sample)) == [""]
+    assert scripted(script).chat(tokenizer, "q", do_sample=do_sample) == ("", [("q", "")])
+    assert list(scripted(script).chat_stream(tokenizer, "q", do_sample=do_sample)) == [""]
 
 
 # ---- Unicode
@@ -305,35 +276,12 @@ def test_malformed_ends(tokenizer, data, texts):
     assert tokenizer.decode(ids) == texts[-1]
 
 
-def test_ids_beyond_the_vocabulary_are_no_crash(tokenizer):
-    """The published embedding has 85 rows more than there are tokens."""
-    ids = [*tokenizer.encode_text("a"), 151900, *tokenizer.encode_text("b")]
-    assert list(decode_growing(tokenizer, ids))[-1] == tokenizer.decode(ids)
-
-
-# ---- Errors, abandoned streams, and the library's import
-
-
-@pytest.mark.parametrize("do_sample", [True, False])
-def test_errors_reach_the_reader(tokenizer, do_sample):
-    model = scripted(QWenLMHeadModel, tokenizer.encode_text("one two three four"), fail_at=2)
-    stream = model.chat_stream(tokenizer, "q", do_sample=do_sample)
-    assert [next(stream), next(stream)] == ["one", "one two"]
-    with pytest.raises(RuntimeError, match="the model broke"):
-        next(stream)
-    with pytest.raises(StopIteration):
-        next(stream)
-
-
-@pytest.mark.parametrize("do_sample", [True, False])
-def test_unknown_arguments_are_refused(model, tokenizer, do_sample):
-    with pytest.raises(ValueError, match="no_such_setting"):
-        list(model.chat_stream(tokenizer, "q", do_sample=do_sample, no_such_setting=1))
+# ---- Refusals, abandoned streams, and the library's import
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_a_stream_computes_only_what_is_asked_for(tokenizer, do_sample):
-    model = scripted(QWenLMHeadModel, tokenizer.encode_text("a"))
+    model = scripted(tokenizer.encode_text("a"))
     stream = model.chat_stream(tokenizer, "q", do_sample=do_sample, max_new_tokens=100_000)
     assert model.num_steps == 0
     assert [next(stream), next(stream)] == ["a", "aa"]
@@ -359,11 +307,6 @@ def test_settings_that_cannot_be_used_are_refused_at_once(model, tokenizer, name
     assert model.chat(tokenizer, "q", do_sample=False, temperature=1e-40)[0], "greedy answers ask for no temperature"
 
 
-def test_beams_cannot_be_streamed(model, tokenizer):
-    with pytest.raises(ValueError, match="num_beams is 2"):
-        model.chat_stream(tokenizer, "q", num_beams=2)
-
-
 @pytest.mark.parametrize("shape", [(2, 3), (3,), (1, 0)])
 def test_one_prompt_at_a_time(model, tokenizer, shape):
     for ask in (answer_ids, stream_ids):
@@ -380,8 +323,3 @@ def test_the_import_leaves_transformers_as_it_was(model, tokenizer):
     assert not hasattr(utils, "SampleOutput")
     assert hasattr(utils, "GenerateOutput")
     assert not hasattr(transformers.PreTrainedModel, "sample_stream")
-
-
-def test_importing_qwen_does_not_import_the_library():
-    code = "import sys, qwen; sys.exit('transformers_stream_generator' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,56 +11,25 @@ from tiny_qwen import enliven, random_ids, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
-from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenModel
+from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel
 
 PUBLISHED_CONFIG = {
-    "architectures": ["QWenLMHeadModel"],
+    **{"architectures": ["QWenLMHeadModel"], "model_type": "qwen", "tokenizer_class": "QWenTokenizer"},
     "auto_map": {
         "AutoConfig": "configuration_qwen.QWenConfig",
         "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
     },
-    "attn_dropout_prob": 0.0,
-    "bf16": False,
-    "emb_dropout_prob": 0.0,
-    "fp16": False,
-    "fp32": False,
-    "hidden_size": 16,
-    "initializer_range": 0.02,
-    "intermediate_size": 48,
-    "kv_channels": 8,
-    "layer_norm_epsilon": 1e-06,
-    "max_position_embeddings": 32768,
-    "model_type": "qwen",
-    "no_bias": True,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "onnx_safe": None,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "seq_length": 512,
-    "softmax_in_fp32": False,
-    "tie_word_embeddings": False,
-    "tokenizer_class": "QWenTokenizer",
-    "transformers_version": "4.32.0",
-    "use_cache": True,
-    "use_cache_kernel": False,
-    "use_cache_quantization": False,
-    "use_dynamic_ntk": True,
-    "use_flash_attn": "auto",
-    "use_logn_attn": True,
-    "vocab_size": 200,
+    **{"hidden_size": 16, "intermediate_size": 48, "kv_channels": 8, "num_attention_heads": 2, "num_hidden_layers": 2},
+    **{"max_position_embeddings": 32768, "seq_length": 512, "vocab_size": 200, "transformers_version": "4.32.0"},
+    **{"attn_dropout_prob": 0.0, "emb_dropout_prob": 0.0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-06},
+    **{"rotary_emb_base": 10000, "rotary_pct": 1.0, "onnx_safe": None, "use_flash_attn": "auto"},
+    **dict.fromkeys(("no_bias", "scale_attn_weights", "use_cache", "use_dynamic_ntk", "use_logn_attn"), True),
+    **dict.fromkeys(("bf16", "fp16", "fp32", "softmax_in_fp32", "tie_word_embeddings"), False),
+    **dict.fromkeys(("use_cache_kernel", "use_cache_quantization"), False),
 }
 PUBLISHED_GENERATION_CONFIG = {
-    "chat_format": "chatml",
-    "do_sample": True,
-    "eos_token_id": 151643,
-    "max_new_tokens": 512,
-    "max_window_size": 24000,
-    "pad_token_id": 151643,
-    "top_k": 0,
-    "top_p": 0.8,
-    "transformers_version": "4.31.0",
+    **{"chat_format": "chatml", "max_window_size": 24000, "max_new_tokens": 512, "transformers_version": "4.31.0"},
+    **{"do_sample": True, "top_k": 0, "top_p": 0.8, "eos_token_id": 151643, "pad_token_id": 151643},
 }
 IDS = random_ids(2, 9)
 
@@ -118,11 +87,10 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=list(WRITERS))
-@pytest.mark.parametrize("cls", [QWenLMHeadModel, MultimodalQWenLMHeadModel])
-def test_every_layout_loads(folder, model, write, cls):
+def test_every_layout_loads(folder, model, write):
     write(folder, model.state_dict())
-    loaded = cls.from_pretrained(folder)
-    assert type(loaded) is cls
+    loaded = MultimodalQWenLMHeadModel.from_pretrained(folder)
+    assert type(loaded) is MultimodalQWenLMHeadModel
     assert not loaded.training
     assert_close(loaded(IDS).logits, model(IDS).logits, atol=0, rtol=0)
 
@@ -156,14 +124,13 @@ def test_defaults_are_those_of_the_7b_model():
         assert sum(p.numel() for p in QWenLMHeadModel(config).parameters()) == 7_721_324_544
 
 
-@pytest.mark.parametrize("write", [write_safetensors, write_bin])
-def test_old_buffers_are_ignored_silently(folder, model, write):
+def test_old_buffers_are_ignored_silently(folder, model):
     state = model.state_dict()
     for i in range(2):
         state[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
         state[f"transformer.h.{i}.attn.rotary_emb.inv_freq"] = torch.full((4,), 7.0)
     state["transformer.rotary_emb.inv_freq"] = torch.full((4,), 7.0)
-    write(folder, state)
+    write_bin(folder, state)
     loaded, info = QWenLMHeadModel.from_pretrained(folder, output_loading_info=True)
     assert not info["unexpected_keys"]
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -179,34 +146,20 @@ def test_published_config_survives_and_loses_its_remote_code(folder, model, tmp_
     assert "auto_map" not in written
     for key in set(PUBLISHED_CONFIG) - {"auto_map", "transformers_version", "tokenizer_class"}:
         assert QWenConfig.from_pretrained(saved).to_dict()[key] == PUBLISHED_CONFIG[key], key
-    assert written["model_type"] == "qwen"
     assert not list(saved.glob("*.py"))
-
-
-def test_generation_config_keeps_the_published_extras(folder, model, tmp_path_factory):
-    write_safetensors(folder, model.state_dict())
-    loaded = QWenLMHeadModel.from_pretrained(folder)
-    saved = tmp_path_factory.mktemp("saved")
-    loaded.save_pretrained(saved)
     for config in (loaded.generation_config, GenerationConfig.from_pretrained(saved)):
         for key in set(PUBLISHED_GENERATION_CONFIG) - {"transformers_version"}:
             assert getattr(config, key) == PUBLISHED_GENERATION_CONFIG[key], key
 
 
-@pytest.mark.parametrize("write", [write_safetensors, write_bin])
-def test_a_missing_weight_is_an_error(folder, model, write):
+def test_a_weight_that_is_missing_or_of_another_shape_is_an_error(folder, model):
     state = model.state_dict()
     del state["transformer.h.1.mlp.w2.weight"]
-    write(folder, state)
+    write_bin(folder, state)
     with pytest.raises(ValueError, match=r"lacks 1 of .*transformer\.h\.1\.mlp\.w2\.weight"):
         QWenLMHeadModel.from_pretrained(folder)
-
-
-def test_a_weight_of_another_shape_is_an_error(folder, model):
-    state = model.state_dict()
-    state["lm_head.weight"] = torch.zeros(100, 16)
-    write_safetensors(folder, state)
-    with pytest.raises(ValueError, match=r"lm_head\.weight: \(100, 16\), expected \(200, 16\)"):
+    write_safetensors(folder, {**state, "lm_head.weight": torch.zeros(100, 16)})
+    with pytest.raises(ValueError, match=r"lacks 2 of .*lm_head\.weight: \(100, 16\), expected \(200, 16\)"):
         QWenLMHeadModel.from_pretrained(folder)
 
 
@@ -218,12 +171,6 @@ def test_pickled_code_in_a_bin_file_does_not_run(folder, model):
     torch.save({**model.state_dict(), "transformer.trap": Trap()}, folder / "pytorch_model.bin")
     with pytest.raises(Exception, match=r"(?i)weights.only|unpickl|unsafe|unsupported"):
         QWenLMHeadModel.from_pretrained(folder)
-
-
-def test_the_decoder_alone_loads_from_the_whole_file(folder, model):
-    write_safetensors(folder, model.state_dict())
-    decoder = QWenModel.from_pretrained(folder)
-    assert_close(decoder(IDS).last_hidden_state, model.transformer(IDS).last_hidden_state, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
@@ -256,11 +203,6 @@ def test_nothing_stays_on_the_meta_device(tmp_path, model):
     assert {tensor.device.type for _, tensor in tensors} == {"cpu"}
     assert {name for name, _ in tensors} == set(model.state_dict())
     assert torch.equal(loaded(long).logits, model(long).logits)
-
-    with torch.device("meta"):
-        empty = QWenLMHeadModel(tiny_config(seq_length=16))
-    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
-    assert torch.equal(empty.eval()(long).logits, model(long).logits)
 
 
 def test_tied_embeddings(tmp_path):

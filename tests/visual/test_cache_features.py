@@ -19,7 +19,6 @@ from tiny_run import (
     ROOT,
     environment,
     losses,
-    make_bases,
     make_pictures,
     one_line_error,
     start,
@@ -40,11 +39,6 @@ QUICK = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory, qwen_tiktoken) -> list[str]:
-    return make_bases(tmp_path_factory.mktemp("bases"), qwen_tiktoken)
-
-
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     make_pictures(tmp_path / "pictures")
@@ -57,19 +51,26 @@ def data(tmp_path, pictures) -> list[str]:
 
 
 @pytest.fixture
-def flags(tmp_path, bases, data) -> list[str]:
-    return [*bases[2:], *data[:2], "--feature_cache", str(tmp_path / "cache"), "--num_workers", "0", "--device", "cpu"]
+def flags(tmp_path, base_flags, data) -> list[str]:
+    return [
+        *base_flags[2:],
+        *data[:2],
+        "--feature_cache",
+        str(tmp_path / "cache"),
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
 
 
 def stored(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("cache/*/??/*.safetensors")}
 
 
-def only_file(folder: Path) -> Path:
-    return next(folder.glob("cache/*/??/*.safetensors"))
-
-
-def test_the_command_says_the_estimate_first_and_training_needs_no_tower(tmp_path, bases, data, flags, monkeypatch):
+def test_the_command_says_the_estimate_first_and_training_needs_no_tower(
+    tmp_path, base_flags, data, flags, monkeypatch
+):
     done = start(sys.executable, f"visual/{PROGRAM}", *flags, "--num_workers", "2", "--feature_cache_dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
@@ -80,7 +81,7 @@ def test_the_command_says_the_estimate_first_and_training_needs_no_tower(tmp_pat
     assert "6 images: 6 stored now, 0 were there, 0 bad; 6 stored in all" in done.stderr
     assert sum(path.stat().st_blocks * 512 for path in tmp_path.glob("cache/*/??/*.safetensors")) == 6 * size
 
-    command = [*bases, *data, *QUICK]
+    command = [*base_flags, *data, *QUICK]
     assert train.main([*command, "--output_dir", str(tmp_path / "plain"), "--save_steps", "3"]) == 0
     monkeypatch.setattr(VisionTower, "forward", None)
     words = ["--feature_cache", str(tmp_path / "cache"), "--feature_cache_dtype", "float32", "--save_steps", "3"]
@@ -88,11 +89,11 @@ def test_the_command_says_the_estimate_first_and_training_needs_no_tower(tmp_pat
     assert losses(tmp_path / "cached" / "checkpoint-3") == losses(tmp_path / "plain" / "checkpoint-3")
 
 
-def test_as_training_stores_it_under_autocast(tmp_path, bases, data, flags):
+def test_as_training_stores_it_under_autocast(tmp_path, base_flags, data, flags):
     assert cache_features.main([*flags, "--dtype", "bfloat16", "--batch_size", "4"]) == 0
     (folder,) = (tmp_path / "cache").iterdir()
     before = {path.name: path.read_bytes() for path in folder.glob("??/*")}
-    command = [*bases, *data, *QUICK, "--bf16", "true", "--output_dir", str(tmp_path / "out")]
+    command = [*base_flags, *data, *QUICK, "--bf16", "true", "--output_dir", str(tmp_path / "out")]
     assert train.main([*command, "--feature_cache", str(tmp_path / "trained")]) == 0
     assert [path.name for path in (tmp_path / "trained").iterdir()] == [folder.name]
     assert {path.name: path.read_bytes() for path in (tmp_path / "trained").glob("*/??/*")} == before
@@ -110,7 +111,7 @@ def test_shards_take_each_image_once_and_what_is_there_is_left_alone(tmp_path, f
     assert cache_features.main(flags) == 0
     assert "6 images: 0 stored now, 6 were there, 0 bad; 6 stored in all" in capsys.readouterr().err
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/*/??/*")}
-    only_file(tmp_path).write_bytes(b"cut")
+    next(tmp_path.glob("cache/*/??/*")).write_bytes(b"cut")
     assert cache_features.main(flags) == 0
     assert "6 images: 1 stored now, 5 were there" in capsys.readouterr().err
 
@@ -140,26 +141,20 @@ def test_bad_images_and_entries_are_listed_and_counted(tmp_path, flags, pictures
 
 @pytest.mark.parametrize(("value", "said"), [(float("nan"), "infinite or no numbers"), (1e6, "float16 can't hold")])
 def test_features_that_cannot_be_stored_are_bad_too(tmp_path, flags, pictures, capsys, monkeypatch, value, said):
-    forward, spoiled = VisionTower.forward, {0, 1}
+    forward = VisionTower.forward
 
     def spoil(self, pixel_values):
         features = forward(self, pixel_values).clone()
-        for row in spoiled & set(range(len(features))):
-            features[row, 1, 2] = value
+        features[:2, 1, 2] = value
         return features
 
     monkeypatch.setattr(VisionTower, "forward", spoil)
-    command = [*flags, "--feature_cache_dtype", "float16"]
-    assert cache_features.main(command) == 0
+    assert cache_features.main([*flags, "--feature_cache_dtype", "float16"]) == 0
     err = capsys.readouterr().err
     assert "6 images: 4 stored now, 0 were there, 2 bad; 4 stored in all" in err
     bad = [line for line in err.splitlines() if "bad: " in line]
     assert len(set(bad)) == 2
     assert all(str(pictures) in line and said in line for line in bad)
-    spoiled.update(range(6))
-    shutil.rmtree(tmp_path / "cache")
-    assert cache_features.main(command) == 1, "no image could be stored"
-    assert "6 images: 0 stored now, 0 were there, 6 bad; 0 stored in all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -169,12 +164,9 @@ def test_features_that_cannot_be_stored_are_bad_too(tmp_path, flags, pictures, c
         (["--num_shards", "2", "--shard", "2"], "--shard 2: with --num_shards 2 it goes from 0 to 1"),
         (["--batch_size", "0"], "--batch_size 0: at least 1"),
         (["--image_map", "nowhere.json"], "cannot read nowhere.json"),
-        (["--image_map", "pyproject.toml"], "pyproject.toml is not a valid JSON file"),
         (["--base_value_model", "no/where/at/all"], "'no/where/at/all' cannot be read"),
         (["--feature_cache", "pyproject.toml"], "--feature_cache pyproject.toml can't be made"),
         (["--device", "cpo"], "no device has such a name"),
-        (["--dtype", "int4"], "--dtype 'int4' is not known"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
 def test_mistakes_are_one_line(flags, capsys, changes, said, monkeypatch):
@@ -199,12 +191,10 @@ def test_too_small_a_disk_is_refused_unless_enough_is_there(tmp_path, flags, pic
     assert f"6 images to be stored will take {6 * block:,} bytes, and {3 * block:,} bytes are free" in line
     assert stored(tmp_path) == set()
     assert cache_features.main([*flags, "--skip_space_check"]) == 0
-    for path in list(tmp_path.glob("cache/*/??/*.safetensors"))[:3]:
-        path.unlink()
-    assert cache_features.main(flags) == 0, "3 are missing, and they fit"
-    for path in list(tmp_path.glob("cache/*/??/*.safetensors"))[:4]:
-        path.unlink()
-    assert cache_features.main(flags) == 2
+    for missing, status in ((3, 0), (4, 2)):  # 3 fit
+        for path in list(tmp_path.glob("cache/*/??/*.safetensors"))[:missing]:
+            path.unlink()
+        assert cache_features.main(flags) == status
 
 
 def test_a_disk_that_fills_up_ends_it_with_what_is_there(tmp_path, flags, capsys, monkeypatch):
@@ -226,7 +216,7 @@ def test_a_disk_that_fills_up_ends_it_with_what_is_there(tmp_path, flags, capsys
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_a_signal_it_leaves_a_cache_that_can_be_used(tmp_path, bases, flags, pictures, number, code):
+def test_stopped_by_a_signal_it_leaves_a_cache_that_can_be_used(tmp_path, base_flags, flags, pictures, number, code):
     names = []
     for index in range(3000):
         names.append(f"{index}.png")
@@ -252,7 +242,7 @@ def test_stopped_by_a_signal_it_leaves_a_cache_that_can_be_used(tmp_path, bases,
     assert f"stopped by {signal.Signals(number).name}" in said
     assert 0 < len(stored(tmp_path)) < 3000
     assert list((tmp_path / "cache").glob("*/tmp/*")) == []
-    cache = open_feature_cache(tmp_path / "cache", build_vision_tower(bases[3]), "bfloat16")
+    cache = open_feature_cache(tmp_path / "cache", build_vision_tower(base_flags[3]), "bfloat16")
     assert all(cache.read(bytes.fromhex(name.split(".")[0])) is not None for name in stored(tmp_path))
 
 
@@ -266,10 +256,10 @@ def test_out_of_memory_is_one_line(flags, capsys, monkeypatch):
 
 
 def test_siglip_without_its_first_patch_as_training_on_from_the_original_project_sees_it(
-    tmp_path, bases, data, flags, tiny_siglip, monkeypatch
+    tmp_path, base_flags, data, flags, tiny_siglip, monkeypatch
 ):
     """What is stored for a checkpoint that was trained without that patch is what training on from it finds."""
-    siglip = [*bases[:2], "--base_value_model", tiny_siglip]
+    siglip = [*base_flags[:2], "--base_value_model", tiny_siglip]
     command = [*siglip, *data, *QUICK]
     assert train.main([*command, "--output_dir", str(tmp_path / "first"), "--save_strategy", "no"]) == 0
     original = write_as_the_original(tmp_path / "first", tmp_path / "original")
@@ -283,10 +273,6 @@ def test_siglip_without_its_first_patch_as_training_on_from_the_original_project
     assert train.main([*on, "--output_dir", str(tmp_path / "on")]) == 0
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("??/*")} == before
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
-    monkeypatch.undo()
-    further = [*flags, "--base_value_model", tiny_siglip, "--previous_lora_weights", str(tmp_path / "on")]
-    assert cache_features.main(further) == 0
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name], "and what was trained on from it"
 
 
 def test_a_picture_that_changes_while_it_is_read_is_not_stored(tmp_path, flags, pictures, monkeypatch, capsys):

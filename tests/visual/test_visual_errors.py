@@ -2,12 +2,10 @@
 
 import json
 import os
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_towers import make_clip_checkpoint, pixels, rename_weights
+from tiny_towers import make_clip_checkpoint, pixels
 
 from visual import TOWERS, build_vision_tower
 
@@ -18,36 +16,24 @@ def edit(path, **changes):
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-@pytest.mark.parametrize("model_type", ["qwen", "resnet", None, 7, ["clip"]])
+@pytest.mark.parametrize("model_type", ["qwen", None, ["clip"], "siglip2"])
 def test_an_unknown_type_says_which_are_known(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="fixed resolution" if model_type == "siglip2" else "clip") as error:
         build_vision_tower(tmp_path)
     assert repr(model_type) in str(error.value)
     assert all(known in str(error.value) for known in TOWERS)
 
 
-def test_naflex_is_refused_with_advice(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
-    with pytest.raises(ValueError, match="fixed resolution"):
-        build_vision_tower(tmp_path)
-
-
-def test_absent_checkpoints(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"no folder with a config\.json"):
-        build_vision_tower(tmp_path)
-    with pytest.raises(FileNotFoundError, match="cannot be read"):
-        build_vision_tower(tmp_path / "absent")
-    file = tmp_path / "weights.bin"
-    file.write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="no folder with"):
-        build_vision_tower(file)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="cannot be read; give"):
-        build_vision_tower("nobody/no-such-tower")
-    (tmp_path / "config.json").write_text("{not json")
-    with pytest.raises(FileNotFoundError, match="not a valid JSON file"):
-        build_vision_tower(tmp_path)
+def test_absent_checkpoints(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{not json")
+    absent = {tmp_path: "no folder with a config", tmp_path / "file": "no folder with a config"}
+    absent |= {tmp_path / "absent": "cannot be read; give", "nobody/no-such-tower": "cannot be read; give"}
+    for name, said in (absent | {tmp_path / "damaged": "not a valid JSON file"}).items():
+        with pytest.raises(FileNotFoundError, match=said):
+            build_vision_tower(name)
 
 
 def test_absent_or_damaged_files(tmp_path):
@@ -66,11 +52,10 @@ def test_absent_or_damaged_files(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"weights of .* cannot be loaded"):
         build_vision_tower(folder)
-    for content in (b"", b"damaged", pickle.dumps(Path(tmp_path), protocol=2)):
-        (folder / "pytorch_model.bin").write_bytes(content)
-        with pytest.raises(ValueError, match="cannot be loaded") as error:
-            build_vision_tower(folder)
-        assert len(str(error.value).splitlines()) == 1
+    (folder / "pytorch_model.bin").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot be loaded") as error:
+        build_vision_tower(folder)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
@@ -100,7 +85,6 @@ class Evil:
         ({"num_hidden_layers": 1}, r"16 not in the configuration \(.*layers\.1\."),
         ({"num_hidden_layers": 3}, r"16 missing \(encoder\.layers\.2"),
         ({"num_channels": 1}, "1 channels"),
-        ({"patch_size": 0}, "patch_size .*got 0"),
         ({"image_size": [28, 28]}, r"image_size .*got \[28, 28\]"),
         ({"hidden_size": 31}, r"config\.json of .* is no CLIPVisionConfig"),
     ],
@@ -110,13 +94,6 @@ def test_a_configuration_that_does_not_fit_is_named(tmp_path, changes, said):
     vision = json.loads((tmp_path / "config.json").read_text())["vision_config"]
     edit(tmp_path / "config.json", vision_config=vision | changes)
     with pytest.raises(ValueError, match=said):
-        build_vision_tower(tmp_path)
-
-
-def test_a_missing_weight_is_named(tmp_path):
-    make_clip_checkpoint(tmp_path)
-    rename_weights(tmp_path, lambda name: None if name.endswith("vision_model.post_layernorm.bias") else name)
-    with pytest.raises(ValueError, match=r"1 missing \(post_layernorm\.bias\)"):
         build_vision_tower(tmp_path)
 
 

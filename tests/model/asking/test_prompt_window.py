@@ -18,12 +18,12 @@ def text_of(tokenizer, ids) -> str:
 def test_what_fits_is_left_alone(tokenizer, caplog):
     history = [("<|extra_0|>q", "a"), ("r", "b")]
     ids, _ = encode_prompt(tokenizer, "s", 3, history)
-    assert fit_prompt(tokenizer, "s", 3, history, max_window_size=len(ids)) == ids
+    assert fit_prompt(tokenizer, "s", 3, history, SYSTEM_PROMPT, len(ids)) == ids
     assert not caplog.records
 
 
 @pytest.mark.parametrize("images", [0, 2])
-@pytest.mark.parametrize("window", [40, 60, 200])
+@pytest.mark.parametrize("window", [40, 200])
 def test_long_conversations_keep_system_prompt_images_and_the_newest_turns(tokenizer, caplog, images, window):
     history = [(f"{'<|extra_0|>' * images if number == 0 else ''}question {number}", "a") for number in range(30)]
     ids = fit_prompt(tokenizer, "the last", 4, history, SYSTEM_PROMPT, window)
@@ -74,6 +74,6 @@ def test_one_giant_question_loses_its_beginning_but_no_image_and_no_half_charact
 
 def test_no_room_for_a_question_is_an_error(tokenizer):
     with pytest.raises(ValueError, match=r"2 images .* 50 tokens"):
-        fit_prompt(tokenizer, "<|extra_0|><|extra_0|>What is this?", 20, max_window_size=50)
+        fit_prompt(tokenizer, "<|extra_0|><|extra_0|>What is this?", 20, [], SYSTEM_PROMPT, 50)
     with pytest.raises(ValueError, match="system prompt"):
-        fit_prompt(tokenizer, "What?", 4, system="long " * 100, max_window_size=50)
+        fit_prompt(tokenizer, "What?", 4, [], "long " * 100, 50)

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint
+from tiny_run import write_as_the_original
 from tiny_vlm import (
     ALPHA,
     RANK,
@@ -33,15 +33,14 @@ from torch.testing import assert_close
 
 from model import CheckpointError, LoraSettings, VisionLanguageModel, read_checkpoint
 from model.checkpoints.checkpoint import resolve_checkpoint
-from model.checkpoints.folder import numbered_checkpoints
 from model.checkpoints.readers import read_tensors
 from model.checkpoints.saving import write_checksums
 from qwen import MultimodalQWenLMHeadModel
 
-FILES = {
-    *("adapter_config.json", "adapter_model.safetensors", "projector.safetensors", "multimodal_config.json"),
-    "checksums.json",
-}
+ADAPTER, PROJECTOR, MULTIMODAL = "adapter_model.safetensors", "projector.safetensors", "multimodal_config.json"
+WEIGHTS = {"adapter_config.json", ADAPTER, PROJECTOR, MULTIMODAL}
+FILES = WEIGHTS | {"checksums.json"}
+LORA_A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +52,12 @@ def batch():
 def trained(tiny_bases):
     """A model with LoRA and projector weights that show in its answers."""
     return enliven_trained(new_model(tiny_bases)).eval()
+
+
+@pytest.fixture(scope="module")
+def other(tiny_bases):
+    """One with other weights."""
+    return enliven_trained(new_model(tiny_bases), seed=5).eval()
 
 
 @pytest.fixture(scope="module")
@@ -85,32 +90,19 @@ def rewrite(file: Path, change) -> None:
         write_checksums(file.parent, [file.name])
 
 
-def write_original(folder: Path, saved: Path, *, prefix: str = "", adapter: str = "adapter_model.bin") -> Path:
-    """A folder as the original project left it, with the weights of `saved`."""
-    folder.mkdir()
-    shutil.copy(saved / "adapter_config.json", folder)
-    if adapter.endswith(".bin"):
-        torch.save(load_file(saved / "adapter_model.safetensors"), folder / adapter)
-    else:
-        shutil.copy(saved / "adapter_model.safetensors", folder / adapter)
-    weights = load_file(saved / "projector.safetensors")
-    torch.save({prefix + name: value for name, value in weights.items()}, folder / "other_params.bin")
-    return folder
-
-
 # What is written
 
 
 def test_files_and_names(saved, tiny_bases, trained):
     assert {path.name for path in saved.iterdir()} == FILES
-    assert set(load_file(saved / "adapter_model.safetensors")) == {
+    assert set(load_file(saved / ADAPTER)) == {
         f"base_model.model.transformer.h.{i}.{target}.lora_{part}.weight"
         for i in range(2)
         for target in ("attn.c_attn", "mlp.w1", "mlp.w2")
         for part in "AB"
     }
-    assert set(load_file(saved / "projector.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    config = json.loads((saved / "multimodal_config.json").read_text())
+    assert set(load_file(saved / PROJECTOR)) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    config = json.loads((saved / MULTIMODAL).read_text())
     prints = [config.pop(f"{base}_fingerprint") for base in ("vision_tower", "language_model")]
     assert all(re.fullmatch("v2-[0-9a-f]{16}", value) for value in prints)
     assert prints[0] != prints[1]
@@ -128,9 +120,7 @@ def test_files_and_names(saved, tiny_bases, trained):
         "dtype": "float32",
     }
     sums = json.loads((saved / "checksums.json").read_text())
-    assert sums == {
-        name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in FILES - {"checksums.json"}
-    }
+    assert sums == {name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in WEIGHTS}
     adapter = json.loads((saved / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["base_model_name_or_path"]) == (RANK, ALPHA, tiny_bases[0])
     assert sorted(adapter["target_modules"]) == ["c_attn", "w1", "w2"]
@@ -139,7 +129,7 @@ def test_files_and_names(saved, tiny_bases, trained):
 def test_relative_folders_of_base_models_are_written_absolute(tiny_bases, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(tiny_bases[0]).parent)
     new_model(("qwen", "clip")).save_checkpoint(tmp_path)
-    config = json.loads((tmp_path / "multimodal_config.json").read_text())
+    config = json.loads((tmp_path / MULTIMODAL).read_text())
     assert (config["base_language_model"], config["base_value_model"]) == tiny_bases
     monkeypatch.chdir("/")
     load(tmp_path)
@@ -158,14 +148,6 @@ def test_the_configuration_stays_readable_with_names_in_any_script(trained, tmp_
     assert '  "base_language_model": "通义/千问",' in text.splitlines()
     assert text.endswith("}\n")
     assert read_checkpoint(tmp_path / "new/folder").config.base_language_model == "通义/千问"
-
-
-def test_what_stands_in_the_way_of_a_save_is_named(trained, saved, folder):
-    (folder / "tmp-weights").write_text("a file")
-    with pytest.raises(FileExistsError, match="tmp-weights"):
-        trained.save_checkpoint(folder)
-    for path in saved.iterdir():
-        assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_weights_that_cannot_be_written_leave_the_old_ones(trained, saved, folder, monkeypatch):
@@ -201,31 +183,24 @@ def test_new_weights_half_in_place_are_no_checkpoint(trained, folder, monkeypatc
 # What comes back
 
 
-def test_what_is_loaded_is_what_was_saved_bit_for_bit(trained, saved, batch):
-    loaded = load(saved)
-    assert_close(logits_of(loaded, batch), logits_of(trained, batch), rtol=0, atol=0)
-    assert not trainable_parameters(loaded)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"trainable": True, "lora_dropout": 0.25}, {"dtype": torch.bfloat16}],
+    ids=["to ask", "to train", "over a base in bf16"],
+)
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(trained, saved, batch, tmp_path, options):
+    loaded = load(saved, **options)
+    if not options:
+        assert_close(logits_of(loaded, batch), logits_of(trained, batch), rtol=0, atol=0)
+    assert loaded.training == ("trainable" in options)
+    assert loaded.dtype == options.get("dtype", torch.float32)
     assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {torch.float32}
-
-
-def test_training_goes_on_from_a_checkpoint_with_everything_trainable(trained, saved, tmp_path):
-    loaded = load(saved, trainable=True, lora_dropout=0.25)
-    before, after = trainable_parameters(trained), trainable_parameters(loaded)
-    assert {name: p.shape for name, p in before.items()} == {name: p.shape for name, p in after.items()}
-    assert loaded.training
-    assert loaded.language_model.peft_config["default"].lora_dropout == 0.25
+    assert loaded.language_model.peft_config["default"].lora_dropout == options.get("lora_dropout", 0.0)
+    assert trainable_parameters(loaded).keys() == (trainable_parameters(trained).keys() if loaded.training else set())
     loaded.save_checkpoint(tmp_path)
-    for name in ("adapter_model.safetensors", "projector.safetensors"):
+    for name in (ADAPTER, PROJECTOR):
         assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
-
-
-def test_lora_is_loaded_in_fp32_over_a_half_precision_base(saved, tmp_path):
-    loaded = load(saved, dtype=torch.bfloat16)
-    assert loaded.dtype == torch.bfloat16
-    loaded.save_checkpoint(tmp_path)
-    for name in ("adapter_model.safetensors", "projector.safetensors"):
-        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
-    assert json.loads((tmp_path / "multimodal_config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / MULTIMODAL).read_text())["dtype"] == str(loaded.dtype).removeprefix("torch.")
 
 
 def test_peft_itself_reads_the_adapter(saved, tiny_bases, trained):
@@ -236,21 +211,18 @@ def test_peft_itself_reads_the_adapter(saved, tiny_bases, trained):
         assert_close(wrapped(input_ids=ids).logits, trained.language_model(input_ids=ids).logits, rtol=0, atol=0)
 
 
-def test_weights_go_back_into_a_model_that_is_there(tiny_bases, saved, trained, batch):
-    model = enliven_trained(new_model(tiny_bases), seed=5)
-    assert not torch.equal(logits_of(model, batch), logits_of(trained, batch))
-    model.load_checkpoint(saved)
-    assert_close(logits_of(model, batch), logits_of(trained, batch), rtol=0, atol=0)
-
-
-def test_saving_and_loading_ask_no_hub(tiny_bases, saved, tmp_path, monkeypatch):
+def test_weights_go_back_into_a_model_that_is_there_and_nobody_asks_the_hub(
+    tiny_bases, saved, trained, batch, tmp_path, monkeypatch
+):
     def refuse(*args, **kwargs):
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", refuse)
-    model = new_model(tiny_bases)
+    model = enliven_trained(new_model(tiny_bases), seed=5)
     model.language_model.peft_config["default"].base_model_name_or_path = "somebody/something"
+    assert not torch.equal(logits_of(model, batch), logits_of(trained, batch))
     model.load_checkpoint(saved)
+    assert_close(logits_of(model, batch), logits_of(trained, batch), rtol=0, atol=0)
     model.save_checkpoint(tmp_path)
 
 
@@ -267,40 +239,31 @@ def test_a_run_folder_means_its_newest_complete_checkpoint(saved, tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-300").write_text("a file")
     assert resolve_checkpoint(tmp_path) == newest
-    for missing in FILES - {"checksums.json"}:
+    for missing in WEIGHTS:
         spoilt = Path(shutil.copytree(saved, tmp_path / "checkpoint-400"))
         (spoilt / missing).unlink()
         assert resolve_checkpoint(tmp_path) == newest, missing
         shutil.rmtree(spoilt)
-    assert [path.name for path in numbered_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-30", "checkpoint-2"]
     shutil.rmtree(newest)
     assert resolve_checkpoint(str(tmp_path) + os.sep) == second
 
 
-def test_the_checkpoints_of_a_run_come_before_what_lies_in_its_folder(saved, tmp_path):
+def test_the_checkpoints_of_a_run_come_before_the_weights_in_its_folder(saved, tmp_path):
     run = Path(shutil.copytree(saved, tmp_path / "run"))
-    assert resolve_checkpoint(run) == run
     (newest,) = make_run(run, saved, 5)
     assert resolve_checkpoint(run) == newest
-    (newest / "projector.safetensors").unlink()
+    (newest / PROJECTOR).unlink()
     assert resolve_checkpoint(run) == run
+    (run / PROJECTOR).unlink()
+    with pytest.raises(CheckpointError, match=r"none of its 1 checkpoint-\* folders is complete"):
+        resolve_checkpoint(run)
 
 
-def test_a_folder_without_any_complete_checkpoint(saved, tmp_path):
-    for child in make_run(tmp_path, saved, 1, 2):
-        (child / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"none of its 2 checkpoint-\* folders is complete"):
-        resolve_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("name", sorted(FILES - {"checksums.json"}))
-def test_a_missing_file_is_named(folder, name):
+@pytest.mark.parametrize("name", sorted(WEIGHTS))
+def test_what_is_missing_is_named(folder, tmp_path, name):
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=name):
         load(folder)
-
-
-def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere: no such folder"):
         load(tmp_path / "nowhere")
 
@@ -334,19 +297,17 @@ def test_a_file_of_another_checkpoint_is_found(folder, tiny_bases, tmp_path, nam
         load(folder)
 
 
-def test_other_files_in_the_folder_are_ignored(folder, saved, tmp_path):
+def test_other_files_in_the_folder_and_other_fields_are_ignored(folder, tmp_path):
     (folder / "notes.txt").symlink_to(tmp_path / "nowhere")
     os.mkfifo(folder / "optimizer.pt")
+    rewrite(folder / MULTIMODAL, lambda c: c.update(something_new=1))  # a later version's
     load(folder)
-    (folder / "multimodal_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"multimodal_config\.json missing"):
-        load(folder)
 
 
 def test_a_folder_that_is_older_than_checksums_loads_with_a_warning(folder, trained, batch, caplog):
     (folder / "checksums.json").unlink()
-    rewrite(folder / "multimodal_config.json", lambda c: c.update(vision_tower_fingerprint="0123456789abcdef"))
-    rewrite(folder / "multimodal_config.json", lambda c: c.update(language_model_fingerprint="fp16-0123456789abcdef"))
+    rewrite(folder / MULTIMODAL, lambda c: c.update(vision_tower_fingerprint="0123456789abcdef"))
+    rewrite(folder / MULTIMODAL, lambda c: c.update(language_model_fingerprint="fp16-0123456789abcdef"))
     assert_close(logits_of(load(folder), batch), logits_of(trained, batch), rtol=0, atol=0)
     assert "checksums.json" in caplog.text
     assert "vision_tower_fingerprint" in caplog.text
@@ -356,26 +317,29 @@ def test_a_folder_that_is_older_than_checksums_loads_with_a_warning(folder, trai
 # Folders of the original project
 
 
-@pytest.mark.parametrize("prefix", ["", "feature_proj.", "base_model.model.transformer.feature_proj."])
-@pytest.mark.parametrize("adapter", ["adapter_model.bin", "adapter_model.safetensors"])
-def test_a_folder_of_the_original_project_loads(saved, trained, tiny_bases, tmp_path, batch, prefix, adapter):
-    folder = write_original(tmp_path / "original", saved, prefix=prefix, adapter=adapter)
+@pytest.mark.parametrize(
+    ("adapter", "adapter_prefix", "projector_prefix"),
+    [
+        ("adapter_model.bin", "", ""),
+        ("adapter_model.safetensors", "language_model.", "feature_proj."),
+        ("adapter_model.bin", "module.", "base_model.model.transformer.feature_proj."),
+    ],
+)
+def test_a_folder_of_the_original_project_loads(
+    saved, trained, tiny_bases, tmp_path, adapter, adapter_prefix, projector_prefix
+):
+    folder = write_as_the_original(saved, tmp_path / "original")
+    lora, projector = load_file(saved / ADAPTER), load_file(saved / PROJECTOR)
+    if adapter_prefix:  # names may hold the adapter's own, `default`
+        lora = {adapter_prefix + re.sub(r"(lora_[AB])", r"\1.default", name): value for name, value in lora.items()}
+    (folder / "adapter_model.bin").unlink()
+    (torch.save if adapter.endswith(".bin") else save_file)(lora, folder / adapter)
+    torch.save({projector_prefix + name: value for name, value in projector.items()}, folder / "other_params.bin")
     assert read_checkpoint(folder).config is None
-    loaded = load(folder, *tiny_bases)
-    assert_close(logits_of(loaded, batch), logits_of(trained, batch), rtol=0, atol=0)
-    assert not loaded.vision_tower.drop_first_patch  # CLIP's class token went, and that is all
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "language_model."])
-def test_adapter_names_of_the_original_project_may_hold_the_adapter_s_own(saved, trained, tiny_bases, tmp_path, prefix):
-    folder = write_original(tmp_path / "original", saved)
-    weights = torch.load(folder / "adapter_model.bin", weights_only=True)
-    longer = {prefix + re.sub(r"(lora_[AB])", r"\1.default", name): value for name, value in weights.items()}
-    assert all(name.endswith(".default.weight") for name in longer)
-    torch.save(longer, folder / "adapter_model.bin")
     loaded = load(folder, *tiny_bases)
     for name, parameter in trained.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter), name
+    assert not loaded.vision_tower.drop_first_patch  # CLIP's class token went, and that is all
 
 
 def test_what_the_original_project_wrote_on_a_gpu_is_read_to_the_cpu(tmp_path):
@@ -394,7 +358,7 @@ def test_what_the_original_project_wrote_on_a_gpu_is_read_to_the_cpu(tmp_path):
 
 
 def test_a_folder_of_the_original_project_needs_its_base_models_named(saved, tiny_bases, tmp_path):
-    folder = write_original(tmp_path / "original", saved)
+    folder = write_as_the_original(saved, tmp_path / "original")
     with pytest.raises(CheckpointError, match="give --base_language_model and --base_value_model: "):
         load(folder)
     with pytest.raises(CheckpointError, match="give --base_value_model: "):
@@ -405,7 +369,7 @@ def test_siglip_loses_its_first_patch_in_what_the_original_trained_and_only_ther
     saved, tiny_bases, tiny_siglip, tmp_path
 ):
     bases = tiny_bases[0], tiny_siglip
-    original = write_original(tmp_path / "original", saved)
+    original = write_as_the_original(saved, tmp_path / "original")
     old, new = load(original, *bases), VisionLanguageModel.from_pretrained(*bases, device="cpu")
     assert (old.num_image_tokens, new.num_image_tokens) == (3, 4)  # as 728 and 729 of SigLIP's own
     pixels = sample(2)["pixel_values"]
@@ -415,7 +379,7 @@ def test_siglip_loses_its_first_patch_in_what_the_original_trained_and_only_ther
     further = load(original, *bases, trainable=True)
     assert further.num_image_tokens == 3
     further.save_checkpoint(tmp_path / "further")
-    config = json.loads((tmp_path / "further" / "multimodal_config.json").read_text())
+    config = json.loads((tmp_path / "further" / MULTIMODAL).read_text())
     assert (config["drop_first_patch"], config["num_image_tokens"], config["vision_tower"]) == (True, 3, "siglip")
     again = load(tmp_path / "further")
     assert (again.num_image_tokens, again.vision_tower.drop_first_patch) == (3, True)
@@ -434,34 +398,19 @@ def test_siglip_loses_its_first_patch_in_what_the_original_trained_and_only_ther
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"PK\x03\x04 cut off",
-        b"\x80\x02}q\x00(X\x05",
-        b"plain text",
-        pickle.dumps({"0.weight": [1, 2]}, protocol=2),
-        pickle.dumps([1, 2], protocol=2),
-        bytes(range(256)),
+        *(b"", b"PK\x03\x04 cut off", b"\x80\x02}q\x00(X\x05", b"text", pickle.dumps({"0.weight": [1, 2]}, protocol=2)),
+        *([torch.ones(1)], {"0.weight": torch.ones(1), "step": 5}, {0: torch.ones(1)}),
     ],
-    ids=["empty", "cut archive", "cut pickle", "text", "list as tensor", "list", "bytes"],
+    ids=["empty", "cut archive", "cut pickle", "text", "list as tensor", "list", "number", "name that is a number"],
 )
 def test_a_broken_file_of_the_original_is_named(saved, tiny_bases, tmp_path, name, content):
-    folder = write_original(tmp_path / "original", saved)
-    (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=name):
+    folder = write_as_the_original(saved, tmp_path / "original")
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        torch.save(content, folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: (can't be read|.*names and tensors)"):
         load(folder, *tiny_bases)
-
-
-@pytest.mark.parametrize(
-    "content", [[torch.ones(1)], {"0.weight": [1.0]}, {"0.weight": torch.ones(1), "step": 5}, {0: torch.ones(1)}, 5]
-)
-def test_a_pickle_of_something_else_than_tensors(tmp_path, content):
-    torch.save(content, tmp_path / "other_params.bin")
-    with pytest.raises(CheckpointError, match=r"other_params\.bin: .*names and tensors"):
-        read_tensors(tmp_path / "other_params.bin")
-
-
-ADAPTER, PROJECTOR = "adapter_model.safetensors", "projector.safetensors"
-LORA_A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 
 
 @pytest.mark.parametrize(
@@ -472,66 +421,37 @@ LORA_A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
         (ADAPTER, lambda w: w.update({LORA_A: torch.ones(RANK, 17)}), rf"{LORA_A} is \(4, 17\), expected \(4, 16\)"),
         (ADAPTER, lambda w: w[LORA_A].fill_(float("nan")), f"{LORA_A} holds values that are not finite"),
         (ADAPTER, lambda w: w.update({LORA_A: torch.ones(RANK, 16).int()}), f"{LORA_A} is torch.int32"),
-        (ADAPTER, lambda w: w.clear(), "missing"),
+        (ADAPTER, lambda w: w.clear(), "missing .*and 8 more$"),
         (PROJECTOR, lambda w: w.pop("2.bias"), "missing 2.bias"),
-        (PROJECTOR, lambda w: (w.pop("2.bias"), w.pop("2.weight")), "missing 2.bias; missing 2.weight"),
-        (PROJECTOR, lambda w: w.update({"4.weight": torch.ones(1)}), "unexpected 4.weight"),
         (PROJECTOR, lambda w: w.update({"0.bias": torch.ones(3)}), r"0.bias is \(3,\), expected \(16,\)"),
         (PROJECTOR, lambda w: w["2.bias"].fill_(float("inf")), "2.bias holds values that are not finite"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(folder, trained, file, change, message):
+def test_weights_that_do_not_fit_are_named_and_change_nothing(folder, other, file, change, message):
     rewrite(folder / file, change)
     part, likely = {ADAPTER: ("adapter", "base language model or rank"), PROJECTOR: ("projector", "vision tower")}[file]
     message = rf"{part} in {re.escape(str(folder))} does not fit \(was it trained for another {likely}.*{message}"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         load(folder)
-    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
+    assert len(str(error.value)) < 700
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
     with pytest.raises(CheckpointError, match=message):
-        trained.load_checkpoint(folder)
-    for name, parameter in trained.named_parameters():
+        other.load_checkpoint(folder)
+    for name, parameter in other.named_parameters():
         assert torch.equal(parameter, before[name]), name
 
 
-def test_many_faults_make_a_short_message(folder):
-    rewrite(folder / ADAPTER, lambda w: w.clear())
-    with pytest.raises(CheckpointError, match="and 8 more") as error:
-        load(folder)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 700
-
-
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("change", "message"),
     [
-        ({"r": 8}, r"expected \("),
-        ({"target_modules": ["q_proj"]}, "adapter_config"),
-        ({"target_modules": ["wte"]}, "wte"),
+        (lambda c: c.update(r=8), r"expected \("),
+        (lambda c: c.update(target_modules=["q_proj"]), "adapter_config"),
+        (lambda c: c.update(target_modules=["wte"]), "wte"),
     ],
 )
-def test_layers_that_the_weights_or_the_base_model_do_not_have(folder, changes, said):
-    rewrite(folder / "adapter_config.json", lambda config: config.update(changes))
-    with pytest.raises(CheckpointError, match=said):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"peft_type": "LORA", "r": "four"}',
-        '{"peft_type": "LORA", "r": 0}',
-        '{"peft_type": "IA3"}',
-        '{"peft_type": "NONSENSE"}',
-        '{"r": 4, "target_modules": 5}',
-    ],
-)
-def test_an_adapter_configuration_that_is_none(folder, content):
-    (folder / "adapter_config.json").write_text(content)
-    write_checksums(folder, ["adapter_config.json"])
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: (?!not what)"):
+def test_layers_that_the_weights_or_the_base_model_do_not_have(folder, change, message):
+    rewrite(folder / "adapter_config.json", change)
+    with pytest.raises(CheckpointError, match=message):
         load(folder)
 
 
@@ -540,59 +460,42 @@ def test_an_adapter_configuration_that_is_none(folder, content):
     [
         (lambda c: c.pop("num_image_tokens"), "num_image_tokens missing"),
         (lambda c: c.update(base_language_model=5), "base_language_model"),
-        (lambda c: c.update(base_value_model=None), "base_value_model"),
         (lambda c: c.update(drop_first_patch="no"), "drop_first_patch"),
         (lambda c: c.update(projector_layers=3), "projector_layers"),
         (lambda c: c.update(projector_layers=1), "unexpected 2.bias"),
         (lambda c: c.update(num_image_tokens=729), "num_image_tokens is 4, the checkpoint was trained with 729"),
+        (lambda c: c.update(vision_hidden_size=48), "vision_hidden_size is 32, the checkpoint was trained with 48"),
+        (lambda c: c.update(language_hidden_size=32), "language_hidden_size is 16, the checkpoint was trained with 32"),
+        (lambda c: c.update(vocab_size=151936), f"vocab_size is {VOCAB_SIZE}, the checkpoint was trained with 151936"),
     ],
 )
-def test_a_multimodal_configuration_that_is_none(folder, change, message):
-    rewrite(folder / "multimodal_config.json", change)
+def test_a_multimodal_configuration_that_is_none_or_does_not_fit(folder, change, message):
+    rewrite(folder / MULTIMODAL, change)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
-
-
-def test_a_later_field_of_the_multimodal_configuration_is_left_alone(folder):
-    rewrite(folder / "multimodal_config.json", lambda c: c.update(something_new=1))
-    load(folder)
 
 
 def test_another_tower_is_refused(folder, tiny_bases, tiny_siglip, tmp_path):
     with pytest.raises(CheckpointError, match="vision_tower is siglip, the checkpoint was trained with clip"):
         load(folder, tiny_bases[0], tiny_siglip)
-    with pytest.raises(CheckpointError, match="vision_tower is dinov2"):
-        load(folder, None, make_dinov2_checkpoint(tmp_path / "dino"))
-    wider = make_clip_checkpoint(tmp_path / "wider", hidden_size=48)
-    with pytest.raises(CheckpointError, match="vision_hidden_size is 48, the checkpoint was trained with 32"):
-        load(folder, None, wider)
-    larger = make_clip_checkpoint(tmp_path / "larger", image_size=42)
-    with pytest.raises(CheckpointError, match="num_image_tokens is 9, the checkpoint was trained with 4"):
-        load(folder, None, larger)
-
-
-def test_another_tower_of_the_same_shape_is_refused_where_it_is_known(folder, tiny_bases, tmp_path):
-    other = Path(shutil.copytree(tiny_bases[1], tmp_path / "other"))
+    same_shape = Path(shutil.copytree(tiny_bases[1], tmp_path / "same_shape"))
     patches = "vision_model.embeddings.patch_embedding.weight"
-    rewrite(other / "model.safetensors", lambda weights: weights[patches].add_(1))
+    rewrite(same_shape / "model.safetensors", lambda weights: weights[patches].add_(1))
     expected = f"weights or settings of --base_value_model differ from those of {re.escape(tiny_bases[1])}"
     with pytest.raises(CheckpointError, match=expected):
-        load(folder, None, str(other))
-    rewrite(folder / "multimodal_config.json", lambda config: config.update(vision_tower_fingerprint=""))
-    load(folder, None, str(other))
+        load(folder, None, str(same_shape))
+    rewrite(folder / MULTIMODAL, lambda config: config.update(vision_tower_fingerprint=""))  # not known
+    load(folder, None, str(same_shape))
 
 
 def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):
     wider = make_language_model(tmp_path / "wider", hidden_size=32, kv_channels=16)
-    with pytest.raises(CheckpointError, match="language_hidden_size is 32, the checkpoint was trained with 16"):
-        load(folder, wider)
     deeper = make_language_model(tmp_path / "deeper", num_hidden_layers=3)
-    with pytest.raises(CheckpointError, match="weights or settings of --base_language_model differ"):
-        load(folder, deeper)
     same_shape = make_language_model(tmp_path / "same_shape", seed=99)
-    with pytest.raises(CheckpointError, match="weights or settings of --base_language_model differ"):
-        load(folder, same_shape)
-    original = write_original(tmp_path / "original", saved)  # which does not say what it was trained on
+    for other in (deeper, same_shape):
+        with pytest.raises(CheckpointError, match="weights or settings of --base_language_model differ"):
+            load(folder, other)
+    original = write_as_the_original(saved, tmp_path / "original")  # which does not say what it was trained on
     with pytest.raises(CheckpointError, match=r"missing base_model.model.transformer.h.2.attn.c_attn.lora_A.weight"):
         load(original, deeper, tiny_bases[1])
     with pytest.raises(CheckpointError, match=r"projector .* does not fit.*0.bias is \(16,\), expected \(32,\)"):
@@ -611,7 +514,7 @@ def test_weights_go_into_no_model_with_another_scale_or_tower(saved, tiny_bases,
 
 def test_a_base_model_that_has_gone_is_named(folder, tiny_bases, tmp_path):
     gone = str(tmp_path / "gone")
-    rewrite(folder / "multimodal_config.json", lambda c: c.update(base_language_model=gone))
+    rewrite(folder / MULTIMODAL, lambda c: c.update(base_language_model=gone))
     with pytest.raises(ValueError, match=r"base language model '.*gone' is no local folder"):
         load(folder)
     load(folder, tiny_bases[0])  # it may be named anew

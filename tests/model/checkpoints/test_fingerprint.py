@@ -20,12 +20,9 @@ def weights(seed: int = 0, size: int = 300) -> dict[str, torch.Tensor]:
     return {"a.weight": torch.randn(5, size, generator=generator), "a.bias": torch.randn(5, generator=generator)}
 
 
-def test_the_same_weights_have_the_same_fingerprint_in_bf16_and_fp32():
-    assert fingerprint(weights()) == fingerprint(weights())
+def test_only_other_weights_shapes_names_and_settings_have_another_fingerprint():
+    assert fingerprint({"a": torch.arange(300.0)}, {"b": 1}) == "v2-366462b7a6254a61"  # of all versions
     assert fingerprint({name: value.bfloat16() for name, value in weights().items()}) == fingerprint(weights())
-
-
-def test_other_weights_shapes_names_and_settings_have_another():
     found = [
         fingerprint(weights()),
         fingerprint(weights(seed=1)),
@@ -43,7 +40,7 @@ def test_of_a_model_of_two_halves_the_vision_half_counts_and_nothing_that_is_com
     assert fingerprint(weights()) == fingerprint(vision) == fingerprint({**vision, **text, **computed})
 
 
-@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 19_447_808])  # the last is past what fp32 can count to
+@pytest.mark.parametrize("size", [1, 64, 65, 19_447_808])  # the last is past what fp32 can count to
 def test_tensors_of_any_size(size):
     tensor = torch.zeros(size, dtype=torch.bfloat16)
     before = fingerprint({"weight": tensor})

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_run import (
     MIXED_CAPTIONS,
     ROOT,
@@ -180,34 +180,22 @@ def test_no_remote_code_is_run_whatever_auto_map_says(stranger, base_flags, tmp_
     """In a process of its own: an import that has happened can't be told from one that is refused."""
     proof = tmp_path / "it ran"
     poison = f"open({str(proof)!r}, 'w').close()\n"
-    auto_map = {
-        "AutoConfig": "evil.Config",
-        "AutoModel": "evil.Model",
-        "AutoModelForCausalLM": "evil.Model",
-        "AutoTokenizer": ["evil.Tokenizer", None],
-        "AutoImageProcessor": "evil.Processor",
-        "AutoProcessor": "evil.Processor",
-    }
-    copies = [
-        Path(shutil.copytree(base, tmp_path / name))
-        for base, name in ((base_flags[1], "qwen"), (base_flags[3], "clip"))
-    ]
-    for folder in (*copies, stranger):
+    names = ("Config", "Model", "ModelForCausalLM", "ImageProcessor", "Processor")
+    auto_map = {f"Auto{name}": f"evil.{name}" for name in names} | {"AutoTokenizer": ["evil.Tokenizer", None]}
+    qwen, clip = (Path(shutil.copytree(base, tmp_path / Path(base).name)) for base in (base_flags[1], base_flags[3]))
+    for folder in (qwen, clip, stranger):
         (folder / "evil.py").write_text(poison)
         (folder / "custom_generate").mkdir()
         (folder / "custom_generate/generate.py").write_text(poison)
         for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
             if (folder / name).is_file():
                 edit(folder / name, auto_map=auto_map, trust_remote_code=True, custom_generate="./custom_generate")
-    edit(
-        stranger / "adapter_config.json",
-        auto_mapping={"base_model_class": "Model", "parent_library": "evil"},
-        task_type=None,
-    )
+    auto_mapping = {"base_model_class": "Model", "parent_library": "evil"}
+    edit(stranger / "adapter_config.json", auto_mapping=auto_mapping, task_type=None)
     edit(stranger / "multimodal_config.json", auto_map=auto_map, trust_remote_code=True)
-    bases_flags = ["--base_language_model", str(copies[0]), "--base_value_model", str(copies[1])]
-    flags = ["--model_weights", str(stranger), *bases_flags, "--prompt", "What?", "--device", "cpu", "--greedy"]
-    command = [sys.executable, str(ROOT / "test.py"), *flags]
+    bases = ["--base_language_model", qwen, "--base_value_model", clip]
+    flags = ["--model_weights", stranger, *bases, "--prompt", "What?", "--device", "cpu", "--greedy"]
+    command = [sys.executable, ROOT / "test.py", *flags]
     # From the checkpoint's own folder, where evil.py would be found by its name.
     done = subprocess.run(command, cwd=stranger, env=environment(), capture_output=True, text=True, input="y\n" * 9)
     assert done.returncode == 0, done.stderr
@@ -218,29 +206,14 @@ def test_no_remote_code_is_run_whatever_auto_map_says(stranger, base_flags, tmp_
 @pytest.mark.parametrize(
     "changes",
     [
-        {"megatron_config": {"a": 1}, "megatron_core": "evil"},
-        {"target_modules": "(a+)+$"},
-        {"target_modules": "all-linear"},
-        {"rank_pattern": {"(a+)+$": 1}},
-        {"alpha_pattern": {"c_attn": 1e30}},
-        {"modules_to_save": ["lm_head"]},
-        {"layer_replication": [[0, 1000000]]},
-        {"use_dora": True},
-        {"loftq_config": {"loftq_bits": 4}},
-        {"bias": "all"},
-        {"lora_alpha": float("nan")},
-        {"lora_alpha": "8"},
-        {"lora_dropout": 1.5},
-        {"r": 10**9},
-        {"r": -4},
-        {"r": True},
-        {"target_modules": []},
-        {"target_modules": ["c_attn", 5]},
-        {"target_modules": [".*"]},
-        {"lora_alpha": 10**400},
-        {"lora_dropout": 10**400},
-        {"use_rslora": True},
-        {"of_a_later_version": 1},
+        *({"peft_type": "IA3"}, {"peft_type": None}, {"megatron_config": {"a": 1}, "megatron_core": "evil"}),
+        *({"target_modules": "(a+)+$"}, {"target_modules": "all-linear"}, {"target_modules": []}),
+        *({"target_modules": ["c_attn", 5]}, {"target_modules": [".*"]}, {"modules_to_save": ["lm_head"]}),
+        *({"rank_pattern": {"(a+)+$": 1}}, {"alpha_pattern": {"c_attn": 1e30}}, {"layer_replication": [[0, 1000000]]}),
+        *({"use_dora": True}, {"use_rslora": True}, {"loftq_config": {"loftq_bits": 4}}, {"bias": "all"}),
+        *({"lora_alpha": float("nan")}, {"lora_alpha": "8"}, {"lora_alpha": 10**400}, {"lora_alpha": 0}),
+        *({"lora_dropout": 1.5}, {"lora_dropout": 10**400}),
+        *({"r": 10**9}, {"r": -4}, {"r": True}, {"of_a_later_version": 1}),
     ],
     ids=str,
 )
@@ -323,19 +296,17 @@ def test_the_best_checkpoint_is_one_of_this_run(stranger, base_flags, data, tmp_
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_config.json", "multimodal_config.json", "trainer_state.json", "run_state.json", "checksums.json"]
-)
-@pytest.mark.parametrize(
     "content", [b"[" * 100_000, b"{" + b'"a":{' * 100_000, b"9" * 5000, b"\xff\xfe", b"[]", b"", None]
 )
-def test_json_that_is_none_or_huge_is_one_line(stranger, name, content):
+def test_json_that_is_none_or_huge_is_one_line(stranger, content):
+    file = stranger / "multimodal_config.json"
     if content is None:
-        with (stranger / name).open("r+b") as file:
-            file.truncate(1 << 40)  # a terabyte of nothing
+        with file.open("r+b") as opened:
+            opened.truncate(1 << 40)  # a terabyte of nothing
     else:
-        (stranger / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=name) as error:
-        read_json(stranger / name)
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=file.name) as error:
+        read_json(file)
     assert len(str(error.value)) < 600
     assert "\n" not in str(error.value)
 
@@ -343,15 +314,8 @@ def test_json_that_is_none_or_huge_is_one_line(stranger, name, content):
 @pytest.mark.parametrize(
     "changes",
     [
-        *(
-            {"epoch": -1},
-            {"epoch": "0"},
-            {"epoch": 10**12},
-            {"epoch": math.inf},
-            {"epoch": 10**4000},
-            {"position": 1.5},
-        ),
-        *({"position": 10**9}, {"position": 12}, {"position": 7}, {"geometry": {}}, {"geometry": {"batch_size": 0}}),
+        *({"epoch": -1}, {"epoch": 10**12}, {"epoch": math.inf}, {"epoch": 10**4000}, {"position": 1.5}),
+        *({"position": 10**9}, {"position": 12}, {"position": 7}, {"geometry": {}}),
         {"geometry": {"num_samples": 12, "batch_size": 4, "accumulation": 1, "num_processes": 10**9}},
         *({"loss_sums": []}, {"loss_sums": ["a"]}, {"loss_sums": [10**400]}, {"loss_sums": [True]}, {"identity": []}),
         *({"bad": 5}, {"bad": [-1]}, {"bad": [10**6]}, {"more": 1}),
@@ -366,12 +330,7 @@ def test_a_run_state_that_is_none(stranger, changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"of_a_later_version": 1},
-        {"log_history": 5},
-        {"stateful_callbacks": [1]},
-        {"global_step": "x"},
-    ],
+    [{"of_a_later_version": 1}, {"log_history": 5}, {"stateful_callbacks": [1]}, {"global_step": "x"}],
     ids=str,
 )
 def test_a_trainer_state_that_is_none(stranger, refused, changes):
@@ -379,47 +338,23 @@ def test_a_trainer_state_that_is_none(stranger, refused, changes):
     assert str(stranger) in refused(stranger)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "projector.safetensors"])
 @pytest.mark.parametrize(
-    "header",
+    ("length", "header", "rest"),
     [
-        struct.pack("<Q", 1 << 62) + b"{}",
-        struct.pack("<Q", 99_000_000) + b" " * 1000,
-        struct.pack("<Q", 2) + b"[]",
-        struct.pack("<Q", 100)
-        + b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'.ljust(100),
-        struct.pack("<Q", 100) + b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[-8,8]}}'.ljust(100) + bytes(16),
+        (1 << 62, b"{}", b""),
+        (99_000_000, b" " * 1000, b""),
+        (100, b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}', b""),
+        (100, b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[-8,8]}}', bytes(16)),
     ],
-    ids=[
-        "longer than any file",
-        "longer than its file",
-        "no object",
-        "tensors beyond the end",
-        "tensors before the start",
-    ],
+    ids=["longer than any file", "longer than its file", "tensors beyond the end", "tensors before the start"],
 )
-def test_a_header_bomb_is_one_line(stranger, name, header):
-    (stranger / name).write_bytes(header)
-    sign(stranger / name)
-    with pytest.raises(CheckpointError, match=name) as error:
+def test_a_header_bomb_is_one_line(stranger, length, header, rest):
+    file = stranger / "projector.safetensors"
+    file.write_bytes(struct.pack("<Q", length) + header.ljust(min(length, 100)) + rest)
+    sign(file)
+    with pytest.raises(CheckpointError, match=file.name) as error:
         load(stranger)
     assert len(str(error.value)) < 400
-
-
-def test_dtype_shape_name_and_numbers_are_listed_together(stranger):
-    file = stranger / "adapter_model.safetensors"
-    weights = load_file(file)
-    names = sorted(weights)
-    weights[names[0]] = weights[names[0]].int()
-    weights[names[1]] = weights[names[1]][:-1]
-    weights[names[2]] = weights[names[2]] * float("nan")
-    weights["evil"] = weights.pop(names[3])
-    save_file(weights, file)
-    sign(file)
-    with pytest.raises(CheckpointError) as error:
-        load(stranger)
-    for part in (f"{names[0]} is torch.int32", "expected (", f"{names[2]} holds values", "and 1 more"):
-        assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -477,12 +412,3 @@ def test_settings_of_an_optimizer_come_from_the_flags(stranger, base_flags, data
     sign(stranger / "scheduler.pt")
     flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", str(stranger)]
     assert train.main([*QUICK, *base_flags, *data, *flags]) == 0
-
-
-def test_another_vocabulary_size(stranger, tmp_path):
-    from tiny_vlm import VOCAB_SIZE
-    from tiny_vlm import make_language_model as small_vocabulary
-
-    other = small_vocabulary(tmp_path / "other")
-    with pytest.raises(CheckpointError, match=f"vocab_size is {VOCAB_SIZE}, the checkpoint was trained with 151936"):
-        load(stranger, other)

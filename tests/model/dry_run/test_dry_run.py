@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import MIXED_CAPTIONS, make_bases, make_pictures, one_line_error, start, write_as_the_original, write_data
+from tiny_run import (
+    MIXED_CAPTIONS,
+    build_trainer,
+    make_bases,
+    make_pictures,
+    one_line_error,
+    start,
+    write_as_the_original,
+    write_data,
+)
 from tiny_towers import make_dinov2_checkpoint
 
 import train
@@ -81,7 +90,7 @@ def number(pattern: str, text: str) -> int:
 )
 def test_steps_and_evaluations_are_those_of_the_run(inputs, tmp_path, planned, flags):
     said = planned(*flags)
-    trainer = train.build_trainer(command(inputs, *flags, "--output_dir", tmp_path / "run"))
+    trainer = build_trainer(command(inputs, *flags, "--output_dir", tmp_path / "run"))
     batches = []
     step = trainer.prediction_step
     trainer.prediction_step = lambda *args, **kwargs: batches.append(1) or step(*args, **kwargs)
@@ -118,7 +127,7 @@ def test_lengths_and_padding_are_those_of_the_run(inputs, tmp_path, planned, tok
     """The estimate is for the longest batch that really comes."""
     flags = ("--train_sampling_strategy", strategy, "--per_device_train_batch_size", 3)
     said = planned(*flags)
-    trainer = train.build_trainer(command(inputs, *flags, "--output_dir", tmp_path / "run"))
+    trainer = build_trainer(command(inputs, *flags, "--output_dir", tmp_path / "run"))
     logged = capsys.readouterr().err
     batches = list(trainer.get_train_dataloader())
     supervised = {batch["input_ids"].shape[1]: int((batch["labels"] != -100).sum()) for batch in batches}
@@ -142,7 +151,7 @@ def test_every_alternative_answer_counts(inputs, tmp_path, planned):
     data = write_data(tmp_path / "data", [("red.png", ("<|extra_0|>?", a)) for a in answers], inputs / "pictures")
     said = planned(*data, "--per_device_train_batch_size", 2)
     flags = (*data, "--per_device_train_batch_size", 2)
-    trainer = train.build_trainer(command(inputs, *flags, "--output_dir", tmp_path / "run"))
+    trainer = build_trainer(command(inputs, *flags, "--output_dir", tmp_path / "run"))
     samples = trainer.train_dataset.dataset
     supervised = [{} for _ in answers]
     for epoch in range(30):

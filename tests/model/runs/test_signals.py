@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from stopped_runs import Answers, KillAt, Killed, assert_same_end, checkpoints, new_trainer, position, resume
-from tiny_run import one_line_error
+from tiny_run import exit_status, one_line_error
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
@@ -107,12 +107,6 @@ def test_a_second_signal_quits_at_once(tiny_bases, tmp_path, monkeypatch, second
         stopped.train()
     assert codes == [128 + second]
     assert stopped.state.global_step == 1
-
-
-def exit_status(monkeypatch, trainer) -> int:
-    """What train.py makes of a trainer's run."""
-    monkeypatch.setattr(train, "build_trainer", lambda *_: trainer)
-    return train.main([])
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,0 +1,126 @@
+"""Delete what is no longer wanted: checkpoints beyond `--save_total_limit`, and a run that is overwritten.
+
+A folder is renamed before it is deleted, so that a kill leaves no part of it under a name that means something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..checkpoints.folder import CHECKSUMS, WEIGHTS, numbered_checkpoints
+from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, RUN_CONFIG
+
+logger = logging.getLogger(__name__)
+
+OVERWRITTEN = "tmp-overwritten"
+"""Folder for the files of a run that is overwritten. While it exists, the new run has not taken a step, and whatever
+belongs to a run counts as the old one's, even if a kill left it in its place."""
+_DELETED = "tmp-deleted-"
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder as far as that is possible."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def delete_old_checkpoints(run: Path, limit: int, keep: set[Path]) -> None:
+    """Delete the oldest checkpoints of a run, so that at most `limit` remain.
+
+    Args:
+        run: the run's folder.
+        limit: how many may remain, at least 1.
+        keep: the newest one and the best one, which remain in any case.
+    """
+    kept = {path.resolve() for path in keep}
+    folders = numbered_checkpoints(run)[::-1]
+    others = sorted((path for path in folders if path.resolve() not in kept), key=lambda path: path.stat().st_mtime_ns)
+    for path in others[: max(len(folders) - limit, 0)]:
+        doomed = run / f"{_DELETED}{path.name}"
+        remove(doomed)
+        try:
+            path.rename(doomed)
+        except OSError as error:
+            logger.warning("%s could not be deleted: %s", path, error)
+        remove(doomed)
+
+
+# ---- Runs that are overwritten
+
+
+def set_aside(run: Path) -> None:
+    """Move the files of a run into `OVERWRITTEN`; what is there already belongs to the same run and stays.
+
+    Raises:
+        OSError: if that is not possible.
+    """
+    aside = run / OVERWRITTEN
+    if aside.is_symlink():  # of a stranger
+        aside.unlink()
+    aside.mkdir(exist_ok=True)
+    names = (*WEIGHTS, CHECKSUMS, RUN_CONFIG, BAD_SAMPLES, BAD_EVAL_SAMPLES, "runs")
+    for path in (*numbered_checkpoints(run), *(run / name for name in names)):
+        if (aside / path.name).exists():
+            remove(path)
+        elif path.exists():
+            path.rename(aside / path.name)
+
+
+@contextlib.contextmanager
+def overwriting(trainer: Any) -> Iterator[None]:
+    """Set the old run in a `VLMTrainer`'s folder aside, and delete it after the first step.
+
+    If the block ends before that step, the old run is put back, unless it was set aside by an earlier process.
+
+    Raises:
+        OSError: if that is not possible.
+    """
+    args, aside = trainer.args, trainer.run_folder / OVERWRITTEN
+    old_run = DeleteOldRun(aside)
+    if args.process_index == 0:
+        trainer.add_callback(old_run)
+    if not args.overwrite_output_dir:
+        logger.warning("%s holds a run that was to be overwritten; it is deleted after the first step", aside)
+    try:
+        if args.process_index == 0:
+            set_aside(trainer.run_folder)
+        yield
+    finally:
+        if args.process_index == 0 and args.overwrite_output_dir and not old_run.is_deleted:
+            put_back(trainer.run_folder)
+
+
+class DeleteOldRun(TrainerCallback):
+    """Deletes the files that were set aside once the new run has taken a step."""
+
+    def __init__(self, aside: Path) -> None:
+        self.aside = aside
+        self.is_deleted = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Delete them after the first step."""
+        if not self.is_deleted:
+            doomed = self.aside.with_name(f"{_DELETED}run")
+            remove(doomed)
+            self.aside.rename(doomed)
+            self.is_deleted = True
+            remove(doomed)
+
+
+def put_back(run: Path) -> None:
+    """Give the files of a run that was set aside their places back."""
+    aside = run / OVERWRITTEN
+    for path in aside.iterdir() if aside.is_dir() else ():
+        remove(run / path.name)
+        path.rename(run / path.name)
+    aside.rmdir()
