@@ -92,9 +92,8 @@ def test_every_token_is_read_once(model, tokenizer, features, loop):
     assert reused == [0, 5, 10, 10, 8]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_an_answer_that_was_stopped(model, tokenizer, features, name):
-    chat = Chat(model, tokenizer, features, **SETTINGS[name], eos_token_id=[151643])
+def test_an_answer_that_was_stopped(model, tokenizer, features):
+    chat = Chat(model, tokenizer, features, **SETTINGS["penalty"], eos_token_id=[151643])
     first = len(encode_prompt(tokenizer, QUESTIONS[0], 4)[0])
     chat.ask(QUESTIONS[0], stop_after=2)
     assert chat.ask(QUESTIONS[1]) >= first
@@ -102,10 +101,9 @@ def test_an_answer_that_was_stopped(model, tokenizer, features, name):
     assert chat.ask(QUESTIONS[3]) > first
 
 
-@pytest.mark.parametrize("name", ["greedy", "sampled"])
-def test_past_the_trained_length_it_is_read_anew_where_the_angles_change(tokenizer, features, name):
+def test_past_the_trained_length_it_is_read_again_where_the_angles_change(tokenizer, features):
     model = tiny_model(MultimodalQWenLMHeadModel, vocab_size=151936, seq_length=64)
-    chat = Chat(model, tokenizer, features, **SETTINGS[name])
+    chat = Chat(model, tokenizer, features, **SETTINGS["sampled"])
     reused, factors = [], []
     for number in range(9):
         reused.append(chat.ask(QUESTIONS[min(number, 1)]))
