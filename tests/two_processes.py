@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from stopped_runs import Answers, KillAt, Killed, answer_lengths, checkpoints, logged, new_trainer, resume, weights
+from stopped_runs import Answers, KillAt, Killed, checkpoints, logged, new_trainer, resume, weights
 from transformers import TrainerCallback
 
 from dataset.epoch_order import EpochOrder
@@ -23,8 +23,6 @@ HALF = {"per_device_train_batch_size": 1, "dropout": 0.3}
 """With two processes and accumulation, steps of 4 samples."""
 
 
-GROUPED = 22
-"""Samples of the runs that group by length: an epoch is 5 steps of 4 and one of 2."""
 POISON = 10
 """A sample of the second step."""
 
@@ -56,25 +54,9 @@ def killed(trainer) -> None:
     raise AssertionError("it was not killed")
 
 
-def grouped_runs(out: Path, bases: tuple[str, str]) -> dict:
-    """Samples of similar length next to each other: without dropout, and with it, whole and killed in mid-epoch."""
-    lengths = {"size": GROUPED, "lengths": answer_lengths(GROUPED), "num_train_epochs": 2}
-    trainer = new_trainer(
-        bases, out / "grouped split", **{**HALF, **lengths, "dropout": 0.0}, logging_steps=1, save_strategy="no"
-    )
-    trainer.train()
-    found = {"grouped split": record(trainer)}
-    trainer = new_trainer(bases, out / "grouped whole", save_strategy="no", **HALF, **lengths)
-    trainer.train()
-    found["grouped whole"] = record(trainer)
-    killed(new_trainer(bases, out / "grouped run", callbacks=[KillAt("on_step_end", 4)], **HALF, **lengths))
-    found["grouped resumed"] = record(resume(bases, out / "grouped run", **HALF, **lengths))
-    return found
-
-
 def do_all(out: Path, bases: tuple[str, str], rank: int) -> dict:
-    found = grouped_runs(out, bases)
-    plain = {**HALF, "dropout": 0.0, "size": 12, "num_train_epochs": 4, "logging_steps": 1, "save_strategy": "no"}
+    found = {}
+    plain = {**HALF, "dropout": 0.0, "size": 10, "num_train_epochs": 4, "logging_steps": 1, "save_strategy": "no"}
     trainer = new_trainer(bases, out / "split", **plain)
     trainer.train()
     found["split"] = record(trainer)

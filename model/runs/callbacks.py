@@ -82,9 +82,7 @@ class StopOnSignal(TrainerCallback):
         # Not through logging: the signal may have come while it, or a progress bar, was writing.
         os.write(2, f"\n{name}: finishing this step, then saving; a second signal quits at once\n".encode())
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Take the signals over."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -128,17 +126,11 @@ class StopOnNonFinite(TrainerCallback):
 
     def remember(self, loss: Tensor, ids: list[int] | None) -> None:
         """Note loss and samples of a batch of the step."""
-        self._losses.append(loss.detach())
+        self._losses.append(loss)  # detached by Trainer
         self._ids += ids or []
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Check the step.
-
-        Raises:
-            NotFiniteError: naming step and samples.
-        """
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        """Check the step; raises `NotFiniteError`."""
         finite = bool(torch.stack([loss.isfinite().all() for loss in self._losses]).all())
         finite_gradient = bool(torch.as_tensor(self.gradient_norm).isfinite().all())
         # The norm tells, and not accelerate: a fused optimizer is called in skipped steps, too.
@@ -173,11 +165,7 @@ class WatchBadSamples(TrainerCallback):
         self.on_step_end(args)
 
     def on_step_end(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
-        """Look for new ones.
-
-        Raises:
-            TooManyBadSamplesError: if they are too many.
-        """
+        """Look for new ones; raises `TooManyBadSamplesError`."""
         counts = gather_rows([len(self.dataset.bad)], args)  # (processes, 1)
         if (counts == self._known).all():
             return

@@ -20,8 +20,7 @@ import torch
 class _IgnoreSignals:
     """Initialises a worker."""
 
-    then: Callable[[int], Any] | None
-    """The loader's own initialisation."""
+    then: Callable[[int], Any] | None  # the loader's own initialisation
 
     def __call__(self, worker_id: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -141,33 +141,23 @@ def read_run_state(folder: Path) -> RunState:
 
 
 def check_same_steps(state: RunState, args: TrainingArguments, folder: Path) -> None:
-    """Refuse steps of another size: step numbers, schedule and order of the samples would all mean something else.
-
-    Raises:
-        CheckpointError: naming the accumulation that fits, if there is one.
-    """
-    before = state.geometry.samples_per_step
-    per_batch = args.train_batch_size * args.world_size
-    if before == per_batch * args.gradient_accumulation_steps:
+    """Refuse steps of another size: step numbers, schedule and order of the samples would all mean something else."""
+    before, rows, processes = state.geometry.samples_per_step, args.train_batch_size, args.world_size
+    accumulation, fitting = args.gradient_accumulation_steps, before // (rows * processes)
+    if before == rows * accumulation * processes:
         return
-    fits = (
-        f"give --gradient_accumulation_steps {before // per_batch}"
-        if before % per_batch == 0
-        else "no --gradient_accumulation_steps fits, so change --per_device_train_batch_size or the number of processes"
-    )
+    advice = f"give --gradient_accumulation_steps {fitting}"
+    if before != rows * fitting * processes:
+        flag = "--per_device_train_batch_size"
+        advice = f"no --gradient_accumulation_steps fits, so change {flag} or the number of processes"
     raise CheckpointError(
-        f"--resume_from_checkpoint {folder}: its steps are of {before} samples, {args.train_batch_size} rows × "
-        f"{args.gradient_accumulation_steps} accumulated × {args.world_size} processes make "
-        f"{per_batch * args.gradient_accumulation_steps}; {fits}"
+        f"--resume_from_checkpoint {folder}: its steps are of {before} samples, {rows} rows × {accumulation} "
+        f"accumulated × {processes} processes make {rows * accumulation * processes}; {advice}"
     )
 
 
 def check_identity(folder: str | Path, identity: dict[str, Any]) -> None:
-    """Refuse to resume a run on other data or models than it was started with.
-
-    Raises:
-        CheckpointError: naming every difference.
-    """
+    """Refuse to resume a run on other data or models than it was started with, naming every difference."""
     state = read_run_state(Path(folder))
     differences = []
     for name in {**state.identity, **identity}:
@@ -194,7 +184,7 @@ def log_changes(old: Path, now: dict[str, Any] | None) -> None:
         known = before.get(section)
         known = known if isinstance(known, dict) else {}
         for name, value in values.items():
-            if name in known and known[name] != value and name not in _NOT_COMPARED:
+            if name not in _NOT_COMPARED and known.get(name, value) != value:
                 found.append(f"{name} was {known[name]} and is now {value}")
     if found:
         logger.warning("resuming with other settings than before: %s", "; ".join(found))
@@ -210,9 +200,6 @@ class Resumed(TrainerCallback):
         trainer: the `VLMTrainer` that resumes, which imports this file.
         folder: the checkpoint.
 
-    Attributes:
-        loading: the checkpoint that Trainer is loading; None once that is done.
-
     Raises:
         CheckpointError: if it is of a run on something else, or with other steps.
     """
@@ -221,7 +208,7 @@ class Resumed(TrainerCallback):
         check_resumable(folder)
         self.trainer = trainer
         self.saved = read_run_state(folder)
-        self.loading: Path | None = folder
+        self.loading: Path | None = folder  # until Trainer has loaded it
         check_same_steps(self.saved, trainer.args, folder)
         if trainer.identity is not None:
             check_identity(folder, trainer.identity)
@@ -233,11 +220,7 @@ class Resumed(TrainerCallback):
 
     @contextlib.contextmanager
     def named_errors(self) -> Iterator[None]:
-        """Name the checkpoint where loading its training state fails: files of a stranger may hold nearly anything.
-
-        Raises:
-            CheckpointError: likewise.
-        """
+        """Name the checkpoint where loading its training state fails: files of a stranger may hold nearly anything."""
         try:
             self.trainer._load_rng_state(str(self.loading))  # Trainer does it later, when it could not be told any more
             yield
@@ -263,10 +246,7 @@ class Resumed(TrainerCallback):
 def use_settings(optimizer: Any, schedule: Any, own: list[dict[str, Any]]) -> None:
     """Let this run's learning rates, weight decay and the like replace those that a checkpoint's optimizer came with.
 
-    Args:
-        optimizer: with the checkpoint's state loaded.
-        schedule: likewise.
-        own: the options of the optimizer's groups before that, as the flags say.
+    Optimizer and schedule have loaded the checkpoint; `own` are the options of the groups before that, as flags say.
 
     Raises:
         ValueError: if the state can't be one of these parameters.

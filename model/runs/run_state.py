@@ -31,16 +31,19 @@ TRAINER_STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an epoch is cut into steps."""
+    """How an epoch is cut into steps.
+
+    Attributes:
+        num_samples: samples of an epoch.
+        batch_size: samples that a process takes at once.
+        accumulation: batches of a process in one optimizer step.
+        num_processes: processes.
+    """
 
     num_samples: int
-    """Samples of an epoch."""
     batch_size: int
-    """Samples that a process takes at once."""
     accumulation: int
-    """Batches of a process in one optimizer step."""
     num_processes: int
-    """Processes."""
 
     @property
     def samples_per_step(self) -> int:
@@ -128,10 +131,9 @@ def write_checkpoint(trainer: Any) -> str:
         trainer.save_training_state(str(staging))
 
     def finish() -> None:
-        callbacks = [
-            c for c in (*trainer.callback_handler.callbacks, trainer.control) if isinstance(c, ExportableState)
-        ]
-        replace(state, stateful_callbacks=callbacks).save_to_json(str(staging / TRAINER_STATE))
+        parts = (*trainer.callback_handler.callbacks, trainer.control)
+        with_state = [part for part in parts if isinstance(part, ExportableState)]
+        replace(state, stateful_callbacks=with_state).save_to_json(str(staging / TRAINER_STATE))
         text = json.dumps(asdict(now), indent=2, ensure_ascii=False)
         (staging / RUN_STATE).write_text(text + "\n", encoding="utf-8")
         write_checksums(staging, {path.name for path in staging.iterdir()} - {CHECKSUMS, *WEIGHTS})

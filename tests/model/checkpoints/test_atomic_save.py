@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -399,17 +400,24 @@ def test_final_weights_that_can_not_be_written(command, whole, tmp_path, capsys,
     assert not list(run.glob("tmp-*"))
 
 
-def test_the_final_weights_are_written_where_the_last_checkpoint_could_not_be(command, whole, tmp_path, monkeypatch):
-    """They are far smaller: without the optimizer's state."""
+def test_the_final_weights_are_written_where_the_last_checkpoint_could_not_be(
+    command, whole, tmp_path, monkeypatch, capsys
+):
+    """They are far smaller: without the optimizer's state. If they do not fit either, both failures are named."""
 
-    def save(self, output_dir):
+    def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(model.trainer.VLMTrainer, "_save_optimizer_and_scheduler", save)
+    monkeypatch.setattr(model.trainer.VLMTrainer, "_save_optimizer_and_scheduler", fail)
     assert train.main([*command, "--output_dir", str(tmp_path)]) == 1
+    assert "final weights are in" in one_line_error(capsys.readouterr().err, "train.py")
     assert checkpoints(tmp_path) == []
     ours, theirs = trained_weights(tmp_path), trained_weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    monkeypatch.setattr(model.checkpoints.saving, "save_file", fail)
+    assert train.main([*command, "--output_dir", str(tmp_path / "neither")]) == 1
+    said = one_line_error(capsys.readouterr().err, "train.py")
+    assert re.search("last checkpoint could not be written: .*; the final weights could not be written to ", said)
 
 
 def test_weights_only(command, tmp_path, capsys):

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from stopped_runs import (
-    Answers,
     KillAt,
     Killed,
     assert_same_end,
@@ -21,7 +20,6 @@ from stopped_runs import (
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from dataset.epoch_order import EpochOrder
 from model import CheckpointError
 from model.runs.resuming import newest_resumable
 
@@ -68,17 +66,6 @@ def test_a_killed_run_ends_as_one_that_was_not(uncut, tiny_bases, tmp_path, even
     assert_same_end(resumed, uncut)
     assert (killed.seen[:left] if left else []) + resumed.seen == uncut.seen
     assert checkpoints(tmp_path)[-1].startswith("checkpoint-"), "unfinished work is cleared away"
-
-
-@pytest.mark.slow
-def test_killed_again_and_again(uncut, tiny_bases, tmp_path):
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 2)]).train()
-    for _ in range(6):
-        with pytest.raises(Killed):
-            resume(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 2)])
-    assert newest_resumable(tmp_path).name == "checkpoint-7"
-    assert_same_end(resume(tiny_bases, tmp_path), uncut)
 
 
 def test_persistent_workers_see_the_epoch_of_the_resumed_run(uncut, tiny_bases, tmp_path):
@@ -297,12 +284,3 @@ def test_a_checkpoint_without_checksums_and_with_old_fingerprints_is_resumed_wit
         resume(tiny_bases, tmp_path, identity={"vision_tower": "v2-0000000000000000"})
     with pytest.raises(CheckpointError, match="order was None and is now 'random'"):  # one that was not there
         resume(tiny_bases, tmp_path, identity={**identity, "order": "random"})
-
-
-def test_an_epoch_takes_every_sample_once_in_the_order_of_the_seed(uncut):
-    order = EpochOrder(Answers(11), 3)
-    wanted = []
-    for epoch in range(3):
-        order.set_epoch(epoch)
-        wanted += [order[i]["id"] for i in range(11)]
-    assert [number for step in uncut.seen for number in step] == wanted

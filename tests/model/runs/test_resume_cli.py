@@ -87,24 +87,34 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- Kills and signals
 
 
-def stop_after(number: int, which: int, *argv: object) -> subprocess.CompletedProcess[str]:
-    """Run train.py and send a signal to all of its process group, data workers too, after so many logged steps."""
+def stop_after(steps: int, send, *argv: object) -> tuple[int, str]:
+    """Start a program, `send(process)` a signal after so many logged steps, and return exit status and stderr."""
     process = subprocess.Popen(
-        [sys.executable, "train.py", *map(str, argv)],
+        list(map(str, argv)),
         cwd=ROOT,
-        env=environment(PYTHONUNBUFFERED="1"),
+        env=environment(PYTHONUNBUFFERED="1", MASTER_PORT=str(free_port())),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    for line in process.stdout:
-        number -= "'loss'" in line
-        if number == 0:
-            os.killpg(process.pid, which)
-            break
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    try:
+        logged = (line for line in process.stdout if "'loss'" in line)
+        for _ in range(steps):
+            next(logged)
+        send(process)
+        _, err = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, err
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -112,8 +122,9 @@ def test_sigkill_and_resume(command, tmp_path):
     flags = [*command, "--dataloader_num_workers", "2", "--save_total_limit", "2", "--num_train_epochs", "20"]
     assert train.main([*flags, "--output_dir", str(tmp_path / "whole")]) == 0
     run = tmp_path / "run"
-    done = stop_after(5, signal.SIGKILL, *flags, "--output_dir", run)
-    assert done.returncode == -signal.SIGKILL
+    kill_all = lambda process: os.killpg(process.pid, signal.SIGKILL)  # noqa: E731 - data workers, too
+    status, _ = stop_after(5, kill_all, sys.executable, "train.py", *flags, "--output_dir", run)
+    assert status == -signal.SIGKILL
     assert int(newest_resumable(run).name.split("-")[1]) < 60, "killed in the middle"
     assert train.main([*flags, "--output_dir", str(run), *AUTO]) == 0
     assert losses(run / "checkpoint-60") == losses(tmp_path / "whole/checkpoint-60")
@@ -126,29 +137,9 @@ def test_sigkill_and_resume(command, tmp_path):
 def test_sigterm_is_passed_on_and_leaves_a_checkpoint(command, tmp_path, launcher):
     """Sent to the process that was started alone, as `kill` does, in a run that would take long."""
     flags = [*command, "--output_dir", str(tmp_path), "--save_steps", "9999", "--num_train_epochs", "1000"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    process = subprocess.Popen(
-        [*launcher, *flags, "--dataloader_num_workers", "2"],
-        cwd=ROOT,
-        env=environment(PYTHONUNBUFFERED="1", MASTER_PORT=port),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        steps = (line for line in process.stdout if "'loss'" in line)
-        for _ in range(4):
-            next(steps)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=300)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 128 + signal.SIGTERM or launcher[0] == "sh", err
+    terminate = lambda process: process.send_signal(signal.SIGTERM)  # noqa: E731
+    status, err = stop_after(4, terminate, *launcher, *flags, "--dataloader_num_workers", "2")
+    assert status == 128 + signal.SIGTERM or launcher[0] == "sh", err
     assert err.count("SIGTERM: finishing this step, then saving") == 1
     left = newest_resumable(tmp_path)
     step = int(left.name.split("-")[1])
@@ -188,15 +179,6 @@ def test_auto_passes_over_a_damaged_checkpoint_to_an_older_one(command, whole, r
     assert train.main([*command, "--output_dir", str(run), *AUTO]) == 0
     assert "checkpoint-4" in capsys.readouterr().err.split("passed over: ")[1]
     assert_same_run(run, whole)
-
-
-def test_auto_finds_the_checkpoint_that_a_kill_left_renamed(command, whole, run):
-    """A kill between the two renames of a save of the same step."""
-    shutil.rmtree(run / "checkpoint-2")
-    (run / "checkpoint-4").rename(run / "tmp-replaced-checkpoint-4")
-    assert train.main([*command, "--output_dir", str(run), *AUTO]) == 0
-    assert_same_run(run, whole)
-    assert checkpoints(run) == [f"checkpoint-{number}" for number in range(4, 10)]
 
 
 def test_a_checkpoint_or_a_run_folder_may_be_named(command, whole, run, tmp_path):
@@ -329,21 +311,31 @@ def test_nothing_of_an_overwritten_run_is_left(command, run):
     assert json.loads((run / "train_config.json").read_text())["training"]["num_train_epochs"] == 1
 
 
-def test_an_overwriting_run_that_was_killed_before_its_first_step_does_not_continue_the_old_one(
-    command, run, monkeypatch, capsys
-):
+@pytest.mark.parametrize("when", ["while the old one is set aside", "before the first step"])
+def test_an_overwriting_run_that_was_killed_does_not_continue_the_old_one(command, run, monkeypatch, capsys, when):
     class Killed(BaseException):
         pass
 
     def kill():
         raise Killed
 
+    rename = Path.rename
+
+    def rename_one(path, to):
+        if path.name == "checkpoint-2":
+            kill()
+        return rename(path, to)
+
     flags = [*command, "--output_dir", str(run), "--seed", "7", "--num_train_epochs", "1"]
     with monkeypatch.context() as patched:
-        Event(patched, "on_step_begin", kill)
+        if when == "before the first step":
+            Event(patched, "on_step_begin", kill)
+        else:
+            patched.setattr(Path, "rename", rename_one)
         patched.setattr("model.runs.deleting.put_back", lambda _: None)  # a SIGKILL runs no `finally`
         with pytest.raises(Killed):
             train.main([*flags, *OVERWRITE])
+    assert (run / "checkpoint-2").is_dir() == (when != "before the first step")
     capsys.readouterr()
     assert train.main([*flags, *AUTO]) == 0
     assert "tmp-overwritten" in capsys.readouterr().err
