@@ -88,7 +88,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def stop_after(steps: int, kill, number: int, *argv: object) -> tuple[int, str]:
-    """Run a program, signal it with `os.kill` or `os.killpg` after so many logged steps, and return status and stderr."""
+    """Run a program, signal it by `os.kill` or `os.killpg` after some logged steps, and return status and stderr."""
     process = subprocess.Popen(
         list(map(str, argv)),
         cwd=ROOT,
