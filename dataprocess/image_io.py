@@ -49,7 +49,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# A marker of a JPEG file; not 0xff as data (followed by 0), filling (0xff), or a marker without a length.
+# A marker of a JPEG file that has a length; 0xff followed by 0 is data, by 0xff it is filling.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # here a picture is accepted or refused
@@ -86,12 +86,7 @@ def check_image_name(name: str) -> str | None:
 
 
 def resolve_image_path(root: str | os.PathLike[str], name: str, allow_links: bool = False) -> Path:
-    """Join an image folder and a name from an annotation file, never leaving the folder; the file may be missing.
-
-    Args:
-        root: the image folder; it may itself be a link.
-        name: the image's name relative to `root`.
-        allow_links: also accept links that lead out of `root`.
+    """Join an image folder, which may be a link, and a name from an annotation file; the file may be missing.
 
     Raises:
         ImageError: the name is empty, absolute or climbs out of `root`, or a link in it does, unless that is allowed.

@@ -56,8 +56,6 @@ class Annotations:
     reading one changes its reference count.
 
     Args:
-        image_map: path of `image_map.json`.
-        captions_file: path of `captions.json`.
         max_samples: read only the first so many, good or bad.
         skip_bad: leave bad samples out, and keep their messages in `errors`.
         need_folders: a missing image folder makes its samples bad.

@@ -14,13 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class BadSamples:
-    """The samples of a data set that turned out bad.
-
-    Args:
-        num_samples: samples that can be asked for.
-        unreadable: messages of those that the two files already showed to be bad.
-        max_fraction: the share of all samples that may be bad, 0 to 1.
-    """
+    """The samples of a data set that turned out bad, besides those that the two files already showed to be bad."""
 
     def __init__(self, num_samples: int, unreadable: list[str], max_fraction: float) -> None:
         self.flags = torch.zeros(num_samples, dtype=torch.uint8).share_memory_()
@@ -28,7 +22,9 @@ class BadSamples:
         self.messages: dict[int, str] = {}
         """What is wrong with samples, by position, as far as this process knows."""
         self.unreadable = unreadable
+        """Messages of those that the two files showed to be bad; they have no position."""
         self.max_fraction = max_fraction
+        """The share of all samples that may be bad, 0 to 1."""
 
     def mark(self, index: int, message: str = "") -> None:
         """Remember that a sample is bad and, if it is known here, why; the first message stays."""

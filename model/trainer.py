@@ -22,8 +22,8 @@ from dataset.epoch_order import EpochOrder
 from .arguments import VLMTrainingArguments
 from .runs.callbacks import StopOnNonFinite, StopOnSignal
 from .runs.data_workers import with_calm_workers
-from .runs.evaluating import TokenMeanTrainer
-from .runs.resuming import Resumed, newest_resumable, use_settings
+from .runs.loading import LoadingTrainer
+from .runs.resuming import Resumed, newest_resumable
 from .runs.run_folder import write_run_config
 from .runs.run_state import write_checkpoint
 from .vision_language_model import VisionLanguageModel
@@ -54,7 +54,7 @@ def optimizer_groups(model: VisionLanguageModel, args: VLMTrainingArguments) -> 
     return groups
 
 
-class VLMTrainer(TokenMeanTrainer):
+class VLMTrainer(LoadingTrainer):
     """Trains the LoRA layers and the projector of a `VisionLanguageModel`.
 
     Args:
@@ -86,7 +86,6 @@ class VLMTrainer(TokenMeanTrainer):
         self._finite = StopOnNonFinite()
         for callback in (self._finite, self.stop_on_signal):
             self.add_callback(callback)
-        self._resumed: Resumed | None = None
         self._projector_rate = 0.0
         self._last_log: tuple[int, float] | None = None
         """Step and time of the last logged line, or of the beginning."""
@@ -145,9 +144,8 @@ class VLMTrainer(TokenMeanTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Read an `EpochOrder` from first to last, whatever `--train_sampling_strategy` says: it is in that order."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, EpochOrder):
-            return SequentialSampler(dataset)
+        if isinstance(self.train_dataset, EpochOrder):
+            return SequentialSampler(self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
     # ---- Stopping and resuming
@@ -176,30 +174,6 @@ class VLMTrainer(TokenMeanTrainer):
                 self.remove_callback(self._resumed)
                 self._resumed = None
             self.stop_on_signal.restore()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load_checkpoint(resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        optimizer: Any = self.optimizer
-        own = [dict(group) for group in optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:  # rates and weight decay are those of the flags now, not those of the checkpoint
-            use_settings(optimizer, self.lr_scheduler, own)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        super()._load_scaler(checkpoint)
-        if self._resumed is not None:
-            self._resumed.loading = None  # it was the last of the checkpoint's files
-
-    def _load_best_model(self) -> None:
-        # The folder is one of this run, whatever trainer_state.json names.
-        best = self.run_folder / Path(str(self.state.best_model_checkpoint)).name
-        if not best.is_dir():
-            logger.warning("the best checkpoint %s is missing; the weights of the last step are kept", best)
-            return
-        logger.info("loading the best checkpoint %s (score %s)", best, self.state.best_metric)
-        self.model.load_checkpoint(best)
 
     # ---- Saving
 

@@ -24,16 +24,10 @@ from .prompt_cache import PromptCache
 from .tokenization_qwen import ENDOFTEXT_ID, IMEND_ID, IMSTART_ID, QWenTokenizer
 
 STOP_TOKEN_IDS = (IMEND_ID, IMSTART_ID, ENDOFTEXT_ID)
-"""What ends an answer."""
+DEFAULT_MAX_NEW_TOKENS = 512  # the published chat models'
+MOST_EXTREME = 1e30  # larger temperatures and penalties, or smaller ones than 1 / this, could make scores infinite
 
-DEFAULT_MAX_NEW_TOKENS = 512
-"""Length limit of an answer where neither caller nor `generation_config.json` sets one: the published chat models'."""
-
-MOST_EXTREME = 1e30
-"""Larger temperatures and penalties, or smaller ones than 1 / this, could make scores infinite."""
-
-TokenLoop = Callable[..., Iterator[dict[int, int]]]
-"""Draws tokens; called as `decode` is, and gives what it gives."""
+TokenLoop = Callable[..., Iterator[dict[int, int]]]  # draws tokens, as `decode` does
 
 
 def answer_ids(
@@ -63,7 +57,7 @@ def answer_ids(
         ValueError: if `input_ids` is not one row, or for settings that can't be used.
     """
     check_one_row(input_ids)
-    config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
+    config, inputs = complete_settings(model, generation_config, kwargs)
     if (config.num_beams or 1) > 1:
         input_ids = input_ids.to(model.device)
         mask = torch.ones_like(input_ids)  # without it, `generate` would take a prompt's <|endoftext|> for padding
@@ -85,20 +79,16 @@ def answer_text(tokenizer: QWenTokenizer, new_ids: Iterable[int], stop_ids: Sequ
 def merge_settings(
     model: Any, generation_config: GenerationConfig | None, overrides: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Merge generation settings: `overrides`, then `generation_config`, then the model's own, with its extra ones.
-
-    Returns:
-        A configuration of its own, and those of `overrides` that are no generation settings (model inputs).
-    """
+    """Merge `overrides`, `generation_config` and the model's own, in this order; also return the model inputs."""
     config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
     config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     return config, config.update(**overrides)
 
 
 def complete_settings(
-    model: Any, tokenizer: QWenTokenizer, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    model: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Merge the settings, and decide everything that `generate` would otherwise guess; also return the model inputs."""
+    """Merge the settings, and decide everything that `generate` would otherwise guess."""
     config, inputs = merge_settings(model, generation_config, kwargs)
     if (config.num_return_sequences or 1) > 1:
         raise ValueError(f"num_return_sequences is {config.num_return_sequences}: one answer is given; call generate")
@@ -219,8 +209,8 @@ def decode(
     Args:
         model: the language model.
         input_ids: (B, T) prompts, padded on the left.
-        logits_processor: what `generate` has made of the settings: changes the scores of the next token.
-        stopping_criteria: likewise: says which rows have ended.
+        logits_processor: changes the scores of the next token; made of the settings by `generate`.
+        stopping_criteria: says which rows have ended; likewise.
         generation_config: says whether to sample.
         limits: the most tokens of each row's answer.
         generators: what each row's tokens are sampled with; None is PyTorch's own.

@@ -25,8 +25,6 @@ def answer_batch(
     """Answer prompts together.
 
     Args:
-        model: a model with `generate`.
-        tokenizer: QWen's tokenizer.
         prompts: token ids, each ending where its answer begins.
         image_features: for each prompt, features (image tokens of the prompt, D), or None where it has no image.
         seed: each answer is what `answer_ids` gives after `torch.manual_seed(seed)`: it depends on no other prompt.
@@ -41,7 +39,7 @@ def answer_batch(
     """
     if not prompts:
         return []
-    config, inputs = complete_settings(model, tokenizer, None, kwargs)
+    config, inputs = complete_settings(model, None, kwargs)
     features = image_features or [None] * len(prompts)
     if (config.num_beams or 1) > 1:  # beams are a batch already
         answers = []

@@ -33,8 +33,6 @@ def chat(
     """Answer a question.
 
     Args:
-        model: a model of QWen.
-        tokenizer: QWen's tokenizer.
         query: the question; no special token in it is parsed.
         history: earlier (question, answer) pairs, oldest first. The newest that fit into `max_window_size` tokens
             (`generation_config.json`; else 6144) are kept.

@@ -39,15 +39,6 @@ class QWenPreTrainedModel(PreTrainedModel):
     # Stored in some published files; both are computed here instead.
     _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias$", r"rotary_emb\.inv_freq$"]
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, QWenRMSNorm):
-            nn.init.ones_(module.weight)
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers' `from_pretrained`, which would draw missing weights at random; here they are an error.
@@ -209,8 +200,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T), `IGNORE_INDEX` where no loss is taken; position t is predicted from the tokens before t.
             logits_to_keep: return the logits of the last so many positions only (0 means all), or of these positions.
-            num_items_in_batch: number of supervised tokens that the summed loss is divided by; by default this
-                call's own, which makes the loss a mean.
+            num_items_in_batch: divides the summed loss; by default the number of tokens supervised in this call.
 
         Returns:
             Logits (B, T or `logits_to_keep`, V), the loss where labels are given, and the cache.
@@ -222,9 +212,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         positions = torch.arange(num_rows * num_tokens, device=inputs.device).view(num_rows, num_tokens)[:, kept]
         # To leave positions out saves the last block most of its work on a prompt.
-        leaves_out = positions.shape[1] < num_tokens and not (
-            kwargs.get("output_hidden_states") or self.config.output_hidden_states
-        )
+        wants_all = kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        leaves_out = positions.shape[1] < num_tokens and not wants_all
         out = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,

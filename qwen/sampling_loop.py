@@ -7,9 +7,8 @@ object that plays the model for it. Everything around the loop is done by today'
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +31,10 @@ def library_decode(
 
     The library's `generate` is left out, as it reseeds the global generators and knows an older transformers only.
     """
-    loop = _library_sampling_loop()
+    with _names_that_transformers_dropped():
+        from transformers_stream_generator.main import NewGenerationMixin
     criteria = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-    for token in loop(_LoopModel(model), input_ids, **criteria, **inputs):  # (1,)
+    for token in NewGenerationMixin.sample_stream(_LoopModel(model), input_ids, **criteria, **inputs):  # (1,)
         yield {0: int(token)}
 
 
@@ -57,20 +57,12 @@ class _LoopModel:
         )
 
     def __call__(self, **inputs: Any) -> Any:
-        """Run the model; logits come in fp32, in which `generate` samples too."""
         output = self.model(**inputs)
-        output.logits = output.logits.float()
+        output.logits = output.logits.float()  # in which `generate` samples too
         return output
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.model._update_model_kwargs_for_generation(*args, **kwargs)
-
-
-@functools.cache
-def _library_sampling_loop() -> Callable[..., Iterator[Tensor]]:
-    with _names_that_transformers_dropped():
-        from transformers_stream_generator.main import NewGenerationMixin
-    return NewGenerationMixin.sample_stream
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def stream_ids(
         ValueError: as for `answer_ids`, and if beams are asked for: their text is not known before the end.
     """
     check_one_row(input_ids)
-    config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
+    config, inputs = complete_settings(model, generation_config, kwargs)
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams is {config.num_beams}: beams can't be streamed; use 1, or ask without streaming")
     tokens = new_tokens(model, input_ids, config, inputs, prompt_cache, loop)

@@ -74,7 +74,7 @@ def _check_settings(assistant: Assistant) -> None:
     """Refuse settings under which no question can be answered: `generate` gets ready for an answer, and draws none."""
     model = assistant.model.qwen
     try:
-        config, inputs = complete_settings(model, assistant.tokenizer, None, assistant.options)
+        config, inputs = complete_settings(model, None, assistant.options)
         # Whether a prompt leaves room within `max_length` is a matter of the prompt.
         config.max_new_tokens, config.max_length = config.max_new_tokens or config.max_length, None
         start_decoding(decode, model, [[assistant.tokenizer.eod_id]], [None], [None], config, inputs)

@@ -92,9 +92,8 @@ def test_every_token_is_read_once(model, tokenizer, features, loop):
     assert reused == [0, 5, 10, 10, 8]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_an_answer_that_was_stopped(model, tokenizer, features, name):
-    chat = Chat(model, tokenizer, features, **SETTINGS[name], eos_token_id=[151643])
+def test_an_answer_that_was_stopped(model, tokenizer, features):
+    chat = Chat(model, tokenizer, features, **SETTINGS["penalty"], eos_token_id=[151643])
     first = len(encode_prompt(tokenizer, QUESTIONS[0], 4)[0])
     chat.ask(QUESTIONS[0], stop_after=2)
     assert chat.ask(QUESTIONS[1]) >= first
@@ -102,10 +101,9 @@ def test_an_answer_that_was_stopped(model, tokenizer, features, name):
     assert chat.ask(QUESTIONS[3]) > first
 
 
-@pytest.mark.parametrize("name", ["greedy", "sampled"])
-def test_past_the_trained_length_it_is_read_anew_where_the_angles_change(tokenizer, features, name):
+def test_past_the_trained_length_it_is_read_anew_where_the_angles_change(tokenizer, features):
     model = tiny_model(MultimodalQWenLMHeadModel, vocab_size=151936, seq_length=64)
-    chat = Chat(model, tokenizer, features, **SETTINGS[name])
+    chat = Chat(model, tokenizer, features, **SETTINGS["sampled"])
     reused, factors = [], []
     for number in range(9):
         reused.append(chat.ask(QUESTIONS[min(number, 1)]))
@@ -130,12 +128,7 @@ def test_turns_that_are_dropped_and_other_images(model, tokenizer, features):
     assert chat.ask(QUESTIONS[0]) <= image
 
 
-class Fault(RuntimeError):
-    pass
-
-
-@pytest.mark.parametrize("error", [Fault, KeyboardInterrupt])
-def test_a_fault_in_the_middle_of_the_model(model, tokenizer, features, monkeypatch, error):
+def test_a_fault_in_the_middle_of_the_model(model, tokenizer, features, monkeypatch):
     """In whatever layer it comes, at the prompt or at a token, the next answers are right."""
     chat = Chat(model, tokenizer, features, do_sample=True)
     chat.ask(QUESTIONS[0])
@@ -151,19 +144,14 @@ def test_a_fault_in_the_middle_of_the_model(model, tokenizer, features, monkeypa
             def fail(*args, forward=forward, left=left, **kwargs):
                 left[0] -= 1
                 if not left[0]:
-                    raise error
+                    raise KeyboardInterrupt
                 return forward(*args, **kwargs)
 
             patch.setattr(mlp, "forward", fail)
-            with pytest.raises(error):
+            with pytest.raises(KeyboardInterrupt):
                 list(texts)
         assert chat.ask(QUESTIONS[1]) > 0
         chat.history.pop()
-
-
-def test_beams_keep_nothing(model, tokenizer, features):
-    chat = Chat(model, tokenizer, features, stream=False, do_sample=False, num_beams=2)
-    assert [chat.ask(question) for question in QUESTIONS[:2]] == [0, 0]
 
 
 def test_chat_takes_it_too(model, tokenizer):

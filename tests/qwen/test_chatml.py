@@ -64,7 +64,7 @@ def test_a_long_turn_ends_the_history_even_if_older_ones_would_fit(tokenizer):
     assert ids == make_context(tokenizer, "A", history=[("A", "B")])[1]
 
 
-@pytest.mark.parametrize("history", [["AB"], [("A",)], [("A", "B", "C")]])
+@pytest.mark.parametrize("history", [["AB"], [("A", "B", "C")]])
 def test_history_must_be_pairs(tokenizer, history):
     with pytest.raises(ValueError, match="pairs"):
         make_context(tokenizer, "A", history=history)

@@ -29,7 +29,7 @@ def test_the_norm_takes_its_statistics_in_fp32_and_is_cast_before_the_weight():
     assert_close(norm(x), normal.to(BF16) * norm.weight, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("position", [0, 1, 257, 1000, 8191, 32767])
+@pytest.mark.parametrize("position", [1, 257, 32767])
 def test_rotary_tables_of_far_positions(position):
     cos, sin = rotary_tables(torch.tensor([[position]]), 128, 10000.0, None)
     angles = torch.tensor([position * 10000.0 ** (-2 * i / 128) for i in range(64)], dtype=torch.float64).repeat(2)
@@ -39,10 +39,8 @@ def test_rotary_tables_of_far_positions(position):
 
 
 def test_rotation_in_bf16_rounds_once():
-    x, rotation = (
-        random(2, 3, 5, 8).to(BF16),
-        Rotation(*rotary_tables(torch.arange(5)[None] * 77, 8, 10000.0, None), None),
-    )
+    x = random(2, 3, 5, 8).to(BF16)
+    rotation = Rotation(*rotary_tables(torch.arange(5)[None] * 77, 8, 10000.0, None), None)
     assert torch.equal(rotate(x, rotation), rotate(x.float(), rotation).to(BF16))
 
 

@@ -175,11 +175,9 @@ def test_history_may_hold_lists(model, tokenizer):
         model.chat_stream(tokenizer, "q", ["ab"])  # before anything is taken from it
 
 
-@pytest.mark.parametrize("num_kept", [2, 1, 0])
-def test_window_size_comes_from_the_generation_config(tokenizer, monkeypatch, num_kept):
+def test_window_size_comes_from_the_generation_config(tokenizer, monkeypatch):
     model = published(tiny_model(vocab_size=151936))
-    kept = HISTORY[len(HISTORY) - num_kept :]
-    just_enough = len(make_context(tokenizer, "q", kept, "You are a helpful assistant.")[1])
+    just_enough = len(make_context(tokenizer, "q", HISTORY[1:], "You are a helpful assistant.")[1])
     window = {"max_window_size": just_enough}
     seen = prompt_of(model, monkeypatch)
     model.chat(tokenizer, "q", HISTORY, max_new_tokens=1, **window)

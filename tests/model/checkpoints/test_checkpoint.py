@@ -183,21 +183,18 @@ def test_new_weights_half_in_place_are_no_checkpoint(trained, folder, monkeypatc
 # What comes back
 
 
-def test_what_is_loaded_is_what_was_saved_bit_for_bit(trained, saved, batch):
-    loaded = load(saved)
-    assert_close(logits_of(loaded, batch), logits_of(trained, batch), rtol=0, atol=0)
-    assert not trainable_parameters(loaded)
-    assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {torch.float32}
-
-
 @pytest.mark.parametrize(
-    "options", [{"trainable": True, "lora_dropout": 0.25}, {"dtype": torch.bfloat16}], ids=["trainable", "bf16"]
+    "options",
+    [{}, {"trainable": True, "lora_dropout": 0.25}, {"dtype": torch.bfloat16}],
+    ids=["to ask", "to train", "over a base in bf16"],
 )
-def test_what_is_loaded_is_saved_again_bit_for_bit(trained, saved, tmp_path, options):
-    """Also over a base in half precision: what is trained is in fp32."""
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(trained, saved, batch, tmp_path, options):
     loaded = load(saved, **options)
+    if not options:
+        assert_close(logits_of(loaded, batch), logits_of(trained, batch), rtol=0, atol=0)
     assert loaded.training == ("trainable" in options)
     assert loaded.dtype == options.get("dtype", torch.float32)
+    assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {torch.float32}
     assert loaded.language_model.peft_config["default"].lora_dropout == options.get("lora_dropout", 0.0)
     assert trainable_parameters(loaded).keys() == (trainable_parameters(trained).keys() if loaded.training else set())
     loaded.save_checkpoint(tmp_path)
@@ -400,21 +397,20 @@ def test_siglip_loses_its_first_patch_in_what_the_original_trained_and_only_ther
 @pytest.mark.parametrize("name", ["adapter_model.bin", "other_params.bin"])
 @pytest.mark.parametrize(
     "content",
-    [b"", b"PK\x03\x04 cut off", b"\x80\x02}q\x00(X\x05", b"text", pickle.dumps({"0.weight": [1, 2]}, protocol=2)],
-    ids=["empty", "cut archive", "cut pickle", "text", "list as tensor"],
+    [
+        *(b"", b"PK\x03\x04 cut off", b"\x80\x02}q\x00(X\x05", b"text", pickle.dumps({"0.weight": [1, 2]}, protocol=2)),
+        *([torch.ones(1)], {"0.weight": torch.ones(1), "step": 5}, {0: torch.ones(1)}),
+    ],
+    ids=["empty", "cut archive", "cut pickle", "text", "list as tensor", "list", "number", "name that is a number"],
 )
 def test_a_broken_file_of_the_original_is_named(saved, tiny_bases, tmp_path, name, content):
     folder = write_as_the_original(saved, tmp_path / "original")
-    (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=name):
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        torch.save(content, folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: (can't be read|.*names and tensors)"):
         load(folder, *tiny_bases)
-
-
-@pytest.mark.parametrize("content", [[torch.ones(1)], {"0.weight": torch.ones(1), "step": 5}, {0: torch.ones(1)}])
-def test_a_pickle_of_something_else_than_tensors(tmp_path, content):
-    torch.save(content, tmp_path / "other_params.bin")
-    with pytest.raises(CheckpointError, match=r"other_params\.bin: .*names and tensors"):
-        read_tensors(tmp_path / "other_params.bin")
 
 
 @pytest.mark.parametrize(
