@@ -17,14 +17,7 @@ def test_two_layers_are_linear_gelu_linear():
     x = torch.randn(3, 4, 6)
     by_hand = nn.functional.gelu(x @ projector[0].weight.T + projector[0].bias) @ projector[2].weight.T
     torch.testing.assert_close(projector(x), by_hand + projector[2].bias)
-
-
-def test_one_layer_is_linear():
-    projector = build_projector(6, 10, num_layers=1)
-    assert {name: tuple(value.shape) for name, value in projector.state_dict().items()} == {
-        "0.weight": (10, 6),
-        "0.bias": (10,),
-    }
+    assert build_projector(6, 10, num_layers=1).state_dict().keys() == {"0.weight", "0.bias"}
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])

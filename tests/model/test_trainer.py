@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 
 import pytest
@@ -221,17 +220,6 @@ def test_both_learning_rates_and_the_speed_are_logged(model, tmp_path):
     assert all(entry["samples_per_second"] > 0 for entry in steps)
 
 
-def test_parameter_counts_are_logged_at_the_start(model, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="model"):
-        VLMTrainer(model=model, args=arguments(tmp_path), train_dataset=Samples(), data_collator=collate_list)
-    lines = [record.getMessage().split() for record in caplog.records]
-    numbers = {line[0]: (line[1], line[3]) for line in lines if "parameters," in line}
-    assert numbers["lora"] == ("1,152", "1,152")
-    assert numbers["projector"] == ("800", "800")
-    assert numbers["vision_tower"][1] == numbers["language_model"][1] == "0"
-    assert numbers["all"] == (f"{sum(p.numel() for p in model.parameters()):,}", "1,952")
-
-
 # Evaluating and saving
 
 
@@ -273,14 +261,6 @@ def test_checkpoints_are_written_by_trainer_and_load(model, tmp_path):
     assert_close(logits_of(loaded, batch), logits_of(model, batch), rtol=0, atol=0)
 
 
-def test_the_final_save_writes_the_weights_as_they_are(model, tmp_path):
-    trainer = train(model, tmp_path / "run")
-    trainer.save_model()
-    loaded = VisionLanguageModel.from_pretrained(model_weights=tmp_path / "run", device="cpu")
-    batch = collate(*SAMPLES[:3])
-    assert_close(logits_of(loaded, batch), logits_of(model, batch), rtol=0, atol=0)
-
-
 def test_the_best_checkpoint_is_loaded_at_the_end(model, tmp_path):
     trainer = train(
         model,
@@ -310,22 +290,8 @@ def test_the_best_checkpoint_is_loaded_at_the_end(model, tmp_path):
 # Settings
 
 
-def test_defaults_of_the_training_arguments(tmp_path):
-    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    assert (args.learning_rate, args.feature_proj_lr) == (3e-5, 1e-4)
-    assert (args.remove_unused_columns, args.ddp_find_unused_parameters) == (False, False)
-    assert (args.max_grad_norm, args.weight_decay, str(args.lr_scheduler_type.value)) == (1.0, 0.0, "linear")
-    assert args.optim.value.startswith("adamw_torch")
-    assert json.loads(args.to_json_string())["feature_proj_lr"] == 1e-4
-
-
 def test_several_gpus_in_one_process_are_not_split_over(tmp_path):
     args = arguments(tmp_path)
     args._n_gpu = 4
     assert args.n_gpu == 1
     assert args.train_batch_size == args.per_device_train_batch_size
-
-
-def test_label_smoothing_is_refused_for_trainer_would_not_shift_the_labels(tmp_path):
-    with pytest.raises(ValueError, match=r"--label_smoothing_factor 0\.1"):
-        arguments(tmp_path, label_smoothing_factor=0.1)

@@ -22,7 +22,6 @@ from tiny_vlm import (
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import PreTrainedModel
 
 from model import LoraSettings, VisionLanguageModel
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, loss
@@ -112,12 +111,6 @@ def test_the_loss_in_chunks_is_that_of_the_whole_head(monkeypatch, chunk, dtype)
     exact = dtype == torch.float32
     assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)
     assert_close(found[1][1], found[0][1], rtol=1e-4 if exact else 3e-2, atol=1e-6 if exact else 1e-3)
-
-
-def test_a_head_that_is_trained_gets_its_gradient():
-    head = nn.Linear(16, 30, bias=False)
-    loss.head_loss(torch.randn(4, 16), head, torch.arange(4)).backward()
-    assert head.weight.grad.any()
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -325,28 +318,9 @@ def test_inference_in_bf16_without_autocast(tiny_bases, still, merged):
     assert made[:, -1].tolist() == likeliest.tolist()
 
 
-# Trainer of transformers 5.23 calls the first, that of 5.20 to 5.22 the second.
-CHECKPOINTING = ["activation_checkpointing_enable", "gradient_checkpointing_enable"]
-
-
-@pytest.mark.parametrize("method", [name for name in CHECKPOINTING if hasattr(PreTrainedModel, name)])
-def test_gradient_checkpointing_gives_the_same_loss_and_gradients(tiny_bases, method):
-    batch, found = collate(*MIXED), []
-    for checkpointing in (False, True):
-        model = enliven_trained(new_model(tiny_bases))
-        if checkpointing:
-            getattr(model, method)(**{method.replace("enable", "kwargs"): None}, every_n_layers=1, offload=False)
-        loss = model.train()(**batch, return_logits=False).loss
-        loss.backward()
-        found.append({"loss": loss.detach(), **gradients(model)})
-    assert model.qwen.is_gradient_checkpointing
-    assert found[0].keys() == found[1].keys()
-    for name, value in found[0].items():
-        assert_close(found[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("method", CHECKPOINTING)
+@pytest.mark.parametrize("method", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
 def test_options_of_gradient_checkpointing_reach_the_language_model(model, monkeypatch, method):
+    """Trainer of transformers 5.23 calls the first, that of 5.20 to 5.22 the second."""
     calls = []
     monkeypatch.setattr(VisionLanguageModel, "qwen", SimpleNamespace(**{method: lambda **kwargs: calls.append(kwargs)}))
     options = {method.replace("enable", "kwargs"): {"use_reentrant": True}, "every_n_layers": 2, "offload": True}

@@ -6,13 +6,12 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import COLOURS, ROOT, environment, make_language_model
+from tiny_run import COLOURS, ROOT, environment, free_port, make_language_model
 from tiny_towers import make_clip_checkpoint, make_siglip_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -70,10 +69,7 @@ def checkout(tmp_path_factory, qwen_tiktoken):
     ]
     (copy / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return copy, environment(HF_HOME=str(folder / "home"), PATH=path, MASTER_PORT=port)
+    return copy, environment(HF_HOME=str(folder / "home"), PATH=path, MASTER_PORT=str(free_port()))
 
 
 def write_raw_data(data: Path) -> None:

@@ -119,11 +119,6 @@ def test_a_prompt_is_taken_as_it_is_or_gets_its_placeholders_in_front(
     assert got == expected([meant], paths, do_sample=False) + "\n"
 
 
-def test_the_images_make_a_difference(expected, pictures):
-    red, blue = (expected(["<|extra_0|>What"], [pictures[name]], do_sample=False) for name in ("red", "blue"))
-    assert red != blue
-
-
 def test_system_prompt_and_dtype(answer, expected, pictures):
     red = pictures["red"]
     flags = ["--image_path", red, "--prompt", "What<|extra_0|>", "--greedy"]
@@ -277,7 +272,6 @@ MISTAKES = {
     "no image": ("--image_path {}/nowhere.png", "nowhere.png"),
     "not an image": ("--image_path {}/text.png", "text.png"),
     "no pictures": ("--image_path {}/empty", "no picture"),
-    "a folder among files": ("--image_path {}/text.png {}/empty", "empty"),
     "a folder and two placeholders": ("--image_path {} --prompt <|extra_0|><|extra_0|>", "2 placeholders <|extra_0|>"),
     "a folder, streamed": ("--image_path {} --stream", "--stream"),
     "too many placeholders": ("--prompt <|extra_0|><|extra_0|>", "2 placeholders"),
@@ -288,12 +282,9 @@ MISTAKES = {
     "hub, offline": ("--base_language_model Qwen/Qwen-7B-Chat", "'Qwen/Qwen-7B-Chat'"),
     "length": ("--max_new_tokens 0", "--max_new_tokens 0"),
     "temperature, tiny": ("--temperature 1e-40", "--temperature 1e-40"),
-    "temperature, infinite": ("--temperature inf", "--temperature inf"),
-    "no number": ("--temperature hot", "--temperature"),
     "top_p": ("--top_p 1.5", "--top_p 1.5"),
     "top_k": ("--top_k -1", "--top_k -1"),
     "penalty": ("--repetition_penalty nan", "--repetition_penalty nan"),
-    "penalty, tiny": ("--repetition_penalty 1e-40", "--repetition_penalty 1e-40"),
     "dtype": ("--dtype int8", "int8"),
     "device": ("--device abacus", "abacus"),
     "contradiction": ("--greedy --do_sample", "--greedy"),
