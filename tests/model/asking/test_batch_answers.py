@@ -185,30 +185,25 @@ def test_a_prompt_without_room_is_no_matter_of_the_settings(call, base_flags, tm
 # ---- Stopped and resumed
 
 
-@pytest.mark.parametrize("cut", [1, 31, 200])
-def test_a_run_resumes_after_its_last_whole_line(call, pictures, tmp_path, monkeypatch, cut):
-    file = write(tmp_path / "q.jsonl", questions(pictures))
-    output = tmp_path / "a.jsonl"
+def test_a_run_resumes_after_its_last_whole_line_and_asks_what_has_none(call, pictures, tmp_path, monkeypatch):
+    file, output = write(tmp_path / "q.jsonl", questions(pictures)), tmp_path / "a.jsonl"
     flags = ["--batch", file, "--output", output, "--greedy", "--batch_size"]
     call(*flags, 8)
     whole = output.read_bytes()
-    output.write_bytes(whole[:-cut])
     added: list[dict] = []
     add = AnswerFile.add
     monkeypatch.setattr(AnswerFile, "add", lambda self, line: added.append(line) or add(self, line))
+    for cut in (1, 31, 200):
+        output.write_bytes(whole[:-cut])
+        added.clear()
+        call(*flags, 2)
+        assert output.read_bytes() == whole
+        assert len(added) == 6 - whole[:-cut].count(b"\n")
+    first, second, *others = whole.splitlines(keepends=True)
+    output.write_bytes(b"".join([first, *others]))  # as a person deletes a line
     call(*flags, 2)
-    assert output.read_bytes() == whole
-    assert len(added) == 6 - whole[:-cut].count(b"\n")
+    assert output.read_bytes() == b"".join([first, *others, second])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.made_with.json", "q.jsonl"]
-
-
-def test_a_question_whose_line_was_deleted_is_asked_again(call, tmp_path):
-    file, output = write(tmp_path / "q.jsonl", [{"id": i, "prompt": f"{i}?"} for i in range(3)]), tmp_path / "a.jsonl"
-    call("--batch", file, "--output", output, "--greedy")
-    first, second, third = read(output)
-    write(output, [first, third])
-    call("--batch", file, "--output", output, "--greedy")
-    assert read(output) == [first, third, second]
 
 
 KILLED_AFTER_5 = """
@@ -392,9 +387,7 @@ def test_other_encodings_of_a_file(tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"id": 1, "prompt": "x"}\r\n\r\n{"id": "1", "prompt": "y"}')
     assert [(question.id, question.prompt) for question in read_questions(file)] == [(1, "x"), ("1", "y")]
-    file.write_bytes(b'{"id": 1, "prompt": "\xff"}')
-    with pytest.raises(ValueError, match=r"line 1: .*byte 22"):
-        read_questions(file)
-    file.write_bytes(b"\n")
-    with pytest.raises(ValueError, match="no question"):
-        read_questions(file)
+    for content, words in ((b'{"id": 1, "prompt": "\xff"}', r"line 1: .*byte 22"), (b"\n", "no question")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            read_questions(file)
