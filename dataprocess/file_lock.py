@@ -22,13 +22,10 @@ class FileLockError(ValueError):
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold the lock of an output for as long as the block runs.
+    """Hold the lock of an output file, or of an output folder, which must exist, for as long as the block runs.
 
     The lock of a folder is the file `.lock` in it, that of a file NAME is `.NAME.lock` next to it. It is deleted at the
     end; one that a killed process has left is free.
-
-    Args:
-        path: the file or folder that is about to be written; a folder must exist.
 
     Raises:
         FileLockError: if another process holds it, or something that is no lock file has its name.

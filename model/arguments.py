@@ -129,25 +129,27 @@ class VLMTrainingArguments(TrainingArguments):
         Raises:
             ValueError: for flags that are not supported, with what to do instead.
         """
-        refused = {f"{name} {value}": why for name, why in _NOT_SUPPORTED.items() if (value := getattr(self, name))}
-        if not refused:
-            super().__post_init__()
-            accelerator: Any = self.accelerator_config
-            if accelerator.dispatch_batches:
-                refused['accelerator_config {"dispatch_batches": true}'] = (
-                    "images would be split like rows, and arrive in other rows; leave it out"
-                )
-            optimizer: Any = self.optim
-            if optimizer.value.startswith(("galore", "apollo", "lomo", "adalomo")):
-                refused[f"optim {optimizer.value}"] = (
-                    "it groups the model's parameters itself, and LoRA and projector need two learning rates; leave it "
-                    "out for AdamW, or take adafactor or sgd"
-                )
-            strategy = self.train_sampling_strategy
-            if strategy not in ("random", "sequential", "group_by_length"):
-                refused[f"train_sampling_strategy {strategy}"] = "take random, sequential or group_by_length"
-        if refused:
-            raise ValueError("; ".join(f"--{given} is not supported: {why}" for given, why in refused.items()))
+        for name, advice in _NOT_SUPPORTED.items():
+            if value := getattr(self, name):
+                raise ValueError(f"--{name} {value} is not supported: {advice}")
+        super().__post_init__()
+        accelerator: Any = self.accelerator_config
+        optimizer: Any = self.optim
+        if accelerator.dispatch_batches:
+            raise ValueError(
+                '--accelerator_config {"dispatch_batches": true} is not supported: images would be split like rows, '
+                "and arrive in other rows; leave it out"
+            )
+        if optimizer.value.startswith(("galore", "apollo", "lomo", "adalomo")):
+            raise ValueError(
+                f"--optim {optimizer.value} is not supported: it groups the model's parameters itself, and LoRA and "
+                "projector need two learning rates; leave it out for AdamW, or take adafactor or sgd"
+            )
+        if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(
+                f"--train_sampling_strategy {self.train_sampling_strategy} is not supported; take random, sequential "
+                "or group_by_length"
+            )
         if (self.global_batch_size or 0) > 0:
             self.gradient_accumulation_steps = self._accumulation()
         self.frozen_dtype = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
@@ -157,15 +159,13 @@ class VLMTrainingArguments(TrainingArguments):
         rows, processes = self.per_device_train_batch_size, self.world_size
         batch = f"{rows} rows (--per_device_train_batch_size) × {processes} processes"
         steps, rest = divmod(self.global_batch_size or 0, max(rows * processes, 1))
+        given = f"--global_batch_size {self.global_batch_size}"
         if rest or steps < 1:
-            raise ValueError(
-                f"--global_batch_size {self.global_batch_size}: must be a multiple of {batch} = {rows * processes}; "
-                "change one of them"
-            )
+            raise ValueError(f"{given}: must be a multiple of {batch} = {rows * processes}; change one of them")
         if self.gradient_accumulation_steps not in (1, steps):  # 1 is the default, and what train.sh gives
             raise ValueError(
-                f"--global_batch_size {self.global_batch_size} over {batch} takes --gradient_accumulation_steps "
-                f"{steps}, got {self.gradient_accumulation_steps}; leave one of the two flags out"
+                f"{given} over {batch} takes --gradient_accumulation_steps {steps}, got "
+                f"{self.gradient_accumulation_steps}; leave one of the two flags out"
             )
         return steps
 

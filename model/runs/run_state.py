@@ -109,12 +109,7 @@ def write_checkpoint(trainer: Any) -> str:
 
     Trainer writes in place, so that a kill or a full disk leaves a part of a checkpoint that looks like the newest
     one. If writing fails, older checkpoints stay, the failure is logged, and training continues.
-
-    Args:
-        trainer: a `VLMTrainer`, which imports this file.
-
-    Returns:
-        What went wrong, or an empty string.
+    Return what went wrong, or an empty string.
     """
     state, saves, run_folder = trainer.state, trainer.args.should_save, trainer.run_folder
     target = run_folder / f"checkpoint-{state.global_step}"

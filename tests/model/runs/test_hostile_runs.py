@@ -67,16 +67,7 @@ def test_bad_samples_are_skipped_counted_and_listed(base_flags, data, tmp_path, 
 
 def test_bad_samples_found_before_a_stop_stay_on_the_list_and_in_the_count(base_flags, data, tmp_path, capsys):
     out = tmp_path / "run"
-    flags = [
-        "--max_bad_fraction",
-        0.5,
-        "--per_device_train_batch_size",
-        1,
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        8,
-    ]
+    flags = ["--max_bad_fraction", 0.5, "--per_device_train_batch_size", 1, "--save_steps", 8]
     assert run(out, base_flags, data, *flags) == 0
     for later in [path for path in out.glob("checkpoint-*") if path.name != "checkpoint-8"]:
         shutil.rmtree(later)

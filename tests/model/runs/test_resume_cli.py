@@ -87,8 +87,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- Kills and signals
 
 
-def stop_after(steps: int, send, *argv: object) -> tuple[int, str]:
-    """Start a program, `send(process)` a signal after so many logged steps, and return exit status and stderr."""
+def stop_after(steps: int, kill, number: int, *argv: object) -> tuple[int, str]:
+    """Run a program, signal it by `os.kill` or `os.killpg` after some logged steps, and return status and stderr."""
     process = subprocess.Popen(
         list(map(str, argv)),
         cwd=ROOT,
@@ -102,7 +102,7 @@ def stop_after(steps: int, send, *argv: object) -> tuple[int, str]:
         logged = (line for line in process.stdout if "'loss'" in line)
         for _ in range(steps):
             next(logged)
-        send(process)
+        kill(process.pid, number)
         _, err = process.communicate(timeout=300)
     finally:
         if process.poll() is None:
@@ -122,8 +122,7 @@ def test_sigkill_and_resume(command, tmp_path):
     flags = [*command, "--dataloader_num_workers", "2", "--save_total_limit", "2", "--num_train_epochs", "20"]
     assert train.main([*flags, "--output_dir", str(tmp_path / "whole")]) == 0
     run = tmp_path / "run"
-    kill_all = lambda process: os.killpg(process.pid, signal.SIGKILL)  # noqa: E731 - data workers, too
-    status, _ = stop_after(5, kill_all, sys.executable, "train.py", *flags, "--output_dir", run)
+    status, _ = stop_after(5, os.killpg, signal.SIGKILL, sys.executable, "train.py", *flags, "--output_dir", run)
     assert status == -signal.SIGKILL
     assert int(newest_resumable(run).name.split("-")[1]) < 60, "killed in the middle"
     assert train.main([*flags, "--output_dir", str(run), *AUTO]) == 0
@@ -137,8 +136,7 @@ def test_sigkill_and_resume(command, tmp_path):
 def test_sigterm_is_passed_on_and_leaves_a_checkpoint(command, tmp_path, launcher):
     """Sent to the process that was started alone, as `kill` does, in a run that would take long."""
     flags = [*command, "--output_dir", str(tmp_path), "--save_steps", "9999", "--num_train_epochs", "1000"]
-    terminate = lambda process: process.send_signal(signal.SIGTERM)  # noqa: E731
-    status, err = stop_after(4, terminate, *launcher, *flags, "--dataloader_num_workers", "2")
+    status, err = stop_after(4, os.kill, signal.SIGTERM, *launcher, *flags, "--dataloader_num_workers", "2")
     assert status == 128 + signal.SIGTERM or launcher[0] == "sh", err
     assert err.count("SIGTERM: finishing this step, then saving") == 1
     left = newest_resumable(tmp_path)

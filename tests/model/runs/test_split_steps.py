@@ -218,20 +218,17 @@ def test_a_step_that_is_not_finite_is_not_taken(tiny_bases, tmp_path, monkeypatc
     assert all(tensor.isfinite().all() for tensor in weights(fresh).values())
 
 
-@pytest.mark.parametrize("logs", [1, 100])
-def test_an_image_that_is_not_finite(tiny_bases, tmp_path, logs):
-    """In the second of two accumulated batches or the first; where it is left out, the run goes on from before it."""
-    trainer = new_trainer(tiny_bases, tmp_path, logging_steps=logs)
+def test_an_image_that_is_not_finite(tiny_bases, tmp_path):
+    """Where it is left out, the run resumes from before it."""
+    trainer = new_trainer(tiny_bases, tmp_path, logging_steps=1)
     trainer.train_dataset = EpochOrder(Poisoned(11), 3)
     with pytest.raises(NotFiniteError, match="the loss of step"):
         trainer.train()
     assert POISON in trainer.seen[-1]
     assert len(trainer.seen) == trainer.state.global_step + 1
-    whole = new_trainer(tiny_bases, tmp_path / "whole", logging_steps=logs, save_strategy="no", num_train_epochs=3)
+    whole = new_trainer(tiny_bases, tmp_path / "whole", logging_steps=1, save_strategy="no")
     whole.train()
-    healed = resume(tiny_bases, tmp_path, logging_steps=logs)
-    if logs == 1:
-        assert_same_end(healed, whole)
+    assert_same_end(resume(tiny_bases, tmp_path, logging_steps=1), whole)
 
 
 def fp16_trainer(tiny_bases, folder, bad, **changes):
