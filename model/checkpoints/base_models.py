@@ -27,7 +27,7 @@ from ..language_models.causal_lm import (
     multimodal_class,
 )
 from .folder import CheckpointError
-from .saving import Checkpoint
+from .readers import Checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from dataset.chat_template import ChatTokenizer
 from qwen.cache import GrowingCache
-from qwen.multimodal_qwen import GeneratesWithImages, check_counts
+from qwen.multimodal_generation import GeneratesWithImages, check_counts
 
 _SETTINGS = (
     *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act"),
