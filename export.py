@@ -25,7 +25,7 @@ from model.export.report import table, write_report
 from model.export.shards import parse_size
 from model.export.sources import read_sources
 from model.export.verify import ExportMismatchError, verify
-from model.export.writing import check_output, new_folder
+from model.export.writing import UNFINISHED, check_output, new_folder
 
 logger = logging.getLogger("export")
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(parse_arguments(sys.argv[1:] if argv is None else argv))
         return 0
     except ExportMismatchError as error:
-        logger.error("export.py: the export differs from the trained model, and stays a *.part folder: %s", error)
+        logger.error("export.py: the export differs from the trained model; it stays in *%s: %s", UNFINISHED, error)
         return 1
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):

@@ -22,7 +22,7 @@ transformers serve {folder}
 mlx_vlm.generate --model {folder} --image picture.jpg --prompt "…"
 ```
 
-llama.cpp does not read this folder. {sglang}
+llama.cpp does not read this folder.{sglang}
 
 ## What differs from test.py
 
@@ -77,7 +77,7 @@ def write_report(
         image=IMAGE_TOKEN,
         language=language,
         vision=vision,
-        sglang="SGLang would apply SigLIP's last norm twice: do not use it." if is_siglip else "",
+        sglang=" SGLang would apply SigLIP's last norm twice: do not use it." if is_siglip else "",
         float16="- **float16** overflows in SigLIP's last block: serve in bfloat16 or float32.\n" if is_siglip else "",
     )
     dtype = str(sources.dtype).removeprefix("torch.")
@@ -99,6 +99,6 @@ def table(comparisons: Sequence[Comparison] | None) -> list[str]:
     ]
     for one in comparisons:
         cells = (one.question, "yes" if one.has_image else "no", one.num_prompt_tokens)
-        shown = f"{one.num_equal} of {one.num_tokens}", f"{one.difference:.2g}", f"{one.largest_logit:.3g}"
+        shown = f"{one.num_tokens} of {one.num_tokens}", f"{one.difference:.2g}", f"{one.largest_logit:.3g}"
         lines.append(f"| {' | '.join(map(str, (*cells, *shown)))} |")
     return [*lines, ""]

@@ -27,11 +27,12 @@ from visual.loading import load_config
 
 from ..checkpoints.base_models import base_fingerprints, base_models, read_language_config
 from ..checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
-from ..checkpoints.readers import reading
-from ..checkpoints.saving import Checkpoint
+from ..checkpoints.readers import Checkpoint, reading
 from ..device import parse_dtype
 from ..projector import build_projector
 
+_ROWS = 1 << 14
+"""Rows that are merged together: only the head has more, and in fp32 it would take gigabytes."""
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
@@ -141,7 +142,10 @@ def _merge(name: str, W: Tensor, sources: Sources) -> Tensor:
     if update is None:
         return W
     A, B, scale = update  # (R, K), (N, R)
-    return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(sources.dtype)
+    merged = torch.empty_like(W)  # (N, K)
+    for rows, old, b in zip(*(tensor.split(_ROWS) for tensor in (merged, W, B)), strict=True):
+        rows.copy_(torch.addmm(old.float(), b.float(), A.float(), alpha=scale))
+    return merged
 
 
 def tower_weights(sources: Sources) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ is the order of additions and nothing else. That takes 4 bytes a parameter.
 from __future__ import annotations
 
 import gc
-import logging
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dataset.prompt import SYSTEM_PROMPT, encode_prompt
 from qwen import IMAGE_TOKEN, QWenTokenizer
 from qwen.answering import STOP_TOKEN_IDS
-from visual import build_vision_tower
+from qwen.tokenization_qwen import ENDOFTEXT_ID
+from visual.base import VisionTower
 
 from ..checkpoints.base_models import load_language_model, load_tokenizer
 from ..checkpoints.checkpoint import load_projector
@@ -30,11 +31,12 @@ from ..projector import build_projector
 from ..vision_language_model import VisionLanguageModel
 from .sources import Sources
 
-logger = logging.getLogger(__name__)
-
 QUESTIONS = ("这幅图像描述了什么？", "Which colours are there?", "你好！请介绍一下你自己。")
-NUM_TOKENS = 12
-"""Length of an answer."""
+GREEDY: dict[str, Any] = {
+    **{"max_new_tokens": 12, "eos_token_id": list(STOP_TOKEN_IDS), "pad_token_id": ENDOFTEXT_ID},
+    **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": None},
+}
+"""How answers are generated, whatever the model's own settings."""
 TOLERANCE = 1e-3
 """The largest difference of logits, as a share of the largest logit."""
 
@@ -54,25 +56,19 @@ class Answer:
     has_image: bool
     inputs: dict[str, Tensor]
     tokens: list[int]
-    """Greedy, at most `NUM_TOKENS`."""
-    logits: Tensor
-    """(tokens + 1, V) from the last token of the prompt on."""
+    logits: Tensor  # (tokens + 1, V), from the last token of the prompt on
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question, asked of both."""
+    """One question, asked of both, whose greedy tokens were equal."""
 
     question: str
     has_image: bool
     num_prompt_tokens: int
+    num_tokens: int  # of the answer
+    difference: float  # largest difference of logits
     largest_logit: float
-    difference: float
-    """Largest difference of logits."""
-    num_equal: int
-    """Greedy tokens that are equal, from the first on."""
-    num_tokens: int
-    """Greedy tokens of our own model."""
 
 
 def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
@@ -93,17 +89,16 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
     ours = _our_model(sources)
     prepare = _our_inputs(ours, tokenizer)
     asked = [None] if kind == "peft" else [sample_picture(sources.tower.image_size), None]
-    stops = list(STOP_TOKEN_IDS)
-    expected = list(_ask(ours, prepare, asked, stops))
+    expected = list(_ask(ours, prepare, asked))
     if kind == "llava":
         del ours, prepare
         gc.collect()  # only one of them in memory
         theirs, prepare = _stranger(folder)
     elif kind == "merged":
-        theirs = load_merged(folder, sources, ours.vision_tower)
+        theirs = _merged_model(sources, folder, ours.vision_tower)
     else:
         theirs = _peft_model(sources, folder)
-    found = _ask(theirs, prepare, asked, stops)
+    found = _ask(theirs, prepare, asked)
     return [_compare(one, other) for one, other in zip(expected, found, strict=True)]
 
 
@@ -160,9 +155,8 @@ def _stranger(folder: Path) -> tuple[Any, Prepare]:
     return model, prepare
 
 
-def load_merged(folder: Path, sources: Sources, tower: Any = None) -> VisionLanguageModel:
-    """Load a folder of `--format merged` in fp32; see docs/serving.md for the same without a checkpoint."""
-    tower = tower or build_vision_tower(sources.vision_name, sources.dtype, drop_first_patch=sources.drop_first_patch)
+def _merged_model(sources: Sources, folder: Path, tower: VisionTower) -> VisionLanguageModel:
+    """Put a folder of `--format merged` together, as docs/serving.md does."""
     language: Any = load_language_model(str(folder), sources.dtype)
     projector = build_projector(tower.hidden_size, language.config.hidden_size, sources.checkpoint.projector_layers)
     load_projector(projector, folder)
@@ -183,19 +177,12 @@ def _peft_model(sources: Sources, folder: Path) -> Any:
 
 
 @torch.no_grad()
-def _ask(model: Any, prepare: Prepare, pictures: list[Any], stops: list[int]) -> Iterator[Answer]:
+def _ask(model: Any, prepare: Prepare, pictures: list[Any]) -> Iterator[Answer]:
     for question in QUESTIONS:
         for image in pictures:
             inputs = prepare(question, image)
             length = inputs["input_ids"].shape[1]
-            settings = {
-                "do_sample": False,
-                "max_new_tokens": NUM_TOKENS,
-                "eos_token_id": stops,
-                "pad_token_id": stops[-1],
-            }
-            neutral = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": None}
-            ids = model.generate(**inputs, **settings, **neutral)  # (1, T + tokens)
+            ids = model.generate(**inputs, **GREEDY)  # (1, T + tokens)
             whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
             logits = model(**whole).logits[0, length - 1 :]  # (tokens + 1, V)
             yield Answer(question, image is not None, inputs, ids[0, length:].tolist(), logits.clone())
@@ -207,22 +194,15 @@ def _compare(ours: Answer, theirs: Answer) -> Comparison:
         other = theirs.inputs.get(name)
         if other is None or other.shape != value.shape or not torch.allclose(other.to(value.dtype), value, atol=1e-5):
             raise ExportMismatchError(f"{where}: the export is given another {name} than our own model")
-    pairs = list(zip(ours.tokens, theirs.tokens, strict=False))
-    num_equal = next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
-    shared = num_equal + 1  # positions that have seen the same tokens
-    difference = float((ours.logits[:shared] - theirs.logits[:shared]).abs().max())
+    pairs = zip(ours.tokens, theirs.tokens, strict=False)
+    num_equal = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    seen = slice(num_equal + 1)  # positions that have seen the same tokens
+    difference = float((ours.logits[seen] - theirs.logits[seen]).abs().max())
     largest = float(ours.logits.abs().max())
-    if num_equal < len(ours.tokens) or not difference <= TOLERANCE * largest:
+    if ours.tokens != theirs.tokens or not difference <= TOLERANCE * largest:
         raise ExportMismatchError(
             f"{where}: {num_equal} of {len(ours.tokens)} greedy tokens are equal, and logits differ by up to "
             f"{difference:.2g} (the largest is {largest:.3g}); expected all tokens, and at most {TOLERANCE:g} of it"
         )
-    return Comparison(
-        ours.question,
-        ours.has_image,
-        ours.inputs["input_ids"].shape[1],
-        largest,
-        difference,
-        num_equal,
-        len(ours.tokens),
-    )
+    length = ours.inputs["input_ids"].shape[1]
+    return Comparison(ours.question, ours.has_image, length, len(ours.tokens), difference, largest)

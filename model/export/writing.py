@@ -11,12 +11,14 @@ from dataprocess.file_lock import hold
 
 from ..checkpoints.saving import flush_to_disk
 
+UNFINISHED = ".unfinished-export"
+
 
 @contextlib.contextmanager
 def new_folder(output: Path, keep_on: type[Exception]) -> Iterator[Path]:
     """Give the block an empty folder, which gets its name when the block is done.
 
-    A process that is killed leaves `NAME.part`, which the next export to the same place removes.
+    A process that is killed leaves `NAME.unfinished-export`, which the next export to the same place removes.
 
     Args:
         output: the name; there may be an empty folder.
@@ -28,7 +30,7 @@ def new_folder(output: Path, keep_on: type[Exception]) -> Iterator[Path]:
     """
     check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f"{output.name}.part")
+    part = output.with_name(f"{output.name}{UNFINISHED}")
     with hold(part.with_name(f"{output.name}.export")):  # the lock is a file next to it
         if part.is_symlink() or part.is_file():
             raise ValueError(f"{part}: no folder, but the export is written there first; delete it")

@@ -72,7 +72,7 @@ def test_what_is_stopped_has_no_name_and_the_next_export_clears_it(export, train
         patch.setattr(llava, "language_weights", stopped)
         output = export(trained, status=130)
     assert leftovers(output) == []
-    part = tmp_path / "out.part"  # as a process that was killed leaves it
+    part = tmp_path / "out.unfinished-export"  # as a process that was killed leaves it
     part.mkdir()
     (part / "model-00007-of-00009.safetensors").write_bytes(b"half")
     export(trained)
@@ -94,6 +94,26 @@ def test_a_full_disk_leaves_nothing(export, trained, monkeypatch, capfd):
     output = export(trained, status=2)
     assert "No space left" in one_line_error(capfd.readouterr().err, "export.py")
     assert leftovers(output) == []
+
+
+KILLED = """
+import os, signal, sys
+from model.export import llava
+llava.language_weights = lambda sources: os.kill(os.getpid(), signal.SIGKILL)
+import export
+export.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_nothing_under_the_name(export, trained, tmp_path):
+    output = tmp_path / "out"
+    done = start("python", "-c", KILLED, "--model_weights", trained, "--output", output, "--no_verify")
+    assert done.returncode == -9
+    assert not output.exists()
+    assert (tmp_path / "out.unfinished-export" / "tokenizer.json").exists()
+    export(trained)  # the lock of a process that is gone is free
+    assert leftovers(output) == ["out"]
 
 
 @pytest.mark.slow
@@ -127,7 +147,7 @@ def test_an_export_that_differs_is_an_error(export, make_checkpoint, monkeypatch
     output = export(checkpoint, status=1, verify=True)
     one_line_error(capfd.readouterr().err, "export.py")
     assert not output.exists()
-    assert (output.with_name("out.part") / "config.json").exists()  # to be looked at
+    assert (output.with_name("out.unfinished-export") / "config.json").exists()  # to be looked at
 
 
 right_block = llava.norm_block
@@ -206,4 +226,4 @@ def test_verification_sees_a_wrong_scale(export, make_checkpoint, monkeypatch):
     monkeypatch.setattr("export.write_peft", wrong)
     output = export(checkpoint, "--format", "peft", status=1, verify=True)
     assert not output.exists()
-    shutil.rmtree(output.with_name("out.part"))
+    shutil.rmtree(output.with_name("out.unfinished-export"))

@@ -64,7 +64,7 @@ def test_an_exported_model_is_verified_and_answers_as_test_py(export, trained, p
     folder = export(trained, "--dtype", "float32", verify=True)
     report = (folder / "EXPORT.md").read_text(encoding="utf-8")
     assert report.count("12 of 12") == 6
-    assert not list(tmp_path.glob("out.part"))
+    assert not list(tmp_path.glob("out.unfinished-export"))
     assert not list(tmp_path.glob(".out*"))
 
     # Pictures of other sizes, Chinese, a prompt without a picture: the same text as test.py's, by transformers alone.
@@ -243,7 +243,7 @@ def test_what_llava_cannot_express_is_refused(
     assert reason in message
     assert "--format merged" in message
     assert not folder.exists()
-    assert not folder.with_name("out.part").exists()
+    assert not folder.with_name("out.unfinished-export").exists()
 
 
 def test_a_projector_of_one_layer_is_refused(export, make_checkpoint, capfd, tmp_path):
@@ -269,7 +269,7 @@ def test_incomplete_bases_are_refused(export, make_checkpoint, capfd):
     export(original, *bases, status=2)
     assert "preprocessor_config.json" in one_line_error(capfd.readouterr().err, "export.py")
     assert not folder.exists()
-    assert not folder.with_name("out.part").exists()
+    assert not folder.with_name("out.unfinished-export").exists()
 
 
 def test_the_block_scale_rounds_nothing():
