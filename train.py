@@ -26,8 +26,9 @@ from model.checkpoints.previous import check_previous
 from model.console import set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
-from model.runs.callbacks import WatchBadEvalSamples, WatchBadSamples
+from model.runs.callbacks import WatchBadSamples
 from model.runs.deleting import overwriting
+from model.runs.evaluating import WatchBadEvalSamples
 from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity
 from model.runs.resuming import check_identity, checkpoint_to_resume
