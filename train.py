@@ -26,8 +26,9 @@ from model.checkpoints.previous import check_previous
 from model.console import set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
-from model.runs.callbacks import WatchBadEvalSamples, WatchBadSamples
+from model.runs.callbacks import WatchBadSamples
 from model.runs.deleting import overwriting
+from model.runs.evaluating import WatchBadEvalSamples
 from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity
 from model.runs.resuming import check_identity, checkpoint_to_resume
@@ -83,11 +84,7 @@ def build_trainer(
 ) -> VLMTrainer:
     """Do everything that comes before the first step; no file of an earlier run is deleted or changed.
 
-    Args:
-        model_args: which models, and which LoRA layers.
-        data_args: which data.
-        args: how to train.
-        lock: keeps other runs out of the output folder until it is closed.
+    Other runs are kept out of the output folder until `lock` is closed.
 
     Raises:
         ValueError: for whatever the user can fix; the message says how.

@@ -3,7 +3,8 @@
 from .arguments import VLMTrainingArguments
 from .checkpoints.checkpoint import read_checkpoint
 from .checkpoints.folder import CheckpointError
-from .checkpoints.saving import Checkpoint, save_checkpoint
+from .checkpoints.readers import Checkpoint
+from .checkpoints.saving import save_checkpoint
 from .lora import LoraSettings, LoraTargetError
 from .projector import build_projector
 from .trainer import VLMTrainer

@@ -18,7 +18,7 @@ from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTok
 from visual.base import VisionTower
 
 from .folder import CheckpointError
-from .saving import Checkpoint
+from .readers import Checkpoint
 
 logger = logging.getLogger(__name__)
 

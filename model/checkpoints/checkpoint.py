@@ -31,8 +31,7 @@ from .folder import (
     CheckpointError,
     numbered_checkpoints,
 )
-from .readers import check_checksums, read_lora_config, read_multimodal_config, read_tensors
-from .saving import Checkpoint
+from .readers import Checkpoint, check_checksums, read_lora_config, read_multimodal_config, read_tensors
 
 logger = logging.getLogger(__name__)
 

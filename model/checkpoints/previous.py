@@ -10,7 +10,7 @@ from ..arguments import ModelArguments
 from ..lora import LoraSettings
 from .checkpoint import check_bases, load_projector, read_adapter, read_checkpoint
 from .folder import CheckpointError
-from .saving import Checkpoint
+from .readers import Checkpoint
 
 
 def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:

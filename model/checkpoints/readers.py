@@ -16,6 +16,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -27,7 +28,6 @@ from torch import Tensor
 from dataprocess.messages import shorten
 
 from .folder import ADAPTER_CONFIG, CHECKSUMS, MULTIMODAL_CONFIG, CheckpointError, sha256
-from .saving import MultimodalConfig
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,35 @@ _CHANGES_NO_NUMBER = {
     *("task_type", "inference_mode", "init_lora_weights", "base_model_name_or_path", "auto_mapping"),
     *("revision", "peft_version"),
 }
+
+
+@dataclass(frozen=True)
+class MultimodalConfig:
+    """What a checkpoint was trained on: enough to build the model again and to see what does not fit."""
+
+    base_language_model: str  # hub name or absolute path
+    base_value_model: str  # hub name or absolute path of the vision tower
+    vision_tower: str  # the tower's `model_type`
+    num_image_tokens: int  # tokens that one image takes in the prompt
+    vision_hidden_size: int  # channels of a patch feature
+    language_hidden_size: int  # channels of the language model's embedding
+    vocab_size: int  # rows of the language model's embedding
+    projector_layers: int  # 1 or 2
+    vision_tower_fingerprint: str  # of its weights and of how it prepares images; empty: not known
+    language_model_fingerprint: str  # of its weights and settings; empty: not known
+    drop_first_patch: bool  # whether SigLIP's first patch is left out, as the original project did
+    dtype: str  # of the frozen weights while training, as in `bfloat16`
+    package_versions: dict[str, str]  # of the packages that trained it
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, its configuration files read."""
+
+    folder: Path
+    config: MultimodalConfig | None  # None for folders of the original project
+    lora_config: LoraConfig  # rank, alpha, dropout and target modules
+    projector_layers: int  # 1 or 2
 
 
 @contextlib.contextmanager

@@ -6,48 +6,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS, MULTIMODAL_CONFIG, PROJECTOR_WEIGHTS, WEIGHTS, sha256
+from .readers import MultimodalConfig
 
 PACKAGE_VERSIONS = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
-
-
-@dataclass(frozen=True)
-class MultimodalConfig:
-    """What a checkpoint was trained on: enough to build the model again and to see what does not fit."""
-
-    base_language_model: str  # hub name or absolute path
-    base_value_model: str  # hub name or absolute path of the vision tower
-    vision_tower: str  # the tower's `model_type`
-    num_image_tokens: int  # tokens that one image takes in the prompt
-    vision_hidden_size: int  # channels of a patch feature
-    language_hidden_size: int  # channels of the language model's embedding
-    vocab_size: int  # rows of the language model's embedding
-    projector_layers: int  # 1 or 2
-    vision_tower_fingerprint: str  # of its weights and of how it prepares images; empty: not known
-    language_model_fingerprint: str  # of its weights and settings; empty: not known
-    drop_first_patch: bool  # whether SigLIP's first patch is left out, as the original project did
-    dtype: str  # of the frozen weights while training, as in `bfloat16`
-    package_versions: dict[str, str]  # of the packages that trained it
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint folder, its configuration files read."""
-
-    folder: Path
-    config: MultimodalConfig | None  # None for folders of the original project
-    lora_config: LoraConfig  # rank, alpha, dropout and target modules
-    projector_layers: int  # 1 or 2
 
 
 def multimodal_config(model: Any) -> MultimodalConfig:

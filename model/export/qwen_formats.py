@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ..checkpoints.folder import ADAPTER_WEIGHTS, MULTIMODAL_CONFIG, PROJECTOR_WEIGHTS
-from ..checkpoints.saving import PACKAGE_VERSIONS, MultimodalConfig, flush_to_disk
+from ..checkpoints.readers import MultimodalConfig
+from ..checkpoints.saving import PACKAGE_VERSIONS, flush_to_disk
 from .shards import ShardWriter
 from .sources import Sources, base_file, language_weights
 

@@ -27,8 +27,7 @@ from visual.loading import load_config
 
 from ..checkpoints.base_models import base_fingerprints, base_models, read_language_config
 from ..checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
-from ..checkpoints.readers import reading
-from ..checkpoints.saving import Checkpoint
+from ..checkpoints.readers import Checkpoint, reading
 from ..device import parse_dtype
 from ..projector import build_projector
 

@@ -192,9 +192,3 @@ class WatchBadSamples(TrainerCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in new)
-
-
-class WatchBadEvalSamples(WatchBadSamples):
-    """Does the same for the evaluation set; Trainer warns of two callbacks of one class."""
-
-    list_name = BAD_EVAL_SAMPLES

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qwen import IGNORE_INDEX
 
+from .callbacks import BAD_EVAL_SAMPLES, WatchBadSamples
 from .data_workers import with_calm_workers
 
 
@@ -54,3 +55,9 @@ class TokenMeanTrainer(Trainer):
         total, tokens = (sum(column) for column in zip(*gather_object([own]), strict=True))
         loss = {f"{kwargs.get('metric_key_prefix', 'eval')}_loss": total / tokens if tokens else float("nan")}
         return output._replace(metrics={**(output.metrics or {}), **loss})
+
+
+class WatchBadEvalSamples(WatchBadSamples):
+    """Watches the evaluation set as `WatchBadSamples` does the training set; Trainer warns of two of one class."""
+
+    list_name = BAD_EVAL_SAMPLES
