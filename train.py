@@ -85,11 +85,7 @@ def build_trainer(
 ) -> VLMTrainer:
     """Do everything that comes before the first step; no file of an earlier run is deleted or changed.
 
-    Args:
-        model_args: which models, and which LoRA layers.
-        data_args: which data.
-        args: how to train.
-        lock: keeps other runs out of the output folder until it is closed.
+    Other runs are kept out of the output folder until `lock` is closed.
 
     Raises:
         ValueError: for whatever the user can fix; the message says how.

@@ -25,6 +25,7 @@ from .device import pick_device, pick_dtype
 from .errors import OneLineErrors
 from .help_page import HelpFormatter, ShortHelp
 from .lora import LoraSettings
+from .runs.global_batch import accumulation
 
 flag: Any = HfArg  # Any: a field is of its value's type for type checkers
 
@@ -151,23 +152,8 @@ class VLMTrainingArguments(TrainingArguments):
                 "or group_by_length"
             )
         if (self.global_batch_size or 0) > 0:
-            self.gradient_accumulation_steps = self._accumulation()
+            self.gradient_accumulation_steps = accumulation(self)
         self.frozen_dtype = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
-
-    def _accumulation(self) -> int:
-        """Return how many batches of all processes make up one optimizer step of `global_batch_size` samples."""
-        rows, processes = self.per_device_train_batch_size, self.world_size
-        batch = f"{rows} rows (--per_device_train_batch_size) × {processes} processes"
-        steps, rest = divmod(self.global_batch_size or 0, max(rows * processes, 1))
-        given = f"--global_batch_size {self.global_batch_size}"
-        if rest or steps < 1:
-            raise ValueError(f"{given}: must be a multiple of {batch} = {rows * processes}; change one of them")
-        if self.gradient_accumulation_steps not in (1, steps):  # 1 is the default, and what train.sh gives
-            raise ValueError(
-                f"{given} over {batch} takes --gradient_accumulation_steps {steps}, got "
-                f"{self.gradient_accumulation_steps}; leave one of the two flags out"
-            )
-        return steps
 
     @property
     def n_gpu(self) -> int:

@@ -84,8 +84,8 @@ class VLMTrainer(LoadingTrainer):
         """What went wrong when the last checkpoint was written, or an empty string."""
         self.stop_on_signal = StopOnSignal()
         self._finite = StopOnNonFinite()
-        for callback in (self._finite, self.stop_on_signal):
-            self.add_callback(callback)
+        self.add_callback(self._finite)
+        self.add_callback(self.stop_on_signal)
         self._projector_rate = 0.0
         self._last_log: tuple[int, float] | None = None
         """Step and time of the last logged line, or of the beginning."""

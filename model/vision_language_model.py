@@ -200,11 +200,7 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """Generate answers; batches are padded on the left.
 
@@ -212,8 +208,7 @@ class VisionLanguageModel(nn.Module):
             input_ids: (B, T), with P image tokens for each image.
             attention_mask: (B, T), 0 for padding.
             pixel_values: (N, 3, H, W), in reading order, or None.
-            kwargs: as transformers' `generate` takes them; the base model's `generation_config.json` supplies the
-                rest.
+            kwargs: as transformers' `generate` takes them; the base's `generation_config.json` supplies the rest.
 
         Returns:
             (B, T + new tokens), prompts included.

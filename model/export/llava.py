@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig, Qwen2Config
 
-from dataset import SYSTEM_PROMPT
 from qwen import QWenTokenizer
 from qwen.tokenization_qwen import ENDOFTEXT_ID, IMAGE_TOKEN_ID
 
@@ -50,25 +49,22 @@ def check_llava(sources: Sources) -> None:
     Raises:
         ValueError: with every reason.
     """
-    language, tower, vision = sources.language, sources.tower, sources.vision
-    reasons = {
-        "no_bias is false, and Qwen2 has biases for q, k and v only": not language.no_bias,
-        "scale_attn_weights is false, and Qwen2 always scales": not language.scale_attn_weights,
-        f"rotary_pct is {language.rotary_pct}, and Qwen2 turns all channels of a head": language.rotary_pct != 1,
-        "the projector has one layer, and LLaVA's has two": sources.checkpoint.projector_layers != 2,
-        f"the tower is {tower.kind}, and engines read CLIP and SigLIP": tower.kind not in ("clip", "siglip"),
-    }
+    language, tower, act = sources.language, sources.tower, getattr(sources.vision, "hidden_act", None)
+    reasons = [
+        (not language.no_bias, "no_bias is false, and Qwen2 has biases for q, k and v only"),
+        (not language.scale_attn_weights, "scale_attn_weights is false, and Qwen2 always scales"),
+        (language.rotary_pct != 1, f"rotary_pct is {language.rotary_pct}, and Qwen2 turns all channels of a head"),
+        (sources.checkpoint.projector_layers != 2, "the projector has one layer, and LLaVA's has two"),
+        (tower.kind not in ("clip", "siglip"), f"the tower is {tower.kind}, and engines read CLIP and SigLIP"),
+    ]
     if tower.kind == "siglip":
-        inner, act = tower.intermediate_size, getattr(vision, "hidden_act", None)
-        reasons |= {
-            "float16 overflows in the block that stands for SigLIP's last norm; give --dtype bfloat16": sources.dtype
-            == torch.float16,
-            f"SigLIP's intermediate_size is {inner}, and its last norm needs 2 × {tower.hidden_size}": inner
-            < 2 * tower.hidden_size,
-            f"SigLIP's hidden_act is {act!r}, and its last norm needs one of {', '.join(_ODD_PARTS)}": act
-            not in _ODD_PARTS,
-        }
-    found = [reason for reason, holds in reasons.items() if holds]
+        norm, width, inner = "SigLIP's last norm becomes a block", tower.hidden_size, tower.intermediate_size
+        reasons += [
+            (sources.dtype == torch.float16, f"{norm} that overflows in float16 (give --dtype bfloat16)"),
+            (inner < 2 * width, f"{norm} that needs 2 × {width} channels, and intermediate_size is {inner}"),
+            (act not in _ODD_PARTS, f"{norm} that needs one of {', '.join(_ODD_PARTS)}, and hidden_act is {act!r}"),
+        ]
+    found = [reason for holds, reason in reasons if holds]
     if found:
         raise ValueError(f"--format llava can't express this model: {'; '.join(found)}. --format merged can")
 
@@ -84,10 +80,12 @@ def write_llava(sources: Sources, folder: Path, max_bytes: int) -> None:
     _write_json(folder / "config.json", _config(sources, strategy))
     _write_json(folder / "generation_config.json", _generation_config(sources))
     write_tokenizer(folder, QWenTokenizer.from_pretrained(sources.language_name), sources.language.seq_length)
-    extra = 1 if sources.tower.kind == "clip" else 0  # the class token
-    write_processor(
-        folder, sources.vision_name, sources.tower.image_size, sources.vision.patch_size, strategy, extra, SYSTEM_PROMPT
-    )
+    images = {
+        "patch_size": sources.vision.patch_size,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": 1 if sources.tower.kind == "clip" else 0,  # the class token
+    }
+    write_processor(folder, sources.vision_name, sources.tower.image_size, images)
     ShardWriter(folder, max_bytes).write(_weights(sources))
 
 

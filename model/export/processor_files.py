@@ -10,6 +10,7 @@ from tokenizers import AddedToken
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from dataset import SYSTEM_PROMPT
 from qwen import IMAGE_TOKEN, QWenTokenizer
 from qwen.tokenization_qwen import ENDOFTEXT, SPECIAL_TOKENS
 from visual.loading import load_image_processor
@@ -40,41 +41,24 @@ _TEMPLATE = """\
 """What `dataset.prompt.encode_prompt` builds, as text."""
 
 
-def write_processor(
-    folder: Path,
-    vision_name: str,
-    image_size: int,
-    patch_size: int,
-    strategy: str,
-    num_additional_tokens: int,
-    system: str,
-) -> None:
+def write_processor(folder: Path, vision_name: str, image_size: int, settings: dict[str, Any]) -> None:
     """Write how messages become a prompt, and pictures pixels.
 
     Args:
         folder: where the files go.
         vision_name: hub name or folder of the vision tower.
         image_size: side of the picture that the tower takes, in pixels.
-        patch_size: side of a patch in pixels.
-        strategy: LLaVA's `vision_feature_select_strategy`.
-        num_additional_tokens: tokens of the tower that are no patches.
-        system: the system prompt where a conversation has none.
+        settings: LLaVA's, from which it counts the tokens of a picture.
 
     Raises:
         OSError: if the tower's preprocessor_config.json is missing, or a file can't be written.
     """
-    text = _TEMPLATE.replace("IMAGE", _quoted(IMAGE_TOKEN)).replace("SYSTEM", _quoted(system))
+    text = _TEMPLATE.replace("IMAGE", _quoted(IMAGE_TOKEN)).replace("SYSTEM", _quoted(SYSTEM_PROMPT))
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     images = load_image_processor(vision_name, image_size)[0].to_dict()
     # The Pillow form has a name of its own, which only the newest transformers know.
     images["image_processor_type"] = str(images["image_processor_type"]).removesuffix("Pil")
-    settings = {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE_TOKEN,
-        "patch_size": patch_size,
-        "vision_feature_select_strategy": strategy,
-        "num_additional_image_tokens": num_additional_tokens,
-    }
+    settings = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TOKEN, **settings}
     for name, values in {"preprocessor_config.json": images, "processor_config.json": settings}.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

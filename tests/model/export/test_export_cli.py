@@ -17,7 +17,7 @@ from tiny_vlm import logits_of, sample
 from dataprocess.file_lock import hold
 from dataset import VLMCollator
 from model import VisionLanguageModel
-from model.export import llava, qwen_formats
+from model.export import llava, processor_files, qwen_formats
 from qwen import QWenLMHeadModel
 
 
@@ -136,7 +136,7 @@ def swapped(names):
     ("where", "name", "wrong"),
     [
         (llava, "_NAMES", swapped(llava._NAMES)),
-        (llava, "SYSTEM_PROMPT", "你是一位助手。"),
+        (processor_files, "SYSTEM_PROMPT", "你是一位助手。"),
         (llava, "norm_block", lambda weight, bias, inner: right_block(weight, 0 * bias, inner)),
     ],
     ids=["gate and value swapped", "another system prompt", "a norm without its bias"],

@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
-from dataset.prompt import SYSTEM_PROMPT, encode_prompt
+from dataset.prompt import encode_prompt
 from model.export.processor_files import merges_of, write_processor
 from qwen.tokenization_qwen import SPECIAL_TOKENS
 
@@ -39,7 +39,7 @@ def twin(tokenizer_files):
 def templated(twin, tokenizer_files, tmp_path_factory, tiny_siglip):
     """The tokenizer with the chat template of an export."""
     folder = tmp_path_factory.mktemp("template")
-    write_processor(folder, tiny_siglip, 28, 14, "full", 0, SYSTEM_PROMPT)
+    write_processor(folder, tiny_siglip, 28, {"patch_size": 14})
     twin.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     return twin
 
