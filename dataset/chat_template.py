@@ -65,9 +65,7 @@ class ChatTokenizer:
         self.image_token_id = image_token_id
         self.name = str(tokenizer.name_or_path)
         if not tokenizer.chat_template:
-            raise ChatTemplateError(
-                f"{self.name} has no chat template, so it was not trained to answer; take its -Instruct version"
-            )
+            raise ChatTemplateError(f"{self.name} has no chat template, so it was not trained to answer")
         self._template = re.sub(
             r"strftime_now\((['\"])(.*?)\1\)",
             lambda call: repr(_FIXED_DATE.strftime(call[2])),

@@ -27,6 +27,7 @@ from .checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, l
 from .checkpoints.previous import restore_weights
 from .checkpoints.saving import multimodal_config, save_checkpoint
 from .device import pick_device, pick_dtype
+from .language_models.causal_lm import check_window
 from .lora import LoraSettings, add_lora, merge_lora
 from .projector import build_projector
 
@@ -102,6 +103,7 @@ class VisionLanguageModel(nn.Module):
         drop = checkpoint is not None and drops_first_patch(checkpoint, vision_name)
         tower = build_vision_tower(vision_name, dtype, drop_first_patch=drop)
         language_model: Any = load_language_model(language_name, dtype)
+        check_window(language_name, language_model.config, tower.num_image_tokens)
         language_model.requires_grad_(False)
         fingerprints = base_fingerprints(tower, language_model)
 

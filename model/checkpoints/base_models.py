@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
@@ -88,7 +89,11 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         if isinstance(config, QWenConfig):
             return QWenTokenizer.from_pretrained(name_or_path)
         return load_chat_tokenizer(name_or_path, config.vocab_size)
-    except (ChatTemplateError, UnsuitableModelError) as error:
+    except ChatTemplateError as error:
+        raise ValueError(
+            f"base language model {name_or_path!r}: {error}; take an -Instruct or -Chat model with a plain chat template"
+        ) from error
+    except UnsuitableModelError as error:
         raise ValueError(f"base language model {name_or_path!r}: {error}") from error
     except (OSError, ValueError) as error:
         raise _not_found(name_or_path, error) from error
@@ -110,11 +115,16 @@ def read_language_config(name_or_path: str) -> PreTrainedConfig:
     try:
         if values.get("model_type") == QWenConfig.model_type:
             return QWenConfig.from_dict(values)
+        if values.get("model_type") not in CONFIG_MAPPING:
+            raise UnsuitableModelError(
+                f"transformers {transformers.__version__} knows no model_type {values.get('model_type')!r}; give a "
+                "decoder language model that it knows, or install a newer one"
+            )
         config = AutoConfig.for_model(**values)
         multimodal_class(config)
         return config
     except UnsuitableModelError as error:
-        raise ValueError(f"{base}: {error}; give a decoder language model, as Qwen/Qwen-7B-Chat") from error
+        raise ValueError(f"{base}: {error}") from error
     except Exception as error:  # a file's values may be of any type
         raise ValueError(f"{base}: its config.json can't be used: {' '.join(str(error).split())}") from error
 

@@ -1,8 +1,9 @@
 """How much memory training takes, from shapes alone: no weights are read, nothing is run.
 
 Shape legend: B rows, T tokens of the longest row, N images of the batch, P tokens per image, S supervised positions of
-the batch; D width, W heads x head size, I the MLP's inner width, L layers and V vocabulary of the language model;
-D_v, I_v width and inner width of the tower; r LoRA's rank; s bytes of the frozen dtype (4 or 2).
+the batch; D width, W heads x head size, K key and value heads x head size, I the MLP's inner width, L layers and V
+vocabulary of the language model; D_v, I_v width and inner width of the tower; r LoRA's rank; s bytes of the frozen dtype
+(4 or 2).
 
 What lasts from step to step:
 
@@ -15,16 +16,20 @@ What autograd keeps of a step until its backward pass has used it. A frozen line
 gradient is wanted, which its weight gives. Every layer keeps
 
     both norms            2 x (B, T, D) fp32: what their statistics are taken of
-    attention             (B, T, W) each for the rotated queries and keys, the values and the output; (B, H, T) fp32
-                          log-sum-exp
+    attention             2 x (B, T, W) for the rotated queries and the output, 2 x (B, T, K) for the rotated keys and
+                          the values; (B, H, T) fp32 log-sum-exp
     MLP                   2 x (B, T, I): w1(x) and w2(x)
     LoRA, each layer      (B, T, in) dropped input and (B, T, r), both in s; (B, T, in) dropout mask: s bytes on the
-                          CPU, one on CUDA. Without dropout the input itself, which w1 and w2 share, and which for
-                          the attention's c_proj is counted above
+                          CPU, one on CUDA. Without dropout the input itself, which layers with the same input share,
+                          and which for the attention's output projection is counted above
 
 After the attention of the last layer there are S positions in place of B x T. Added to that are 2 x (S, D) in fp32, for
 the last norm and the loss's gradient, and the projector's inputs N x P x (D_v + 2D). With gradient checkpointing only
 (B, T, D) per layer is kept; one layer's tensors are computed again in the backward pass.
+
+Blocks of transformers' Llama-like models keep more, by three numbers of `ModelShape`: the MLP 3 x (B, T, I), since its
+activation is a step of its own; Qwen3's norms of queries and keys (B, T, W + K) fp32; and the last layer and the last
+norm are run at all B x T positions.
 
 What exists at one moment only, on top of the above:
 
@@ -56,16 +61,20 @@ class ModelShape:
     width: int  # D: channels of its residual stream
     heads: int  # H: heads of a block
     attention_width: int  # W: heads times channels of a head
+    key_width: int  # K: key and value heads times channels of a head
     inner: int  # I: channels inside its MLP
     vocabulary: int  # V: rows of the language head
     image_tokens: int  # P: features of an image
     tower_width: int  # D_v: channels of the tower
     tower_inner: int  # I_v: channels inside the tower's MLP
-    lora_layers: frozenset[str]  # those of a block that have LoRA: attn.c_attn, attn.c_proj, mlp.w1, mlp.w2, mlp.c_proj
+    lora_inputs: tuple[str, ...]  # of each layer of a block that has LoRA: attention, attention output, MLP, product
     tower_parameters: int  # frozen
     language_parameters: int  # frozen
     projector_parameters: int  # trained
     lora_parameters: int  # trained
+    mlp_kept: int = 2  # tensors of I channels that the MLP keeps, without LoRA
+    normed_width: int = 0  # channels of queries and keys that are normed head by head: 0, or W + K
+    last_layer_whole: bool = False  # whether what follows the last attention runs at all positions, not at S
 
     @property
     def frozen(self) -> int:
@@ -144,11 +153,12 @@ def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tu
     """Return the bytes that are kept from the forward pass, and those that exist while one layer goes backward."""
     s, tokens = setting.dtype_bytes, batch.rows * batch.tokens
     layer = _kept_by_layer(shape, setting, tokens, tokens)
+    last = tokens if shape.last_layer_whole else batch.supervised
     if setting.checkpointing:
         kept = shape.layers * tokens * shape.width * s
     else:
-        kept = (shape.layers - 1) * layer + _kept_by_layer(shape, setting, tokens, batch.supervised)
-    kept += 2 * FP32 * batch.supervised * shape.width
+        kept = (shape.layers - 1) * layer + _kept_by_layer(shape, setting, tokens, last)
+    kept += FP32 * (last + batch.supervised) * shape.width
     kept += s * batch.images * shape.image_tokens * (shape.tower_width + 2 * shape.width)
     backward = 4 * tokens * (shape.inner * s + shape.width * FP32)
     return kept, backward + (layer if setting.checkpointing else 0)
@@ -157,12 +167,11 @@ def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tu
 def _kept_by_layer(shape: ModelShape, setting: Setting, tokens: int, after: int) -> int:
     """Count the bytes that autograd keeps of one block of `tokens` positions, `after` of them after the attention."""
     s, d, w, i = setting.dtype_bytes, shape.width, shape.attention_width, shape.inner
-    reads = {"attn.c_attn": d, "attn.c_proj": w, "mlp.w1": d, "mlp.w2": d, "mlp.c_proj": i}
+    channels = {"attention": d, "attention output": w, "MLP": d, "product": i}
     mask = 0 if not setting.dropout else s if setting.device == "cpu" else 1
-    if not setting.dropout:  # inputs are kept as they are: c_proj's as the attention's output, w2's as that of w1
-        reads["attn.c_proj"] = 0
-        if "mlp.w1" in shape.lora_layers:
-            reads["mlp.w2"] = 0
-    lora = {name: reads[name] * (s + mask) + s * setting.rank for name in reads if name in shape.lora_layers}
-    before = FP32 * d + 4 * s * w + FP32 * shape.heads + lora.pop("attn.c_attn", 0)
-    return tokens * before + after * (FP32 * d + 2 * s * i + sum(lora.values()))
+    lora = dict.fromkeys(channels, 0)  # bytes by input
+    for name in shape.lora_inputs:
+        shared = not setting.dropout and (lora[name] or name == "attention output")  # inputs are kept as they are, once
+        lora[name] += s * setting.rank + (0 if shared else channels[name] * (s + mask))
+    before = FP32 * (d + shape.normed_width + shape.heads) + 2 * s * (w + shape.key_width) + lora.pop("attention")
+    return tokens * before + after * (FP32 * d + shape.mlp_kept * s * i + sum(lora.values()))

@@ -28,7 +28,8 @@ _SETTINGS = (
     *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act"),
     *("sliding_window", "tie_word_embeddings"),
 )
-_UNSUPPORTED = "models that change their logits after the language head are not supported, take another one"
+_OTHER = "give a decoder language model, as Qwen/Qwen3-4B-Instruct-2507"
+_UNSUPPORTED = f"models that change their logits after the language head are not supported; {_OTHER}"
 
 
 class UnsuitableModelError(ValueError):
@@ -93,6 +94,8 @@ class MultimodalCausalLM(GeneratesWithImages):
         """
         features, checked = kwargs.pop("image_features", None), kwargs.pop("already_checked", False)
         inputs_embeds = self._embed(input_ids, features, checked)  # (B, T, D)
+        if attention_mask is not None and (attention_mask[:, 1:] <= attention_mask[:, :-1]).all():
+            attention_mask = None  # no token sees padding after it, and without a mask attention is fastest
         kwargs["position_ids"] = self._positions(inputs_embeds, attention_mask, kwargs.get("position_ids"))
         decoder: Any = self.get_decoder()  # type: ignore[attr-defined]
         hidden = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs).last_hidden_state
@@ -133,13 +136,33 @@ def multimodal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the model class for a configuration, made multimodal.
 
     Raises:
-        UnsuitableModelError: if transformers has no causal language model of this kind.
+        UnsuitableModelError: if transformers has no decoder of this kind, or one that caps its logits.
     """
+    kind = f"model_type {config.model_type!r}"
+    if config.is_encoder_decoder:
+        raise UnsuitableModelError(f"{kind} is an encoder with a decoder; {_OTHER}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsuitableModelError(f"model_type {config.model_type!r} is no causal language model of transformers")
+        raise UnsuitableModelError(f"{kind} is no causal language model of transformers; {_OTHER}")
+    if getattr(config, "final_logit_softcapping", None):  # too little to show on the few tokens of `check_suitable`
+        raise UnsuitableModelError(f"it caps its logits (final_logit_softcapping); {_UNSUPPORTED}")
     base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     members = {"image_token_id": int(config.vocab_size), "__module__": __name__}
     return type(f"Multimodal{base.__name__}", (MultimodalCausalLM, base), members)
+
+
+def check_window(name: str, config: PreTrainedConfig, num_image_tokens: int) -> None:
+    """Check that a sliding window of attention, if there is one, is as long as an image.
+
+    Raises:
+        ValueError: if it is shorter: no layer of that kind would see a whole image.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window is not None and "sliding_attention" in kinds and window < num_image_tokens:
+        raise ValueError(
+            f"base language model {name!r}: its attention sees {window} tokens (sliding_window), an "
+            f"image takes {num_image_tokens}; give one with a longer window, or a --base_value_model with fewer tokens"
+        )
 
 
 def fingerprinted_settings(config: PreTrainedConfig) -> dict[str, Any]:
@@ -190,10 +213,8 @@ def check_suitable(model: Any) -> None:
         UnsuitableModelError: if it does not: such models change their logits afterwards, or what is embedded.
     """
     head = model.get_output_embeddings()
-    if getattr(model.config, "final_logit_softcapping", None):  # too little to show on few tokens
-        raise UnsuitableModelError(f"it caps its logits (final_logit_softcapping); {_UNSUPPORTED}")
     if head is None or not hasattr(model, "get_decoder"):
-        raise UnsuitableModelError("it has no language head over a decoder")
+        raise UnsuitableModelError(f"it has no language head over a decoder; {_OTHER}")
     ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size  # (1, T)
     positions = torch.arange(4, device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0].float()  # (T, V)
