@@ -2,8 +2,8 @@
 
 Shape legend: B rows, T tokens of the longest row, N images of the batch, P tokens per image, S supervised positions of
 the batch; D width, W heads x head size, K key and value heads x head size, I the MLP's inner width, L layers and V
-vocabulary of the language model; D_v, I_v width and inner width of the tower; r LoRA's rank; s bytes of the frozen dtype
-(4 or 2).
+vocabulary of the language model; D_v, I_v width and inner width of the tower; r LoRA's rank; s bytes of the frozen
+dtype (4 or 2).
 
 What lasts from step to step:
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.loss import CHUNK_LOGITS
@@ -15,9 +17,30 @@ from ..arguments import ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import read_language_config
 from ..checkpoints.checkpoint import drops_first_patch, read_checkpoint
 from ..checkpoints.previous import check_previous
+from ..language_models.causal_lm import check_window, multimodal_class
 from ..lora import LoraSettings, check_targets, default_targets
 from ..projector import build_projector
 from .memory_estimate import ModelShape, Setting
+
+_QWEN_INPUTS = {
+    "attn.c_attn": "attention",
+    "attn.c_proj": "attention output",
+    "mlp.w1": "MLP",
+    "mlp.w2": "MLP",
+    "mlp.c_proj": "product",
+}
+_LLAMA_INPUTS = {
+    "self_attn.q_proj": "attention",
+    "self_attn.k_proj": "attention",
+    "self_attn.v_proj": "attention",
+    "self_attn.o_proj": "attention output",
+    "mlp.gate_proj": "MLP",
+    "mlp.up_proj": "MLP",
+    "mlp.down_proj": "product",
+}
+"""What each linear layer of a block takes in."""
+_LLAMA_BLOCK = {*_LLAMA_INPUTS, "input_layernorm", "post_attention_layernorm"}
+_HEAD_NORMS = {"self_attn.q_norm", "self_attn.k_norm"}
 
 
 def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
@@ -38,8 +61,7 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
     tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
     config = read_language_config(asked.base_language_model)
-    if not isinstance(config, QWenConfig):
-        raise ValueError(f"--dry_run: {asked.base_language_model} is no QWen; its memory can't be estimated yet")
+    check_window(asked.base_language_model, config, tower.num_image_tokens)
     return model_shape(config, tower, lora, layers), lora
 
 
@@ -61,31 +83,57 @@ def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments) -> dict[str
     return {f"CPU {short}": setting, "GPU bf16": replace(setting, dtype_bytes=2, device="cuda")}
 
 
-def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, projector_layers: int = 2) -> ModelShape:
-    """Return the sizes of a model, its parameters counted without storage; refuse target modules that do not exist."""
+def model_shape(
+    config: PreTrainedConfig, tower: TowerShape, lora: LoraSettings, projector_layers: int = 2
+) -> ModelShape:
+    """Return the sizes of a model, its parameters counted without storage; refuse target modules that do not exist.
+
+    Raises:
+        ValueError: if target modules do not exist, or a block is built in a way that memory is not known for.
+    """
     with torch.device("meta"):
-        language = QWenLMHeadModel(config)
+        language = QWenLMHeadModel(config) if isinstance(config, QWenConfig) else multimodal_class(config)(config)
         projector = build_projector(tower.hidden_size, config.hidden_size, projector_layers)
     wanted = default_targets(language) if lora.target_modules is None else lora.target_modules
     check_targets(language, wanted)
-    targets = {
-        name: module
-        for name, module in language.named_modules()
-        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{t}") for t in wanted)
-    }
+    block, inputs = _block_sizes(config, language), {**_QWEN_INPUTS, **_LLAMA_INPUTS}
+    linears = {name: module for name, module in language.named_modules() if isinstance(module, nn.Linear)}
+    targets = {name: module for name, module in linears.items() if any(f".{name}".endswith(f".{t}") for t in wanted)}
     return ModelShape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,
-        attention_width=config.num_attention_heads * config.kv_channels,
-        inner=config.intermediate_size // 2,
         vocabulary=config.vocab_size,
         image_tokens=tower.num_image_tokens,
         tower_width=tower.hidden_size,
         tower_inner=tower.intermediate_size,
-        lora_layers=frozenset(name.split(".h.0.", 1)[1] for name in targets if ".h.0." in name),
+        lora_inputs=tuple(inputs[name.split(".0.", 1)[1]] for name in targets if ".0." in name),
         tower_parameters=tower.num_parameters,
         language_parameters=sum(parameter.numel() for parameter in language.parameters()),
         projector_parameters=sum(parameter.numel() for parameter in projector.parameters()),
         lora_parameters=sum(lora.rank * (linear.in_features + linear.out_features) for linear in targets.values()),
+        **block,
     )
+
+
+def _block_sizes(config: Any, language: nn.Module) -> dict[str, Any]:
+    """Return what distinguishes the blocks of QWen and of models of Llama's build."""
+    if isinstance(config, QWenConfig):
+        width = config.num_attention_heads * config.kv_channels
+        return {"attention_width": width, "key_width": width, "inner": config.intermediate_size // 2}
+    weighted = {name.rsplit(".", 1)[0].split(".0.", 1)[1] for name, _ in language.named_parameters() if ".0." in name}
+    if weighted - _HEAD_NORMS != _LLAMA_BLOCK or weighted & _HEAD_NORMS not in (set(), _HEAD_NORMS):
+        raise ValueError(
+            f"--dry_run: the memory of model_type {config.model_type!r} is not known: its blocks hold "
+            f"{', '.join(sorted(weighted))} in place of Llama's layers; train some steps without --dry_run to see it"
+        )
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width, keys = (head * heads for heads in (config.num_attention_heads, config.num_key_value_heads))
+    return {
+        "attention_width": width,
+        "key_width": keys,
+        "inner": config.intermediate_size,
+        "mlp_kept": 3,
+        "normed_width": width + keys if weighted & _HEAD_NORMS else 0,
+        "last_layer_whole": True,
+    }

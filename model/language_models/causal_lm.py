@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dataset.chat_template import ChatTokenizer
+from dataset.chat_template import ChatTemplateError, ChatTokenizer
 from qwen.cache import GrowingCache
 from qwen.multimodal_generation import GeneratesWithImages, check_counts
 
@@ -141,8 +141,8 @@ def multimodal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     kind = f"model_type {config.model_type!r}"
     if config.is_encoder_decoder:
         raise UnsuitableModelError(f"{kind} is an encoder with a decoder; {_OTHER}")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsuitableModelError(f"{kind} is no causal language model of transformers; {_OTHER}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "vocab_size"):  # multimodal: none
+        raise UnsuitableModelError(f"{kind} is no decoder language model of transformers; {_OTHER}")
     if getattr(config, "final_logit_softcapping", None):  # too little to show on the few tokens of `check_suitable`
         raise UnsuitableModelError(f"it caps its logits (final_logit_softcapping); {_UNSUPPORTED}")
     base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -176,13 +176,16 @@ def load_chat_tokenizer(name_or_path: str, vocab_size: int) -> ChatTokenizer:
     """Load a language model's tokenizer and chat template.
 
     Raises:
-        ChatTemplateError: if there is none, or one that does not fit.
+        UnsuitableModelError: if there is none, or one that does not fit.
         OSError: if a file is missing.
     """
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     if len(tokenizer) > vocab_size:
         raise UnsuitableModelError(f"its tokenizer has {len(tokenizer):,} tokens, its table {vocab_size:,} rows")
-    return ChatTokenizer(tokenizer, vocab_size)
+    try:
+        return ChatTokenizer(tokenizer, vocab_size)
+    except ChatTemplateError as error:
+        raise UnsuitableModelError(f"{error}; take an -Instruct or -Chat model with a plain chat template") from error
 
 
 def load_causal_lm(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -271,17 +271,17 @@ def test_a_tower_without_its_image_processor_and_a_cache_that_is_a_file_are_refu
     ("flags", "said"),
     [
         (("--base_language_model", "EMPTY"), "config.json"),
-        (("--base_language_model", "UNKNOWN"), "'llama'"),
+        (("--base_language_model", "UNKNOWN"), "'nobody'"),
         (("--base_language_model", "BROKEN"), "must be even"),
         (("--base_value_model", "EMPTY"), "config.json"),
-        (("--base_value_model", "UNKNOWN"), "'llama'"),
+        (("--base_value_model", "UNKNOWN"), "'nobody'"),
         (("--target_modules", "nothing"), "nothing"),
         (("--max_length", "3"), "--max_length 3"),
         (("--previous_lora_weights", "EMPTY"), "EMPTY"),
     ],
 )
 def test_mistakes_are_one_line(inputs, tmp_path, capsys, flags, said):
-    contents = {"EMPTY": None, "UNKNOWN": "llama", "BROKEN": "qwen"}
+    contents = {"EMPTY": None, "UNKNOWN": "nobody", "BROKEN": "qwen"}
     for name, model_type in contents.items():
         (tmp_path / name).mkdir()
         if model_type is not None:

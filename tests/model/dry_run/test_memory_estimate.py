@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import make_family
 from tiny_qwen import random_ids
-from tiny_run import start, write_data
+from tiny_run import make_pictures, start, write_data
 from tiny_towers import make_clip_checkpoint
 from tiny_vlm import NUM_IMAGE_TOKENS
 
 from benchmarks.training import memory_table
+from benchmarks.training.memory import parse_memory
 from dataset import ImageCaptionDataset
 from model import LoraSettings, VisionLanguageModel
+from model.checkpoints.base_models import read_language_config
 from model.dry_run.data_sizes import data_sizes
 from model.dry_run.memory_estimate import BatchShape, Setting, activations_of, estimate_memory
 from model.dry_run.planned_model import model_shape
@@ -43,18 +46,21 @@ def trainable(clip: str, dtype: torch.dtype, lora: LoraSettings) -> VisionLangua
     return model.train()
 
 
-def random_batch(rows: int) -> dict[str, torch.Tensor]:
+def random_batch(rows: int, image_token_id: int, padding: int = 0) -> dict[str, torch.Tensor]:
+    """A batch in which each row has an image and ANSWER supervised tokens; the first has some padding at its end."""
     ids = random_ids(rows, TOKENS)
-    ids[:, 3 : 3 + NUM_IMAGE_TOKENS] = IMAGE_TOKEN_ID
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    labels[:, -ANSWER:] = ids[:, -ANSWER:]
+    ids[:, 3 : 3 + NUM_IMAGE_TOKENS] = image_token_id
+    mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORE_INDEX)
+    mask[0, TOKENS - padding :] = 0
+    answers = slice(TOKENS - padding - ANSWER, TOKENS - padding)
+    labels[:, answers] = ids[:, answers]
     pixels = torch.randn(rows, 3, 28, 28)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels}
 
 
-def kept_bytes(model: VisionLanguageModel, dtype: torch.dtype) -> tuple[int, int]:
+def kept_bytes(model: VisionLanguageModel, dtype: torch.dtype, padding: int = 0) -> tuple[int, int]:
     """Bytes of all storages that autograd keeps of a step, weights left out: the language head's, and the others'."""
-    batch = random_batch(ROWS)
+    batch = random_batch(ROWS, model.qwen.image_token_id, padding)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -69,7 +75,7 @@ def kept_bytes(model: VisionLanguageModel, dtype: torch.dtype) -> tuple[int, int
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mixed:
         loss = model(**batch, return_logits=False).loss
     assert loss.isfinite()
-    head = [t for t in kept.values() if t.shape[-1:] == (SIZES["vocab_size"],)]
+    head = [t for t in kept.values() if t.shape[-1:] == (model.qwen.config.vocab_size,)]
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     return sum(t.nbytes for t in head), total - sum(t.nbytes for t in head)
 
@@ -91,6 +97,45 @@ def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing, dro
     assert head == 0  # the head's gradient is taken at once, chunk by chunk
 
 
+MEDIUM = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 48,
+}
+"""A size at which no row of the estimate is hidden by others; heads are not the width's channels."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("llama", {}),
+        ("qwen3", MEDIUM),
+        *(pytest.param(family, {}, marks=pytest.mark.slow) for family in ("qwen2", "qwen3", "mistral")),
+    ],
+)
+def test_activations_of_other_language_models(tmp_path, dtype, checkpointing, dropout, family, sizes):
+    """In batches with padding, and with LoRA on all of attention and MLP."""
+    clip, lora = make_clip_checkpoint(tmp_path / "clip"), LoraSettings(RANK, dropout=dropout, target_modules=None)
+    base = make_family(tmp_path / family, family, **sizes)
+    model = VisionLanguageModel.from_pretrained(base, clip, dtype=dtype, device="cpu", trainable=True)
+    model.add_lora(lora)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    head, others = kept_bytes(model, dtype, padding=3)
+    shape = model_shape(read_language_config(base), read_tower_shape(clip), lora)
+    setting = Setting(dtype.itemsize, "cpu", RANK, dropout, checkpointing)
+    expected, _ = activations_of(shape, setting, BatchShape(ROWS, TOKENS, ROWS * ANSWER, ROWS))
+    assert others == pytest.approx(expected, rel=0.05)
+    assert head == 0
+    counts = model.parameter_counts()
+    assert [shape.language_parameters, shape.lora_parameters] == [counts["language_model"][0], counts["lora"][0]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_estimate_is_near_what_a_process_takes(tmp_path, dtype):
@@ -102,6 +147,38 @@ def test_the_estimate_is_near_what_a_process_takes(tmp_path, dtype):
     assert len(figures) == 2
     for found in figures.values():
         assert found["most at one moment"] == pytest.approx(found["measured"], rel=0.15)
+
+
+TRAIN = """
+import sys
+from benchmarks.measure import resident
+import train
+before = resident("VmRSS")
+assert train.main(sys.argv[1:]) == 0
+print("measured", resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, bf16, checkpointing):
+    sizes = {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    base = make_family(tmp_path / "qwen3", "qwen3", **sizes, **heads)
+    samples = [("red.png", ("<|extra_0|>What?", "word " * (30 + number))) for number in range(8)]
+    make_pictures(tmp_path / "pictures")
+    flags = [
+        *("--base_language_model", base, "--base_value_model", make_clip_checkpoint(tmp_path / "clip")),
+        *(*write_data(tmp_path, samples, tmp_path / "pictures"), "--output_dir", tmp_path / "run"),
+        *("--bf16", bf16, "--gradient_checkpointing", checkpointing, "--use_cpu", "true", "--save_strategy", "no"),
+        *("--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--report_to", "none"),
+    ]
+    expected = parse_memory(start("python", "train.py", *flags, "--dry_run").stdout)[0]
+    done = start("python", "-c", TRAIN, *flags)
+    assert done.returncode == 0, done.stderr
+    measured = int(done.stdout.split("measured")[1])
+    assert expected["most at one moment"] == pytest.approx(measured, rel=0.15)
 
 
 def test_parameters_are_those_of_the_model(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,12 +12,21 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, make_family
-from tiny_run import MIXED_CAPTIONS, build_trainer, load_test_py, losses, make_pictures, trained_weights, write_data
+from tiny_run import (
+    MIXED_CAPTIONS,
+    build_trainer,
+    load_test_py,
+    losses,
+    make_pictures,
+    start,
+    trained_weights,
+    write_data,
+)
 from tiny_towers import make_clip_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from dataset import load_image
+from dataset import ImageCaptionDataset, VLMCollator, load_image
 from dataset.chat_template import ChatTokenizer
 from dataset.prompt import encode_sample
 from model import VisionLanguageModel
@@ -33,9 +43,18 @@ QUICK = [
 NO_DROPOUT = ["--lora_dropout", "0"]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+def families(*quick: str) -> list:
+    """Return all families; those that are not quick are of the slow tier."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=families("qwen3", "llama"))
 def family(request) -> str:
     return request.param
+
+
+one_family = pytest.mark.parametrize("family", families("qwen3"), indirect=True, scope="module")
+"""Of tests of which one family tells nearly as much as all."""
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +146,7 @@ def test_all_of_attention_and_mlp_get_lora(whole):
     assert all("lm_head" not in name for name in load_file(whole / "adapter_model.safetensors"))
 
 
+@one_family
 def test_resumed_equals_never_stopped(command, whole, tmp_path):
     shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
     assert train.main([*command, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "auto"]) == 0
@@ -135,22 +155,85 @@ def test_resumed_equals_never_stopped(command, whole, tmp_path):
         assert torch.equal(trained_weights(tmp_path)[name], value), name
 
 
+@one_family
 def test_feature_cache_changes_nothing(command, whole, tmp_path):
     cache = ["--feature_cache", str(tmp_path / "cache"), "--feature_cache_dtype", "float32"]
     assert train.main([*command, *cache, "--output_dir", str(tmp_path / "run")]) == 0
     assert losses(tmp_path / "run" / "checkpoint-6") == losses(whole / "checkpoint-6")
 
 
+@one_family
 def test_grouped_by_length(command, tmp_path):
     grouped = ["--train_sampling_strategy", "group_by_length", "--max_steps", "2"]
     assert train.main([*command, *grouped, "--output_dir", str(tmp_path)]) == 0
     assert all(value < 20 for value in losses(tmp_path / "checkpoint-2"))
 
 
+@one_family
 def test_another_base_of_the_same_sizes_is_refused(family, whole, tmp_path):
     other = make_family(tmp_path / "other", family, seed=1)
     with pytest.raises(ValueError, match="base_language_model differ"):
         VisionLanguageModel.from_pretrained(other, model_weights=whole)
+
+
+only_llama = pytest.mark.parametrize("family", ["llama"], indirect=True, scope="module")
+
+
+@pytest.mark.slow
+@only_llama
+def test_two_processes_train_as_one(command, tmp_path):
+    """The same samples a step, of which half go to each; in some steps one process sees no image."""
+    assert train.main([*command, *NO_DROPOUT, "--output_dir", str(tmp_path / "one")]) == 0
+    half = [*command, *NO_DROPOUT, "--per_device_train_batch_size", "2", "--output_dir", tmp_path / "two"]
+    done = start("torchrun", "--standalone", "--nproc_per_node=2", "train.py", *half)
+    assert done.returncode == 0, done.stderr
+    one, two = (losses(tmp_path / name / "checkpoint-6") for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-5)
+    for name, value in trained_weights(tmp_path / "one").items():
+        torch.testing.assert_close(trained_weights(tmp_path / "two")[name], value, rtol=0, atol=1e-4)
+
+
+@only_llama
+def test_gradient_checkpointing_and_evaluation(command, whole, tmp_path):
+    """Dropout is drawn again as it was; the evaluation takes the first answer of each sample."""
+    evaluate = ["--eval_image_map", command[5], "--eval_captions_file", command[7], "--eval_strategy", "epoch"]
+    flags = ["--gradient_checkpointing", "true", *evaluate, "--per_device_eval_batch_size", "5"]
+    assert train.main([*command, *flags, "--output_dir", str(tmp_path)]) == 0
+    assert losses(tmp_path / "checkpoint-6") == pytest.approx(losses(whole / "checkpoint-6"), abs=1e-5)
+    history = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    found = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    model = VisionLanguageModel.from_pretrained(model_weights=tmp_path)
+    tokenizer, see = load_tokenizer(model.base_language_model), model.vision_tower.image_transform
+    samples = ImageCaptionDataset(command[5], command[7], tokenizer, see, model.num_image_tokens, training=False)
+    total = count = 0
+    for sample in samples:
+        batch = VLMCollator(tokenizer.pad_token_id)([sample])
+        number = int((batch["labels"] != IGNORE_INDEX).sum())
+        with torch.no_grad():
+            total += number * model(**batch).loss.item()
+        count += number
+    assert len(found) == 2
+    assert found[-1] == pytest.approx(total / count, rel=1e-4)
+
+
+@only_llama
+def test_training_starts_from_earlier_weights(command, whole, tmp_path):
+    rates = ["--learning_rate", "1e-9", "--feature_proj_lr", "1e-9", "--max_steps", "1"]
+    earlier = ["--previous_lora_weights", str(whole), "--output_dir", str(tmp_path)]
+    assert train.main([*command, *rates, *earlier]) == 0
+    assert losses(tmp_path / "checkpoint-1")[0] < losses(whole / "checkpoint-6")[0]
+    for name, value in trained_weights(whole).items():
+        torch.testing.assert_close(trained_weights(tmp_path)[name], value, rtol=0, atol=1e-6)
+
+
+@only_llama
+def test_a_dry_run_tells_the_parameters_of_the_run(command, whole, tmp_path, capsys):
+    assert train.main([*command, "--output_dir", str(tmp_path / "run"), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    trained = sum(value.numel() for value in trained_weights(whole).values())
+    assert re.search(rf"all +[\d,]+ +{trained:,} ", said)
+    assert "6 in all" in said
+    assert "most at one moment" in said
 
 
 # ---- The prompt
@@ -211,12 +294,14 @@ def test_a_system_prompt_is_used_or_refused(assistant, family):
         assert "Answer in one word." in tokenizer.decode(asked.prompt_ids("What?"))
 
 
+@one_family
 def test_settings_that_look_at_the_prompt_do_not_meet_the_image_token(assistant, pictures):
     penalised = Assistant(assistant.model, assistant.tokenizer, None, {**assistant.options, "repetition_penalty": 1.5})
     features = penalised.features([load_image(pictures["red"])])
     assert penalised.answer("<|extra_0|>What colour?", features)
 
 
+@one_family
 def test_the_command_line(whole, pictures, capsys):
     flags = ["--model_weights", str(whole), "--image_path", str(pictures["red"]), "--device", "cpu", "--greedy"]
     assert load_test_py().main([*flags, "--prompt", "What?", "--max_new_tokens", "5"]) == 0
