@@ -196,15 +196,25 @@ def test_two_processes_train_as_one(command, tmp_path):
 @only_llama
 def test_gradient_checkpointing_and_evaluation(command, whole, tmp_path):
     """Dropout is drawn again as it was; the evaluation takes the first answer of each sample."""
-    evaluate = ["--eval_image_map", command[5], "--eval_captions_file", command[7], "--eval_strategy", "epoch"]
-    flags = ["--gradient_checkpointing", "true", *evaluate, "--per_device_eval_batch_size", "5"]
+    evaluate = ["--eval_image_map", command[5], "--eval_captions_file", command[7], "--eval_steps", "3"]
+    flags = [
+        "--gradient_checkpointing",
+        "true",
+        *evaluate,
+        "--eval_strategy",
+        "steps",
+        "--per_device_eval_batch_size",
+        "5",
+    ]
     assert train.main([*command, *flags, "--output_dir", str(tmp_path)]) == 0
     assert losses(tmp_path / "checkpoint-6") == pytest.approx(losses(whole / "checkpoint-6"), abs=1e-5)
     history = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
     found = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     model = VisionLanguageModel.from_pretrained(model_weights=tmp_path)
     tokenizer, see = load_tokenizer(model.base_language_model), model.vision_tower.image_transform
-    samples = ImageCaptionDataset(command[5], command[7], tokenizer, see, model.num_image_tokens, training=False)
+    samples = ImageCaptionDataset(
+        *(command[5], command[7], tokenizer, see, model.num_image_tokens), system=None, training=False
+    )
     total = count = 0
     for sample in samples:
         batch = VLMCollator(tokenizer.pad_token_id)([sample])
