@@ -105,7 +105,7 @@ def test_dinov2s_size_is_its_processors(tmp_path):
     assert tower(tower.image_transform(picture((50, 60)))[None]).shape == (1, 9, 32)
 
 
-def test_an_unknown_processor_is_one_clear_error(tmp_path):
+def test_an_unknown_processor_is_refused(tmp_path):
     make_clip_checkpoint(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
     with pytest.raises(ValueError, match=r"image processor of .* cannot be used"):
