@@ -55,14 +55,6 @@ def test_only_lora_and_projector_get_gradients(model):
     assert all(gradient.any() for gradient in with_gradient.values())
 
 
-def test_the_tower_stays_in_eval_mode_and_gives_no_graph(model):
-    model.train()
-    assert model.language_model.training
-    assert not any(module.training for module in model.vision_tower.modules())
-    assert not model.vision_tower(MIXED[0]["pixel_values"]).requires_grad
-    assert model.encode_images(MIXED[0]["pixel_values"]).requires_grad
-
-
 def test_a_batch_without_images_gives_the_projector_zeros_and_no_other_loss(model):
     batch = collate(sample(0), sample(0, num_words=2, seed=1))
     assert "pixel_values" not in batch
@@ -192,23 +184,7 @@ def test_a_batch_in_which_nothing_is_supervised_has_a_loss_of_zero(model, return
     assert not any(gradient.any() for gradient in gradients(model).values())
 
 
-def test_without_labels_there_are_logits_and_no_loss(still):
-    batch = collate(*MIXED)
-    del batch["labels"]
-    with torch.no_grad():
-        out = still(**batch)
-    assert out.loss is None
-    assert out.logits.shape == (*batch["input_ids"].shape, VOCAB_SIZE)
-
-
 # Images and rows
-
-
-def test_rows_of_a_mixed_batch_equal_the_rows_alone(still):
-    together = logits_of(still, collate(*MIXED))
-    for row, one in enumerate(MIXED):
-        alone = logits_of(still, collate(one))[0]
-        assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("return_logits", [False, True], ids=["loss alone", "with logits"])

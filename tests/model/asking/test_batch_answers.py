@@ -276,14 +276,11 @@ def test_a_finished_output_needs_no_model(again):
     ("flags", "words"),
     [
         (["--do_sample"], "settings"),
-        (["--seed", 1], "settings"),
         (["--output", "{}/q.jsonl"], "q.jsonl.made_with.json"),
         (["--output", "{}/nowhere/a"], "nowhere"),
         (["--output", "{}/" + "x" * 300], "File name too long"),
-        (["--output", "{}"], "regular file"),
         (["--output", "{}/link"], "regular file"),
         (["--batch", "{}/other.jsonl"], "questions"),
-        (["--batch", "{}/nowhere.jsonl"], "nowhere.jsonl"),
         (["--batch", "{}/bad.jsonl"], "line 7"),
     ],
     ids=lambda value: "".join(map(str, value))[:30] if isinstance(value, list) else None,
@@ -360,12 +357,8 @@ def test_lines_that_are_no_answers_to_the_questions_are_refused(tmp_path):
 
 BAD_LINES = {
     "not JSON": ("{", "JSON"),
-    "deep": ("[" * 100_000, "JSON"),
-    "a list": ("[1]", "[1]"),
     "no id": ('{"prompt": "x"}', "id is missing"),
     "an id that is true": ('{"id": true, "prompt": "x"}', "id is True"),
-    "an empty prompt": ('{"id": 1, "prompt": " "}', "prompt is"),
-    "an image without a name": ('{"id": 1, "prompt": "x", "image": [""]}', "image is"),
     "an id twice": ('{"id": "one", "prompt": "x"}', "line 1"),
     "a key twice": ('{"id": 1, "prompt": "x", "prompt": "y"}', "'prompt'"),
     "a long key twice": ('{"id": 1, "%s": 1, "%s": 2}' % (("k" * 99_999,) * 2), "kkk..."),

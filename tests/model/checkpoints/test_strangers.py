@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import pickle
@@ -24,7 +23,6 @@ from tiny_run import (
     ROOT,
     environment,
     load_test_py,
-    make_pictures,
     one_line_error,
     write_as_the_original,
     write_data,
@@ -45,10 +43,8 @@ ask = load_test_py()
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("data")
-    make_pictures(folder / "pictures")
-    return write_data(folder, MIXED_CAPTIONS, folder / "pictures")
+def data(tmp_path_factory, pictures) -> list[str]:
+    return write_data(tmp_path_factory.mktemp("data"), MIXED_CAPTIONS, pictures["red"].parent)
 
 
 @pytest.fixture(scope="module")
@@ -148,16 +144,6 @@ def test_poison_of_the_original_is_refused_by_both_programs(
     assert name in refused(folder, "--previous_lora_weights", str(folder))
     assert ask.main(["--model_weights", str(folder), *base_flags, "--prompt", "What?", "--device", "cpu"]) == 2
     assert name in one_line_error(capsys.readouterr().err, "test.py")
-    assert not proof.exists()
-
-
-def test_poison_in_a_base_language_model(base_flags, tmp_path, qwen_tiktoken):
-    folder, proof = tmp_path / "qwen", tmp_path / "it ran"
-    shutil.copytree(base_flags[1], folder)
-    (folder / "model.safetensors").unlink()
-    torch.save({"transformer.wte.weight": torch.ones(1), "extra": Poison(proof)}, folder / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"(?i)unpickl|weights.only|plain|unsafe|code"):
-        VisionLanguageModel.from_pretrained(str(folder), base_flags[3], device="cpu")
     assert not proof.exists()
 
 
@@ -271,12 +257,6 @@ def test_what_is_no_file_is_refused_and_not_waited_for(stranger, refused, name, 
             load(stranger)
 
 
-def test_the_base_models_may_be_stored_elsewhere_and_are_printed(stranger, base_flags, caplog):
-    with caplog.at_level(logging.INFO, logger="model"):
-        load(stranger)
-    assert f"base language model: {base_flags[1]}; base vision model: {base_flags[3]}" in caplog.text
-
-
 def test_the_best_checkpoint_is_one_of_this_run(stranger, base_flags, data, tmp_path, capsys):
     """trainer_state.json names a folder, which could be anywhere."""
     edit(stranger / "trainer_state.json", best_model_checkpoint="/etc/checkpoint-2", best_global_step=2, best_metric=-9)
@@ -362,13 +342,10 @@ def test_a_header_bomb_is_one_line(stranger, length, header, rest):
     [
         ("optimizer.pt", lambda state: state["param_groups"].pop()),
         ("optimizer.pt", lambda state: state["state"][0].update(exp_avg=torch.ones(3))),
-        ("optimizer.pt", lambda state: state["state"][1].update(exp_avg_sq="x")),
-        ("optimizer.pt", lambda state: state["state"][1].update(step="x")),
         ("optimizer.pt", lambda state: state.clear()),
         ("scheduler.pt", lambda state: state.update(optimizer=7)),
         ("scheduler.pt", lambda state: state.update(last_epoch="x")),
         ("rng_state.pth", lambda state: state.clear()),
-        ("rng_state.pth", lambda state: state.update(python="x")),
         ("rng_state.pth", lambda state: state.update(cpu=state["cpu"][:9])),
     ],
 )
@@ -398,17 +375,3 @@ def test_a_training_state_that_is_damaged(stranger, refused, content, signed):
     else:  # an older checkpoint
         (stranger / "checksums.json").unlink()
     assert str(stranger) in refused(stranger)
-
-
-def test_settings_of_an_optimizer_come_from_the_flags(stranger, base_flags, data):
-    state = torch.load(stranger / "optimizer.pt", weights_only=True)
-    for group in state["param_groups"]:
-        group.update(betas=("x", "y"), lr=9.0, weight_decay=9.0)
-    state["state"].pop(0)  # a parameter that was never trained has no state
-    torch.save(state, stranger / "optimizer.pt")
-    sign(stranger / "optimizer.pt")
-    schedule = torch.load(stranger / "scheduler.pt", weights_only=True)
-    torch.save({**schedule, "base_lrs": [9.0]}, stranger / "scheduler.pt")
-    sign(stranger / "scheduler.pt")
-    flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", str(stranger)]
-    assert train.main([*QUICK, *base_flags, *data, *flags]) == 0

@@ -52,9 +52,7 @@ def uncut(tiny_bases, tmp_path_factory):
     [
         (signal.SIGTERM, "on_step_begin", 1, 1),
         (signal.SIGINT, "on_substep_end", 2, 2),  # within accumulation
-        (signal.SIGTERM, "on_pre_optimizer_step", 5, 5),
         (signal.SIGINT, "on_save", 1, 3),  # while a checkpoint is written: it is finished, and one step more
-        (signal.SIGTERM, "on_epoch_end", 1, 4),
         (signal.SIGTERM, "on_step_begin", 6, 6),  # the last step of an epoch
     ],
 )

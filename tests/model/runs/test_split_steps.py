@@ -10,7 +10,6 @@ import pytest
 import torch
 from stopped_runs import (
     Answers,
-    assert_same_end,
     checkpoints,
     is_resumable,
     logged,
@@ -22,11 +21,11 @@ from tiny_run import ROOT, exit_status, one_line_error, start
 from tiny_vlm import trainable_parameters
 from torch import Tensor
 from transformers import TrainerCallback
-from two_processes import POISON, Poisoned
+from two_processes import POISON
 
 from dataset.epoch_order import EpochOrder
 from model import CheckpointError
-from model.runs.failures import MOST_SKIPPED, NotFiniteError
+from model.runs.failures import MOST_SKIPPED
 from model.runs.resuming import newest_resumable
 
 
@@ -216,19 +215,6 @@ def test_a_step_that_is_not_finite_is_not_taken(tiny_bases, tmp_path, monkeypatc
     fresh = new_trainer(tiny_bases, tmp_path / "again", size=12)
     fresh.model.load_checkpoint(tmp_path / "checkpoint-2")
     assert all(tensor.isfinite().all() for tensor in weights(fresh).values())
-
-
-def test_an_image_that_is_not_finite(tiny_bases, tmp_path):
-    """Where it is left out, the run resumes from before it."""
-    trainer = new_trainer(tiny_bases, tmp_path, logging_steps=1)
-    trainer.train_dataset = EpochOrder(Poisoned(11), 3)
-    with pytest.raises(NotFiniteError, match="the loss of step"):
-        trainer.train()
-    assert POISON in trainer.seen[-1]
-    assert len(trainer.seen) == trainer.state.global_step + 1
-    whole = new_trainer(tiny_bases, tmp_path / "whole", logging_steps=1, save_strategy="no")
-    whole.train()
-    assert_same_end(resume(tiny_bases, tmp_path, logging_steps=1), whole)
 
 
 def fp16_trainer(tiny_bases, folder, bad, **changes):
