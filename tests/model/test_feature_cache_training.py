@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from tiny_run import (
     MIXED_CAPTIONS,
     losses,
@@ -150,29 +149,7 @@ def test_resuming_with_the_cache_or_without(command, tmp_path, cached, before, a
     assert same_weights(folder, tmp_path / "whole")
 
 
-def test_resuming_with_other_rounding_is_said(command, tmp_path, cached, capsys):
-    folder = tmp_path / "run"
-    run(command, folder, *cached, "--num_train_epochs", 1)
-    for epochs, dtype, said in ((2, "float32", False), (3, "bfloat16", True)):
-        capsys.readouterr()
-        flags = (*cached[:3], dtype, "--num_train_epochs", epochs, "--resume_from_checkpoint", "auto")
-        run(command, folder, *flags)
-        lines = [line for line in capsys.readouterr().err.splitlines() if "bfloat16" in line and "float32" in line]
-        assert bool([line for line in lines if "/cache/" not in line]) == said
-
-
 # ---- Nothing stale
-
-
-def test_a_changed_picture_is_computed_again_and_equal_ones_share(command, tmp_path, pictures, calls, cached):
-    shutil.copy(pictures / "red.png", pictures / "green.png")
-    run(command, tmp_path / "first", *cached)
-    assert len(stored(tmp_path)) == NUM_PICTURES - 1
-    Image.new("RGB", (40, 30), "orange").save(pictures / "green.png")
-    calls.update(tower=0)
-    changed = run(command, tmp_path / "changed", *cached)
-    assert calls["tower"] == 1
-    assert changed == run(command, tmp_path / "plain")
 
 
 # ---- What goes wrong

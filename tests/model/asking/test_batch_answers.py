@@ -173,15 +173,6 @@ def test_settings_under_which_nothing_can_be_answered_end_the_run(call, base_fla
     assert len(read(output)) == 2
 
 
-def test_a_prompt_without_room_is_no_matter_of_the_settings(call, base_flags, tmp_path):
-    base = with_generation_config(base_flags[1], tmp_path / "qwen", max_new_tokens=None, max_length=60)
-    file = write(tmp_path / "q.jsonl", [{"id": 1, "prompt": "x"}, {"id": 2, "prompt": "word " * 99}])
-    call("--batch", file, "--output", tmp_path / "a", "--base_language_model", base, status=2)
-    answered, failed = read(tmp_path / "a")
-    assert "answer" in answered
-    assert "max_length 60" in failed["error"]
-
-
 # ---- Stopped and resumed
 
 

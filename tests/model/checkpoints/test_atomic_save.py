@@ -19,19 +19,14 @@ from stopped_runs import (
     WEIGHTS,
     KillAt,
     Killed,
-    assert_same_end,
     checkpoints,
     is_resumable,
     new_trainer,
-    resume,
 )
 from tiny_run import (
-    MIXED_CAPTIONS,
     one_line_error,
     trained_weights,
-    write_data,
 )
-from transformers import TrainerCallback
 
 import model.checkpoints.saving
 import model.runs.run_state
@@ -97,19 +92,21 @@ def trained(tiny_bases, tmp_path):
     return trainer
 
 
-def all_points(trainer, monkeypatch, again):
+def all_points(trainer, monkeypatch, run: Path):
     """Faults that are armed for each step of writing a checkpoint in turn, before and after it is done.
 
-    `again` makes what is there as it was.
+    The run folder is each time as it was at the beginning.
     """
-    faults = Faults(monkeypatch)
+    faults, backup = Faults(monkeypatch), run.with_name("backup")
+    shutil.copytree(run, backup)
     trainer._save_checkpoint(trainer.model, None)
     number = faults.count
     assert number > 20
     for point in range(1, number + 1):
         for after in (False, True):
             faults.arm(0, Killed(), False)
-            again()
+            shutil.rmtree(run)
+            shutil.copytree(backup, run)
             yield faults, point, after
     faults.arm(0, Killed(), False)
 
@@ -118,18 +115,11 @@ def all_points(trainer, monkeypatch, again):
 @pytest.mark.parametrize("same_step", [False, True])
 def test_a_kill_at_any_point_of_saving_loses_nothing(trained, tmp_path, monkeypatch, same_step):
     """With `same_step`, the only checkpoint is of the step that is saved, and `save_total_limit` is 1."""
-    run, backup = tmp_path / "run", tmp_path / "backup"
+    run, found = tmp_path / "run", set()
     if same_step:
         trained._save_checkpoint(trained.model, None)
         assert checkpoints(run) == ["checkpoint-2"]
-    shutil.copytree(run, backup)
-
-    def again():
-        shutil.rmtree(run)
-        shutil.copytree(backup, run)
-
-    found = set()
-    for faults, point, after in all_points(trained, monkeypatch, again):
+    for faults, point, after in all_points(trained, monkeypatch, run):
         faults.arm(point, Killed(), after)
         with pytest.raises(Killed):
             trained._save_checkpoint(trained.model, None)
@@ -147,16 +137,9 @@ def test_a_kill_at_any_point_of_saving_loses_nothing(trained, tmp_path, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
 def test_an_error_at_any_point_of_saving_is_told_and_survived(trained, tmp_path, monkeypatch, caplog, error):
-    run, backup = tmp_path / "run", tmp_path / "backup"
-    shutil.copytree(run, backup)
-
-    def again():
-        shutil.rmtree(run)
-        shutil.copytree(backup, run)
+    run, failed = tmp_path / "run", 0
+    for faults, point, after in all_points(trained, monkeypatch, run):
         caplog.clear()
-
-    failed = 0
-    for faults, point, after in all_points(trained, monkeypatch, again):
         faults.arm(point, error, after)
         trained._save_checkpoint(trained.model, None)
         faults.arm(0, Killed(), False)
@@ -172,30 +155,6 @@ def test_an_error_at_any_point_of_saving_is_told_and_survived(trained, tmp_path,
             assert "checkpoint-2" in there, (point, after)
         assert all(is_resumable(run / name) for name in there)
     assert failed >= (6 if isinstance(error, RuntimeError) else 40)
-
-
-def test_training_goes_on_behind_a_save_that_failed(tiny_bases, tmp_path, monkeypatch, caplog):
-    """And the last good checkpoint stays, though `save_total_limit` is 1; what is saved later is exact."""
-    whole = new_trainer(tiny_bases, tmp_path / "whole", save_strategy="no")
-    whole.train()
-    there = {}
-    real = model.runs.run_state.put_in_place
-
-    def put(staging, target):
-        if target.name in ("checkpoint-4", "checkpoint-5"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(staging, target)
-
-    class Look(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            there[state.global_step] = checkpoints(Path(args.output_dir))
-
-    monkeypatch.setattr(model.runs.run_state, "put_in_place", put)
-    stop = KillAt("on_step_end", 9)
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path / "run", callbacks=[Look(), stop], save_total_limit=1).train()
-    assert there == {n: [f"checkpoint-{3 if n in (4, 5) else n}"] for n in range(1, 9)}
-    assert_same_end(resume(tiny_bases, tmp_path / "run"), whole)
 
 
 @pytest.fixture(scope="module")
@@ -276,10 +235,9 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, base_flags, pictures) -> list[str]:
+def command(base_flags, mixed_data) -> list[str]:
     """All flags but the output folder; 6 steps of 4 samples."""
-    data = write_data(tmp_path_factory.mktemp("data"), MIXED_CAPTIONS, pictures["red"].parent)
-    return [*base_flags, *data, *QUICK, "--per_device_train_batch_size", "4"]
+    return [*base_flags, *mixed_data, *QUICK, "--per_device_train_batch_size", "4"]
 
 
 @pytest.fixture(scope="module")

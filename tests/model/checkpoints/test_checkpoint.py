@@ -182,21 +182,6 @@ def test_peft_itself_reads_the_adapter(saved, tiny_bases, trained):
         assert_close(wrapped(input_ids=ids).logits, trained.language_model(input_ids=ids).logits, rtol=0, atol=0)
 
 
-def test_weights_go_back_into_a_model_that_is_there_and_nobody_asks_the_hub(
-    tiny_bases, saved, trained, batch, tmp_path, monkeypatch
-):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the hub was asked")
-
-    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", refuse)
-    model = enliven_trained(new_model(tiny_bases), seed=5)
-    model.language_model.peft_config["default"].base_model_name_or_path = "somebody/something"
-    assert not torch.equal(logits_of(model, batch), logits_of(trained, batch))
-    model.load_checkpoint(saved)
-    assert_close(logits_of(model, batch), logits_of(trained, batch), rtol=0, atol=0)
-    model.save_checkpoint(tmp_path)
-
-
 # Which folder is meant
 
 
@@ -404,7 +389,6 @@ def test_another_tower_is_refused(folder, tiny_bases, tiny_siglip, tmp_path):
 
 
 def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):
-    wider = make_language_model(tmp_path / "wider", hidden_size=32, kv_channels=16)
     deeper = make_language_model(tmp_path / "deeper", num_hidden_layers=3)
     same_shape = make_language_model(tmp_path / "same_shape", seed=99)
     for other in (deeper, same_shape):
@@ -413,14 +397,9 @@ def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):
     original = write_as_the_original(saved, tmp_path / "original")  # which does not say what it was trained on
     with pytest.raises(CheckpointError, match=r"missing base_model.model.transformer.h.2.attn.c_attn.lora_A.weight"):
         load(original, deeper, tiny_bases[1])
-    with pytest.raises(CheckpointError, match=r"projector .* does not fit.*0.bias is \(16,\), expected \(32,\)"):
-        load(original, wider, tiny_bases[1])
 
 
-def test_weights_go_into_no_model_with_another_scale_or_tower(saved, tiny_bases, tiny_siglip):
-    other_tower = new_model((tiny_bases[0], tiny_siglip))  # of the same width and number of tokens
-    with pytest.raises(CheckpointError, match="vision_tower is siglip, the checkpoint was trained with clip"):
-        other_tower.load_checkpoint(saved)
+def test_weights_go_into_no_model_with_another_scale(saved, tiny_bases):
     other_scale = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
     other_scale.add_lora(LoraSettings(rank=RANK, alpha=ALPHA + 1))
     with pytest.raises(CheckpointError, match="trained with lora_alpha 8, the model has 9"):

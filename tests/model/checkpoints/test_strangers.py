@@ -19,13 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import (
-    MIXED_CAPTIONS,
     ROOT,
     environment,
     load_test_py,
     one_line_error,
     write_as_the_original,
-    write_data,
 )
 
 import train
@@ -43,15 +41,10 @@ ask = load_test_py()
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, pictures) -> list[str]:
-    return write_data(tmp_path_factory.mktemp("data"), MIXED_CAPTIONS, pictures["red"].parent)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, base_flags, data) -> Path:
+def run(tmp_path_factory, base_flags, mixed_data) -> Path:
     """A run of four steps, with checkpoints 2 and 4; not to be written to."""
     folder = tmp_path_factory.mktemp("run")
-    assert train.main([*QUICK, *base_flags, *data, "--output_dir", str(folder)]) == 0
+    assert train.main([*QUICK, *base_flags, *mixed_data, "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -64,14 +57,14 @@ def stranger(run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def refused(base_flags, data, capsys):
+def refused(base_flags, mixed_data, capsys):
     """Go on from a checkpoint; gives the one line that says why not."""
 
     def resume(checkpoint: Path, *flags: str) -> str:
         capsys.readouterr()
         flags = flags or ("--resume_from_checkpoint", str(checkpoint))
         output = checkpoint.parent if "--resume_from_checkpoint" in flags else checkpoint.parent.parent / "new"
-        assert train.main([*QUICK, *base_flags, *data, "--output_dir", str(output), *flags]) == 2
+        assert train.main([*QUICK, *base_flags, *mixed_data, "--output_dir", str(output), *flags]) == 2
         return one_line_error(capsys.readouterr().err, "train.py")
 
     return resume
@@ -121,7 +114,7 @@ def test_a_poisoned_training_state_is_refused_and_does_not_run(stranger, refused
     assert proof.exists()
 
 
-def test_poison_in_files_that_nobody_reads_stays_there(stranger, base_flags, data, tmp_path, capsys):
+def test_poison_in_files_that_nobody_reads_stays_there(stranger, base_flags, mixed_data, tmp_path, capsys):
     proof = tmp_path / "it ran"
     for name in ("training_args.bin", "pytorch_model.bin", "optimizer.bin", "trainer.pkl", "model.pt"):
         torch.save(Poison(proof), stranger / name)
@@ -129,7 +122,7 @@ def test_poison_in_files_that_nobody_reads_stays_there(stranger, base_flags, dat
     (stranger / "sitecustomize.py").write_text(f"open({str(proof)!r}, 'w')")
     load(stranger)
     flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", str(stranger)]
-    assert train.main([*QUICK, *base_flags, *data, *flags]) == 0, capsys.readouterr().err
+    assert train.main([*QUICK, *base_flags, *mixed_data, *flags]) == 0, capsys.readouterr().err
     assert not proof.exists()
 
 
@@ -257,14 +250,14 @@ def test_what_is_no_file_is_refused_and_not_waited_for(stranger, refused, name, 
             load(stranger)
 
 
-def test_the_best_checkpoint_is_one_of_this_run(stranger, base_flags, data, tmp_path, capsys):
+def test_the_best_checkpoint_is_one_of_this_run(stranger, base_flags, mixed_data, tmp_path, capsys):
     """trainer_state.json names a folder, which could be anywhere."""
     edit(stranger / "trainer_state.json", best_model_checkpoint="/etc/checkpoint-2", best_global_step=2, best_metric=-9)
     flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", "auto"]
-    evaluation = ["--eval_image_map", data[1], "--eval_captions_file", data[3], "--eval_strategy", "steps"]
+    evaluation = ["--eval_image_map", mixed_data[1], "--eval_captions_file", mixed_data[3], "--eval_strategy", "steps"]
     best = ["--load_best_model_at_end", "true", "--eval_steps", "2", "--save_strategy", "steps"]
     capsys.readouterr()
-    status = train.main([*QUICK, *base_flags, *data, *flags, *evaluation, *best])
+    status = train.main([*QUICK, *base_flags, *mixed_data, *flags, *evaluation, *best])
     err = capsys.readouterr().err
     assert status == 0, err
     assert f"loading the best checkpoint {stranger}" in err

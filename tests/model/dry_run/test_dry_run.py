@@ -164,8 +164,6 @@ def test_what_a_feature_cache_takes_and_what_is_stored(inputs, tmp_path, planned
     assert sum(path.stat().st_blocks * 512 for path in stored) == images * block
     (folder,) = cache.iterdir()
     assert re.search(rf"stored already, .*{inputs / 'clip'}: {images} in {folder.name}\n", planned(*flags, bare=False))
-    assert "stored already" not in planned(*flags, "--feature_cache_dtype", "bfloat16", bare=False)
-    assert "stored already" not in planned(*flags, bare=True), "a tower of another name"
 
 
 # ---- What the run would refuse

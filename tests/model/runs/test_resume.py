@@ -169,14 +169,6 @@ def test_other_rates_and_weight_decay_take_effect(tiny_bases, tmp_path, kind):
     assert [group["weight_decay"] for group in rest.optimizer.param_groups] == [0.5, 0.5, 0.0]
 
 
-def test_other_logging_and_saving_steps_take_effect(tiny_bases, tmp_path):
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 4)], logging_steps=1, save_steps=3).train()
-    rest = resume(tiny_bases, tmp_path, logging_steps=3, save_steps=4)
-    assert [step for step, *_ in logged(rest)] == [1, 2, 3, 6, 9]
-    assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in (3, 4, 8, 9)]
-
-
 # ---- The state of callbacks and of the gradient scaler
 
 
