@@ -105,12 +105,6 @@ def test_float32_changes_nothing_and_the_tower_runs_once(command, tmp_path, call
     assert str(folder) in capsys.readouterr().err
 
 
-def test_under_autocast_bfloat16_changes_nothing(command, tmp_path):
-    """The projector rounds its input to bfloat16 there in any case."""
-    command = [*command, "--bf16", "true"]
-    assert run(command, tmp_path / "cold", "--feature_cache", tmp_path / "cache") == run(command, tmp_path / "plain")
-
-
 def test_evaluation_reads_too(command, tmp_path, calls, cached):
     flags = ["--eval_image_map", command[5], "--eval_captions_file", command[7], "--per_device_eval_batch_size", 5]
 

@@ -266,12 +266,6 @@ def test_another_tower_and_a_single_layer(bases, tiny_siglip, data, tmp_path):
     assert len(VisionLanguageModel.from_pretrained(model_weights=tmp_path / "run", device="cpu").projector) == 1
 
 
-def test_the_first_samples_only(bases, data, tmp_path):
-    argv = [*bases, *data, *QUICK, "--report_to", "none", "--max_train_samples", "3", "--output_dir", str(tmp_path)]
-    trainer = build_trainer(argv)
-    assert sorted(trainer.train_dataset[i]["id"] for i in range(len(trainer.train_dataset))) == [0, 1, 2]
-
-
 def test_the_order_has_a_seed_of_its_own(bases, data, tmp_path):
     def order(*flags: str) -> list[int]:
         argv = [*bases, *data, *QUICK, "--report_to", "none", "--output_dir", str(tmp_path), *flags]

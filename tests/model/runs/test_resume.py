@@ -65,37 +65,6 @@ def test_a_killed_run_ends_as_one_that_was_not(uncut, tiny_bases, tmp_path, even
     assert checkpoints(tmp_path)[-1].startswith("checkpoint-"), "unfinished work is cleared away"
 
 
-def test_persistent_workers_see_the_epoch_of_the_resumed_run(uncut, tiny_bases, tmp_path):
-    changes = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "save_steps": 4}
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 5)], **changes).train()
-    resumed = resume(tiny_bases, tmp_path, **changes)
-    assert_same_end(resumed, uncut)
-    assert resumed.seen == uncut.seen[4:]
-
-
-@pytest.mark.parametrize("strategy", ["epoch", "best"])
-def test_logs_and_checkpoints_by_epoch(tiny_bases, tmp_path, strategy):
-    changes = {
-        "logging_strategy": "epoch",
-        "save_strategy": strategy,
-        "eval_strategy": "epoch",
-        "metric_for_best_model": "loss",
-        "load_best_model_at_end": True,
-    }
-    whole = new_trainer(tiny_bases, tmp_path / "whole", **changes)
-    whole.train()
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path / "run", callbacks=[KillAt("on_step_begin", 8)], **changes).train()
-    resumed = resume(tiny_bases, tmp_path / "run", **changes)
-    assert_same_end(resumed, whole)
-    evaluated = [
-        [entry["eval_loss"] for entry in t.state.log_history if "eval_loss" in entry] for t in (whole, resumed)
-    ]
-    assert evaluated[0] == evaluated[1]
-    assert len(evaluated[0]) == 3
-
-
 @pytest.mark.parametrize("length", [{"num_train_epochs": 1}, {"max_steps": 5}])
 def test_a_finished_run_that_is_resumed_has_nothing_to_do(tiny_bases, tmp_path, length):
     whole = new_trainer(tiny_bases, tmp_path, logging_steps=1, **length)
