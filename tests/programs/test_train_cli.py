@@ -338,7 +338,7 @@ def wrong(tmp_path_factory, bases) -> Path:
 MISTAKES = {
     "image map": ("--image_map nowhere.json", "nowhere.json"),
     "language model": ("--base_language_model no/such/folder", "no/such/folder"),
-    "bases swapped": ("--base_language_model {tower}", "qwen.tiktoken"),
+    "bases swapped": ("--base_language_model {tower}", "model_type 'clip'"),
     "no tower": ("--base_value_model {language}", "model_type 'qwen'"),
     "no vocabulary": ("--base_language_model {wrong}/no_vocabulary", "qwen.tiktoken"),
     "targets": ("--target_modules c_attn|q_proj", "is called q_proj; the language model has c_attn"),
