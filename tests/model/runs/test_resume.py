@@ -65,15 +65,6 @@ def test_a_killed_run_ends_as_one_that_was_not(uncut, tiny_bases, tmp_path, even
     assert checkpoints(tmp_path)[-1].startswith("checkpoint-"), "unfinished work is cleared away"
 
 
-@pytest.mark.parametrize("length", [{"num_train_epochs": 1}, {"max_steps": 5}])
-def test_a_finished_run_that_is_resumed_has_nothing_to_do(tiny_bases, tmp_path, length):
-    whole = new_trainer(tiny_bases, tmp_path, logging_steps=1, **length)
-    whole.train()
-    resumed = resume(tiny_bases, tmp_path, logging_steps=1, **length)
-    assert resumed.seen == []
-    assert_same_end(resumed, whole)
-
-
 # ---- Steps that are split differently, and steps of another size
 
 
