@@ -56,14 +56,16 @@ def uncut(tiny_bases, tmp_path_factory):
         (signal.SIGTERM, "on_step_begin", 6, 6),  # the last step of an epoch
     ],
 )
-def test_the_step_is_finished_and_saved(uncut, tiny_bases, tmp_path, capfd, number, event, call, step):
+def test_the_step_is_finished_and_saved(uncut, tiny_bases, tmp_path, monkeypatch, capfd, number, event, call, step):
     changes = {"save_steps": 2 if event == "on_save" else 100}
     stopped = new_trainer(tiny_bases, tmp_path, callbacks=[Send(event, call, number)], **changes)
-    stopped.train()
-    assert stopped.stop_on_signal.received == number
+    assert exit_status(monkeypatch, stopped) == 128 + number
     assert stopped.state.global_step == step
     assert newest_resumable(tmp_path).name == f"checkpoint-{step}"
-    assert f"{signal.Signals(number).name}: finishing this step, then saving" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"{number.name}: finishing this step, then saving" in said
+    assert f"stopped by {number.name} after step {step}, which is saved" in said
+    assert "Traceback" not in said
     resumed = resume(tiny_bases, tmp_path, **changes)
     assert_same_end(resumed, uncut)
     assert stopped.seen + resumed.seen == uncut.seen
@@ -105,15 +107,6 @@ def test_a_second_signal_quits_at_once(tiny_bases, tmp_path, monkeypatch, second
         stopped.train()
     assert codes == [128 + second]
     assert stopped.state.global_step == 1
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_exit_status_and_what_is_said(tiny_bases, tmp_path, monkeypatch, capsys, number, status):
-    trainer = new_trainer(tiny_bases, tmp_path, callbacks=[Send("on_step_begin", 2, number)], save_steps=100)
-    assert exit_status(monkeypatch, trainer) == status
-    said = capsys.readouterr().err
-    assert f"stopped by {number.name} after step 2, which is saved" in said
-    assert "Traceback" not in said
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end(tiny_bases, tmp_path, monkeypatch, capsys):
