@@ -92,7 +92,7 @@ def rewrite(file: Path, change) -> None:
 # What is written
 
 
-def test_files_and_names(saved, tiny_bases, trained):
+def test_files_and_names(saved, tiny_bases):
     assert {path.name for path in saved.iterdir()} == FILES
     assert set(load_file(saved / ADAPTER)) == {
         f"base_model.model.transformer.h.{i}.{target}.lora_{part}.weight"

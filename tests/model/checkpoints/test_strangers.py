@@ -36,7 +36,6 @@ QUICK = shlex.split(
     "--lora_rank 4 --lora_alpha 8 --lora_dropout 0 --logging_steps 1 --save_steps 2 --max_steps 4 --use_cpu true "
     "--report_to none --disable_tqdm true --per_device_train_batch_size 4"
 )
-LORA_A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 ask = load_test_py()
 
 
@@ -155,7 +154,7 @@ def test_a_compressed_archive_is_refused_unopened(run, base_flags, tmp_path):
 # ---- Remote code
 
 
-def test_no_remote_code_is_run_whatever_auto_map_says(stranger, base_flags, tmp_path, capfd):
+def test_no_remote_code_is_run_whatever_auto_map_says(stranger, base_flags, tmp_path):
     """In a process of its own: an import that has happened can't be told from one that is refused."""
     proof = tmp_path / "it ran"
     poison = f"open({str(proof)!r}, 'w').close()\n"
@@ -250,7 +249,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(stranger, refused, name, 
             load(stranger)
 
 
-def test_the_best_checkpoint_is_one_of_this_run(stranger, base_flags, mixed_data, tmp_path, capsys):
+def test_the_best_checkpoint_is_one_of_this_run(stranger, base_flags, mixed_data, capsys):
     """trainer_state.json names a folder, which could be anywhere."""
     edit(stranger / "trainer_state.json", best_model_checkpoint="/etc/checkpoint-2", best_global_step=2, best_metric=-9)
     flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", "auto"]

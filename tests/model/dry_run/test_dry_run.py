@@ -101,7 +101,7 @@ def test_steps_and_evaluations_are_those_of_the_run(inputs, tmp_path, planned, f
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_lengths_and_padding_are_those_of_the_run(inputs, tmp_path, planned, tokenizer, strategy, capsys):
+def test_lengths_and_padding_are_those_of_the_run(inputs, tmp_path, planned, strategy, capsys):
     """The estimate is for the longest batch that really comes."""
     flags = ("--train_sampling_strategy", strategy, "--per_device_train_batch_size", 3)
     said = planned(*flags)

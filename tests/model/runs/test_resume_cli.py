@@ -335,7 +335,7 @@ def test_a_second_run_in_the_same_folder_is_refused(command, whole, run, capsys)
     assert_same_run(run, whole)
 
 
-def test_the_folder_is_held_from_the_first_step_to_the_last(command, tmp_path, monkeypatch, capsys):
+def test_the_folder_is_held_from_the_first_step_to_the_last(command, tmp_path, monkeypatch):
     refused = []
     with monkeypatch.context() as patched:
 

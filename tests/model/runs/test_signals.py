@@ -136,7 +136,7 @@ def test_ctrl_c_outside_of_the_steps_is_one_line(monkeypatch, tmp_path, tiny_bas
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal can't be told here")
-def test_data_workers_heed_none_but_their_parent(tmp_path):
+def test_data_workers_heed_none_but_their_parent():
     """They answer after signals from elsewhere, and end when the process they work for ends them."""
     loader = with_calm_workers(DataLoader(Answers(20), num_workers=1, collate_fn=lambda batch: batch[0]["id"]))
     answers = iter(loader)
