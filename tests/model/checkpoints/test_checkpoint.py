@@ -204,6 +204,12 @@ def test_a_run_folder_means_its_newest_complete_checkpoint(saved, tmp_path):
     assert resolve_checkpoint(str(tmp_path) + os.sep) == second
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)  # a run's checkpoints come before the weights in its folder
     assert resolve_checkpoint(tmp_path) == second
+    for step in (2, 30):
+        (tmp_path / f"checkpoint-{step}" / PROJECTOR).unlink()
+    assert resolve_checkpoint(tmp_path) == tmp_path
+    (tmp_path / PROJECTOR).unlink()
+    with pytest.raises(CheckpointError, match=r"none of its \d checkpoint-\* folders is complete"):
+        resolve_checkpoint(tmp_path)
 
 
 # Files that are not what was written
