@@ -46,7 +46,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch", metavar="FILE", help='answer a file of questions, a line each: {"id": …, "image": …, "prompt": …}')
     add("--output", metavar="FILE", help="where the answers to --batch go; resumes if the file already has answers")
     add("--batch_size", type=int, default=8, help="questions of --batch that are answered together (%(default)s)")
-    add("--system", default=SYSTEM_PROMPT, help="system prompt (%(default)s)")
+    add("--system", help=f"system prompt; default for QWen: {SYSTEM_PROMPT}, for others that of their chat template")
     add("--stream", action="store_true", help="print the answer while it is generated, as a chat always does")
     add("--seed", type=int, default=42, help="seed of sampling (%(default)s)")
     add("--device", help="cpu, cuda, cuda:0, …; default: a GPU if there is one")

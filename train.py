@@ -18,6 +18,7 @@ from typing import Any
 from transformers import set_seed
 
 from dataset import ImageCaptionDataset, VLMCollator
+from dataset.prompt import Tokenizer
 from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
 from model.arguments import DataArguments, ModelArguments, parse_arguments
 from model.checkpoints.base_models import load_tokenizer
@@ -33,7 +34,6 @@ from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity
 from model.runs.resuming import check_identity, checkpoint_to_resume
 from model.runs.run_folder import hold_run_folder, is_overwriting, run_config
-from qwen import QWenTokenizer
 
 
 def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> VisionLanguageModel:
@@ -57,7 +57,7 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
 
 
 def build_datasets(
-    model: VisionLanguageModel, tokenizer: QWenTokenizer, data_args: DataArguments, args: VLMTrainingArguments
+    model: VisionLanguageModel, tokenizer: Tokenizer, data_args: DataArguments, args: VLMTrainingArguments
 ) -> tuple[ImageCaptionDataset, ImageCaptionDataset | None]:
     """Open the training set and, where asked for, the evaluation set."""
     common: dict[str, Any] = {
@@ -66,6 +66,7 @@ def build_datasets(
         "num_image_tokens": model.num_image_tokens,
         "max_length": data_args.max_length,
         "seed": args.seed,
+        "system": tokenizer.default_system,
         "allow_links": data_args.allow_links,
         "on_bad_sample": data_args.on_bad_sample,
         "max_bad_fraction": data_args.max_bad_fraction,

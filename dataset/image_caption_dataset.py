@@ -18,11 +18,10 @@ from torch.utils.data import Dataset
 
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from qwen import IGNORE_INDEX
-from qwen.tokenization_qwen import QWenTokenizer
 
 from .annotations import Annotations, Sample
 from .bad_samples import BadSamples, CutAnswers
-from .prompt import SYSTEM_PROMPT, EncodedSample, SampleError, encode_sample
+from .prompt import SYSTEM_PROMPT, EncodedSample, SampleError, Tokenizer, encode_sample
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +69,13 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self,
         image_map: str | Path,
         captions_file: str | Path,
-        tokenizer: QWenTokenizer,
+        tokenizer: Tokenizer,
         image_transform: Callable[[Image.Image], Tensor],
         num_image_tokens: int,
         *,
         max_length: int = 2048,
         seed: int = 42,
-        system: str = SYSTEM_PROMPT,
+        system: str | None = SYSTEM_PROMPT,
         training: bool = True,
         max_samples: int | None = None,
         allow_links: bool = False,

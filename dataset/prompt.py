@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen import IGNORE_INDEX
-from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, question_ids, system_ids
+from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, SYSTEM_PROMPT, Turn
 from qwen.conversation import build_prompt
 from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
 
-SYSTEM_PROMPT = "你是一位图像理解助手。"
+from .chat_template import ChatTokenizer
+
+Tokenizer = QWenTokenizer | ChatTokenizer
+"""QWen's, or that of another language model with its chat template; both have the same methods."""
 
 
 class SampleError(ValueError):
@@ -39,11 +42,11 @@ class EncodedSample:
     """Tokens of answers, end tokens included, that were lost to `max_length`."""
 
 
-def encode_question(tokenizer: QWenTokenizer, question: str, num_image_tokens: int) -> list[int]:
+def encode_question(tokenizer: Tokenizer, question: str, num_image_tokens: int) -> list[int]:
     """Turn a question into token ids.
 
     Args:
-        tokenizer: QWen's tokenizer.
+        tokenizer: of the language model.
         question: text with a placeholder for every image. Other special tokens in it are plain text.
         num_image_tokens: features per image.
 
@@ -59,17 +62,17 @@ def encode_question(tokenizer: QWenTokenizer, question: str, num_image_tokens: i
 
 
 def encode_prompt(
-    tokenizer: QWenTokenizer,
+    tokenizer: Tokenizer,
     query: str,
     num_image_tokens: int,
     history: Sequence[Turn] | None = None,
-    system: str = SYSTEM_PROMPT,
+    system: str | None = SYSTEM_PROMPT,
     max_window_size: int = DEFAULT_MAX_WINDOW_SIZE,
 ) -> tuple[list[int], int]:
     """Build the prompt whose continuation is the answer to a question.
 
     Args:
-        tokenizer: QWen's tokenizer.
+        tokenizer: of the language model.
         query: the question, with a placeholder for every image.
         num_image_tokens: features per image.
         history: earlier (question, answer) pairs, oldest first. A placeholder in a question is an image, in an answer
@@ -91,10 +94,10 @@ def encode_prompt(
 
 
 def encode_sample(
-    tokenizer: QWenTokenizer,
+    tokenizer: Tokenizer,
     turns: Sequence[Turn],
     num_image_tokens: int,
-    system: str = SYSTEM_PROMPT,
+    system: str | None = SYSTEM_PROMPT,
     max_length: int = 2048,
 ) -> EncodedSample:
     """Turn a conversation into input ids and labels.
@@ -104,7 +107,7 @@ def encode_sample(
     answer. A question is kept whole or lost whole, and no image token is ever lost.
 
     Args:
-        tokenizer: QWen's tokenizer.
+        tokenizer: of the language model.
         turns: (question, answer) pairs, at least one.
         num_image_tokens: features per image.
         system: the system prompt.
@@ -119,14 +122,15 @@ def encode_sample(
     """
     if not turns:
         raise SampleError("has no question and answer")
-    ids = system_ids(tokenizer, system)  # grows to T, as labels do
+    ids = list(tokenizer.system_ids(system))  # grows to T, as labels do
     labels = [IGNORE_INDEX] * len(ids)
     for number, (question, answer) in enumerate(turns, start=1):
+        last = number == len(turns)
         if not answer.strip():
             raise SampleError(f"answer {number} of {len(turns)} is empty")
-        prompt = question_ids(tokenizer, encode_question(tokenizer, question, num_image_tokens))
-        end = tokenizer.eod_id if number == len(turns) else tokenizer.im_end_id
-        response = [*tokenizer.encode_text(answer), end]
+        content = encode_question(tokenizer, question, num_image_tokens)
+        prompt = tokenizer.question_ids(content, first=number == 1, last=last)
+        response = [*tokenizer.encode_text(answer), tokenizer.answer_end(last=last)]
         ids += prompt + response
         labels += [IGNORE_INDEX] * len(prompt) + response
     kept = min(max_length, len(ids))

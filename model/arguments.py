@@ -46,8 +46,8 @@ class ModelArguments:
     lora_dropout: float = flag(default=0.10, help="Dropout before the LoRA layers.")
     target_modules: str | None = flag(
         default=None,
-        help="Linear layers that get LoRA: last parts of their names, separated by bars. Default: c_attn|w1|w2, or "
-        "those of --previous_lora_weights.",
+        help="Linear layers that get LoRA: last parts of their names, separated by bars. Default: auto (QWen: "
+        "c_attn|w1|w2; others: all of attention and MLP), or those of --previous_lora_weights.",
     )
     projector_layers: int | None = flag(
         default=None, help="2 (Linear, GELU, Linear) or 1 (Linear). Default: 2, or that of --previous_lora_weights."
@@ -65,7 +65,7 @@ class ModelArguments:
             rank=self.lora_rank or default.rank,
             alpha=self.lora_alpha or default.alpha,
             dropout=self.lora_dropout,
-            target_modules=default.target_modules if targets is None else LoraSettings.parse_targets(targets),
+            target_modules=None if targets in (None, "auto") else LoraSettings.parse_targets(targets),
         )
 
 

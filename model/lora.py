@@ -30,8 +30,8 @@ class LoraSettings:
     """The update is scaled by alpha / R."""
     dropout: float = 0.1
     """Dropout before the update, 0 to 1."""
-    target_modules: tuple[str, ...] = ("c_attn", "w1", "w2")
-    """Last parts of the names of the linear layers that get an update."""
+    target_modules: tuple[str, ...] | None = ("c_attn", "w1", "w2")
+    """Last parts of the names of the linear layers that get an update; None: those of `default_targets`."""
 
     @classmethod
     def parse_targets(cls, text: str) -> tuple[str, ...]:
@@ -45,12 +45,15 @@ def add_lora(language_model: PreTrainedModel, settings: LoraSettings) -> PeftMod
     Raises:
         LoraTargetError: if a target name matches no linear layer of the model; the message lists what exists.
     """
-    check_targets(language_model, settings.target_modules)
+    targets = settings.target_modules
+    if targets is None:
+        targets = default_targets(language_model)
+    check_targets(language_model, targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.target_modules),
+        target_modules=list(targets),
         task_type="CAUSAL_LM",
         bias="none",
     )
@@ -74,6 +77,17 @@ def merge_lora(language_model: PeftModel) -> Any:
         W, A, B = layer.get_base_layer().weight, layer.lora_A[name].weight, layer.lora_B[name].weight
         W.copy_(W.float().addmm_(B.float(), A.float(), alpha=layer.scaling[name]))  # (N, K) + (N, R) (R, K)
     return language_model.unload()
+
+
+def default_targets(language_model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names of the layers that get LoRA unless told otherwise: all of attention and MLP; fewer in QWen."""
+    if language_model.config.model_type == "qwen":
+        return "c_attn", "w1", "w2"
+    head = language_model.get_output_embeddings()
+    layers = [
+        name for name, module in language_model.named_modules() if type(module) is nn.Linear and module is not head
+    ]
+    return tuple(sorted({name.rsplit(".", 1)[-1] for name in layers}))
 
 
 def check_targets(language_model: nn.Module, targets: tuple[str, ...]) -> None:

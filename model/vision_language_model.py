@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel
+from qwen import IGNORE_INDEX, MultimodalQWenLMHeadModel
 from qwen.loss import head_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
@@ -189,9 +189,9 @@ class VisionLanguageModel(nn.Module):
             features = self.encode_images(pixel_values, vision_features) if num_images else None  # (N, P, D)
             # Only answers are supervised, so the language head with its 151,936 rows, and what follows the last
             # block's attention, run at S positions instead of B · T. The loss is the same.
-            kwargs |= {"image_features": features, "already_checked": True, "positions": positions}
-            hidden = self.qwen.transformer(input_ids, attention_mask, **kwargs).last_hidden_state  # (S, D)
-            loss = head_loss(hidden, self.qwen.lm_head, targets[positions], num_items_in_batch)
+            kwargs |= {"image_features": features, "already_checked": True}
+            hidden = self.qwen.hidden_at(positions, input_ids, attention_mask, **kwargs)  # (S, D)
+            loss = head_loss(hidden, self.qwen.get_output_embeddings(), targets[positions], num_items_in_batch)
             out = CausalLMOutputWithPast(loss=loss)
         if not num_images and out.loss is not None and self.training:
             # DDP waits for a gradient of every trained parameter on every rank, also where a batch has no image.
@@ -223,7 +223,7 @@ class VisionLanguageModel(nn.Module):
 
     def _check_image_tokens(self, input_ids: Tensor, num_images: int) -> None:
         """Check that all tokens of an image are in one row; if only the sum were right, images would change rows."""
-        counts = (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist()  # B numbers
+        counts = (input_ids == self.qwen.image_token_id).sum(dim=1).tolist()  # B numbers
         expected = num_images * self.num_image_tokens
         if sum(counts) != expected or any(count % self.num_image_tokens for count in counts):
             raise ValueError(
@@ -282,14 +282,16 @@ class VisionLanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        return self.qwen.transformer.wte.weight.device
+        device: torch.device = self.get_input_embeddings().weight.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen weights."""
-        return self.qwen.transformer.wte.weight.dtype
+        dtype: torch.dtype = self.get_input_embeddings().weight.dtype
+        return dtype
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         """Return the language model's token embedding, to which `--neftune_noise_alpha` adds noise."""
         return self.qwen.get_input_embeddings()
 

@@ -4,8 +4,7 @@ from .chat import chat, chat_stream
 from .configuration_qwen import IGNORE_INDEX, QWenConfig
 from .conversation import make_context
 from .modeling_qwen import QWenLMHeadModel, QWenModel
-from .multimodal_generation import MultimodalQWenLMHeadModel
-from .multimodal_qwen import MultimodalQWenModel
+from .multimodal_qwen import MultimodalQWenLMHeadModel, MultimodalQWenModel
 from .tokenization_qwen import IMAGE_TOKEN, IMAGE_TOKEN_ID, QWenTokenizer
 
 # `model.chat(…)` and `model.chat_stream(…)`, as published. They are made methods here, as chat.py builds on the models,

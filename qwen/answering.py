@@ -21,9 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .prompt_cache import PromptCache
-from .tokenization_qwen import ENDOFTEXT_ID, IMEND_ID, IMSTART_ID, QWenTokenizer
 
-STOP_TOKEN_IDS = (IMEND_ID, IMSTART_ID, ENDOFTEXT_ID)
 DEFAULT_MAX_NEW_TOKENS = 512  # the published chat models'
 MOST_EXTREME = 1e30  # larger temperatures and penalties, or smaller ones than 1 / this, could make scores infinite
 
@@ -32,7 +30,7 @@ TokenLoop = Callable[..., Iterator[dict[int, int]]]  # draws tokens, as `decode`
 
 def answer_ids(
     model: Any,
-    tokenizer: QWenTokenizer,
+    tokenizer: Any,
     input_ids: Tensor,
     generation_config: GenerationConfig | None = None,
     *,
@@ -43,7 +41,7 @@ def answer_ids(
 
     Args:
         model: a model with `generate`, or one wrapped by PEFT.
-        tokenizer: QWen's tokenizer.
+        tokenizer: of the language model: QWen's, or another with the same methods.
         input_ids: (1, T), a prompt that ends where the answer begins.
         generation_config: what it leaves open is taken from the model's own; by default that one alone.
         prompt_cache: what a chat has read before; the answer is the same with and without. Beams do not use it.
@@ -57,7 +55,7 @@ def answer_ids(
         ValueError: if `input_ids` is not one row, or for settings that can't be used.
     """
     check_one_row(input_ids)
-    config, inputs = complete_settings(model, generation_config, kwargs)
+    config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
     if (config.num_beams or 1) > 1:
         input_ids = input_ids.to(model.device)
         mask = torch.ones_like(input_ids)  # without it, `generate` would take a prompt's <|endoftext|> for padding
@@ -68,7 +66,7 @@ def answer_ids(
     return answer_text(tokenizer, new_ids, config.eos_token_id)
 
 
-def answer_text(tokenizer: QWenTokenizer, new_ids: Iterable[int], stop_ids: Sequence[int]) -> str:
+def answer_text(tokenizer: Any, new_ids: Iterable[int], stop_ids: Sequence[int]) -> str:
     """Return the text of the tokens before the first stop token, or of all of them if there is none."""
     return str(tokenizer.decode(list(itertools.takewhile(lambda index: index not in stop_ids, new_ids))))
 
@@ -86,7 +84,7 @@ def merge_settings(
 
 
 def complete_settings(
-    model: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    model: Any, tokenizer: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
     """Merge the settings, and decide everything that `generate` would otherwise guess."""
     config, inputs = merge_settings(model, generation_config, kwargs)
@@ -103,10 +101,10 @@ def complete_settings(
     config.return_dict_in_generate, config.use_cache = False, True
     stops = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
     if kwargs.get("eos_token_id") is None:
-        stops = list(dict.fromkeys([*STOP_TOKEN_IDS, *stops]))
+        stops = list(dict.fromkeys([*tokenizer.stop_ids, *stops]))
     config.eos_token_id = stops
     if config.pad_token_id is None:
-        config.pad_token_id = ENDOFTEXT_ID
+        config.pad_token_id = tokenizer.eod_id
     if config.max_new_tokens is None and config.max_length is None:
         config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
     return config, inputs
@@ -232,7 +230,9 @@ def decode(
             input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **images
         )
         images = {}  # the cache holds them from now on
-        scores = logits_processor(ids, out.logits[:, -1].float())  # (B, V)
+        scores = out.logits[:, -1].float()  # (B, V)
+        # An image token beyond the vocabulary has no score; what looks at earlier tokens sees the first one instead.
+        scores = logits_processor(torch.where(ids < scores.shape[-1], ids, ids[:, :1]), scores)
         if generation_config.do_sample:
             own = [generators[row] for row in rows]
             drawn = [torch.multinomial(row, 1, generator=one) for row, one in zip(scores.softmax(-1), own, strict=True)]

@@ -10,12 +10,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .answering import answer_ids, answer_text, complete_settings, decode, start_decoding
-from .tokenization_qwen import QWenTokenizer
 
 
 def answer_batch(
     model: Any,
-    tokenizer: QWenTokenizer,
+    tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     image_features: Sequence[Tensor | None] | None = None,
     *,
@@ -39,7 +38,7 @@ def answer_batch(
     """
     if not prompts:
         return []
-    config, inputs = complete_settings(model, None, kwargs)
+    config, inputs = complete_settings(model, tokenizer, None, kwargs)
     features = image_features or [None] * len(prompts)
     if (config.num_beams or 1) > 1:  # beams are a batch already
         answers = []

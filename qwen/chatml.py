@@ -9,9 +9,10 @@ Role, line break and content are tokenised apart, and content never gives a spec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from .tokenization_qwen import QWenTokenizer
+SYSTEM_PROMPT = "你是一位图像理解助手。"
+"""The system prompt where none is given: "You are an assistant who understands pictures."."""
 
 DEFAULT_MAX_WINDOW_SIZE = 6144
 """The most tokens of a prompt, where `generation_config.json` has no `max_window_size`."""
@@ -20,15 +21,31 @@ Turn = tuple[str, str]
 """A question and its answer."""
 
 
-def system_ids(tokenizer: QWenTokenizer, system: str) -> list[int]:
-    """Return the token ids of the system block, which opens every prompt, also where the system prompt is empty."""
-    header = [tokenizer.im_start_id, *tokenizer.encode_text("system"), *tokenizer.encode_text("\n")]
-    return [*header, *tokenizer.encode_text(system), tokenizer.im_end_id]
+class ChatML:
+    """The prompt format, as a part of `QWenTokenizer`. Tokenizers of other models have the same methods."""
 
+    eod_id: int
+    im_start_id: int
+    im_end_id: int
+    encode_text: Callable[[str], list[int]]
 
-def question_ids(tokenizer: QWenTokenizer, content_ids: Sequence[int]) -> list[int]:
-    r"""Return the token ids of `\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n`, before an answer."""
-    newline = tokenizer.encode_text("\n")
-    user = [tokenizer.im_start_id, *tokenizer.encode_text("user"), *newline, *content_ids, tokenizer.im_end_id]
-    assistant = [tokenizer.im_start_id, *tokenizer.encode_text("assistant"), *newline]
-    return [*newline, *user, *newline, *assistant]
+    default_system: str | None = SYSTEM_PROMPT
+
+    def system_ids(self, system: str | None) -> list[int]:
+        """Return the token ids of the system block, which opens every prompt, also with an empty system prompt."""
+        header = [self.im_start_id, *self.encode_text("system"), *self.encode_text("\n")]
+        return [*header, *self.encode_text(SYSTEM_PROMPT if system is None else system), self.im_end_id]
+
+    def question_ids(self, content_ids: Sequence[int], *, first: bool = True, last: bool = True) -> list[int]:
+        r"""Return the token ids of `\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n`.
+
+        The format is the same for the first question, the last one, and those between; not so for other models.
+        """
+        newline = self.encode_text("\n")
+        user = [self.im_start_id, *self.encode_text("user"), *newline, *content_ids, self.im_end_id]
+        assistant = [self.im_start_id, *self.encode_text("assistant"), *newline]
+        return [*newline, *user, *newline, *assistant]
+
+    def answer_end(self, *, last: bool = True) -> int:
+        """Return the id after an answer: `<|endoftext|>` after the last one, `<|im_end|>` after earlier ones."""
+        return self.eod_id if last else self.im_end_id

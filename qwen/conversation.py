@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from .chatml import DEFAULT_MAX_WINDOW_SIZE, Turn, question_ids, system_ids
+from .chatml import DEFAULT_MAX_WINDOW_SIZE, Turn
 from .tokenization_qwen import IMEND, IMSTART, QWenTokenizer
 
 
 def build_prompt(
-    tokenizer: QWenTokenizer,
+    tokenizer: Any,
     query: str,
     history: Sequence[Turn] | None = None,
-    system: str = "",
+    system: str | None = "",
     max_window_size: int = DEFAULT_MAX_WINDOW_SIZE,
     encode_query: Callable[[str], list[int]] | None = None,
 ) -> tuple[list[int], int]:
     """Build the prompt for the next answer.
 
     Args:
-        tokenizer: QWen's tokenizer.
+        tokenizer: QWen's, or another with the methods of `ChatML`.
         query: the question.
         history: earlier (question, answer) pairs, oldest first. The newest are kept while the whole prompt stays within
             `max_window_size`; from the first that does not fit, all older ones are dropped.
@@ -35,20 +35,25 @@ def build_prompt(
         ValueError: an entry of `history` is not a pair.
     """
     encode = encode_query or tokenizer.encode_text
-    head, tail = system_ids(tokenizer, system), question_ids(tokenizer, encode(query))
+    head, tail = tokenizer.system_ids(system), tokenizer.question_ids(encode(query), first=not history)
     turns = list(history or ())
     for turn in turns:
         if isinstance(turn, str) or len(turn) != 2:
             raise ValueError(f"history must hold (question, answer) pairs, got {turn!r}")
-    kept: list[list[int]] = []  # the newest turn first
+    first = len(turns)  # the oldest turn that fits
     room = max_window_size - len(head) - len(tail)
-    for question, answer in reversed(turns):
-        ids = [*question_ids(tokenizer, encode(question)), *tokenizer.encode_text(answer), tokenizer.im_end_id]
-        if len(ids) > room:
-            break
-        room -= len(ids)
-        kept.append(ids)
-    return [*head, *itertools.chain(*reversed(kept)), *tail], len(turns) - len(kept)
+    while first > 0 and (size := len(_turn_ids(tokenizer, turns[first - 1], encode, first=first == 1))) <= room:
+        first, room = first - 1, room - size
+    ids = head
+    for number, turn in enumerate(turns[first:]):
+        ids = ids + _turn_ids(tokenizer, turn, encode, first=number == 0)
+    return ids + tokenizer.question_ids(encode(query), first=first == len(turns)), first
+
+
+def _turn_ids(tokenizer: Any, turn: Turn, encode: Callable[[str], list[int]], *, first: bool) -> list[int]:
+    """Return the ids of a question that was answered, and of its answer."""
+    question = tokenizer.question_ids(encode(turn[0]), first=first, last=False)
+    return [*question, *tokenizer.encode_text(turn[1]), tokenizer.answer_end(last=False)]
 
 
 def make_context(

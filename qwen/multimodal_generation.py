@@ -10,15 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .modeling_qwen import QWenLMHeadModel
-from .multimodal_qwen import NEEDS_IDS, MultimodalQWenModel, check_counts
-from .tokenization_qwen import IMAGE_TOKEN_ID
+from .tokenization_qwen import IMAGE_TOKEN, IMAGE_TOKEN_ID
+
+NEEDS_IDS = "image_features need input_ids, which say where they belong; inputs_embeds do not"
 
 
-class MultimodalQWenLMHeadModel(QWenLMHeadModel):
-    """`QWenLMHeadModel` over `MultimodalQWenModel`; `forward` and `generate` take `image_features`."""
+def check_counts(is_image: Tensor, num_features: int) -> list[int]:
+    """Return the number of image tokens in each row of `is_image` (B, T); their sum must be the number of features."""
+    per_row: list[int] = is_image.sum(dim=1).tolist()
+    if sum(per_row) != num_features:
+        raise ValueError(
+            f"the prompt holds {sum(per_row)} image tokens {IMAGE_TOKEN} (by row: {per_row}), but {num_features} image "
+            "features were given; expand every placeholder to as many tokens as its image has features"
+        )
+    return per_row
 
-    decoder_class = MultimodalQWenModel
+
+class GeneratesWithImages:
+    """Has transformers' `generate` take `image_features`; a language model's class inherits from this first."""
+
+    image_token_id = IMAGE_TOKEN_ID
 
     def generate(
         self,
@@ -46,7 +57,7 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
                 # For beams and several answers, `generate` repeats the rows of every tensor. The rows here are images
                 # or features, so they go into a tuple, which it leaves alone.
                 features = image_features.flatten(0, -2)  # (F, D)
-                image_features = features.split(check_counts(input_ids == IMAGE_TOKEN_ID, len(features)))
+                image_features = features.split(check_counts(input_ids == self.image_token_id, len(features)))
             kwargs["image_features"] = image_features
         generate: Any = super().generate  # type: ignore[misc]
         return generate(inputs, *args, **kwargs)

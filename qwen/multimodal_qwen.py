@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .modeling_qwen import QWenModel
-from .tokenization_qwen import IMAGE_TOKEN, IMAGE_TOKEN_ID
-
-NEEDS_IDS = "image_features need input_ids, which say where they belong; inputs_embeds do not"
+from .modeling_qwen import QWenLMHeadModel, QWenModel
+from .multimodal_generation import NEEDS_IDS, GeneratesWithImages, check_counts
+from .tokenization_qwen import IMAGE_TOKEN_ID
 
 
 class MultimodalQWenModel(QWenModel):
@@ -66,12 +65,12 @@ class MultimodalQWenModel(QWenModel):
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs)
 
 
-def check_counts(is_image: Tensor, num_features: int) -> list[int]:
-    """Return the number of image tokens in each row of `is_image` (B, T); their sum must be the number of features."""
-    per_row: list[int] = is_image.sum(dim=1).tolist()
-    if sum(per_row) != num_features:
-        raise ValueError(
-            f"the prompt holds {sum(per_row)} image tokens {IMAGE_TOKEN} (by row: {per_row}), but {num_features} image "
-            "features were given; expand every placeholder to as many tokens as its image has features"
-        )
-    return per_row
+class MultimodalQWenLMHeadModel(GeneratesWithImages, QWenLMHeadModel):
+    """`QWenLMHeadModel` over `MultimodalQWenModel`; `forward` and `generate` take `image_features`."""
+
+    decoder_class = MultimodalQWenModel
+
+    def hidden_at(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        """Return the last hidden state (S, D) at the positions b · T + t (S,) of `input_ids` (B, T)."""
+        hidden: Tensor = self.transformer(input_ids, attention_mask, positions=positions, **kwargs).last_hidden_state
+        return hidden

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .cache import GrowingCache
 from .long_context import ntk_alpha
-from .tokenization_qwen import IMAGE_TOKEN_ID
 
 
 class PromptCache:
@@ -43,7 +42,9 @@ class PromptCache:
         Returns:
             The cache, and the features of the image tokens that it does not hold.
         """
-        alpha = ntk_alpha(None, len(prompt), model.config.seq_length) if model.config.use_dynamic_ntk else None
+        has_ntk = getattr(model.config, "use_dynamic_ntk", False)
+        alpha = ntk_alpha(None, len(prompt), model.config.seq_length) if has_ntk else None
+        self._image_token_id = model.image_token_id
         factor = None if alpha is None else float(alpha)
         # Another factor of dynamic NTK turns all keys by other angles.
         same = self._num_shared(prompt, features) if factor == self._alpha else 0
@@ -52,7 +53,7 @@ class PromptCache:
         self._cache.truncate(same)
         self._ids, self._num_read, self._features, self._alpha = list(prompt), same, features, factor
         self.num_reused = same
-        return self._cache, None if features is None else features[self._ids[:same].count(IMAGE_TOKEN_ID) :]
+        return self._cache, None if features is None else features[self._ids[:same].count(self._image_token_id) :]
 
     def add(self, token: int) -> None:
         """Note the next token of the answer, before which the model has read everything else."""
@@ -63,10 +64,10 @@ class PromptCache:
         """Return the length of the shared beginning; a prompt's last token is always read, to get the next one."""
         most = min(len(prompt) - 1, self._num_read)
         same = next((at for at in range(most) if prompt[at] != self._ids[at]), most)
-        num_images = list(prompt[:same]).count(IMAGE_TOKEN_ID)
+        num_images = list(prompt[:same]).count(self._image_token_id)
         if not num_images:
             return same
         both = features is not None and self._features is not None
         if both and torch.equal(features[:num_images], self._features[:num_images].to(features)):  # type: ignore[index]
             return same
-        return list(prompt).index(IMAGE_TOKEN_ID)
+        return list(prompt).index(self._image_token_id)

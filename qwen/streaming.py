@@ -17,7 +17,7 @@ from .tokenization_qwen import QWenTokenizer
 
 def stream_ids(
     model: Any,
-    tokenizer: QWenTokenizer,
+    tokenizer: Any,
     input_ids: Tensor,
     generation_config: GenerationConfig | None = None,
     *,
@@ -36,18 +36,21 @@ def stream_ids(
         ValueError: as for `answer_ids`, and if beams are asked for: their text is not known before the end.
     """
     check_one_row(input_ids)
-    config, inputs = complete_settings(model, generation_config, kwargs)
+    config, inputs = complete_settings(model, tokenizer, generation_config, kwargs)
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams is {config.num_beams}: beams can't be streamed; use 1, or ask without streaming")
     tokens = new_tokens(model, input_ids, config, inputs, prompt_cache, loop)
     return decode_growing(tokenizer, itertools.takewhile(lambda token: token not in config.eos_token_id, tokens))
 
 
-def decode_growing(tokenizer: QWenTokenizer, token_ids: Iterable[int]) -> Iterator[str]:
+def decode_growing(tokenizer: Any, token_ids: Iterable[int]) -> Iterator[str]:
     """Yield the whole text so far, whenever it has grown, and at the end if nothing was given yet.
 
     Bytes that may still become a character are held back; the last text is `tokenizer.decode` of all ids.
     """
+    if not isinstance(tokenizer, QWenTokenizer):  # its tokens are no bytes
+        yield from tokenizer.growing_text(token_ids)
+        return
     decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
     text = ""
     for index in token_ids:

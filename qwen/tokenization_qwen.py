@@ -17,6 +17,8 @@ import tiktoken
 from transformers import PreTrainedTokenizer
 from transformers.tokenization_utils_base import AddedToken
 
+from .chatml import ChatML
+
 NUM_RANKS = 151643
 
 ENDOFTEXT = "<|endoftext|>"
@@ -71,7 +73,7 @@ def load_vocabulary(path: str | Path) -> dict[bytes, int]:
     return ranks
 
 
-class QWenTokenizer(PreTrainedTokenizer):
+class QWenTokenizer(ChatML, PreTrainedTokenizer):
     """QWen's tokenizer. `<|endoftext|>` is both the end and the padding token; no token is put around a text by itself.
 
     `encode` and `tokenizer(text)` turn `<|im_start|>` and the like in the text into special tokens; `encode_text` never
@@ -84,6 +86,8 @@ class QWenTokenizer(PreTrainedTokenizer):
     im_start_id = IMSTART_ID
     im_end_id = IMEND_ID
     image_token_id = IMAGE_TOKEN_ID
+    stop_ids = (IMEND_ID, IMSTART_ID, ENDOFTEXT_ID)
+    """What ends an answer."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from dataset import encode_prompt, load_image
 from model import VisionLanguageModel
 from model.checkpoints.base_models import load_tokenizer
 from qwen import IMAGE_TOKEN, QWenTokenizer
-from qwen.answering import STOP_TOKEN_IDS, answer_text
+from qwen.answering import answer_text
 
 from .fitting import written_whole
 from .questions import KINDS, Question, image_path, load_questions
@@ -76,7 +76,7 @@ class Respondent:
             do_sample=False,
             max_new_tokens=MAX_NEW_TOKENS,
         )
-        return [answer_text(self.tokenizer, row, STOP_TOKEN_IDS) for row in output[:, longest:].tolist()]
+        return [answer_text(self.tokenizer, row, self.tokenizer.stop_ids) for row in output[:, longest:].tolist()]
 
     def _pixels_of(self, image_id: int) -> torch.Tensor:
         if image_id not in self._pixels:

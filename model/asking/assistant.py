@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from dataprocess.messages import format_count
-from dataset.prompt import encode_prompt
-from qwen import IMAGE_TOKEN, QWenTokenizer
+from dataset.prompt import Tokenizer, encode_prompt
+from qwen import IMAGE_TOKEN
 from qwen.answering import MOST_EXTREME, answer_ids
 from qwen.batch_answering import answer_batch
 from qwen.chatml import DEFAULT_MAX_WINDOW_SIZE, Turn
@@ -119,9 +119,10 @@ class Assistant:
     """A model in `eval()`, its tokenizer, a system prompt, and generation settings, which come before the model's."""
 
     def __init__(
-        self, model: VisionLanguageModel, tokenizer: QWenTokenizer, system: str, options: dict[str, Any]
+        self, model: VisionLanguageModel, tokenizer: Tokenizer, system: str | None, options: dict[str, Any]
     ) -> None:
-        self.model, self.tokenizer, self.system, self.options = model, tokenizer, system, options
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.system = tokenizer.default_system if system is None else system
         self.max_window_size = int(getattr(model.qwen.generation_config, "max_window_size", DEFAULT_MAX_WINDOW_SIZE))
 
     @torch.inference_mode()

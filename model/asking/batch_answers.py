@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dataprocess.file_lock import hold
 from dataprocess.image_io import load_image
 from dataprocess.messages import format_count
+from dataset import SYSTEM_PROMPT
 from qwen.answering import complete_settings, decode, start_decoding
 
 from ..checkpoints.checkpoint import resolve_checkpoint
@@ -43,7 +44,12 @@ def answer_questions(args: argparse.Namespace) -> int:
         "questions": digest([(question.id, question.images, question.prompt) for question in questions]),
         "pictures": digest([[picture_stamp(path) for path in question.images] for question in questions]),
         "checkpoint": trained_digest(args.model_weights),
-        "settings": {"system": args.system, "seed": args.seed, "dtype": str(args.dtype), **args.options},
+        "settings": {
+            "system": SYSTEM_PROMPT if args.system is None else args.system,
+            "seed": args.seed,
+            "dtype": str(args.dtype),
+            **args.options,
+        },
     }
     with hold(Path(args.output)):
         answers = AnswerFile(Path(args.output), {question.id for question in questions}, made_with)
@@ -74,7 +80,7 @@ def _check_settings(assistant: Assistant) -> None:
     """Refuse settings under which no question can be answered: `generate` gets ready for an answer, and draws none."""
     model = assistant.model.qwen
     try:
-        config, inputs = complete_settings(model, None, assistant.options)
+        config, inputs = complete_settings(model, assistant.tokenizer, None, assistant.options)
         # Whether a prompt leaves room within `max_length` is a matter of the prompt.
         config.max_new_tokens, config.max_length = config.max_new_tokens or config.max_length, None
         start_decoding(decode, model, [[assistant.tokenizer.eod_id]], [None], [None], config, inputs)

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from dataprocess.messages import format_count
-from dataset.prompt import encode_prompt, encode_question
-from qwen.chatml import Turn, question_ids, system_ids
-from qwen.tokenization_qwen import IMAGE_TOKEN, QWenTokenizer
+from dataset.prompt import Tokenizer, encode_prompt, encode_question
+from qwen.chatml import Turn
+from qwen.tokenization_qwen import IMAGE_TOKEN
 
 logger = logging.getLogger(__name__)
 
 
 def fit_prompt(
-    tokenizer: QWenTokenizer,
+    tokenizer: Tokenizer,
     query: str,
     num_image_tokens: int,
     history: Sequence[Turn],
-    system: str,
+    system: str | None,
     max_window_size: int,
     name: str = "",
 ) -> list[int]:
@@ -74,4 +74,4 @@ def fit_prompt(
     logger.warning("%sthe question is %s: the first %s left out", begin, too_long, left_out)
     cut = set(text[:num_cut])
     kept = [index for at, index in enumerate(content) if at not in cut]
-    return [*system_ids(tokenizer, system), *question_ids(tokenizer, kept)]
+    return [*tokenizer.system_ids(system), *tokenizer.question_ids(kept)]

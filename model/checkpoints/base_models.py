@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTokenizer
+from dataset.prompt import Tokenizer
+from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenTokenizer
 from visual.base import VisionTower
 
+from ..language_models.causal_lm import (
+    fingerprinted_settings,
+    load_causal_lm,
+    load_chat_tokenizer,
+    multimodal_class,
+)
 from .folder import CheckpointError
 from .readers import Checkpoint
 
@@ -48,61 +57,64 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
     return language, vision
 
 
-# ---- The language model; a name that does not exist, or of another model, is a ValueError in one line
+# ---- The language model: what is wrong with one is a ValueError in one line
 
 
-def load_language_model(name_or_path: str, dtype: torch.dtype) -> MultimodalQWenLMHeadModel:
-    """Load QWen from a hub name or folder, its weights in this dtype."""
-    read_language_config(name_or_path)  # another model's name is an error before its weights are downloaded
-    try:
-        model: Any = MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
-    except OSError as error:
-        raise _not_found(name_or_path, error) from error
-    return model
+def load_language_model(name_or_path: str, dtype: torch.dtype) -> Any:
+    """Load QWen, or another language model, its weights in this dtype."""
+    config = read_language_config(name_or_path)  # a wrong name is an error before weights are downloaded
+    with _named_errors(name_or_path):
+        if isinstance(config, QWenConfig):
+            return MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
+        return load_causal_lm(name_or_path, dtype)
 
 
-def load_tokenizer(name_or_path: str) -> QWenTokenizer:
-    """Load QWen's tokenizer from the hub name or folder of the language model."""
-    try:
-        PreTrainedConfig.get_config_dict(name_or_path)  # a wrong name is another mistake than a missing vocabulary
-        return QWenTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise _not_found(name_or_path, error) from error
+def load_tokenizer(name_or_path: str) -> Tokenizer:
+    """Load the language model's tokenizer; that of another than QWen with its chat template."""
+    config = read_language_config(name_or_path)  # a wrong name is another mistake than a missing vocabulary
+    with _named_errors(name_or_path):
+        if isinstance(config, QWenConfig):
+            return QWenTokenizer.from_pretrained(name_or_path)
+        return load_chat_tokenizer(name_or_path, config.vocab_size)
 
 
-def read_language_config(name_or_path: str) -> QWenConfig:
-    """Read QWen's configuration from a hub name or folder; no other file is needed."""
-    base = f"base language model {name_or_path!r}"
-    try:
+def read_language_config(name_or_path: str) -> PreTrainedConfig:
+    """Read a language model's configuration; no other file is needed."""
+    with _named_errors(name_or_path):
         values = PreTrainedConfig.get_config_dict(name_or_path)[0]
-    except (OSError, ValueError) as error:
-        raise _not_found(name_or_path, error) from error
-    if not values:
-        raise ValueError(f"{base}: no config.json in this folder; give a QWen's, or a hub name")
-    if values.get("model_type") != QWenConfig.model_type:
-        raise ValueError(
-            f"{base} has model_type {values.get('model_type')!r}, expected {QWenConfig.model_type!r}: give a QWen of "
-            "the first generation, as Qwen/Qwen-7B-Chat"
-        )
+        if not values:
+            raise ValueError("no config.json in this folder; give a language model's, or a hub name")
+        try:
+            if values.get("model_type") == QWenConfig.model_type:
+                return QWenConfig.from_dict(values)
+            config = AutoConfig.for_model(**values)
+        except Exception as error:  # a file's values may be of any type
+            raise ValueError(f"its config.json can't be used: {' '.join(str(error).split())}") from error
+        multimodal_class(config)
+        return config
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Raise whatever is wrong with a language model as a ValueError that names it."""
     try:
-        return QWenConfig.from_dict(values)
-    except Exception as error:  # a file's values may be of any type
-        raise ValueError(f"{base}: its config.json can't be used: {' '.join(str(error).split())}") from error
-
-
-def _not_found(name: str, error: Exception) -> ValueError:
-    if Path(name).is_dir():
-        return ValueError(f"base language model {name!r}: {error}")
-    return ValueError(
-        f"base language model {name!r} is no local folder, and the hub does not give it: {str(error).rstrip('.')}. "
-        "Give a folder (config.json, weights, qwen.tiktoken), or a name that can be downloaded or is in the cache"
-    )
+        yield
+    except OSError as error:
+        reason = str(error).rstrip(".")
+        if not Path(name).is_dir():
+            reason = (
+                f"no local folder, and the hub does not give it: {reason}. Give a folder (config.json, weights and "
+            )
+            reason += "tokenizer), or a name that can be downloaded or is in the cache"
+        raise ValueError(f"base language model {name!r}: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"base language model {name!r}: {error}") from error
 
 
 # ---- Fingerprints
 
 
-def base_fingerprints(tower: VisionTower, language_model: QWenLMHeadModel) -> dict[str, str]:
+def base_fingerprints(tower: VisionTower, language_model: PreTrainedModel) -> dict[str, str]:
     """Return the fingerprints of both base models, as `multimodal_config.json` keeps them.
 
     They come from the published files and not from the modules that transformers makes of them, so that no upgrade
@@ -111,7 +123,10 @@ def base_fingerprints(tower: VisionTower, language_model: QWenLMHeadModel) -> di
     processor = _published(tower.name_or_path, "preprocessor_config.json")
     images = json.loads(processor.read_text(encoding="utf-8")) if processor is not None else {}
     prepared = {name: images.get(name) for name in _IMAGE_SETTINGS}
-    config = {name: getattr(language_model.config, name) for name in _LANGUAGE_SETTINGS}
+    if isinstance(language_model.config, QWenConfig):
+        config = {name: getattr(language_model.config, name) for name in _LANGUAGE_SETTINGS}
+    else:
+        config = fingerprinted_settings(language_model.config)
     vision, language = (_published_weights(name) for name in (tower.name_or_path, str(language_model.name_or_path)))
     return {
         "vision_tower_fingerprint": fingerprint(vision, {"kind": tower.kind}, prepared),

@@ -15,7 +15,7 @@ from ..arguments import ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import read_language_config
 from ..checkpoints.checkpoint import drops_first_patch, read_checkpoint
 from ..checkpoints.previous import check_previous
-from ..lora import LoraSettings, check_targets
+from ..lora import LoraSettings, check_targets, default_targets
 from ..projector import build_projector
 from .memory_estimate import ModelShape, Setting
 
@@ -37,7 +37,10 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
         layers = previous.projector_layers
     drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
     tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
-    return model_shape(read_language_config(asked.base_language_model), tower, lora, layers), lora
+    config = read_language_config(asked.base_language_model)
+    if not isinstance(config, QWenConfig):
+        raise ValueError(f"--dry_run: {asked.base_language_model} is no QWen; its memory can't be estimated yet")
+    return model_shape(config, tower, lora, layers), lora
 
 
 def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments) -> dict[str, Setting]:
@@ -63,11 +66,12 @@ def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, proje
     with torch.device("meta"):
         language = QWenLMHeadModel(config)
         projector = build_projector(tower.hidden_size, config.hidden_size, projector_layers)
-    check_targets(language, lora.target_modules)
+    wanted = default_targets(language) if lora.target_modules is None else lora.target_modules
+    check_targets(language, wanted)
     targets = {
         name: module
         for name, module in language.named_modules()
-        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{t}") for t in lora.target_modules)
+        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{t}") for t in wanted)
     }
     return ModelShape(
         layers=config.num_hidden_layers,

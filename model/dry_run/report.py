@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dataprocess.messages import format_count
 from dataset import ImageCaptionDataset
-from qwen import QWenTokenizer
+from dataset.prompt import Tokenizer
 from visual.feature_cache import DTYPES, FeatureCache
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
@@ -85,7 +85,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrain
 
 
 def _measure(
-    tokenizer: QWenTokenizer, image_tokens: int, asked: DataArguments, args: VLMTrainingArguments, *, training: bool
+    tokenizer: Tokenizer, image_tokens: int, asked: DataArguments, args: VLMTrainingArguments, *, training: bool
 ) -> DataSizes:
     """Measure the training set or the evaluation set."""
     files = (asked.image_map, asked.captions_file) if training else (asked.eval_image_map, asked.eval_captions_file)

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig, Qwen2Config
 
-from qwen.answering import STOP_TOKEN_IDS
+from qwen import QWenTokenizer
 from qwen.tokenization_qwen import ENDOFTEXT_ID, IMAGE_TOKEN_ID
 
-from ..checkpoints.base_models import load_tokenizer
 from .processor_files import write_processor, write_tokenizer
 from .shards import ShardWriter
 from .sources import Sources, base_file, language_weights, tower_weights
@@ -89,7 +88,7 @@ def write_llava(sources: Sources, folder: Path, max_bytes: int) -> None:
     strategy = "default" if sources.tower.kind == "clip" or sources.drop_first_patch else "full"
     _write_json(folder / "config.json", _config(sources, strategy))
     _write_json(folder / "generation_config.json", _generation_config(sources))
-    write_tokenizer(folder, load_tokenizer(sources.language_name), sources.language.seq_length)
+    write_tokenizer(folder, QWenTokenizer.from_pretrained(sources.language_name), sources.language.seq_length)
     images = {
         "patch_size": sources.vision.patch_size,
         "vision_feature_select_strategy": strategy,
@@ -165,7 +164,7 @@ def _generation_config(sources: Sources) -> dict[str, Any]:
     base = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     names = ("max_new_tokens", "repetition_penalty", "do_sample", *(_SAMPLING if base.get("do_sample") else ()))
     kept = {name: base[name] for name in names if base.get(name) is not None}
-    return kept | {"eos_token_id": sorted(STOP_TOKEN_IDS), "pad_token_id": ENDOFTEXT_ID}
+    return kept | {"eos_token_id": sorted(QWenTokenizer.stop_ids), "pad_token_id": ENDOFTEXT_ID}
 
 
 # ---- Weights

@@ -72,6 +72,8 @@ def read_sources(
     checkpoint = read_checkpoint(model_weights)
     language_name, vision_name = base_models(language, vision, checkpoint)
     config, drop = read_language_config(language_name), drops_first_patch(checkpoint, vision_name)
+    if not isinstance(config, QWenConfig):
+        raise ValueError(f"{language_name} has model_type {config.model_type!r}: only QWen can be exported so far")
     shape, tower_class = read_tower_shape(vision_name, drop_first_patch=drop), tower_class_of(vision_name)
     vision_config = load_config(tower_class.model_class, vision_name, tower_class.config_overrides)
     for name in (language_name, vision_name):

@@ -20,11 +20,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dataset.prompt import SYSTEM_PROMPT, encode_prompt
 from qwen import IMAGE_TOKEN, QWenTokenizer
-from qwen.answering import STOP_TOKEN_IDS
 from qwen.tokenization_qwen import ENDOFTEXT_ID
 from visual.base import VisionTower
 
-from ..checkpoints.base_models import load_language_model, load_tokenizer
+from ..checkpoints.base_models import load_language_model
 from ..checkpoints.checkpoint import load_projector
 from ..lora import merge_lora
 from ..projector import build_projector
@@ -33,7 +32,7 @@ from .sources import Sources
 
 QUESTIONS = ("这幅图像描述了什么？", "Which colours are there?", "你好！请介绍一下你自己。")
 GREEDY: dict[str, Any] = {
-    **{"max_new_tokens": 12, "eos_token_id": list(STOP_TOKEN_IDS), "pad_token_id": ENDOFTEXT_ID},
+    **{"max_new_tokens": 12, "eos_token_id": list(QWenTokenizer.stop_ids), "pad_token_id": ENDOFTEXT_ID},
     **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": None},
 }
 """How answers are generated, whatever the model's own settings."""
@@ -85,7 +84,7 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
     Raises:
         ExportMismatchError: if inputs, answers or logits differ.
     """
-    tokenizer = load_tokenizer(sources.language_name)
+    tokenizer = QWenTokenizer.from_pretrained(sources.language_name)
     ours = _our_model(sources)
     prepare = _our_inputs(ours, tokenizer)
     asked = [None] if kind == "peft" else [sample_picture(sources.tower.image_size), None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen.answering import STOP_TOKEN_IDS, answer_text
+from qwen.answering import answer_text
 from qwen.conversation import build_prompt, make_context
 
 START, END, EOD = 151644, 151645, 151643
@@ -77,8 +77,8 @@ def test_the_caller_may_encode_questions_and_only_those(tokenizer):
 
 
 def test_answers_end_before_the_first_stop_token(tokenizer):
-    assert sorted(STOP_TOKEN_IDS) == [EOD, START, END]
-    for stop in STOP_TOKEN_IDS:
-        assert answer_text(tokenizer, [HELLO, 32, stop, 33, END], STOP_TOKEN_IDS) == "你好A"
-    assert answer_text(tokenizer, [HELLO, 32], STOP_TOKEN_IDS) == "你好A", "all of it where no stop token comes"
-    assert answer_text(tokenizer, [END], STOP_TOKEN_IDS) == ""
+    assert sorted(tokenizer.stop_ids) == [EOD, START, END]
+    for stop in tokenizer.stop_ids:
+        assert answer_text(tokenizer, [HELLO, 32, stop, 33, END], tokenizer.stop_ids) == "你好A"
+    assert answer_text(tokenizer, [HELLO, 32], tokenizer.stop_ids) == "你好A", "all of it where no stop token comes"
+    assert answer_text(tokenizer, [END], tokenizer.stop_ids) == ""

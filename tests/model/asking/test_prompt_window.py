@@ -6,7 +6,6 @@ import pytest
 
 from dataset.prompt import SYSTEM_PROMPT, encode_prompt
 from model.asking.prompt_window import fit_prompt
-from qwen.chatml import system_ids
 
 IMAGE = 151646
 
@@ -29,7 +28,7 @@ def test_long_conversations_keep_system_prompt_images_and_the_newest_turns(token
     ids = fit_prompt(tokenizer, "the last", 4, history, SYSTEM_PROMPT, window)
     assert len(ids) <= window
     assert ids.count(IMAGE) == 4 * images
-    head = system_ids(tokenizer, SYSTEM_PROMPT)
+    head = tokenizer.system_ids(SYSTEM_PROMPT)
     assert ids[: len(head)] == head
     text = text_of(tokenizer, ids)
     assert "the last<|im_end|>" in text

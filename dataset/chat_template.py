@@ -1,0 +1,231 @@
+r"""Prompts of language models other than QWen, by the chat template that comes with their tokenizer.
+
+The template is rendered once, with a mark in place of every content, and split there:
+
+    {opening}{system}{first question}{question}{answer opening}{answer}{end}{next question}{question}…
+
+Its own pieces are tokenised with their control tokens, contents without any: nobody can type one in. A template that
+rewrites contents, or writes an answer differently from how it asks for one, does not fit and is refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_MARKS = ("c0ntent0sys", "c0ntent1que", "c0ntent2ans", "c0ntent3que", "c0ntent4ans")
+_FIXED_DATE = datetime.date(2024, 7, 26)
+"""For templates that write the date of today: a run that is resumed tomorrow must train on the same tokens."""
+_TRIAL = ("You answer in one word.", "What is in the picture?", "An apple.", "And its colour?", "Red.")
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that cannot be used here."""
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Token ids of what the template writes around contents."""
+
+    opening: list[int]
+    """Before the system prompt; without one, all that comes before the first question."""
+    first_question: list[int]
+    """From the system prompt to the first question; empty without a system prompt."""
+    early_answer: list[int]
+    """From a question to its answer, where another question follows."""
+    next_question: list[int]
+    """From an answer, its end token left out, to the next question."""
+    last_answer: list[int]
+    """From the last question to its answer."""
+    end_id: int
+    """The token that ends an answer."""
+
+
+class ChatTokenizer:
+    """A tokenizer of transformers together with its chat template; `prompt.py` uses it as it uses QWen's.
+
+    Args:
+        tokenizer: with a chat template.
+        image_token_id: an id beyond the vocabulary, which stands for an image feature.
+
+    Raises:
+        ChatTemplateError: if there is no template, or one that does not fit; the message says why.
+    """
+
+    default_system = None
+    """Without a system prompt, the template writes its own, or none."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> None:
+        self.tokenizer = tokenizer
+        self.image_token_id = image_token_id
+        self.name = str(tokenizer.name_or_path)
+        if not tokenizer.chat_template:
+            raise ChatTemplateError(
+                f"{self.name} has no chat template, so it was not trained to answer; take its -Instruct version"
+            )
+        self._template = re.sub(
+            r"strftime_now\((['\"])(.*?)\1\)",
+            lambda call: repr(_FIXED_DATE.strftime(call[2])),
+            str(tokenizer.chat_template),
+        )
+        self._plain = self._pieces(with_system=False)
+        self._check(self._plain, with_system=False)
+        self._with_system: _Pieces | ChatTemplateError
+        try:
+            self._with_system = self._pieces(with_system=True)
+            self._check(self._with_system, with_system=True)
+        except ChatTemplateError as error:  # that is a fault only if somebody gives a system prompt
+            self._with_system = error
+        pad = tokenizer.pad_token_id
+        self.pad_token_id: int = self._plain.end_id if pad is None else int(pad)
+        eos = tokenizer.eos_token_id
+        self.stop_ids = tuple(dict.fromkeys([self._plain.end_id, *([] if eos is None else [int(eos)])]))
+        """The ids at which an answer ends."""
+        self.eod_id = self._plain.end_id
+
+    # ---- Contents
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a content, in which a control token is plain text."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
+
+    def decode(self, ids: Sequence[int], **kwargs: Any) -> str:
+        """Return the text of ids, without image tokens."""
+        text: Any = self.tokenizer.decode([index for index in ids if index < self.image_token_id], **kwargs)
+        return str(text)
+
+    def growing_text(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the whole text so far, whenever it has grown; a character that is not complete is held back."""
+        seen: list[int] = []
+        text = ""
+        for index in ids:
+            seen.append(index)
+            new = self.decode(seen)
+            if len(new) > len(text) and not new.endswith("\ufffd"):
+                text = new
+                yield text
+        if (whole := self.decode(seen)) != text or not text:
+            yield whole
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[bytes]:
+        """Return each token's text in UTF-8; a continuation byte where it begins in the middle of a character."""
+        texts = [self.decode([index]) for index in ids]
+        return [b"\x80" if text.startswith("\ufffd") else text.encode() for text in texts]
+
+    # ---- What is written around them
+
+    def system_ids(self, system: str | None) -> list[int]:
+        """Return the ids from the beginning to the first question; None is what the template writes of itself.
+
+        Raises:
+            ChatTemplateError: if the template takes no system prompt.
+        """
+        if system is None:
+            return self._plain.opening
+        pieces = self._with_system
+        if isinstance(pieces, ChatTemplateError):
+            raise ChatTemplateError(f"a system prompt can't be used: {pieces}; leave it out")
+        return [*pieces.opening, *self.encode_text(system), *pieces.first_question]
+
+    def question_ids(self, content_ids: Sequence[int], *, first: bool = True, last: bool = True) -> list[int]:
+        """Return the ids from a question's beginning to its answer's; the first question follows `system_ids`."""
+        before = [] if first else self._plain.next_question
+        return [*before, *content_ids, *(self._plain.last_answer if last else self._plain.early_answer)]
+
+    def answer_end(self, *, last: bool = True) -> int:
+        """Return the id that ends an answer."""
+        del last  # QWen's differ
+        return self._plain.end_id
+
+    # ---- Reading the template
+
+    def _render(self, contents: Sequence[str | None], *, ask: bool = False) -> str:
+        """Write a conversation: a system prompt or None, and questions and answers in turn."""
+        roles = ["system", *["user", "assistant"] * len(contents)]
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, contents, strict=False) if text is not None
+        ]
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=ask,
+                enable_thinking=False,  # the switch of thinking models; other templates ignore it
+                chat_template=self._template,
+                date_string=_FIXED_DATE.strftime("%d %b %Y"),
+            )
+        except Exception as error:  # a template is a program, and says no in its own words
+            raise ChatTemplateError(
+                f"the chat template of {self.name} fails: {' '.join(str(error).split())}"
+            ) from error
+        return str(text)
+
+    def _pieces(self, *, with_system: bool) -> _Pieces:
+        """Split a conversation of two turns at its contents."""
+        contents = [_MARKS[0] if with_system else None, *_MARKS[1:]]
+        text = self._render(contents)
+        marks = [mark for mark in contents if mark is not None]
+        if re.findall("|".join(_MARKS), text) != marks:
+            raise ChatTemplateError(
+                f"the chat template of {self.name} does not write {'system prompt, ' * with_system}questions and "
+                "answers once each and in their order"
+            )
+        *pieces, end = re.split("|".join(_MARKS), text)
+        opening, first_question = pieces[:2] if with_system else (pieces[0], "")
+        early_answer, next_question, last_answer = pieces[-3:]
+        asked = self._render(contents[:-1], ask=True)
+        if asked != text[: text.index(marks[-1])]:
+            raise ChatTemplateError(
+                f"the chat template of {self.name} asks for an answer by {asked[-40:]!r}, but writes answers after "
+                f"{last_answer[-40:]!r}"
+            )
+        closings = [self._template_ids(piece) for piece in (next_question, end)]
+        if not all(closings) or closings[0][0] != closings[1][0] or not self._is_control(closings[0][0]):
+            raise ChatTemplateError(f"the chat template of {self.name} ends answers by no token of their own")
+        return _Pieces(
+            opening=self._template_ids(opening),
+            first_question=self._template_ids(first_question),
+            early_answer=self._template_ids(early_answer),
+            next_question=closings[0][1:],
+            last_answer=self._template_ids(last_answer),
+            end_id=closings[0][0],
+        )
+
+    def _template_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _is_control(self, index: int) -> bool:
+        added = self.tokenizer.added_tokens_decoder
+        return index in added or index in self.tokenizer.all_special_ids
+
+    def _check(self, pieces: _Pieces, *, with_system: bool) -> None:
+        """Compare prompts built from the pieces with whole ones, tokenised at once.
+
+        Raises:
+            ChatTemplateError: if they differ: then the template or the tokenizer changes contents.
+        """
+        system = _TRIAL[0] if with_system else None
+        for turns in ([_TRIAL[1]], [_TRIAL[1], _TRIAL[2], _TRIAL[3]]):
+            whole = self._template_ids(self._render([system, *turns], ask=True))
+            built = list(pieces.opening)
+            if with_system:
+                built += [*self.encode_text(_TRIAL[0]), *pieces.first_question]
+            for number, text in enumerate(turns):
+                if number % 2 == 0:
+                    built += pieces.next_question if number else []
+                    is_last = number == len(turns) - 1
+                    built += [*self.encode_text(text), *(pieces.last_answer if is_last else pieces.early_answer)]
+                else:
+                    built += [*self.encode_text(text), pieces.end_id]
+            if built != whole:
+                raise ChatTemplateError(
+                    f"the chat template of {self.name} rewrites contents, or its tokenizer joins them with what is "
+                    f"around: {self.tokenizer.decode(whole)!r} would become {self.tokenizer.decode(built)!r}"
+                )

@@ -1,0 +1,1 @@
+"""Language models other than QWen: any decoder of transformers, chosen by the `model_type` of its config.json."""
