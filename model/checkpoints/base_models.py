@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from dataset.chat_template import ChatTemplateError
 from dataset.prompt import Tokenizer
 from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenTokenizer
 from visual.base import VisionTower
 
 from ..language_models.causal_lm import (
-    UnsuitableModelError,
     fingerprinted_settings,
     load_causal_lm,
     load_chat_tokenizer,
@@ -57,75 +57,58 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
     return language, vision
 
 
-# ---- The language model; a name that does not exist, or of another model, is a ValueError in one line
+# ---- The language model: what is wrong with one is a ValueError in one line
 
 
 def load_language_model(name_or_path: str, dtype: torch.dtype) -> Any:
-    """Load QWen, or another language model, from a hub name or folder, its weights in this dtype.
-
-    Raises:
-        ValueError: if there is no such folder or name, or no complete and suitable language model in it.
-    """
+    """Load QWen, or another language model, its weights in this dtype."""
     config = read_language_config(name_or_path)  # a wrong name is an error before weights are downloaded
-    try:
+    with _named_errors(name_or_path):
         if isinstance(config, QWenConfig):
             return MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
         return load_causal_lm(name_or_path, dtype)
-    except UnsuitableModelError as error:
-        raise ValueError(f"base language model {name_or_path!r}: {error}") from error
-    except OSError as error:
-        raise _not_found(name_or_path, error) from error
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """Load the tokenizer from the hub name or folder of the language model; other models' with their chat template.
-
-    Raises:
-        ValueError: if there is no such folder or name, no vocabulary in it, or no chat template that fits.
-    """
+    """Load the language model's tokenizer; that of another than QWen with its chat template."""
     config = read_language_config(name_or_path)  # a wrong name is another mistake than a missing vocabulary
-    try:
+    with _named_errors(name_or_path):
         if isinstance(config, QWenConfig):
             return QWenTokenizer.from_pretrained(name_or_path)
         return load_chat_tokenizer(name_or_path, config.vocab_size)
-    except (ChatTemplateError, UnsuitableModelError) as error:
-        raise ValueError(f"base language model {name_or_path!r}: {error}") from error
-    except (OSError, ValueError) as error:
-        raise _not_found(name_or_path, error) from error
 
 
 def read_language_config(name_or_path: str) -> PreTrainedConfig:
-    """Read a language model's configuration from a hub name or folder; no other file is needed.
-
-    Raises:
-        ValueError: if there is no such folder or name, or it is not a causal language model's.
-    """
-    base = f"base language model {name_or_path!r}"
-    try:
+    """Read a language model's configuration; no other file is needed."""
+    with _named_errors(name_or_path):
         values = PreTrainedConfig.get_config_dict(name_or_path)[0]
-    except (OSError, ValueError) as error:
-        raise _not_found(name_or_path, error) from error
-    if not values:
-        raise ValueError(f"{base}: no config.json in this folder; give a language model's, or a hub name")
-    try:
-        if values.get("model_type") == QWenConfig.model_type:
-            return QWenConfig.from_dict(values)
-        config = AutoConfig.for_model(**values)
+        if not values:
+            raise ValueError("no config.json in this folder; give a language model's, or a hub name")
+        try:
+            if values.get("model_type") == QWenConfig.model_type:
+                return QWenConfig.from_dict(values)
+            config = AutoConfig.for_model(**values)
+        except Exception as error:  # a file's values may be of any type
+            raise ValueError(f"its config.json can't be used: {' '.join(str(error).split())}") from error
         multimodal_class(config)
         return config
-    except UnsuitableModelError as error:
-        raise ValueError(f"{base}: {error}; give a decoder language model, as Qwen/Qwen-7B-Chat") from error
-    except Exception as error:  # a file's values may be of any type
-        raise ValueError(f"{base}: its config.json can't be used: {' '.join(str(error).split())}") from error
 
 
-def _not_found(name: str, error: Exception) -> ValueError:
-    if Path(name).is_dir():
-        return ValueError(f"base language model {name!r}: {error}")
-    return ValueError(
-        f"base language model {name!r} is no local folder, and the hub does not give it: {str(error).rstrip('.')}. "
-        "Give a folder (config.json, weights, qwen.tiktoken), or a name that can be downloaded or is in the cache"
-    )
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Raise whatever is wrong with a language model as a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).rstrip(".")
+        if not Path(name).is_dir():
+            reason = (
+                f"no local folder, and the hub does not give it: {reason}. Give a folder (config.json, weights and "
+            )
+            reason += "tokenizer), or a name that can be downloaded or is in the cache"
+        raise ValueError(f"base language model {name!r}: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"base language model {name!r}: {error}") from error
 
 
 # ---- Fingerprints

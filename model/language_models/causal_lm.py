@@ -136,7 +136,10 @@ def multimodal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         UnsuitableModelError: if transformers has no causal language model of this kind.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsuitableModelError(f"model_type {config.model_type!r} is no causal language model of transformers")
+        raise UnsuitableModelError(
+            f"model_type {config.model_type!r} is no decoder language model of transformers; give one, as "
+            "Qwen/Qwen-7B-Chat"
+        )
     base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     members = {"image_token_id": int(config.vocab_size), "__module__": __name__}
     return type(f"Multimodal{base.__name__}", (MultimodalCausalLM, base), members)

@@ -399,7 +399,7 @@ MISTAKES = {
     "language model": ("--base_language_model no/such/folder", "no/such/folder"),
     "hub, offline": ("--base_language_model Qwen/Qwen-1_8B-Chat", "'Qwen/Qwen-1_8B-Chat'"),
     "tower, offline": ("--base_value_model openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
-    "bases swapped": ("--base_language_model {tower}", "qwen.tiktoken"),
+    "bases swapped": ("--base_language_model {tower}", "model_type 'clip'"),
     "no tower": ("--base_value_model {language}", "model_type 'qwen'"),
     "no vocabulary": ("--base_language_model {wrong}/no_vocabulary", "qwen.tiktoken"),
     "targets": ("--target_modules c_attn|q_proj", "is called q_proj; the language model has c_attn"),

@@ -515,6 +515,6 @@ def test_weights_go_into_no_model_with_another_scale_or_tower(saved, tiny_bases,
 def test_a_base_model_that_has_gone_is_named(folder, tiny_bases, tmp_path):
     gone = str(tmp_path / "gone")
     rewrite(folder / MULTIMODAL, lambda c: c.update(base_language_model=gone))
-    with pytest.raises(ValueError, match=r"base language model '.*gone' is no local folder"):
+    with pytest.raises(ValueError, match=r"base language model '.*gone': no local folder"):
         load(folder)
     load(folder, tiny_bases[0])  # it may be named anew
