@@ -199,7 +199,9 @@ def shuffle_lines(
     extra = (side**2 - 1) * shape.tower_width * shape.width  # of the projector's first layer
     plain = replace(shape, image_tokens=shape.patches, projector_parameters=shape.projector_parameters - extra)
     lines = [f"pixel shuffle {side}: an image takes {shape.image_tokens:,} tokens, without it {shape.patches:,}"]
-    for name, setting in settings.items() if unshuffled is not None else ():
+    if unshuffled is None:
+        return f"{lines[0]}, and no sample would fit"
+    for name, setting in settings.items():
         peaks = [_most_memory(one, setting, sizes).peak / 1e9 for one, sizes in ((shape, data), (plain, unshuffled))]
         lines.append(f"{name}: {peaks[0]:.2f} GB at the most, without it {peaks[1]:.2f} GB")
     return "\n".join(lines)
