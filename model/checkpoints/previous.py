@@ -28,6 +28,7 @@ def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:
             _with_bars(name.rsplit(".", 1)[-1] for name in config.target_modules or ()),
         ),
         "projector_layers": (asked.projector_layers, checkpoint.projector_layers),
+        "pixel_shuffle": (asked.pixel_shuffle, checkpoint.pixel_shuffle),
     }
     for name, (wanted, trained) in flags.items():
         if wanted is not None and wanted != trained:
