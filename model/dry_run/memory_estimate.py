@@ -2,8 +2,8 @@
 
 Shape legend: B rows, T tokens of the longest row, N images of the batch, P tokens per image, S supervised positions of
 the batch; D width, W heads x head size, K key and value heads x head size, I the MLP's inner width, L layers and V
-vocabulary of the language model; D_v, I_v width and inner width of the tower; r LoRA's rank; s bytes of the frozen
-dtype (4 or 2).
+vocabulary of the language model; D_v, I_v width and inner width of the tower, P_v its patches per image, as many as P
+but for pixel shuffle; r LoRA's rank; s bytes of the frozen dtype (4 or 2).
 
 What lasts from step to step:
 
@@ -24,8 +24,8 @@ gradient is wanted, which its weight gives. Every layer keeps
                           and which for the attention's output projection is counted above
 
 After the attention of the last layer there are S positions in place of B x T. Added to that are 2 x (S, D) in fp32, for
-the last norm and the loss's gradient, and the projector's inputs N x P x (D_v + 2D). With gradient checkpointing only
-(B, T, D) per layer is kept; one layer's tensors are computed again in the backward pass.
+the last norm and the loss's gradient, and the projector's inputs N x (P_v x D_v + P x 2D). With gradient checkpointing
+only (B, T, D) per layer is kept; one layer's tensors are computed again in the backward pass.
 
 Blocks of transformers' Llama-like models keep more, by three numbers of `ModelShape`: the MLP 3 x (B, T, I), since its
 activation is a step of its own; Qwen3's norms of queries and keys (B, T, W + K) fp32; and the last layer and the last
@@ -36,7 +36,7 @@ What exists at one moment only, on top of the above:
     language head         (S, V) in fp32, three times, of as many positions as are taken at a time: logits, their
                           log-probabilities, and those of the positions before
     backward of a layer   gradients 4 x (B, T, I) and, in fp32, 4 x (B, T, D)
-    tower                 N x P x (2 I_v + 4 D_v), before anything else of the step exists
+    tower                 N x P_v x (2 I_v + 4 D_v), before anything else of the step exists
     gradients             4 x (LoRA + projector): complete when all activations are gone, unless steps are accumulated
 
 So the peak is the largest of these moments, not the sum of all rows.
@@ -49,8 +49,8 @@ from dataclasses import dataclass
 FP32 = 4
 CUDA_CONTEXT = 600_000_000
 """Bytes that CUDA, cuBLAS and their kernels take before the first tensor. An assumption."""
-HOST_PROCESS = 500_000_000
-"""Bytes that a process on the CPU takes apart from these tensors. Measured: with 0.1 and with 8 billion parameters."""
+HOST_PROCESS = 450_000_000
+"""Bytes that a process on the CPU takes apart from these tensors: fitted to `benchmarks/training/memory.py`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class ModelShape:
     key_width: int  # K: key and value heads times channels of a head
     inner: int  # I: channels inside its MLP
     vocabulary: int  # V: rows of the language head
-    image_tokens: int  # P: features of an image
+    image_tokens: int  # P: tokens of an image
+    patches: int  # P_v: features of an image as the tower gives them
     tower_width: int  # D_v: channels of the tower
     tower_inner: int  # I_v: channels inside the tower's MLP
     lora_inputs: tuple[str, ...]  # of each layer of a block that has LoRA: attention, attention output, MLP, product
@@ -133,7 +134,7 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
     kept, backward = activations_of(shape, setting, batch)
     logits = batch.supervised * shape.vocabulary
     head = 3 * FP32 * min(logits, setting.chunk_logits or logits)
-    tower = s * batch.images * shape.image_tokens * (2 * shape.tower_inner + 4 * shape.tower_width)
+    tower = s * batch.images * shape.patches * (2 * shape.tower_inner + 4 * shape.tower_width)
     earlier = trained if setting.accumulates else 0
     lasting = frozen + 3 * trained + buckets  # with the optimizer's two moments
     other = CUDA_CONTEXT if setting.device == "cuda" else HOST_PROCESS
@@ -159,7 +160,7 @@ def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tu
     else:
         kept = (shape.layers - 1) * layer + _kept_by_layer(shape, setting, tokens, last)
     kept += FP32 * (last + batch.supervised) * shape.width
-    kept += s * batch.images * shape.image_tokens * (shape.tower_width + 2 * shape.width)
+    kept += s * batch.images * (shape.patches * shape.tower_width + shape.image_tokens * 2 * shape.width)
     backward = 4 * tokens * (shape.inner * s + shape.width * FP32)
     return kept, backward + (layer if setting.checkpointing else 0)
 

@@ -19,7 +19,7 @@ from ..checkpoints.checkpoint import drops_first_patch, read_checkpoint
 from ..checkpoints.previous import check_previous
 from ..language_models.causal_lm import check_window, multimodal_class
 from ..lora import LoraSettings, check_targets, default_targets
-from ..projector import build_projector
+from ..projector import build_projector, check_pixel_shuffle
 from .memory_estimate import ModelShape, Setting
 
 _QWEN_INPUTS = {
@@ -50,19 +50,21 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
         ValueError: if a base model, a checkpoint or a target module is missing, unknown, or at odds with a flag.
         OSError: likewise.
     """
-    lora, layers, previous = asked.lora_settings, asked.projector_layers or 2, None
+    lora, previous = asked.lora_settings, None
+    layers, factor = asked.projector_layers or 2, asked.pixel_shuffle or 1
     if asked.previous_lora_weights is not None:
         previous = read_checkpoint(asked.previous_lora_weights)
         check_previous(asked, previous)
         there = previous.lora_config.target_modules
         targets = (there,) if isinstance(there, str) else tuple(there or ())
         lora = replace(lora, rank=previous.lora_config.r, target_modules=targets)
-        layers = previous.projector_layers
+        layers, factor = previous.projector_layers, previous.pixel_shuffle
     drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
     tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
+    check_pixel_shuffle(factor, tower.num_image_tokens)
     config = read_language_config(asked.base_language_model)
-    check_window(asked.base_language_model, config, tower.num_image_tokens)
-    return model_shape(config, tower, lora, layers), lora
+    check_window(asked.base_language_model, config, tower.num_image_tokens // factor**2)
+    return model_shape(config, tower, lora, layers, factor), lora
 
 
 def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments) -> dict[str, Setting]:
@@ -84,7 +86,7 @@ def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments) -> dict[str
 
 
 def model_shape(
-    config: PreTrainedConfig, tower: TowerShape, lora: LoraSettings, projector_layers: int = 2
+    config: PreTrainedConfig, tower: TowerShape, lora: LoraSettings, projector_layers: int = 2, pixel_shuffle: int = 1
 ) -> ModelShape:
     """Return the sizes of a model, its parameters counted without storage; refuse target modules that do not exist.
 
@@ -93,7 +95,7 @@ def model_shape(
     """
     with torch.device("meta"):
         language = QWenLMHeadModel(config) if isinstance(config, QWenConfig) else multimodal_class(config)(config)
-        projector = build_projector(tower.hidden_size, config.hidden_size, projector_layers)
+        projector = build_projector(tower.hidden_size * pixel_shuffle**2, config.hidden_size, projector_layers)
     wanted = default_targets(language) if lora.target_modules is None else lora.target_modules
     check_targets(language, wanted)
     block, inputs = _block_sizes(config, language), {**_QWEN_INPUTS, **_LLAMA_INPUTS}
@@ -104,7 +106,8 @@ def model_shape(
         width=config.hidden_size,
         heads=config.num_attention_heads,
         vocabulary=config.vocab_size,
-        image_tokens=tower.num_image_tokens,
+        image_tokens=tower.num_image_tokens // pixel_shuffle**2,
+        patches=tower.num_image_tokens,
         tower_width=tower.hidden_size,
         tower_inner=tower.intermediate_size,
         lora_inputs=tuple(inputs[name.split(".0.", 1)[1]] for name in targets if ".0." in name),
