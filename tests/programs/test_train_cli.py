@@ -374,7 +374,7 @@ def test_a_global_batch_that_can_not_be_is_refused(data, monkeypatch, flags, nam
 
 
 @pytest.mark.parametrize(
-    ("flags", "fp16"), [([], True), (["--bf16-full-eval", "true"], True), (["--fp16=false"], False)]
+    ("flags", "fp16"), [([], True), (["--fp16-full-eval", "true"], True), (["--fp16=false"], False)]
 )
 def test_half_precision_is_the_default_on_a_gpu_unless_it_is_chosen(data, monkeypatch, flags, fp16):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
