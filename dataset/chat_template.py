@@ -1,10 +1,11 @@
-r"""Prompts of language models other than QWen, by the chat template that comes with their tokenizer.
+r"""Build prompts of language models other than QWen from the chat template that comes with their tokenizer.
 
-The template is rendered once, with a mark in place of every content, and split there:
+The template is rendered once, with a mark in place of each content (a system prompt, question or answer), and split at
+the marks:
 
     {opening}{system}{first question}{question}{answer opening}{answer}{end}{next question}{question}…
 
-Its own pieces are tokenised with their control tokens, contents without any: nobody can type one in. A template that
+The template's own pieces are tokenised with control tokens, contents without, so nobody can type one. A template that
 rewrites contents, or writes an answer differently from how it asks for one, does not fit and is refused.
 """
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 _MARKS = ("c0ntent0sys", "c0ntent1que", "c0ntent2ans", "c0ntent3que", "c0ntent4ans")
 _FIXED_DATE = datetime.date(2024, 7, 26)
-"""For templates that write the date of today: a run that is resumed tomorrow must train on the same tokens."""
+"""Replaces today's date in templates that write it: a run that is resumed tomorrow must train on the same tokens."""
 _TRIAL = ("You answer in one word.", "What is in the picture?", "An apple.", "And its colour?", "Red.")
 
 
@@ -39,7 +40,7 @@ class _Pieces:
     early_answer: list[int]
     """From a question to its answer, where another question follows."""
     next_question: list[int]
-    """From an answer, its end token left out, to the next question."""
+    """From the end token of an answer, which is left out, to the next question."""
     last_answer: list[int]
     """From the last question to its answer."""
     end_id: int
@@ -79,7 +80,7 @@ class ChatTokenizer:
         try:
             self._with_system = self._pieces(with_system=True)
             self._check(self._with_system, with_system=True)
-        except ChatTemplateError as error:  # that is a fault only if somebody gives a system prompt
+        except ChatTemplateError as error:  # an error only if somebody gives a system prompt
             self._with_system = error
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = self._plain.end_id if pad is None else int(pad)
@@ -101,7 +102,7 @@ class ChatTokenizer:
         return str(text)
 
     def growing_text(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield the whole text so far, whenever it has grown; a character that is not complete is held back."""
+        """Yield the text so far whenever it has grown, without a last character that is incomplete."""
         seen: list[int] = []
         text = ""
         for index in ids:
@@ -114,14 +115,14 @@ class ChatTokenizer:
             yield whole
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[bytes]:
-        """Return each token's text in UTF-8; a continuation byte where it begins in the middle of a character."""
+        """Return each token's text in UTF-8; for one that begins in the middle of a character, a continuation byte."""
         texts = [self.decode([index]) for index in ids]
         return [b"\x80" if text.startswith("\ufffd") else text.encode() for text in texts]
 
-    # ---- What is written around them
+    # ---- The template's pieces around contents
 
     def system_ids(self, system: str | None) -> list[int]:
-        """Return the ids from the beginning to the first question; None is what the template writes of itself.
+        """Return the ids from the beginning to the first question; with None, those that the template writes by itself.
 
         Raises:
             ChatTemplateError: if the template takes no system prompt.
@@ -134,7 +135,7 @@ class ChatTokenizer:
         return [*pieces.opening, *self.encode_text(system), *pieces.first_question]
 
     def question_ids(self, content_ids: Sequence[int], *, first: bool = True, last: bool = True) -> list[int]:
-        """Return the ids from a question's beginning to its answer's; the first question follows `system_ids`."""
+        """Return the ids from the start of a question to the start of its answer; the first follows `system_ids`."""
         before = [] if first else self._plain.next_question
         return [*before, *content_ids, *(self._plain.last_answer if last else self._plain.early_answer)]
 
@@ -146,7 +147,7 @@ class ChatTokenizer:
     # ---- Reading the template
 
     def _render(self, contents: Sequence[str | None], *, ask: bool = False) -> str:
-        """Write a conversation: a system prompt or None, and questions and answers in turn."""
+        """Render a conversation: a system prompt or None, and questions and answers in turn."""
         roles = ["system", *["user", "assistant"] * len(contents)]
         messages = [
             {"role": role, "content": text} for role, text in zip(roles, contents, strict=False) if text is not None
@@ -160,7 +161,7 @@ class ChatTokenizer:
                 chat_template=self._template,
                 date_string=_FIXED_DATE.strftime("%d %b %Y"),
             )
-        except Exception as error:  # a template is a program, and says no in its own words
+        except Exception as error:  # a template is a program, and raises errors of its own
             raise ChatTemplateError(
                 f"the chat template of {self.name} fails: {' '.join(str(error).split())}"
             ) from error
@@ -206,7 +207,7 @@ class ChatTokenizer:
         return index in added or index in self.tokenizer.all_special_ids
 
     def _check(self, pieces: _Pieces, *, with_system: bool) -> None:
-        """Compare prompts built from the pieces with whole ones, tokenised at once.
+        """Compare prompts built from the pieces with the same prompts, rendered and tokenised as a whole.
 
         Raises:
             ChatTemplateError: if they differ: then the template or the tokenizer changes contents.

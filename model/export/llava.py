@@ -29,6 +29,8 @@ BLOCK_SCALE = 2.0**40
 """By this the extra block's output outweighs what it is added to; a power of two, so that nothing is rounded."""
 _ODD_PARTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "silu", "relu")
 """Activations f with f(x) - f(-x) = x, which the extra block needs."""
+_TEXT_TOKENS = 64
+"""About the length of a system prompt, a short question and a short answer."""
 _SAMPLING = ("temperature", "top_p", "top_k")
 _NAMES = {
     "transformer.wte": "model.embed_tokens",
@@ -50,7 +52,14 @@ def check_llava(sources: Sources) -> None:
         ValueError: with every reason.
     """
     language, tower, act = sources.language, sources.tower, getattr(sources.vision, "hidden_act", None)
+    stretches = language.use_dynamic_ntk or language.use_logn_attn
+    needed = tower.num_image_tokens + _TEXT_TOKENS
     reasons = [
+        (
+            stretches and needed > language.seq_length,
+            f"a question with a picture takes {needed} tokens or more and seq_length is {language.seq_length}, beyond "
+            "which QWen changes its attention and Qwen2 does not",
+        ),
         (not language.no_bias, "no_bias is false, and Qwen2 has biases for q, k and v only"),
         (not language.scale_attn_weights, "scale_attn_weights is false, and Qwen2 always scales"),
         (language.rotary_pct != 1, f"rotary_pct is {language.rotary_pct}, and Qwen2 turns all channels of a head"),

@@ -1,7 +1,8 @@
-"""Any decoder language model of transformers, by its own code there, given image features as QWen is.
+"""Decoder language models that run on transformers' own code and take image features as QWen does.
 
-A subclass is made of the model's class: it embeds the ids, puts the features where the image token is, and runs the
-model on `inputs_embeds`. The image token is an id beyond the vocabulary, so nobody can type it and no table grows.
+`multimodal_class` makes a subclass of the model's class. It embeds the ids, puts image features in the place of image
+tokens, and runs the model on `inputs_embeds`. The image token's id is beyond the vocabulary, so nobody can type it and
+the embedding does not grow.
 
 Shape legend: B rows, T tokens, D `hidden_size`, V vocabulary, F features of all images of the batch, S positions.
 """
@@ -36,7 +37,7 @@ class UnsuitableModelError(ValueError):
 
 
 class MultimodalCausalLM(GeneratesWithImages):
-    """What a causal language model of transformers gains: `forward` and `generate` take `image_features`."""
+    """Adds `image_features` to `forward` and `generate` of a causal language model of transformers."""
 
     image_token_id: int
     config: PreTrainedConfig
@@ -68,8 +69,8 @@ class MultimodalCausalLM(GeneratesWithImages):
     def generate(self, inputs: Tensor | None = None, *args: Any, image_features: Any = None, **kwargs: Any) -> Any:
         """Generate as transformers' `generate` does, from a prompt with images; see `GeneratesWithImages.generate`.
 
-        Settings that look at the prompt (`repetition_penalty`) must not meet the image token, which has no score: for
-        them it is the prompt's first token.
+        The image token has no logit, so settings that read the prompt (`repetition_penalty`) get the prompt's first
+        token in its place.
         """
         if image_features is None or "custom_generate" in kwargs:
             return super().generate(inputs, *args, image_features=image_features, **kwargs)
@@ -83,7 +84,7 @@ class MultimodalCausalLM(GeneratesWithImages):
         return out
 
     def hidden_at(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """Return the last hidden state (S, D) at the positions b · T + t, which the language head takes.
+        """Return the last hidden states (S, D), which the language head takes, at the positions b · T + t.
 
         Args:
             positions: (S,).
@@ -115,7 +116,7 @@ class MultimodalCausalLM(GeneratesWithImages):
 
     @staticmethod
     def _positions(embeds: Tensor | None, mask: Tensor | None, given: Tensor | None) -> Tensor | None:
-        """Count from 0 in every row, leaving padding out, so that an answer does not depend on the others' lengths."""
+        """Return positions that leave padding out, so that an answer does not depend on the lengths of other rows."""
         if given is not None or embeds is None or mask is None or mask.dim() != 2:
             return given
         return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]  # (B, T)
@@ -123,14 +124,14 @@ class MultimodalCausalLM(GeneratesWithImages):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Have `generate` use our cache, from which rows and tokens can be taken."""
+        """Have `generate` use our cache, from which rows and tokens can be removed."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if type(model_kwargs.get("past_key_values")).__name__ == "DynamicCache":
             model_kwargs["past_key_values"] = GrowingCache(self.config)
 
 
 def multimodal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the model class for a configuration, made multimodal.
+    """Return a multimodal subclass of the configuration's model class.
 
     Raises:
         UnsuitableModelError: if transformers has no causal language model of this kind.
@@ -146,7 +147,7 @@ def multimodal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def fingerprinted_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what decides, besides its weights, what a language model computes."""
+    """Return the settings that, together with its weights, decide what a language model computes."""
     values = config.to_dict()
     rotary = values.get("rope_parameters") or {}
     return {**{name: values.get(name) for name in _SETTINGS}, "rope_theta": rotary.get("rope_theta")}
@@ -187,10 +188,10 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
 
 @torch.no_grad()
 def check_suitable(model: Any) -> None:
-    """Check by a short run that the language head alone makes logits of the decoder's output.
+    """Check with a short run that the logits are the language head's output for the decoder's hidden states.
 
     Raises:
-        UnsuitableModelError: if it does not: such models change their logits afterwards, or what is embedded.
+        UnsuitableModelError: if they are not: such models change their logits afterwards, or what is embedded.
     """
     head = model.get_output_embeddings()
     if getattr(model.config, "final_logit_softcapping", None):  # too little to show on few tokens

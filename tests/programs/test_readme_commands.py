@@ -11,13 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_families import make_family
 from tiny_run import COLOURS, ROOT, environment, free_port, make_language_model
 from tiny_towers import make_clip_checkpoint, make_siglip_checkpoint
 
 pytestmark = pytest.mark.slow
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.S | re.M)
-SOURCES = ("README.md", "docs/asking.md", "docs/resuming.md", "docs/feature-cache.md", "docs/memory.md")
+SOURCES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("asking", "language-models", "resuming", "feature-cache", "memory")),
+)
 ELSEWHERE = (  # installing, downloading, tests and benchmarks have tests of their own or need a network
     r"curl|unzip|mkdir|python3 -m venv|pip install|\. \.venv|sh demo\.sh|sh tests/run\.sh|weights/original"
 )
@@ -62,7 +66,10 @@ def checkout(tmp_path_factory, qwen_tiktoken):
     for name in ("Qwen/Qwen-7B-Chat", "Qwen/Qwen-1_8B-Chat", "Qwen/Qwen-14B-Chat"):
         hub(folder / "home", name, language)
     hub(folder / "home", "openai/clip-vit-large-patch14", make_clip_checkpoint(folder / "clip"))
-    hub(folder / "home", "google/siglip-so400m-patch14-384", make_siglip_checkpoint(folder / "siglip"))
+    hub(folder / "home", "Qwen/Qwen3-4B-Instruct-2507", make_family(folder / "qwen3", "qwen3"))
+    siglip = make_siglip_checkpoint(folder / "siglip")
+    for name in ("google/siglip-so400m-patch14-384", "google/siglip2-so400m-patch14-384"):
+        hub(folder / "home", name, siglip)
     questions = [
         {"id": 1, "image": "test_img/1.jpg", "prompt": "Which colour?"},
         {"id": 2, "image": None, "prompt": "?"},

@@ -96,8 +96,9 @@ def test_an_exported_model_is_verified_and_answers_as_test_py(export, trained, p
             {"num_hidden_layers": 3, "num_attention_heads": 3, "kv_channels": 8, "hidden_size": 20},
         ),
         ({"num_hidden_layers": 1}, {"num_hidden_layers": 1, "kv_channels": 32, "rotary_emb_base": 50000.0}),
+        ({}, {"seq_length": 16, "use_dynamic_ntk": False, "use_logn_attn": False}),
     ],
-    ids=["plain", "wider", "one layer"],
+    ids=["plain", "wider", "one layer", "no stretching"],
 )
 def test_clip_is_exact(export, make_checkpoint, tokenizer, vision, language):
     checkpoint = make_checkpoint(make_clip_checkpoint, vision, **language)
@@ -226,6 +227,7 @@ def test_a_tied_head_with_lora_is_written_out(export, make_checkpoint, tokenizer
         (make_clip_checkpoint, {}, {"no_bias": False}, (), "no_bias"),
         (make_clip_checkpoint, {}, {"scale_attn_weights": False}, (), "scale_attn_weights"),
         (make_clip_checkpoint, {}, {"rotary_pct": 0.5}, (), "rotary_pct is 0.5"),
+        (make_clip_checkpoint, {}, {"seq_length": 67}, (), "68 tokens or more and seq_length is 67"),
         (make_dinov2_checkpoint, {}, {}, (), "the tower is dinov2"),
         (make_vit_checkpoint, {}, {}, (), "the tower is vit"),
         (make_siglip_checkpoint, {}, {}, ("--dtype", "float16"), "float16"),
