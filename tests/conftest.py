@@ -103,6 +103,14 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def mixed_data(tmp_path_factory, pictures) -> list[str]:
+    """The flags that name twelve samples of all kinds, MIXED_CAPTIONS of tiny_run.py; not to be written to."""
+    from tiny_run import MIXED_CAPTIONS, write_data
+
+    return write_data(tmp_path_factory.mktemp("data"), MIXED_CAPTIONS, pictures["red"].parent)
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory, base_flags) -> Path:
     """checkpoint-10, whose LoRA and projector make a difference, in a run folder with an older and a broken one."""
     import shutil

@@ -13,9 +13,8 @@ from transformers import CLIPVisionModel
 
 from benchmarks import measure, random_weights
 from benchmarks.answering import load
-from benchmarks.data import prepare
 from benchmarks.peers import TINY, build_ours, build_peer, copy_weights
-from benchmarks.training import full_size, grouped
+from benchmarks.training import full_size
 from qwen import IMAGE_TOKEN_ID, QWenLMHeadModel
 
 
@@ -55,19 +54,6 @@ def test_a_process_is_measured_by_itself():
         assert run.peak_bytes > size * 2**20
         assert run.seconds > 0.1
         assert run.values["threads"] == "3"
-
-
-def test_a_process_that_fails_says_why():
-    with pytest.raises(measure.RunFailedError, match="3\nbecause"):
-        measure.run_once(python("import sys; print('because', file=sys.stderr); sys.exit(3)"))
-
-
-def test_medians_are_of_numbers_only():
-    runs = [
-        measure.Run(seconds, 0.5, 10, {"n": n, "name": "x", "ok": True})
-        for seconds, n in ((3.0, 1), (1.0, 5), (2.0, 4))
-    ]
-    assert measure.medians(runs) == {"seconds": 2.0, "cpu_seconds": 0.5, "peak_bytes": 10, "n": 4}
 
 
 def test_weights_in_shards_load_as_published(tmp_path, qwen_tiktoken):
@@ -125,11 +111,6 @@ def test_grouped_compares_the_same_samples(tmp_path):
     # Eight samples of the same real tokens, in different times.
     tokens = [one["tokens_per_second"] / one["samples_per_second"] for one in (random, ordered)]
     assert tokens[0] == pytest.approx(tokens[1])
-
-
-def test_padding_costs_attention_its_square():
-    assert grouped.attention_share(torch.tensor([4, 4, 2, 2]), 2) == 0
-    assert grouped.attention_share(torch.tensor([4, 2, 3]), 2) == pytest.approx(1 - (16 + 4 + 9) / (2 * 16 + 9))
 
 
 @pytest.mark.slow
@@ -214,11 +195,3 @@ def test_prepare_at_a_small_scale(tmp_path):
     assert printed.startswith("3,100 samples")
     assert results["figures"]["a tenth"]["samples"] == 310
     assert 0 < results["figures"]["whole"]["worker_bytes"] < 200e6
-
-
-def test_annotations_of_the_real_size_are_as_many_and_as_long(tmp_path):
-    prepare.write_annotations(tmp_path, 0.001, pictures=3)
-    records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ai_challenger", "detail")}
-    assert [len(record["caption"]) for record in records["ai_challenger"]] == [5] * 210
-    answers = [record["conversations"][1]["value"] for record in records["detail"]]
-    assert 300 < sum(map(len, answers)) / len(answers) < 1000

@@ -203,31 +203,6 @@ def test_the_first_samples_are_counted_good_or_bad(make):
     assert len(dataset.bad) == 1
 
 
-HUGE = "x" * 5000
-
-
-@pytest.mark.parametrize(
-    ("key", "entry", "question", "named"),
-    [
-        ("k", {"path": HUGE}, "<|extra_0|>", "sample 0"),
-        ("k", {"image_file": f"{HUGE}\0"}, "<|extra_0|>", "sample 0"),
-        ("k", {}, [HUGE], "sample 0"),
-        ("k", {"ID": [HUGE]}, "<|extra_0|>", "entry 'k"),
-        (HUGE, {"ID": None}, "<|extra_0|>", "entry 'xxx"),
-    ],
-    ids=["path", "image_file", "question", "ID", "key"],
-)
-def test_messages_of_huge_values_are_short_and_name_the_sample(make, images, key, entry, question, named):
-    """A folder name of 5,000 characters once ended the run with the system's own error, whatever was to be skipped."""
-    entries = {key: one(images) | entry, "good": {"image_file": None, "ID": 1}}
-    captions = {"0": {"q": question, "a": "B"}, "1": TEXT_ONLY}
-    with pytest.raises(SampleError, match=named):
-        make(entries, captions)
-    dataset = make(entries, captions, on_bad_sample="skip")
-    assert len(dataset) == 1
-    assert len(dataset.bad.all_messages(dataset)[0]) < 400
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_listing_builds_no_bad_sample_twice(make, images, workers, monkeypatch):
     """Each newly found one made all earlier ones be opened again, and their cut answers be counted again."""
@@ -253,16 +228,6 @@ def test_a_bad_sample_marked_elsewhere_that_can_be_read_is_said_so(make, images)
     assert "sample 7" in messages[0]
     dataset.bad.mark(0, "another draw of its answers was too long")
     assert dataset.bad.all_messages(dataset) == messages, "one line for each sample"
-
-
-def test_a_sample_that_a_worker_marks_while_others_are_listed_is_listed_next_time(make, images, monkeypatch):
-    entries = {str(i): one(images, f"missing {i}.png", i) for i in range(2)}
-    dataset = make(entries, {"0": ASK, "1": ASK}, on_bad_sample="skip", max_bad_fraction=1.0)
-    dataset.bad.mark(0)
-    encode = dataset.encode
-    monkeypatch.setattr(dataset, "encode", lambda sample: (dataset.bad.flags.fill_(1), encode(sample))[1])
-    assert [message.split(":")[0] for message in dataset.bad.all_messages(dataset)] == ["sample 0"]
-    assert len(dataset.bad.all_messages(dataset)) == 2
 
 
 def test_links_may_leave_the_folder_only_if_allowed(make, images, tmp_path):

@@ -1,4 +1,4 @@
-"""Samples of similar length next to each other: reproducible, resumable, complete, and with less padding."""
+"""Samples of similar length next to each other: reproducible, complete, and with less padding."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stopped_runs import Answers, KillAt, Killed, answer_lengths, assert_same_end, new_trainer, resume
-from tiny_run import MIXED_CAPTIONS, build_trainer, make_bases, make_pictures, write_data
+from tiny_run import MIXED_CAPTIONS, write_data
 
 import train
 from benchmarks.training.grouped import padding_share
 from dataset import ImageCaptionDataset
 from dataset.epoch_order import epoch_permutation
-from dataset.grouped_order import GroupedOrder, estimated_lengths, grouped_permutation, padding_shares
+from dataset.grouped_order import estimated_lengths, grouped_permutation, padding_shares
 
 
 def random_lengths(number: int, seed: int = 0) -> torch.Tensor:
@@ -73,36 +72,7 @@ def test_each_epoch_and_seed_puts_other_samples_together(other):
     assert len(batches[0] & batches[1]) < 5
 
 
-# ---- Runs. An epoch of 22 samples is 6 steps of 4 and 2, in blocks of 2; dropout is 0.3.
-
-SIZE = 22
-
-
-def ids(epoch: int) -> list[int]:
-    order = GroupedOrder(Answers(SIZE), 3, answer_lengths(SIZE))
-    order.set_epoch(epoch)
-    return [order[i]["id"] for i in range(SIZE)]
-
-
-def common(**changes) -> dict:
-    return {"size": SIZE, "num_train_epochs": 2, "lengths": answer_lengths(SIZE), **changes}
-
-
-def test_a_killed_run_ends_as_one_that_was_not(tiny_bases, tmp_path):
-    call = 8  # in the second epoch
-    whole = new_trainer(tiny_bases, tmp_path / "whole", save_strategy="no", **common())
-    whole.train()
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path / "run", callbacks=[KillAt("on_step_end", call)], **common()).train()
-    resumed = resume(tiny_bases, tmp_path / "run", **common())
-    assert_same_end(resumed, whole)
-    assert [number for step in whole.seen for number in step] == ids(0) + ids(1)
-    assert resumed.seen == whole.seen[call - 1 :]
-    assert ids(0) != ids(1)
-    assert epoch_permutation(SIZE, 3, 0).tolist() != ids(0)
-
-
-# ---- Lengths, and the command line
+# ---- Lengths, and the flag
 
 
 @pytest.fixture
@@ -137,27 +107,6 @@ def test_padding_is_that_of_the_first_epoch(open_samples):
         shares.append(padding_share(tokens[order], 2))
     assert padding_shares(data, estimated_lengths(data), 2, 5) == pytest.approx(tuple(shares))
     assert max(tokens) > 80
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory, qwen_tiktoken) -> list[str]:
-    folder = tmp_path_factory.mktemp("command")
-    pictures = make_pictures(folder / "pictures")["red"].parent
-    data = write_data(folder, MIXED_CAPTIONS, pictures)
-    settings = "--lora_rank 4 --lora_dropout 0 --per_device_train_batch_size 2 --logging_steps 1 --report_to none"
-    return [*make_bases(folder / "bases", qwen_tiktoken), *data, *settings.split(), "--use_cpu", "true"]
-
-
-def test_train_py_groups_says_so_and_goes_on(command, tmp_path, capsys):
-    flags = [*command, "--output_dir", str(tmp_path), "--num_train_epochs", "1", "--save_steps", "2"]
-    grouped = [*flags, "--train_sampling_strategy", "group_by_length"]
-    assert build_trainer([*grouped, "--max_steps", "4"]).train_dataset.lengths is not None
-    assert "batches grouped by length: about " in capsys.readouterr().err
-    assert train.main([*grouped, "--max_steps", "4"]) == 0
-    assert train.main([*grouped, "--resume_from_checkpoint", "auto"]) == 0
-    capsys.readouterr()
-    assert train.main([*flags, "--num_train_epochs", "2", "--resume_from_checkpoint", "auto"]) == 2
-    assert "order was 'group_by_length' and is now 'random'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("process_index", [0, 1])

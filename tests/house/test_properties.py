@@ -1,4 +1,4 @@
-"""What holds for any text, conversation, batch and annotation file, tried on generated ones."""
+"""What holds for any text, conversation and annotation file, tried on generated ones."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import json
 import shutil
 import tempfile
 import unicodedata
-from collections import Counter
 from pathlib import Path
 
-import torch
-from hostile import llava, prepare
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.testing import assert_close
 
 from dataprocess import process_image
-from dataset import ImageCaptionDataset, VLMCollator
 from dataset.prompt import encode_prompt, encode_sample
-from model.asking.prompt_window import fit_prompt
 from qwen import IGNORE_INDEX, make_context
 
 START, END, EOD, IMAGE = 151644, 151645, 151643, 151646
@@ -37,31 +31,6 @@ ANSWERS = TEXTS.filter(str.strip)
 
 def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
-
-
-# ---- Tokenizer
-
-
-@modest
-@given(text=TEXTS)
-def test_text_comes_back(tokenizer, text):
-    ids = tokenizer.encode_text(text)
-    assert tokenizer.decode(ids) == nfc(text)
-    assert all(0 <= index < EOD for index in ids)
-    assert tokenizer.encode_text(nfc(text)) == ids
-    # Parsing special tokens gives the same text, and gives them wherever they stand.
-    parsed = tokenizer.encode(text)
-    assert tokenizer.decode(parsed) == nfc(text)
-    found = Counter(index for index in parsed if index >= EOD)
-    assert found[IMAGE] == nfc(text).count("<|extra_0|>")
-    assert found[END] == nfc(text).count("<|im_end|>")
-
-
-@modest
-@given(text=st.text(alphabet=st.characters(exclude_categories=()), max_size=20))
-def test_any_characters_come_back_but_lone_surrogates(tokenizer, text):
-    expected = nfc(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    assert tokenizer.decode(tokenizer.encode_text(text)) == expected
 
 
 # ---- Prompts
@@ -100,21 +69,6 @@ def test_only_placeholders_in_questions_become_image_tokens(tokenizer, turns, qu
         assert ids == make_context(tokenizer, query, turns, SYSTEM)[1]
 
 
-@modest
-@given(turns=st.lists(st.tuples(TEXTS, TEXTS), max_size=5), query=ANSWERS, window=st.integers(60, 200))
-def test_a_fitted_prompt_fits_with_all_its_images(tokenizer, turns, query, window):
-    images = sum(question.count("<|extra_0|>") for question in [*(question for question, _ in turns), query])
-    try:
-        ids = fit_prompt(tokenizer, query, 2, turns, SYSTEM, window)
-    except ValueError as error:
-        assert "leave no room" in str(error)  # noqa: PT017
-        return
-    assert len(ids) <= window
-    assert ids.count(IMAGE) == 2 * images
-    control = [index for index in ids if index >= EOD and index != IMAGE]
-    assert control in [frame(kept) for kept in range(len(turns) + 1)]
-
-
 # ---- Labels
 
 
@@ -138,83 +92,9 @@ def test_labels_are_the_answers_and_their_end_tokens(tokenizer, turns, cut):
         assert shorter.num_cut == cut
 
 
-# ---- Collation
-
-
-@st.composite
-def samples(draw):
-    length = draw(st.integers(1, 9))
-    ids = draw(st.lists(st.integers(0, 151_935), min_size=length, max_size=length))
-    labels = [draw(st.sampled_from([IGNORE_INDEX, index])) for index in ids]
-    sample = {
-        "input_ids": torch.tensor(ids),
-        "labels": torch.tensor(labels),
-        "id": draw(st.integers(-(2**63), 2**63 - 1)),
-    }
-    if number := draw(st.integers(0, 3)):
-        sample["pixel_values"] = torch.full((number, 3, 2, 2), float(draw(st.integers(0, 255))))
-    return sample
-
-
-@modest
-@given(batch=st.lists(samples(), min_size=1, max_size=5), pad=st.sampled_from([0, EOD]))
-def test_unpadding_a_batch_gives_the_samples_back(batch, pad):
-    made = VLMCollator(pad)(batch)
-    images = made.get("pixel_values", torch.empty(0, 3, 2, 2))
-    for row, sample in enumerate(batch):
-        real = made["attention_mask"][row].bool()
-        length = len(sample["input_ids"])
-        assert real.tolist() == [True] * length + [False] * (len(real) - length)
-        for name in ("input_ids", "labels"):
-            assert_close(made[name][row][real], sample[name], rtol=0, atol=0)
-        assert (made["input_ids"][row][~real] == pad).all()
-        assert (made["labels"][row][~real] == IGNORE_INDEX).all()
-        assert made["ids"][row] == sample["id"]
-        own = sample.get("pixel_values", torch.empty(0, 3, 2, 2))
-        assert_close(images[: len(own)], own, rtol=0, atol=0)
-        images = images[len(own) :]
-    assert len(images) == 0
-    assert made["input_ids"].shape[1] == max(len(sample["input_ids"]) for sample in batch)
-
-
-# ---- From annotations to labels
+# ---- Preparation
 
 JUNK = st.sampled_from([None, 5, "", " \n", "\ud800", [], {}, True, "q <|extra_0|>", ["a"]])
-RECORDS = st.one_of(
-    JUNK,
-    st.builds(
-        llava,
-        st.sampled_from([None, "1.png", ["1.png"], "../1.png", 5]),
-        st.one_of(PLAIN, JUNK),
-        st.one_of(TEXTS, JUNK),
-    ),
-    st.builds(lambda q, a: llava("1.png", "<image>\n" + q, a), PLAIN.filter(lambda text: "<image>" not in text), TEXTS),
-)
-
-
-@few
-@given(records=st.lists(RECORDS, max_size=6))
-def test_every_answer_comes_out_once_as_labels_or_is_in_the_list_of_rejects(tokenizer, capfd, records):
-    folder = Path(tempfile.mkdtemp())
-    try:
-        records = [llava(None, "q", "fixed"), *records]
-        status, captions, rejects = prepare(folder, json.dumps(records).encode())
-        assert status == 0
-        rejected = {line["record"] for line in rejects}
-        assert len(rejected) == len(rejects)
-        kept = [record for index, record in enumerate(records) if index not in rejected]
-        assert [caption["a"] for caption in captions] == [record["conversations"][1]["value"] for record in kept]
-        dataset = ImageCaptionDataset(
-            *(folder / "image_map.json", folder / "captions.json", tokenizer, lambda image: torch.zeros(3, 1, 1), 2)
-        )
-        learnt = []
-        for index in range(len(dataset)):
-            sample = dataset.annotations[index]
-            encoded = encode_sample(tokenizer, [(q, a[0]) for q, a in sample.turns], 2)
-            learnt.append(tokenizer.decode([label for label in encoded.labels if label != IGNORE_INDEX]))
-        assert learnt == [nfc(caption["a"]) + "<|endoftext|>" for caption in captions]
-    finally:
-        shutil.rmtree(folder)
 
 
 @few

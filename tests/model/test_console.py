@@ -26,10 +26,5 @@ def test_out_of_memory_is_known_by_all_its_names(kind):
     assert "79 GiB" not in said  # the allocator's own advice and tables
 
 
-def test_other_errors_are_not_taken_for_it():
-    assert not is_out_of_memory(RuntimeError("shape mismatch"))
-    assert not is_out_of_memory(ValueError("out of memory"))
-
-
 def test_an_answer_takes_one_column_of_one_line():
     assert one_line("a\\n b\nc\r\nd\te") == "a\\\\n b\\nc\\r\\nd\\te"

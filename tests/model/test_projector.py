@@ -33,9 +33,3 @@ def test_weights_are_drawn_from_a_narrow_normal_distribution_and_biases_are_zero
             assert parameter.mean().item() == pytest.approx(0.0, abs=1e-4), name
             # A normal distribution has 0.27% beyond three standard deviations, a uniform one nothing.
             assert 0.001 < (parameter.abs() > 0.03).float().mean() < 0.005, name
-
-
-@pytest.mark.parametrize("num_layers", [0, 3])
-def test_another_number_of_layers_is_refused(num_layers):
-    with pytest.raises(ValueError, match=f"1 or 2 layers, not {num_layers}"):
-        build_projector(6, 10, num_layers)

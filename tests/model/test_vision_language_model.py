@@ -47,22 +47,6 @@ def gradients(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
 # What is trained
 
 
-def test_only_lora_and_projector_get_gradients(model):
-    model.train()(**collate(*MIXED)).loss.backward()
-    with_gradient = gradients(model)
-    assert with_gradient.keys() == trainable_parameters(model).keys()
-    assert all("lora_" in name or name.startswith("projector.") for name in with_gradient)
-    assert all(gradient.any() for gradient in with_gradient.values())
-
-
-def test_the_tower_stays_in_eval_mode_and_gives_no_graph(model):
-    model.train()
-    assert model.language_model.training
-    assert not any(module.training for module in model.vision_tower.modules())
-    assert not model.vision_tower(MIXED[0]["pixel_values"]).requires_grad
-    assert model.encode_images(MIXED[0]["pixel_values"]).requires_grad
-
-
 def test_a_batch_without_images_gives_the_projector_zeros_and_no_other_loss(model):
     batch = collate(sample(0), sample(0, num_words=2, seed=1))
     assert "pixel_values" not in batch
@@ -77,22 +61,6 @@ def test_a_batch_without_images_gives_the_projector_zeros_and_no_other_loss(mode
 
 
 # The loss
-
-
-@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
-def test_the_loss_is_the_same_with_the_head_at_supervised_positions_only(model, num_items):
-    batch = collate(*MIXED)
-    found = []
-    for return_logits in (True, False):
-        model.zero_grad()
-        out = model.train()(**batch, return_logits=return_logits, num_items_in_batch=num_items)
-        assert (out.logits is not None) == return_logits
-        out.loss.backward()
-        found.append((out.loss.detach(), gradients(model)))
-    (loss, whole), (loss_only, sparse) = found
-    assert_close(loss_only, loss, rtol=1e-6, atol=0)
-    for name, gradient in whole.items():
-        assert_close(sparse[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("chunk", [1, VOCAB_SIZE * 5, 2**30])
@@ -192,23 +160,7 @@ def test_a_batch_in_which_nothing_is_supervised_has_a_loss_of_zero(model, return
     assert not any(gradient.any() for gradient in gradients(model).values())
 
 
-def test_without_labels_there_are_logits_and_no_loss(still):
-    batch = collate(*MIXED)
-    del batch["labels"]
-    with torch.no_grad():
-        out = still(**batch)
-    assert out.loss is None
-    assert out.logits.shape == (*batch["input_ids"].shape, VOCAB_SIZE)
-
-
 # Images and rows
-
-
-def test_rows_of_a_mixed_batch_equal_the_rows_alone(still):
-    together = logits_of(still, collate(*MIXED))
-    for row, one in enumerate(MIXED):
-        alone = logits_of(still, collate(one))[0]
-        assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("return_logits", [False, True], ids=["loss alone", "with logits"])
@@ -271,18 +223,6 @@ def test_a_left_padded_batch_gives_every_row_what_it_gets_alone(still, copies):
     assert together[:, ids.shape[1] :].tolist() == alone.tolist()
 
 
-def test_greedy_generation_takes_the_likeliest_token_of_forward(still):
-    inputs = one_prompt(2)
-    ids = inputs["input_ids"]
-    for _ in range(4):
-        with torch.no_grad():
-            logits = still(ids, pixel_values=inputs["pixel_values"]).logits
-        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-    for use_cache in (True, False):
-        made = still.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=use_cache)
-        assert made.tolist() == ids.tolist()
-
-
 # Precision and memory
 
 
@@ -300,22 +240,6 @@ def test_training_in_half_precision_under_autocast(tiny_bases, dtype):
     found = gradients(model)
     assert found.keys() == trainable_parameters(model).keys()
     assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in found.values())
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_inference_in_bf16_without_autocast(tiny_bases, still, merged):
-    model = enliven_trained(new_model(tiny_bases, dtype=torch.bfloat16)).eval()
-    if merged:
-        model.merge_lora()
-    batch = collate(*MIXED)
-    logits, exact = logits_of(model, batch), logits_of(still, batch)
-    assert logits.dtype == torch.bfloat16
-    assert F.cosine_similarity(logits.float().flatten(), exact.flatten(), dim=0) > 0.99
-    ids, mask, pixel_values = prompts()
-    made = model.generate(ids, mask, pixel_values, max_new_tokens=1, do_sample=False)
-    with torch.no_grad():
-        likeliest = model(ids, mask, pixel_values=pixel_values).logits[:, -1].argmax(-1)
-    assert made[:, -1].tolist() == likeliest.tolist()
 
 
 @pytest.mark.parametrize("method", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])

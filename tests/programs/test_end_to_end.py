@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
 from tiny_run import (
-    ROOT,
-    free_port,
     load_test_py,
     make_language_model,
     make_pictures,
@@ -17,8 +14,6 @@ from tiny_run import (
     write_data,
 )
 from tiny_towers import make_clip_checkpoint
-
-from qwen import QWenTokenizer
 
 SAMPLES = [
     ("red.png", ("这幅图像描述了什么？<|extra_0|>", "一块红色的牌子。🟥")),
@@ -59,45 +54,3 @@ def test_four_samples_are_learnt_to_their_exact_answers(tmp_path, qwen_tiktoken,
         paths = [str(tmp_path / "pictures" / name) for name in ([names] if isinstance(names, str) else names)]
         assert load_test_py().main([*greedy, "--image_path", *paths, "--prompt", question]) == 0
         assert capsys.readouterr().out == f"{answer}\n"
-
-
-def test_from_raw_annotations_to_an_answer(tmp_path, base_flags):
-    """process_image.py, train.sh and test.sh, one after the other, from a folder that is not the project's."""
-    for name in ("ali", "coco"):  # the same file names, other photos would be in them
-        make_pictures(tmp_path / name)
-    captions = ["一。", "二。", "三。", "四。", "五。"]
-    ali = [{"url": "u", "image_id": f"{name}.png", "caption": captions} for name in ("red", "green")]
-    coco = [
-        ("red.png", ["<image>\nWhat is it?", "A sign."]),
-        ("blue.png", ["Which colour?\n<image>", "Blue.", "Sure?", "Yes."]),
-        (None, ["Hello", "Hi!"]),
-    ]
-    llava = [
-        {"id": str(i), "conversations": [{"from": ("human", "gpt")[k % 2], "value": v} for k, v in enumerate(turns)]}
-        | ({"image": image} if image else {})
-        for i, (image, turns) in enumerate(coco)
-    ]
-    (tmp_path / "ali.json").write_text(json.dumps(ali), encoding="utf-8")
-    (tmp_path / "llava.json").write_text(json.dumps(llava), encoding="utf-8")
-    (tmp_path / "config.yaml").write_text(
-        "ali_image_path: ali\nali_image_path_label_file: ali.json\n"
-        "coco_image_path: coco\ncoco_image_path_label_file1: llava.json\n"
-        "output_image_map: data/image_map_b.json\noutput_captions: data/captions_b.json\n"
-    )
-    prepare = [sys.executable, ROOT / "dataprocess/process_image.py", "--config", "config.yaml", "--check_images"]
-    done = start(*prepare, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    samples = json.loads((tmp_path / "data/captions_b.json").read_text(encoding="utf-8"))
-    assert len(samples) == 5
-
-    # The data is where the published command looks for it, and the weights go where test.sh looks.
-    flags = ["--lora_rank", "4", "--num_train_epochs", "3", "--save_steps", "2", "--logging_steps", "1"]
-    done = start("sh", ROOT / "train.sh", *base_flags, *flags, cwd=tmp_path, MASTER_PORT=str(free_port()))
-    assert done.returncode == 0, done.stderr
-    assert len(printed_steps(done.stdout)) == 6
-    (tmp_path / "weights/train_V1_5/checkpoint-6").rename(tmp_path / "weights/train_V1_5/checkpoint-10000")
-
-    picture = ["--image_path", tmp_path / "ali/red.png"]
-    done = start("sh", ROOT / "test.sh", *picture, "--max_new_tokens", "5", "--greedy", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert QWenTokenizer.from_pretrained(base_flags[1]).encode_text(done.stdout.removesuffix("\n"))

@@ -60,8 +60,8 @@ def photos(pictures) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, photos) -> list[str]:
-    return write_data(tmp_path_factory.mktemp("data"), MIXED_CAPTIONS, photos)
+def data(mixed_data) -> list[str]:
+    return mixed_data
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +120,6 @@ def test_the_run_folder_holds_checkpoints_a_last_save_and_the_settings(run, base
     assert {"torch", "transformers", "peft"} <= settings["package_versions"].keys()
 
 
-def test_tensorboard_gets_what_is_printed(run):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    (file,) = run[0].rglob("events.out.tfevents.*")
-    events = reader.EventAccumulator(str(file)).Reload()
-    for tag in ("loss", "learning_rate", "feature_proj_lr", "samples_per_second"):
-        assert len(events.Scalars(f"train/{tag}")) == 6
-    assert len(events.Scalars("eval/loss")) == 2
-
-
 def test_evaluation_gives_the_loss_of_the_first_alternatives(run, bases, data):
     model = VisionLanguageModel.from_pretrained(model_weights=run[0], device="cpu")
     tokenizer = QWenTokenizer.from_pretrained(bases[1])
@@ -172,19 +163,6 @@ def test_the_language_model_is_built_once(bases, data, tmp_path, monkeypatch):
     assert len(built) == 1
 
 
-def test_the_final_weights_are_tried_where_the_last_checkpoint_failed(bases, data, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("model.runs.run_state.put_in_place", full)
-    assert quick_run(*bases, *data, "--max_steps", "2", "--output_dir", tmp_path) == 1
-    said = one_line_error(capsys.readouterr().err, "train.py")
-    assert "No space left on device" in said
-    assert f"final weights are in {tmp_path}" in said
-    assert len(trained_weights(tmp_path)) == 2 * 3 * 2 + 4
-    assert not list(tmp_path.glob("checkpoint-*"))
-
-
 # ---- train.sh
 
 
@@ -200,20 +178,17 @@ def test_the_final_weights_are_tried_where_the_last_checkpoint_failed(bases, dat
         ({"CUDA_VISIBLE_DEVICES": ""}, [], ["", *PUBLISHED]),
     ],
 )
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_train_sh_runs_the_published_command(tmp_path, env, extra, words, elsewhere):
+def test_train_sh_runs_the_published_command(tmp_path, env, extra, words):
+    """From any folder."""
     fake = tmp_path / "torchrun"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$CUDA_VISIBLE_DEVICES" "$@"\n')
     fake.chmod(0o755)
     own = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "MASTER_PORT")}
     own["PATH"] = f"{tmp_path}:{own['PATH']}"
-    script = str(ROOT / "train.sh") if elsewhere else "train.sh"
-    done = subprocess.run(
-        ["sh", script, *extra], cwd=tmp_path if elsewhere else ROOT, env={**own, **env}, text=True, capture_output=True
-    )
+    command = ["sh", str(ROOT / "train.sh"), *extra]
+    done = subprocess.run(command, cwd=tmp_path, env={**own, **env}, text=True, capture_output=True)
     got = done.stdout.removesuffix("\n").split("\n")
-    program = got[3]
-    assert Path(tmp_path if elsewhere else ROOT, program).resolve() == ROOT / "train.py"
+    assert Path(got[3]).resolve() == ROOT / "train.py"
     assert [*got[:3], "train.py", *got[4:]] == words
 
 
@@ -281,24 +256,6 @@ def test_previous_weights_are_where_training_starts(run, bases, data, tmp_path, 
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 4
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "trained"),
-    [
-        ("--lora_rank", "8", "4"),
-        ("--lora_alpha", "16", "8"),
-        ("--projector_layers", "1", "2"),
-        ("--target_modules", "w1|w2", "c_attn|w1|w2"),
-    ],
-)
-def test_flags_that_disagree_with_previous_weights(run, bases, data, tmp_path, capsys, flag, value, trained):
-    flags = [*bases, *data, *STILL, "--previous_lora_weights", run[0], "--output_dir", tmp_path / "out"]
-    assert quick_run(*flags, flag, value) == 2
-    message = one_line_error(capsys.readouterr().err, "train.py")
-    assert f"{flag} {value} " in message
-    assert message.endswith(f" {trained}")
-    assert not (tmp_path / "out").exists()
-
-
 def test_another_tower_and_a_single_layer(bases, tiny_siglip, data, tmp_path):
     flags = [*bases[:2], "--base_value_model", tiny_siglip, *data, "--projector_layers", "1", "--max_steps", "2"]
     assert quick_run(*flags, "--output_dir", tmp_path / "run") == 0
@@ -307,12 +264,6 @@ def test_another_tower_and_a_single_layer(bases, tiny_siglip, data, tmp_path):
     note = json.loads((tmp_path / "run/multimodal_config.json").read_text())
     assert (note["vision_tower"], note["projector_layers"], note["drop_first_patch"]) == ("siglip", 1, False)
     assert len(VisionLanguageModel.from_pretrained(model_weights=tmp_path / "run", device="cpu").projector) == 1
-
-
-def test_the_first_samples_only(bases, data, tmp_path):
-    argv = [*bases, *data, *QUICK, "--report_to", "none", "--max_train_samples", "3", "--output_dir", str(tmp_path)]
-    trainer = build_trainer(argv)
-    assert sorted(trainer.train_dataset[i]["id"] for i in range(len(trainer.train_dataset))) == [0, 1, 2]
 
 
 def test_the_order_has_a_seed_of_its_own(bases, data, tmp_path):
@@ -342,7 +293,6 @@ def test_the_order_is_the_strategys_and_the_flag_stays(bases, data, tmp_path, st
     ("flags", "processes", "accumulation"),
     [
         (["--global_batch_size", "8"], 1, 2),
-        (["--global_batch_size", "8"], 2, 1),
         (["--global_batch_size", "24"], 2, 3),
         (["--global_batch_size", "24", "--gradient_accumulation_steps", "3"], 2, 3),
         (["--global_batch_size", "24", "--gradient_accumulation_steps", "1"], 2, 3),  # as train.sh gives it
@@ -387,39 +337,24 @@ def test_half_precision_is_the_default_on_a_gpu_unless_it_is_chosen(data, monkey
 
 
 @pytest.fixture(scope="module")
-def wrong(tmp_path_factory, bases, photos, run) -> Path:
+def wrong(tmp_path_factory, bases) -> Path:
     """A folder with what the mistakes below name."""
     folder = tmp_path_factory.mktemp("wrong")
     shutil.copytree(bases[1], folder / "no_vocabulary", ignore=lambda *_: ["qwen.tiktoken"])
-    checkpoints = [path.name for path in run[0].glob("checkpoint-*")]
-    shutil.copytree(run[0], folder / "weights_only", ignore=lambda *_: [*checkpoints, "runs"])
     (folder / "a_file").touch()
-    questions = {"absent": ("nowhere.png", "<|extra_0|>"), "long": ("red.png", "<|extra_0|>" + "long " * 90)}
-    for name, (picture, question) in {**questions, "uneven": ("red.png", "no placeholder")}.items():
-        write_data(folder / name, [(picture, (question, "a"))], photos)
     return folder
-
-
-def files(name: str) -> str:
-    return f"--image_map {{wrong}}/{name}/image_map.json --captions_file {{wrong}}/{name}/captions.json"
 
 
 MISTAKES = {
     "image map": ("--image_map nowhere.json", "nowhere.json"),
     "language model": ("--base_language_model no/such/folder", "no/such/folder"),
-    "hub, offline": ("--base_language_model Qwen/Qwen-1_8B-Chat", "'Qwen/Qwen-1_8B-Chat'"),
-    "tower, offline": ("--base_value_model openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
     "bases swapped": ("--base_language_model {tower}", "model_type 'clip'"),
     "no tower": ("--base_value_model {language}", "model_type 'qwen'"),
     "no vocabulary": ("--base_language_model {wrong}/no_vocabulary", "qwen.tiktoken"),
     "targets": ("--target_modules c_attn|q_proj", "is called q_proj; the language model has c_attn"),
     "misspelt": ("--lora_rnak 4", "--lora_rnak"),
-    "shortened": ("--lora_r 4", "--lora_r"),
     "ranges": ("--lora_rank 0 --lora_dropout 1 --feature_proj_lr -1", "--lora_dropout 1.0: must be"),
-    "no rate": ("--learning_rate nan", "--learning_rate nan: must be a finite number, 0 or more; change it"),
-    "no global batch": ("--global_batch_size 0", "--global_batch_size 0: must be at least 1; change it"),
     "epochs": ("--num_train_epochs 0", "--num_train_epochs 0.0"),
-    "half an evaluation": ("--eval_image_map x.json", "--eval_captions_file"),
     "no evaluation set": ("--eval_strategy steps", "--eval_strategy steps needs --eval_image_map"),
     "steps": ("--max_steps 0", "--max_steps 0"),
     "sharding": ("--fsdp full_shard", "--fsdp"),
@@ -427,28 +362,16 @@ MISTAKES = {
     "dispatching": ('--accelerator_config {{"dispatch_batches":true}}', "--accelerator_config"),
     "order": ("--train_sampling_strategy batch_rebalance", "--train_sampling_strategy"),
     "GaLore": ("--optim galore_adamw --optim_target_modules c_attn", "--optim galore_adamw is not supported"),
-    "AdaLOMO": ("--optim adalomo", "--optim adalomo is not supported"),
     "optimizer that is not installed": ("--optim adamw_bnb_8bit", "bitsandbytes"),
-    "columns": ("--remove_unused_columns true", "--remove_unused_columns"),
     "smoothing": ("--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1 is not supported"),
-    "log": ("--report_to wandb", "--report_to wandb"),
     "output": ("--output_dir {wrong}/a_file", "a_file is a file"),
-    "cache": ("--feature_cache {wrong}/a_file", "a_file is a file"),
-    "no previous": ("--previous_lora_weights nowhere", "nowhere"),
     "no checkpoint": ("--resume_from_checkpoint nowhere", "nowhere"),
-    "no state": ("--resume_from_checkpoint {wrong}/weights_only", "trainer_state.json"),
-    "other rank": ("--resume_from_checkpoint {run} --lora_rank 8 --per_device_train_batch_size 4", "rank"),
-    "no image": (f"{files('absent')} --on_bad_sample error", "sample 0: "),
-    "no image, seen by a worker": (f"{files('absent')} --on_bad_sample error --dataloader_num_workers 1", "sample 0: "),
-    "too long": (f"{files('long')} --on_bad_sample error --max_length 80", "max_length = 80"),
-    "only bad samples": (files("absent"), "--max_bad_fraction 0.01"),
-    "placeholders": (f"{files('uneven')} --on_bad_sample error", "0 image placeholders <|extra_0|> but it has 1 image"),
 }
 
 
 @pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_is_one_line(run, bases, data, wrong, tmp_path, capsys, flags, message):
-    flags = flags.format(wrong=wrong, run=run[0], language=bases[1], tower=bases[3])
+def test_a_mistake_is_one_line(bases, data, wrong, tmp_path, capsys, flags, message):
+    flags = flags.format(wrong=wrong, language=bases[1], tower=bases[3])
     right = ["--output_dir", tmp_path / "out", "--max_steps", "1", "--save_strategy", "no"]
     assert quick_run(*bases, *data, *right, *flags.split(" ")) == 2
     said = one_line_error(capsys.readouterr().err, "train.py")
@@ -456,7 +379,7 @@ def test_a_mistake_is_one_line(run, bases, data, wrong, tmp_path, capsys, flags,
     assert len(said) < 700
 
 
-@pytest.mark.parametrize("flag", ["--dry_run", "--dry-run", "--use_cpu", "--use-cpu"])
+@pytest.mark.parametrize("flag", ["--dry_run", "--use-cpu"])
 def test_a_word_that_is_neither_yes_nor_no_is_one_line(bases, data, tmp_path, capsys, flag):
     """Also of the flags that are read before the others."""
     assert quick_run(*bases, *data, "--output_dir", tmp_path / "out", flag, "maybe") == 2

@@ -152,14 +152,3 @@ def test_a_fault_in_the_middle_of_the_model(model, tokenizer, features, monkeypa
                 list(texts)
         assert chat.ask(QUESTIONS[1]) > 0
         chat.history.pop()
-
-
-def test_chat_takes_it_too(model, tokenizer):
-    cache = PromptCache()
-    options = {"max_new_tokens": 5, "do_sample": False}
-    _, history = model.chat(tokenizer, "What?", prompt_cache=cache, **options)
-    expected, _ = model.chat(tokenizer, "Why?", history, **options)
-    answer, _ = model.chat(tokenizer, "Why?", history, prompt_cache=cache, **options)
-    assert answer == expected
-    assert cache.num_reused > 10
-    assert list(model.chat_stream(tokenizer, "Why?", history, prompt_cache=cache, **options))[-1] == expected

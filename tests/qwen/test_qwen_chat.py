@@ -135,20 +135,6 @@ def test_end_tokens_in_the_prompt_are_no_padding(model, tokenizer, do_sample):
     assert list(stream_ids(model, tokenizer, ids, loop=library_decode if do_sample else decode, **settings))[-1] == want
 
 
-def test_through_peft(tokenizer):
-    from peft import LoraConfig, get_peft_model
-
-    base = published(tiny_model(MultimodalQWenLMHeadModel, vocab_size=151936))
-    ids = torch.tensor([[5, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 6]])
-    images = {"image_features": torch.randn(2, 16, generator=torch.Generator().manual_seed(0))}
-    without = generated_text(base, tokenizer, ids, 4, **images)
-    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)).eval()
-    want = generated_text(wrapped, tokenizer, ids, 4, **images)
-    assert want != without, "the adapter has an effect"
-    torch.manual_seed(4)
-    assert answer_ids(wrapped, tokenizer, ids, **images) == want
-
-
 # ---- Prompt, history, settings
 
 

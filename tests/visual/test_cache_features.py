@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from tiny_run import (
     MIXED_CAPTIONS,
@@ -175,13 +174,6 @@ def test_mistakes_are_one_line(flags, capsys, changes, said, monkeypatch):
     assert said in one_line_error(capsys.readouterr().err, PROGRAM)
 
 
-def test_no_images_at_all(tmp_path, flags, capsys):
-    data = write_data(tmp_path, [(None, ("q", "a"))], tmp_path)
-    assert cache_features.main([*flags, *data[:2]]) == 2
-    assert "no images" in one_line_error(capsys.readouterr().err, PROGRAM)
-    assert not (tmp_path / "cache").exists()
-
-
 def test_too_small_a_disk_is_refused_unless_enough_is_there(tmp_path, flags, pictures, capsys, monkeypatch):
     block = os.statvfs(tmp_path).f_frsize
     room = shutil.disk_usage(tmp_path)
@@ -244,15 +236,6 @@ def test_stopped_by_a_signal_it_leaves_a_cache_that_can_be_used(tmp_path, base_f
     assert list((tmp_path / "cache").glob("*/tmp/*")) == []
     cache = open_feature_cache(tmp_path / "cache", build_vision_tower(base_flags[3]), "bfloat16")
     assert all(cache.read(bytes.fromhex(name.split(".")[0])) is not None for name in stored(tmp_path))
-
-
-def test_out_of_memory_is_one_line(flags, capsys, monkeypatch):
-    def fail(self, pixel_values):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Much advice")
-
-    monkeypatch.setattr(VisionTower, "forward", fail)
-    assert cache_features.main(flags) == 1
-    assert "lower --batch_size" in one_line_error(capsys.readouterr().err, PROGRAM)
 
 
 def test_siglip_without_its_first_patch_as_training_on_from_the_original_project_sees_it(

@@ -6,7 +6,6 @@ import errno
 import json
 import multiprocessing
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -66,13 +65,6 @@ def test_files_of_an_earlier_version_are_read(tmp_path):
     file = tmp_path / "0123-float32" / "00" / f"{KEY.hex()}.safetensors"
     save_file({"features": value, "check": torch.tensor([check])}, file)
     assert torch.equal(cache.read(KEY), value)
-
-
-def test_it_can_be_sent_to_a_worker(cache):
-    cache.write(KEY, features())
-    assert len(pickle.dumps(cache)) < 2000
-    assert torch.equal(pickle.loads(pickle.dumps(cache)).read(KEY), features())
-    assert bool(FeatureCache(cache.folder / "none", (4, 32), torch.bfloat16)), "an empty one is no falsehood"
 
 
 def test_the_key_of_an_image_is_its_content(tmp_path):
@@ -242,16 +234,6 @@ def test_processes_that_write_the_same_at_once(cache):
 # ---- Opening
 
 
-def test_opening_says_what_the_folder_holds(tmp_path, tower, caplog):
-    caplog.set_level("INFO")
-    cache = open_feature_cache(tmp_path / "a" / "b", tower, "float16")
-    assert cache.folder == tmp_path / "a" / "b" / f"{tower_key(tower)}-float16"
-    assert (cache.shape, cache.dtype) == ((4, 32), torch.float16)
-    note = json.loads((cache.folder / "tower.json").read_text())
-    assert note == {"tower": tower.name_or_path, "kind": "clip", "shape": [4, 32], "dtype": "float16"}
-    assert str(cache.folder) in caplog.text
-
-
 def test_folders_of_the_same_tower_by_name_that_are_not_used_are_named(tmp_path, tower, caplog):
     """Those of an earlier version, for one, whose keys depended on the version of transformers."""
     old = FeatureCache(tmp_path / "0123-bfloat16", (4, 32), torch.bfloat16)
@@ -263,14 +245,6 @@ def test_folders_of_the_same_tower_by_name_that_are_not_used_are_named(tmp_path,
     lack_of_space(open_feature_cache(tmp_path, tower, "bfloat16"), tower, [])
     assert str(old.folder) in caplog.messages[0]
     assert pictures_stored(tmp_path, tower.name_or_path, (4, 32), "bfloat16")["0123-bfloat16"] == 1
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"tower": "x", "shape": 3}'])
-def test_notes_that_cannot_be_read_say_nothing(tmp_path, content):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "tower.json").write_text(content)
-    assert pictures_stored(tmp_path, "x", (4, 32), "float32") == {}
-    assert pictures_stored(tmp_path / "nowhere", "x", (4, 32), "float32") == {}
 
 
 def test_a_folder_that_cannot_be(tmp_path, tower):

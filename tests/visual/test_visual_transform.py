@@ -3,15 +3,13 @@
 import json
 import multiprocessing
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_towers import CLIP_MEAN, CLIP_STD, make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint
+from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint
 from transformers import AutoImageProcessor
 
 from visual import build_vision_tower
@@ -61,15 +59,6 @@ def test_a_strip_that_is_resized_to_a_fixed_size_is_not_cut(tmp_path):
     assert torch.equal(build_vision_tower(tmp_path).image_transform(image), expected)
 
 
-def test_clip_pixels_by_hand(checkpoints):
-    """Short edge to 32 by bicubic, middle 28 × 28, to [0, 1], less mean, by deviation."""
-    transform = build_vision_tower(checkpoints["clip"]).image_transform
-    image = picture((64, 96))
-    resized = image.resize((32, 48), Image.Resampling.BICUBIC).crop((2, 10, 30, 38))
-    expected = (np.asarray(resized) / 255 - CLIP_MEAN) / CLIP_STD
-    np.testing.assert_allclose(transform(image).numpy(), expected.transpose(2, 0, 1), atol=1e-5)
-
-
 def _transformed(transform, image):
     return transform(image)
 
@@ -116,26 +105,8 @@ def test_dinov2s_size_is_its_processors(tmp_path):
     assert tower(tower.image_transform(picture((50, 60)))[None]).shape == (1, 9, 32)
 
 
-def test_an_unknown_processor_is_one_clear_error(tmp_path):
+def test_an_unknown_processor_is_refused(tmp_path):
     make_clip_checkpoint(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
     with pytest.raises(ValueError, match=r"image processor of .* cannot be used"):
         build_vision_tower(tmp_path)
-
-
-def test_it_works_without_torchvision(checkpoints):
-    code = (
-        "import sys; sys.modules['torchvision'] = None\n"
-        "from PIL import Image; from visual import build_vision_tower\n"
-        f"tower = build_vision_tower({checkpoints['clip']!r})\n"
-        "print(tuple(tower(tower.image_transform(Image.new('RGB', (50, 40)))[None]).shape))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout == "(1, 4, 32)\n", done.stderr
-
-
-def test_the_picture_of_test_img_is_the_scripts(tmp_path):
-    subprocess.run([sys.executable, str(ROOT / "test_img" / "draw.py"), str(tmp_path / "1.jpg")], check=True)
-    kept, drawn = Image.open(ROOT / "test_img" / "1.jpg"), Image.open(tmp_path / "1.jpg")
-    difference = np.abs(np.asarray(kept, dtype=int) - np.asarray(drawn, dtype=int))
-    assert difference.mean() < 1  # another libjpeg may round otherwise

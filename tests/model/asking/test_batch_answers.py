@@ -173,15 +173,6 @@ def test_settings_under_which_nothing_can_be_answered_end_the_run(call, base_fla
     assert len(read(output)) == 2
 
 
-def test_a_prompt_without_room_is_no_matter_of_the_settings(call, base_flags, tmp_path):
-    base = with_generation_config(base_flags[1], tmp_path / "qwen", max_new_tokens=None, max_length=60)
-    file = write(tmp_path / "q.jsonl", [{"id": 1, "prompt": "x"}, {"id": 2, "prompt": "word " * 99}])
-    call("--batch", file, "--output", tmp_path / "a", "--base_language_model", base, status=2)
-    answered, failed = read(tmp_path / "a")
-    assert "answer" in answered
-    assert "max_length 60" in failed["error"]
-
-
 # ---- Stopped and resumed
 
 
@@ -276,14 +267,11 @@ def test_a_finished_output_needs_no_model(again):
     ("flags", "words"),
     [
         (["--do_sample"], "settings"),
-        (["--seed", 1], "settings"),
         (["--output", "{}/q.jsonl"], "q.jsonl.made_with.json"),
         (["--output", "{}/nowhere/a"], "nowhere"),
         (["--output", "{}/" + "x" * 300], "File name too long"),
-        (["--output", "{}"], "regular file"),
         (["--output", "{}/link"], "regular file"),
         (["--batch", "{}/other.jsonl"], "questions"),
-        (["--batch", "{}/nowhere.jsonl"], "nowhere.jsonl"),
         (["--batch", "{}/bad.jsonl"], "line 7"),
     ],
     ids=lambda value: "".join(map(str, value))[:30] if isinstance(value, list) else None,
@@ -345,7 +333,7 @@ def test_lines_that_are_no_answers_to_the_questions_are_refused(tmp_path):
     assert read(output) == list(AnswerFile(output, ids, {"x": 1}).lines.values())
     whole = output.read_bytes()
     again = whole.splitlines()[0]  # a second answer to one question
-    for line in (again, b'{"id": "b", "answer": ""}', b'{"id": ["a"], "answer": ""}', b"[]", b"x", b"[" * 100_000):
+    for line in (again, b'{"id": "b", "answer": ""}', b"[]", b"x"):
         output.write_bytes(whole + line + b"\n")
         with pytest.raises(ValueError, match="line 3"):
             AnswerFile(output, ids, {"x": 1})
@@ -360,12 +348,8 @@ def test_lines_that_are_no_answers_to_the_questions_are_refused(tmp_path):
 
 BAD_LINES = {
     "not JSON": ("{", "JSON"),
-    "deep": ("[" * 100_000, "JSON"),
-    "a list": ("[1]", "[1]"),
     "no id": ('{"prompt": "x"}', "id is missing"),
     "an id that is true": ('{"id": true, "prompt": "x"}', "id is True"),
-    "an empty prompt": ('{"id": 1, "prompt": " "}', "prompt is"),
-    "an image without a name": ('{"id": 1, "prompt": "x", "image": [""]}', "image is"),
     "an id twice": ('{"id": "one", "prompt": "x"}', "line 1"),
     "a key twice": ('{"id": 1, "prompt": "x", "prompt": "y"}', "'prompt'"),
     "a long key twice": ('{"id": 1, "%s": 1, "%s": 2}' % (("k" * 99_999,) * 2), "kkk..."),

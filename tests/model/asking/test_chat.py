@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
 import sys
 
@@ -84,36 +83,6 @@ def test_ctrl_c_at_the_prompt_leaves(monkeypatch, capsys, trained):
     out, err = capsys.readouterr()
     assert out == ""
     assert "Traceback" not in err
-
-
-@pytest.mark.slow
-def test_a_signal_in_the_middle_of_a_real_answer(trained):
-    """In a process of its own, as a terminal would send it; the second question is answered."""
-    flags = ["--model_weights", str(trained), "--device", "cpu", "--do_sample", "--max_new_tokens", "100000"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, str(ROOT / "test.py"), *flags], env=environment(), bufsize=0, **pipes)
-    process.stdin.write(b"What?\n")
-    assert process.stdout.read(1)  # the answer has begun
-    process.send_signal(signal.SIGINT)
-    said = b""
-    while b"[stopped]" not in said:  # a sampled answer may hold line breaks: stdout does not tell that it was stopped
-        said += (more := process.stderr.read(1000))
-        assert more, said
-    os.set_blocking(process.stdout.fileno(), False)
-    while process.stdout.read(1000):  # what is left of the first answer; None where there is no more
-        pass
-    os.set_blocking(process.stdout.fileno(), True)
-    process.stdin.write(b"\nAnd?\n")
-    seen = b""
-    while len(seen) < 20:  # the second answer has begun, after the line break of the first
-        seen += (more := process.stdout.read(1))
-        assert more, seen
-    process.send_signal(signal.SIGINT)
-    process.stdin.write(b"exit\n")
-    said += process.communicate()[1]
-    assert process.returncode == 0, said
-    assert b"Traceback" not in said
-    assert said.count(b"[stopped]") == 2
 
 
 # ---- Memory

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_run import write_as_the_original
 from tiny_vlm import (
@@ -93,7 +92,7 @@ def rewrite(file: Path, change) -> None:
 # What is written
 
 
-def test_files_and_names(saved, tiny_bases, trained):
+def test_files_and_names(saved, tiny_bases):
     assert {path.name for path in saved.iterdir()} == FILES
     assert set(load_file(saved / ADAPTER)) == {
         f"base_model.model.transformer.h.{i}.{target}.lora_{part}.weight"
@@ -133,34 +132,6 @@ def test_relative_folders_of_base_models_are_written_absolute(tiny_bases, tmp_pa
     assert (config["base_language_model"], config["base_value_model"]) == tiny_bases
     monkeypatch.chdir("/")
     load(tmp_path)
-
-
-def test_a_model_without_lora_cannot_be_saved(tiny_bases, tmp_path):
-    model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
-    with pytest.raises(ValueError, match="no LoRA layers to save"):
-        model.save_checkpoint(tmp_path)
-
-
-def test_the_configuration_stays_readable_with_names_in_any_script(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(trained, "base_language_model", "通义/千问")
-    trained.save_checkpoint(tmp_path / "new" / "folder")  # which is made
-    text = (tmp_path / "new/folder/multimodal_config.json").read_text(encoding="utf-8")
-    assert '  "base_language_model": "通义/千问",' in text.splitlines()
-    assert text.endswith("}\n")
-    assert read_checkpoint(tmp_path / "new/folder").config.base_language_model == "通义/千问"
-
-
-def test_weights_that_cannot_be_written_leave_the_old_ones(trained, saved, folder, monkeypatch):
-    def full(tensors, path):
-        Path(path).write_bytes(b"half")
-        raise SafetensorError("No space left on device")
-
-    monkeypatch.setattr("model.checkpoints.saving.save_file", full)
-    with pytest.raises(OSError, match=r"adapter_model\.safetensors: No space left on device"):
-        trained.save_checkpoint(folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        path.name: path.read_bytes() for path in saved.iterdir()
-    }
 
 
 @pytest.mark.parametrize("done", range(5))
@@ -211,21 +182,6 @@ def test_peft_itself_reads_the_adapter(saved, tiny_bases, trained):
         assert_close(wrapped(input_ids=ids).logits, trained.language_model(input_ids=ids).logits, rtol=0, atol=0)
 
 
-def test_weights_go_back_into_a_model_that_is_there_and_nobody_asks_the_hub(
-    tiny_bases, saved, trained, batch, tmp_path, monkeypatch
-):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the hub was asked")
-
-    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", refuse)
-    model = enliven_trained(new_model(tiny_bases), seed=5)
-    model.language_model.peft_config["default"].base_model_name_or_path = "somebody/something"
-    assert not torch.equal(logits_of(model, batch), logits_of(trained, batch))
-    model.load_checkpoint(saved)
-    assert_close(logits_of(model, batch), logits_of(trained, batch), rtol=0, atol=0)
-    model.save_checkpoint(tmp_path)
-
-
 # Which folder is meant
 
 
@@ -246,26 +202,14 @@ def test_a_run_folder_means_its_newest_complete_checkpoint(saved, tmp_path):
         shutil.rmtree(spoilt)
     shutil.rmtree(newest)
     assert resolve_checkpoint(str(tmp_path) + os.sep) == second
-
-
-def test_the_checkpoints_of_a_run_come_before_the_weights_in_its_folder(saved, tmp_path):
-    run = Path(shutil.copytree(saved, tmp_path / "run"))
-    (newest,) = make_run(run, saved, 5)
-    assert resolve_checkpoint(run) == newest
-    (newest / PROJECTOR).unlink()
-    assert resolve_checkpoint(run) == run
-    (run / PROJECTOR).unlink()
-    with pytest.raises(CheckpointError, match=r"none of its 1 checkpoint-\* folders is complete"):
-        resolve_checkpoint(run)
-
-
-@pytest.mark.parametrize("name", sorted(WEIGHTS))
-def test_what_is_missing_is_named(folder, tmp_path, name):
-    (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=name):
-        load(folder)
-    with pytest.raises(CheckpointError, match=r"nowhere: no such folder"):
-        load(tmp_path / "nowhere")
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)  # a run's checkpoints come before the weights in its folder
+    assert resolve_checkpoint(tmp_path) == second
+    for step in (2, 30):
+        (tmp_path / f"checkpoint-{step}" / PROJECTOR).unlink()
+    assert resolve_checkpoint(tmp_path) == tmp_path
+    (tmp_path / PROJECTOR).unlink()
+    with pytest.raises(CheckpointError, match=r"none of its \d checkpoint-\* folders is complete"):
+        resolve_checkpoint(tmp_path)
 
 
 # Files that are not what was written
@@ -284,17 +228,6 @@ def test_every_flipped_bit_is_found(folder, trained, name):
         content[place] ^= 4
     (folder / name).write_bytes(content)
     load(folder)
-
-
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_a_file_of_another_checkpoint_is_found(folder, tiny_bases, tmp_path, name):
-    other = enliven_trained(new_model(tiny_bases), seed=5)
-    other.language_model.peft_config["default"].lora_dropout = 0.3
-    other.base_language_model = shutil.copytree(tiny_bases[0], tmp_path / "qwen")
-    other.save_checkpoint(tmp_path / "other")
-    shutil.copy(tmp_path / "other" / name, folder)
-    with pytest.raises(CheckpointError, match=r"not what was written"):
-        load(folder)
 
 
 def test_other_files_in_the_folder_and_other_fields_are_ignored(folder, tmp_path):
@@ -357,14 +290,6 @@ def test_what_the_original_project_wrote_on_a_gpu_is_read_to_the_cpu(tmp_path):
     assert torch.equal(found, tensor)
 
 
-def test_a_folder_of_the_original_project_needs_its_base_models_named(saved, tiny_bases, tmp_path):
-    folder = write_as_the_original(saved, tmp_path / "original")
-    with pytest.raises(CheckpointError, match="give --base_language_model and --base_value_model: "):
-        load(folder)
-    with pytest.raises(CheckpointError, match="give --base_value_model: "):
-        load(folder, tiny_bases[0])
-
-
 def test_siglip_loses_its_first_patch_in_what_the_original_trained_and_only_there(
     saved, tiny_bases, tiny_siglip, tmp_path
 ):
@@ -421,9 +346,7 @@ def test_a_broken_file_of_the_original_is_named(saved, tiny_bases, tmp_path, nam
         (ADAPTER, lambda w: w.update({LORA_A: torch.ones(RANK, 17)}), rf"{LORA_A} is \(4, 17\), expected \(4, 16\)"),
         (ADAPTER, lambda w: w[LORA_A].fill_(float("nan")), f"{LORA_A} holds values that are not finite"),
         (ADAPTER, lambda w: w.update({LORA_A: torch.ones(RANK, 16).int()}), f"{LORA_A} is torch.int32"),
-        (ADAPTER, lambda w: w.clear(), "missing .*and 8 more$"),
         (PROJECTOR, lambda w: w.pop("2.bias"), "missing 2.bias"),
-        (PROJECTOR, lambda w: w.update({"0.bias": torch.ones(3)}), r"0.bias is \(3,\), expected \(16,\)"),
         (PROJECTOR, lambda w: w["2.bias"].fill_(float("inf")), "2.bias holds values that are not finite"),
     ],
 )
@@ -444,29 +367,12 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(folder, other, fil
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(r=8), r"expected \("),
-        (lambda c: c.update(target_modules=["q_proj"]), "adapter_config"),
-        (lambda c: c.update(target_modules=["wte"]), "wte"),
-    ],
-)
-def test_layers_that_the_weights_or_the_base_model_do_not_have(folder, change, message):
-    rewrite(folder / "adapter_config.json", change)
-    with pytest.raises(CheckpointError, match=message):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
         (lambda c: c.pop("num_image_tokens"), "num_image_tokens missing"),
         (lambda c: c.update(base_language_model=5), "base_language_model"),
         (lambda c: c.update(drop_first_patch="no"), "drop_first_patch"),
         (lambda c: c.update(projector_layers=3), "projector_layers"),
-        (lambda c: c.update(projector_layers=1), "unexpected 2.bias"),
         (lambda c: c.update(num_image_tokens=729), "num_image_tokens is 4, the checkpoint was trained with 729"),
         (lambda c: c.update(vision_hidden_size=48), "vision_hidden_size is 32, the checkpoint was trained with 48"),
-        (lambda c: c.update(language_hidden_size=32), "language_hidden_size is 16, the checkpoint was trained with 32"),
-        (lambda c: c.update(vocab_size=151936), f"vocab_size is {VOCAB_SIZE}, the checkpoint was trained with 151936"),
     ],
 )
 def test_a_multimodal_configuration_that_is_none_or_does_not_fit(folder, change, message):
@@ -489,7 +395,6 @@ def test_another_tower_is_refused(folder, tiny_bases, tiny_siglip, tmp_path):
 
 
 def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):
-    wider = make_language_model(tmp_path / "wider", hidden_size=32, kv_channels=16)
     deeper = make_language_model(tmp_path / "deeper", num_hidden_layers=3)
     same_shape = make_language_model(tmp_path / "same_shape", seed=99)
     for other in (deeper, same_shape):
@@ -498,14 +403,9 @@ def test_another_language_model_is_refused(folder, tiny_bases, saved, tmp_path):
     original = write_as_the_original(saved, tmp_path / "original")  # which does not say what it was trained on
     with pytest.raises(CheckpointError, match=r"missing base_model.model.transformer.h.2.attn.c_attn.lora_A.weight"):
         load(original, deeper, tiny_bases[1])
-    with pytest.raises(CheckpointError, match=r"projector .* does not fit.*0.bias is \(16,\), expected \(32,\)"):
-        load(original, wider, tiny_bases[1])
 
 
-def test_weights_go_into_no_model_with_another_scale_or_tower(saved, tiny_bases, tiny_siglip):
-    other_tower = new_model((tiny_bases[0], tiny_siglip))  # of the same width and number of tokens
-    with pytest.raises(CheckpointError, match="vision_tower is siglip, the checkpoint was trained with clip"):
-        other_tower.load_checkpoint(saved)
+def test_weights_go_into_no_model_with_another_scale(saved, tiny_bases):
     other_scale = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu")
     other_scale.add_lora(LoraSettings(rank=RANK, alpha=ALPHA + 1))
     with pytest.raises(CheckpointError, match="trained with lora_alpha 8, the model has 9"):

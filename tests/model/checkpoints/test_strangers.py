@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import pickle
@@ -20,14 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import (
-    MIXED_CAPTIONS,
     ROOT,
     environment,
     load_test_py,
-    make_pictures,
     one_line_error,
     write_as_the_original,
-    write_data,
 )
 
 import train
@@ -40,22 +36,14 @@ QUICK = shlex.split(
     "--lora_rank 4 --lora_alpha 8 --lora_dropout 0 --logging_steps 1 --save_steps 2 --max_steps 4 --use_cpu true "
     "--report_to none --disable_tqdm true --per_device_train_batch_size 4"
 )
-LORA_A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 ask = load_test_py()
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("data")
-    make_pictures(folder / "pictures")
-    return write_data(folder, MIXED_CAPTIONS, folder / "pictures")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, base_flags, data) -> Path:
+def run(tmp_path_factory, base_flags, mixed_data) -> Path:
     """A run of four steps, with checkpoints 2 and 4; not to be written to."""
     folder = tmp_path_factory.mktemp("run")
-    assert train.main([*QUICK, *base_flags, *data, "--output_dir", str(folder)]) == 0
+    assert train.main([*QUICK, *base_flags, *mixed_data, "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -68,14 +56,14 @@ def stranger(run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def refused(base_flags, data, capsys):
+def refused(base_flags, mixed_data, capsys):
     """Go on from a checkpoint; gives the one line that says why not."""
 
     def resume(checkpoint: Path, *flags: str) -> str:
         capsys.readouterr()
         flags = flags or ("--resume_from_checkpoint", str(checkpoint))
         output = checkpoint.parent if "--resume_from_checkpoint" in flags else checkpoint.parent.parent / "new"
-        assert train.main([*QUICK, *base_flags, *data, "--output_dir", str(output), *flags]) == 2
+        assert train.main([*QUICK, *base_flags, *mixed_data, "--output_dir", str(output), *flags]) == 2
         return one_line_error(capsys.readouterr().err, "train.py")
 
     return resume
@@ -125,7 +113,7 @@ def test_a_poisoned_training_state_is_refused_and_does_not_run(stranger, refused
     assert proof.exists()
 
 
-def test_poison_in_files_that_nobody_reads_stays_there(stranger, base_flags, data, tmp_path, capsys):
+def test_poison_in_files_that_nobody_reads_stays_there(stranger, base_flags, mixed_data, tmp_path, capsys):
     proof = tmp_path / "it ran"
     for name in ("training_args.bin", "pytorch_model.bin", "optimizer.bin", "trainer.pkl", "model.pt"):
         torch.save(Poison(proof), stranger / name)
@@ -133,7 +121,7 @@ def test_poison_in_files_that_nobody_reads_stays_there(stranger, base_flags, dat
     (stranger / "sitecustomize.py").write_text(f"open({str(proof)!r}, 'w')")
     load(stranger)
     flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", str(stranger)]
-    assert train.main([*QUICK, *base_flags, *data, *flags]) == 0, capsys.readouterr().err
+    assert train.main([*QUICK, *base_flags, *mixed_data, *flags]) == 0, capsys.readouterr().err
     assert not proof.exists()
 
 
@@ -148,16 +136,6 @@ def test_poison_of_the_original_is_refused_by_both_programs(
     assert name in refused(folder, "--previous_lora_weights", str(folder))
     assert ask.main(["--model_weights", str(folder), *base_flags, "--prompt", "What?", "--device", "cpu"]) == 2
     assert name in one_line_error(capsys.readouterr().err, "test.py")
-    assert not proof.exists()
-
-
-def test_poison_in_a_base_language_model(base_flags, tmp_path, qwen_tiktoken):
-    folder, proof = tmp_path / "qwen", tmp_path / "it ran"
-    shutil.copytree(base_flags[1], folder)
-    (folder / "model.safetensors").unlink()
-    torch.save({"transformer.wte.weight": torch.ones(1), "extra": Poison(proof)}, folder / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"(?i)unpickl|weights.only|plain|unsafe|code"):
-        VisionLanguageModel.from_pretrained(str(folder), base_flags[3], device="cpu")
     assert not proof.exists()
 
 
@@ -176,7 +154,7 @@ def test_a_compressed_archive_is_refused_unopened(run, base_flags, tmp_path):
 # ---- Remote code
 
 
-def test_no_remote_code_is_run_whatever_auto_map_says(stranger, base_flags, tmp_path, capfd):
+def test_no_remote_code_is_run_whatever_auto_map_says(stranger, base_flags, tmp_path):
     """In a process of its own: an import that has happened can't be told from one that is refused."""
     proof = tmp_path / "it ran"
     poison = f"open({str(proof)!r}, 'w').close()\n"
@@ -271,20 +249,14 @@ def test_what_is_no_file_is_refused_and_not_waited_for(stranger, refused, name, 
             load(stranger)
 
 
-def test_the_base_models_may_be_stored_elsewhere_and_are_printed(stranger, base_flags, caplog):
-    with caplog.at_level(logging.INFO, logger="model"):
-        load(stranger)
-    assert f"base language model: {base_flags[1]}; base vision model: {base_flags[3]}" in caplog.text
-
-
-def test_the_best_checkpoint_is_one_of_this_run(stranger, base_flags, data, tmp_path, capsys):
+def test_the_best_checkpoint_is_one_of_this_run(stranger, base_flags, mixed_data, capsys):
     """trainer_state.json names a folder, which could be anywhere."""
     edit(stranger / "trainer_state.json", best_model_checkpoint="/etc/checkpoint-2", best_global_step=2, best_metric=-9)
     flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", "auto"]
-    evaluation = ["--eval_image_map", data[1], "--eval_captions_file", data[3], "--eval_strategy", "steps"]
+    evaluation = ["--eval_image_map", mixed_data[1], "--eval_captions_file", mixed_data[3], "--eval_strategy", "steps"]
     best = ["--load_best_model_at_end", "true", "--eval_steps", "2", "--save_strategy", "steps"]
     capsys.readouterr()
-    status = train.main([*QUICK, *base_flags, *data, *flags, *evaluation, *best])
+    status = train.main([*QUICK, *base_flags, *mixed_data, *flags, *evaluation, *best])
     err = capsys.readouterr().err
     assert status == 0, err
     assert f"loading the best checkpoint {stranger}" in err
@@ -362,13 +334,10 @@ def test_a_header_bomb_is_one_line(stranger, length, header, rest):
     [
         ("optimizer.pt", lambda state: state["param_groups"].pop()),
         ("optimizer.pt", lambda state: state["state"][0].update(exp_avg=torch.ones(3))),
-        ("optimizer.pt", lambda state: state["state"][1].update(exp_avg_sq="x")),
-        ("optimizer.pt", lambda state: state["state"][1].update(step="x")),
         ("optimizer.pt", lambda state: state.clear()),
         ("scheduler.pt", lambda state: state.update(optimizer=7)),
         ("scheduler.pt", lambda state: state.update(last_epoch="x")),
         ("rng_state.pth", lambda state: state.clear()),
-        ("rng_state.pth", lambda state: state.update(python="x")),
         ("rng_state.pth", lambda state: state.update(cpu=state["cpu"][:9])),
     ],
 )
@@ -398,17 +367,3 @@ def test_a_training_state_that_is_damaged(stranger, refused, content, signed):
     else:  # an older checkpoint
         (stranger / "checksums.json").unlink()
     assert str(stranger) in refused(stranger)
-
-
-def test_settings_of_an_optimizer_come_from_the_flags(stranger, base_flags, data):
-    state = torch.load(stranger / "optimizer.pt", weights_only=True)
-    for group in state["param_groups"]:
-        group.update(betas=("x", "y"), lr=9.0, weight_decay=9.0)
-    state["state"].pop(0)  # a parameter that was never trained has no state
-    torch.save(state, stranger / "optimizer.pt")
-    sign(stranger / "optimizer.pt")
-    schedule = torch.load(stranger / "scheduler.pt", weights_only=True)
-    torch.save({**schedule, "base_lrs": [9.0]}, stranger / "scheduler.pt")
-    sign(stranger / "scheduler.pt")
-    flags = ["--output_dir", str(stranger.parent), "--resume_from_checkpoint", str(stranger)]
-    assert train.main([*QUICK, *base_flags, *data, *flags]) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from benchmarks.training import memory_table
 from dataset import ImageCaptionDataset
 from model import LoraSettings, VisionLanguageModel
 from model.dry_run.data_sizes import data_sizes
-from model.dry_run.memory_estimate import BatchShape, Setting, activations_of, estimate_memory
+from model.dry_run.memory_estimate import BatchShape, Setting, activations_of
 from model.dry_run.planned_model import model_shape
 from model.projector import build_projector
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenConfig
@@ -77,8 +76,8 @@ def kept_bytes(model: VisionLanguageModel, dtype: torch.dtype) -> tuple[int, int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
-@pytest.mark.parametrize("targets", [LoraSettings.target_modules, ("c_attn", "c_proj", "w1", "w2")])
-def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing, dropout, targets):
+def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing, dropout):
+    targets = ("c_attn", "c_proj", "w1", "w2")
     clip, lora = make_clip_checkpoint(tmp_path), LoraSettings(rank=RANK, dropout=dropout, target_modules=targets)
     model = trainable(clip, dtype, lora)
     if checkpointing:
@@ -110,24 +109,6 @@ def test_parameters_are_those_of_the_model(tmp_path):
     counts = trainable(clip, torch.float32, lora).parameter_counts()
     for part in ("vision_tower", "language_model", "projector", "lora"):
         assert getattr(shape, f"{part.removeprefix('vision_').removesuffix('_model')}_parameters") == counts[part][0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "larger"),
-    [
-        ({"checkpointing": True}, False),
-        ({"dtype_bytes": 2}, False),
-        ({"dropout": 0.0}, False),
-        ({"accumulates": True}, True),
-        ({"processes": 2}, True),
-        ({"chunk_logits": 1000}, False),
-    ],
-)
-def test_what_changes_the_estimate(tmp_path, changes, larger):
-    shape = model_shape(QWenConfig(**SIZES), read_tower_shape(make_clip_checkpoint(tmp_path)), LoraSettings())
-    batch, setting = BatchShape(4, 400, 200, 4), Setting(dtype_bytes=4, device="cpu")
-    one, other = (estimate_memory(shape, s, batch).peak for s in (setting, replace(setting, **changes)))
-    assert (other > one) if larger else (other < one)
 
 
 @pytest.fixture

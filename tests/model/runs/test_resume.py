@@ -41,13 +41,10 @@ def uncut(tiny_bases, tmp_path_factory):
     [
         ("on_step_begin", 1, 1, None, 0),  # before anything was saved
         ("on_substep_end", 2, 1, 1, 0),  # within accumulation
-        ("on_pre_optimizer_step", 5, 1, 4, 0),
         ("on_step_end", 5, 2, 4, 2),  # in the middle of an epoch, after a logged step
         ("on_step_end", 7, 2, 6, 0),  # the newest checkpoint is of the end of an epoch
         ("on_epoch_end", 1, 3, 3, 2),  # at the edge, before the epoch is declared over
-        ("on_epoch_begin", 2, 3, 3, 0),
         ("on_step_begin", 7, 5, 5, 2),  # the newest checkpoint is an epoch old
-        ("on_log", 2, 3, 6, 0),
         ("on_save", 9, 1, 9, 0),  # nothing is left to be done
     ],
 )
@@ -66,64 +63,6 @@ def test_a_killed_run_ends_as_one_that_was_not(uncut, tiny_bases, tmp_path, even
     assert_same_end(resumed, uncut)
     assert (killed.seen[:left] if left else []) + resumed.seen == uncut.seen
     assert checkpoints(tmp_path)[-1].startswith("checkpoint-"), "unfinished work is cleared away"
-
-
-def test_persistent_workers_see_the_epoch_of_the_resumed_run(uncut, tiny_bases, tmp_path):
-    changes = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "save_steps": 4}
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 5)], **changes).train()
-    resumed = resume(tiny_bases, tmp_path, **changes)
-    assert_same_end(resumed, uncut)
-    assert resumed.seen == uncut.seen[4:]
-
-
-@pytest.mark.parametrize("strategy", ["epoch", "best"])
-def test_logs_and_checkpoints_by_epoch(tiny_bases, tmp_path, strategy):
-    changes = {
-        "logging_strategy": "epoch",
-        "save_strategy": strategy,
-        "eval_strategy": "epoch",
-        "metric_for_best_model": "loss",
-        "load_best_model_at_end": True,
-    }
-    whole = new_trainer(tiny_bases, tmp_path / "whole", **changes)
-    whole.train()
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path / "run", callbacks=[KillAt("on_step_begin", 8)], **changes).train()
-    resumed = resume(tiny_bases, tmp_path / "run", **changes)
-    assert_same_end(resumed, whole)
-    evaluated = [
-        [entry["eval_loss"] for entry in t.state.log_history if "eval_loss" in entry] for t in (whole, resumed)
-    ]
-    assert evaluated[0] == evaluated[1]
-    assert len(evaluated[0]) == 3
-
-
-def test_an_evaluation_in_between_changes_nothing(uncut, tiny_bases, tmp_path):
-    changes = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5}
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 6)], **changes).train()
-    resumed = resume(tiny_bases, tmp_path, **changes)
-    assert_same_end(resumed, uncut)
-    assert resumed.evaluate()["eval_loss"] > 0
-
-
-@pytest.mark.parametrize("length", [{"num_train_epochs": 1}, {"max_steps": 5}, {"max_steps": 3}])
-def test_a_finished_run_that_is_resumed_has_nothing_to_do(tiny_bases, tmp_path, length):
-    whole = new_trainer(tiny_bases, tmp_path, logging_steps=1, **length)
-    whole.train()
-    resumed = resume(tiny_bases, tmp_path, logging_steps=1, **length)
-    assert resumed.seen == []
-    assert_same_end(resumed, whole)
-
-
-def test_true_means_the_newest_checkpoint(uncut, tiny_bases, tmp_path):
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 6)]).train()
-    resumed = new_trainer(tiny_bases, tmp_path)
-    resumed.train(resume_from_checkpoint=True)
-    assert_same_end(resumed, uncut)
-    assert resumed.seen == uncut.seen[5:]
 
 
 # ---- Steps that are split differently, and steps of another size
@@ -188,14 +127,6 @@ def test_other_rates_and_weight_decay_take_effect(tiny_bases, tmp_path, kind):
     assert [entry["learning_rate"] for entry in steps[3:]] == pytest.approx([1e-4 * part for part in share[3:]])
     assert [entry["feature_proj_lr"] for entry in steps[3:]] == pytest.approx([3e-4 * part for part in share[3:]])
     assert [group["weight_decay"] for group in rest.optimizer.param_groups] == [0.5, 0.5, 0.0]
-
-
-def test_other_logging_and_saving_steps_take_effect(tiny_bases, tmp_path):
-    with pytest.raises(Killed):
-        new_trainer(tiny_bases, tmp_path, callbacks=[KillAt("on_step_end", 4)], logging_steps=1, save_steps=3).train()
-    rest = resume(tiny_bases, tmp_path, logging_steps=3, save_steps=4)
-    assert [step for step, *_ in logged(rest)] == [1, 2, 3, 6, 9]
-    assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in (3, 4, 8, 9)]
 
 
 # ---- The state of callbacks and of the gradient scaler
