@@ -50,6 +50,7 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
         trainable=True,
         lora_dropout=model_args.lora_dropout,
         projector_layers=model_args.projector_layers or 2,
+        pixel_shuffle=model_args.pixel_shuffle or 1,
     )
     if previous is None:
         model.add_lora(model_args.lora_settings)

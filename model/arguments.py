@@ -52,6 +52,11 @@ class ModelArguments:
     projector_layers: int | None = flag(
         default=None, help="2 (Linear, GELU, Linear) or 1 (Linear). Default: 2, or that of --previous_lora_weights."
     )
+    pixel_shuffle: int | None = flag(
+        default=None,
+        help="Join N x N neighbouring patches into one token, N² times as wide. Default: 1 (each patch is a token), or "
+        "that of --previous_lora_weights.",
+    )
     previous_lora_weights: str | None = flag(
         default=None, help="Checkpoint (also of the original project) whose LoRA and projector training starts from."
     )
@@ -224,7 +229,7 @@ _NOT_SUPPORTED = {
     "push_to_hub": "leave it out, and upload the finished checkpoint folder yourself",
 }
 _COUNTS = (
-    *("lora_rank", "lora_alpha", "max_train_samples", "max_length", "per_device_train_batch_size"),
+    *("lora_rank", "lora_alpha", "pixel_shuffle", "max_train_samples", "max_length", "per_device_train_batch_size"),
     *("per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size"),
 )
 _RATES = ("learning_rate", "feature_proj_lr", "max_grad_norm", "weight_decay")

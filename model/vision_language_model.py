@@ -2,6 +2,9 @@
 
     pixel_values (N, 3, H, W) → vision_tower → (N, P, W) → projector → (N, P, D) → language_model → logits (B, T, V)
 
+With `--pixel_shuffle f`, f × f neighbouring patches become one token: the tower gives (N, f² · P, W), and the projector
+takes (N, P, f² · W).
+
 Shape legend: B rows, T tokens, N images of the whole batch, P tokens per image, W the tower's width, D the language
 model's width, V its vocabulary, S supervised positions.
 """
@@ -28,7 +31,7 @@ from .checkpoints.previous import restore_weights
 from .checkpoints.saving import multimodal_config, save_checkpoint
 from .device import pick_device, pick_dtype
 from .lora import LoraSettings, add_lora, merge_lora
-from .projector import build_projector
+from .projector import build_projector, check_pixel_shuffle, pixel_shuffle
 
 
 class VisionLanguageModel(nn.Module):
@@ -40,6 +43,7 @@ class VisionLanguageModel(nn.Module):
         language_model: frozen `MultimodalQWenLMHeadModel`, or a `PeftModel` around it whose LoRA layers are fp32.
         base_language_model: hub name or folder that the language model came from.
         fingerprints: of both base models, under the names that `multimodal_config.json` gives them.
+        pixel_shuffle: f: f × f patches of the tower become one token; 1: each patch is a token.
         num_image_tokens: tokens that one image takes in the prompt (P).
         projector_layers: linear layers of the projector, 1 or 2.
     """
@@ -53,6 +57,7 @@ class VisionLanguageModel(nn.Module):
         language_model: MultimodalQWenLMHeadModel | PeftModel,
         base_language_model: str,
         fingerprints: dict[str, str],
+        pixel_shuffle: int = 1,
     ) -> None:
         super().__init__()
         self.vision_tower = vision_tower
@@ -60,7 +65,8 @@ class VisionLanguageModel(nn.Module):
         self.language_model: Any = language_model
         self.base_language_model = base_language_model
         self.fingerprints = fingerprints
-        self.num_image_tokens = vision_tower.num_image_tokens
+        self.pixel_shuffle = pixel_shuffle
+        self.num_image_tokens = vision_tower.num_image_tokens // pixel_shuffle**2
         self.projector_layers = 1 if len(projector) == 1 else 2
 
     @classmethod
@@ -75,6 +81,7 @@ class VisionLanguageModel(nn.Module):
         trainable: bool = False,
         lora_dropout: float | None = None,
         projector_layers: int = 2,
+        pixel_shuffle: int = 1,
     ) -> VisionLanguageModel:
         """Load both base models and, if given, a checkpoint's LoRA and projector.
 
@@ -88,10 +95,12 @@ class VisionLanguageModel(nn.Module):
             trainable: whether LoRA and projector will be trained.
             lora_dropout: replaces the checkpoint's.
             projector_layers: 1 or 2; a checkpoint's own number rules.
+            pixel_shuffle: side of the block of patches that becomes one token; a checkpoint's own number rules.
 
         Raises:
             CheckpointError: if the checkpoint is incomplete, broken, or was trained for other base models, or if
                 neither it nor an argument names a base model.
+            ValueError: if `pixel_shuffle` does not divide the tower's grid of patches.
         """
         device = torch.device(device) if device is not None else pick_device()
         dtype = dtype or pick_dtype(device)
@@ -108,13 +117,16 @@ class VisionLanguageModel(nn.Module):
         # The trained half, in fp32: steps of a small learning rate would be lost in bf16's 8 bits.
         if checkpoint is not None:
             check_bases(checkpoint, tower, language_model, fingerprints)
-            projector_layers = checkpoint.projector_layers
-        projector = build_projector(tower.hidden_size, language_model.config.hidden_size, projector_layers)
+            projector_layers, pixel_shuffle = checkpoint.projector_layers, checkpoint.pixel_shuffle
+        if pixel_shuffle != 1:
+            check_pixel_shuffle(pixel_shuffle, tower.num_image_tokens)
+        width = tower.hidden_size * pixel_shuffle**2
+        projector = build_projector(width, language_model.config.hidden_size, projector_layers)
         if checkpoint is not None:
             load_projector(projector, checkpoint.folder)
             language_model = load_lora(language_model, checkpoint, trainable=trainable, dropout=lora_dropout)
 
-        model = cls(tower, projector, language_model, language_name, fingerprints).to(device)
+        model = cls(tower, projector, language_model, language_name, fingerprints, pixel_shuffle).to(device)
         model.projector.requires_grad_(trainable)
         return model.train(trainable)
 
@@ -125,16 +137,17 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             pixel_values: (N, 3, H, W), or None where there are features.
-            vision_features: (N, P, W), which the tower computed earlier, see `--feature_cache`.
+            vision_features: (N, f² · P, W), which the tower computed earlier, see `--feature_cache`.
 
         Returns:
             (N, P, D).
         """
         if vision_features is None:
-            vision_features = self.vision_tower(pixel_values)  # (N, P, W), without a graph: the tower is frozen
-        P, W = self.num_image_tokens, self.vision_tower.hidden_size
-        if vision_features.shape[1:] != (P, W):
-            raise ValueError(f"vision_features must be (N, {P}, {W}), got {tuple(vision_features.shape)}")
+            vision_features = self.vision_tower(pixel_values)  # (N, f² · P, W), without a graph: the tower is frozen
+        size = self.vision_tower.num_image_tokens, self.vision_tower.hidden_size
+        if vision_features.shape[1:] != size:
+            raise ValueError(f"vision_features must be (N, {size[0]}, {size[1]}), got {tuple(vision_features.shape)}")
+        vision_features = pixel_shuffle(vision_features, self.pixel_shuffle)  # (N, P, f² · W)
         dtype = next(self.projector.parameters()).dtype
         features: Tensor = self.projector(vision_features.to(dtype))  # (N, P, D)
         return features
@@ -160,7 +173,7 @@ class VisionLanguageModel(nn.Module):
                 may have none, one or several. None if the whole batch has no image.
             num_items_in_batch: divides the summed loss; by default the number of supervised tokens of this batch.
             return_logits: False computes the loss alone, at a fraction of the time and memory; training does.
-            vision_features: (N, P, W), features of the tower instead of `pixel_values`.
+            vision_features: (N, f² · P, W), features of the tower instead of `pixel_values`.
             kwargs: as `QWenModel.forward` takes them (`position_ids`, `past_key_values`, …).
 
         Raises:

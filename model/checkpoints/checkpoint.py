@@ -71,7 +71,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(path, None, read_lora_config(path), layers)
     check_checksums(path, WEIGHTS)
     config = read_multimodal_config(path)
-    return Checkpoint(path, config, read_lora_config(path), config.projector_layers)
+    return Checkpoint(path, config, read_lora_config(path), config.projector_layers, config.pixel_shuffle)
 
 
 # ---- Does it fit the base models?
@@ -95,7 +95,7 @@ def check_bases(
         return
     found = {
         "vision_tower": tower.kind,
-        "num_image_tokens": tower.num_image_tokens,
+        "num_image_tokens": tower.num_image_tokens // config.pixel_shuffle**2,
         "vision_hidden_size": tower.hidden_size,
         "language_hidden_size": language_model.config.hidden_size,
         "vocab_size": language_model.config.vocab_size,

@@ -56,6 +56,7 @@ class MultimodalConfig:
     drop_first_patch: bool  # whether SigLIP's first patch is left out, as the original project did
     dtype: str  # of the frozen weights while training, as in `bfloat16`
     package_versions: dict[str, str]  # of the packages that trained it
+    pixel_shuffle: int = 1  # side of the block of patches that is one token; left out of the file where it is 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Checkpoint:
     config: MultimodalConfig | None  # None for folders of the original project
     lora_config: LoraConfig  # rank, alpha, dropout and target modules
     projector_layers: int  # 1 or 2
+    pixel_shuffle: int = 1
 
 
 @contextlib.contextmanager
@@ -182,7 +184,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
 def read_multimodal_config(folder: Path) -> MultimodalConfig:
     """Read a checkpoint's `multimodal_config.json`."""
     path = folder / MULTIMODAL_CONFIG
-    values = read_json(path)
+    values = {"pixel_shuffle": 1, **read_json(path)}
     types = get_type_hints(MultimodalConfig)
     missing = [name for name in types if name not in values]
     if missing:
@@ -193,4 +195,6 @@ def read_multimodal_config(folder: Path) -> MultimodalConfig:
             raise CheckpointError(f"{path}: {name} must be a {expected.__name__}, got {shorten(values[name])}")
     if values["projector_layers"] not in (1, 2):
         raise CheckpointError(f"{path}: projector_layers must be 1 or 2, got {values['projector_layers']}")
+    if values["pixel_shuffle"] < 1:
+        raise CheckpointError(f"{path}: pixel_shuffle must be at least 1, got {values['pixel_shuffle']}")
     return MultimodalConfig(**{name: values[name] for name in types})

@@ -33,7 +33,7 @@ def multimodal_config(model: Any) -> MultimodalConfig:
         base_language_model=language,
         base_value_model=vision,
         vision_tower=tower.kind,
-        num_image_tokens=tower.num_image_tokens,
+        num_image_tokens=model.num_image_tokens,
         vision_hidden_size=tower.hidden_size,
         language_hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -42,6 +42,7 @@ def multimodal_config(model: Any) -> MultimodalConfig:
         drop_first_patch=tower.drop_first_patch,
         dtype=str(model.dtype).removeprefix("torch."),
         package_versions=PACKAGE_VERSIONS,
+        pixel_shuffle=model.pixel_shuffle,
     )
 
 
@@ -59,7 +60,10 @@ def save_checkpoint(
     lora_config.base_model_name_or_path = config.base_language_model
     # By default PEFT asks the model hub whether the vocabulary has grown; here it never does.
     lora = get_peft_model_state_dict(language_model, save_embedding_layers=False)
-    text = json.dumps(asdict(config), indent=2, ensure_ascii=False)
+    values = asdict(config)
+    if config.pixel_shuffle == 1:
+        del values["pixel_shuffle"]  # files stay as they were before it existed
+    text = json.dumps(values, indent=2, ensure_ascii=False)
     # All is written to a new folder first: if that fails, the old files are whole.
     new = path / "tmp-weights"
     shutil.rmtree(new, ignore_errors=True)

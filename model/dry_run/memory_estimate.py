@@ -2,7 +2,8 @@
 
 Shape legend: B rows, T tokens of the longest row, N images of the batch, P tokens per image, S supervised positions of
 the batch; D width, W heads x head size, I the MLP's inner width, L layers and V vocabulary of the language model;
-D_v, I_v width and inner width of the tower; r LoRA's rank; s bytes of the frozen dtype (4 or 2).
+D_v, I_v width and inner width of the tower, P_v its patches per image, as many as P but for pixel shuffle; r LoRA's
+rank; s bytes of the frozen dtype (4 or 2).
 
 What lasts from step to step:
 
@@ -23,15 +24,15 @@ gradient is wanted, which its weight gives. Every layer keeps
                           the attention's c_proj is counted above
 
 After the attention of the last layer there are S positions in place of B x T. Added to that are 2 x (S, D) in fp32, for
-the last norm and the loss's gradient, and the projector's inputs N x P x (D_v + 2D). With gradient checkpointing only
-(B, T, D) per layer is kept; one layer's tensors are computed again in the backward pass.
+the last norm and the loss's gradient, and the projector's inputs N x (P_v x D_v + P x 2D). With gradient checkpointing
+only (B, T, D) per layer is kept; one layer's tensors are computed again in the backward pass.
 
 What exists at one moment only, on top of the above:
 
     language head         (S, V) in fp32, three times, of as many positions as are taken at a time: logits, their
                           log-probabilities, and those of the positions before
     backward of a layer   gradients 4 x (B, T, I) and, in fp32, 4 x (B, T, D)
-    tower                 N x P x (2 I_v + 4 D_v), before anything else of the step exists
+    tower                 N x P_v x (2 I_v + 4 D_v), before anything else of the step exists
     gradients             4 x (LoRA + projector): complete when all activations are gone, unless steps are accumulated
 
 So the peak is the largest of these moments, not the sum of all rows.
@@ -44,8 +45,8 @@ from dataclasses import dataclass
 FP32 = 4
 CUDA_CONTEXT = 600_000_000
 """Bytes that CUDA, cuBLAS and their kernels take before the first tensor. An assumption."""
-HOST_PROCESS = 500_000_000
-"""Bytes that a process on the CPU takes apart from these tensors. Measured: with 0.1 and with 8 billion parameters."""
+HOST_PROCESS = 450_000_000
+"""Bytes that a process on the CPU takes apart from these tensors: fitted to `benchmarks/training/memory.py`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class ModelShape:
     attention_width: int  # W: heads times channels of a head
     inner: int  # I: channels inside its MLP
     vocabulary: int  # V: rows of the language head
-    image_tokens: int  # P: features of an image
+    image_tokens: int  # P: tokens of an image
+    patches: int  # P_v: features of an image as the tower gives them
     tower_width: int  # D_v: channels of the tower
     tower_inner: int  # I_v: channels inside the tower's MLP
     lora_layers: frozenset[str]  # those of a block that have LoRA: attn.c_attn, attn.c_proj, mlp.w1, mlp.w2, mlp.c_proj
@@ -124,7 +126,7 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
     kept, backward = activations_of(shape, setting, batch)
     logits = batch.supervised * shape.vocabulary
     head = 3 * FP32 * min(logits, setting.chunk_logits or logits)
-    tower = s * batch.images * shape.image_tokens * (2 * shape.tower_inner + 4 * shape.tower_width)
+    tower = s * batch.images * shape.patches * (2 * shape.tower_inner + 4 * shape.tower_width)
     earlier = trained if setting.accumulates else 0
     lasting = frozen + 3 * trained + buckets  # with the optimizer's two moments
     other = CUDA_CONTEXT if setting.device == "cuda" else HOST_PROCESS
@@ -149,7 +151,7 @@ def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tu
     else:
         kept = (shape.layers - 1) * layer + _kept_by_layer(shape, setting, tokens, batch.supervised)
     kept += 2 * FP32 * batch.supervised * shape.width
-    kept += s * batch.images * shape.image_tokens * (shape.tower_width + 2 * shape.width)
+    kept += s * batch.images * (shape.patches * shape.tower_width + shape.image_tokens * 2 * shape.width)
     backward = 4 * tokens * (shape.inner * s + shape.width * FP32)
     return kept, backward + (layer if setting.checkpointing else 0)
 

@@ -16,7 +16,7 @@ from ..checkpoints.base_models import read_language_config
 from ..checkpoints.checkpoint import drops_first_patch, read_checkpoint
 from ..checkpoints.previous import check_previous
 from ..lora import LoraSettings, check_targets, default_targets
-from ..projector import build_projector
+from ..projector import build_projector, check_pixel_shuffle
 from .memory_estimate import ModelShape, Setting
 
 
@@ -27,20 +27,22 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
         ValueError: if a base model, a checkpoint or a target module is missing, unknown, or at odds with a flag.
         OSError: likewise.
     """
-    lora, layers, previous = asked.lora_settings, asked.projector_layers or 2, None
+    lora, previous = asked.lora_settings, None
+    layers, factor = asked.projector_layers or 2, asked.pixel_shuffle or 1
     if asked.previous_lora_weights is not None:
         previous = read_checkpoint(asked.previous_lora_weights)
         check_previous(asked, previous)
         there = previous.lora_config.target_modules
         targets = (there,) if isinstance(there, str) else tuple(there or ())
         lora = replace(lora, rank=previous.lora_config.r, target_modules=targets)
-        layers = previous.projector_layers
+        layers, factor = previous.projector_layers, previous.pixel_shuffle
     drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
     tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
+    check_pixel_shuffle(factor, tower.num_image_tokens)
     config = read_language_config(asked.base_language_model)
     if not isinstance(config, QWenConfig):
         raise ValueError(f"--dry_run: {asked.base_language_model} is no QWen; its memory can't be estimated yet")
-    return model_shape(config, tower, lora, layers), lora
+    return model_shape(config, tower, lora, layers, factor), lora
 
 
 def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments) -> dict[str, Setting]:
@@ -61,11 +63,13 @@ def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments) -> dict[str
     return {f"CPU {short}": setting, "GPU bf16": replace(setting, dtype_bytes=2, device="cuda")}
 
 
-def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, projector_layers: int = 2) -> ModelShape:
+def model_shape(
+    config: QWenConfig, tower: TowerShape, lora: LoraSettings, projector_layers: int = 2, pixel_shuffle: int = 1
+) -> ModelShape:
     """Return the sizes of a model, its parameters counted without storage; refuse target modules that do not exist."""
     with torch.device("meta"):
         language = QWenLMHeadModel(config)
-        projector = build_projector(tower.hidden_size, config.hidden_size, projector_layers)
+        projector = build_projector(tower.hidden_size * pixel_shuffle**2, config.hidden_size, projector_layers)
     wanted = default_targets(language) if lora.target_modules is None else lora.target_modules
     check_targets(language, wanted)
     targets = {
@@ -80,7 +84,8 @@ def model_shape(config: QWenConfig, tower: TowerShape, lora: LoraSettings, proje
         attention_width=config.num_attention_heads * config.kv_channels,
         inner=config.intermediate_size // 2,
         vocabulary=config.vocab_size,
-        image_tokens=tower.num_image_tokens,
+        image_tokens=tower.num_image_tokens // pixel_shuffle**2,
+        patches=tower.num_image_tokens,
         tower_width=tower.hidden_size,
         tower_inner=tower.intermediate_size,
         lora_layers=frozenset(name.split(".h.0.", 1)[1] for name in targets if ".h.0." in name),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from dataprocess.messages import format_count
 from dataset import ImageCaptionDataset
-from dataset.prompt import Tokenizer
+from dataset.prompt import SampleError, Tokenizer
 from visual.feature_cache import DTYPES, FeatureCache
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
@@ -21,7 +23,7 @@ from ..console import set_up_logging
 from ..feature_caching.disk import disk_space, in_gb, pictures_stored
 from ..runs.failures import check_bad_samples
 from .data_sizes import DataSizes, data_sizes
-from .memory_estimate import BatchShape, ModelShape, Setting, estimate_memory
+from .memory_estimate import BatchShape, MemoryEstimate, ModelShape, Setting, estimate_memory
 from .planned_model import planned_model, settings_to_show
 from .run_length import run_length
 
@@ -79,7 +81,13 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrain
     if data_args.feature_cache is not None:
         images = data.images | (evaluation.images if evaluation is not None else set())
         parts.append(cache_lines(data_args, model_args.base_value_model, shape, len(images)))
-    parts.append(memory_table(shape, settings_to_show(lora, args), data, data_args.max_length))
+    settings = settings_to_show(lora, args)
+    parts.append(memory_table(shape, settings, data, data_args.max_length))
+    if shape.image_tokens != shape.patches:
+        unshuffled = None
+        with contextlib.suppress(SampleError):  # without it, no sample may fit
+            unshuffled = _measure(tokenizer, shape.patches, data_args, args, training=True)
+        parts.append(shuffle_lines(shape, settings, data, unshuffled))
     sys.stdout.write("\n\n".join([*parts, _EXPLANATION]) + "\n")
     return 0
 
@@ -148,7 +156,7 @@ def cache_lines(asked: DataArguments, tower: str, shape: ModelShape, num_images:
     Only the tower's weights tell which files are its own, so those of the same name and shape are counted.
     """
     folder, dtype = Path(str(asked.feature_cache)).absolute(), asked.feature_cache_dtype
-    size = (shape.image_tokens, shape.tower_width)
+    size = (shape.patches, shape.tower_width)
     per_image, free, disk = disk_space(FeatureCache(folder / "tower", size, DTYPES[dtype]))
     lines = [
         f"feature cache: {format_count(num_images, 'distinct image')}, {size[0]:,} × {size[1]:,} {dtype} each: at most "
@@ -170,15 +178,33 @@ def memory_table(shape: ModelShape, settings: Mapping[str, Setting], data: DataS
     share = max(batch.supervised / (rows * batch.tokens) for batch in data.batches)
     most_images = max(batch.images for batch in data.batches)
     longest = BatchShape(rows, max_length, round(share * rows * max_length), most_images)
-    found = [
-        max((estimate_memory(shape, setting, batch) for batch in set(data.batches)), key=lambda one: one.peak)
-        for setting in columns.values()
-    ]
+    found = [_most_memory(shape, setting, data) for setting in columns.values()]
     full = [estimate_memory(shape, setting, longest).peak for setting in columns.values()]
     table = [["memory per process, GB", *columns]]
     table += [[text, *(f"{getattr(one, name) / 1e9:.2f}" for one in found)] for name, text in _MEMORY_ROWS.items()]
     table.append([f"if every sample had {max_length:,} tokens", *(f"{peak / 1e9:.2f}" for peak in full)])
     return _table(table)
+
+
+def _most_memory(shape: ModelShape, setting: Setting, data: DataSizes) -> MemoryEstimate:
+    """Return the memory of the batch that takes most."""
+    return max((estimate_memory(shape, setting, batch) for batch in set(data.batches)), key=lambda one: one.peak)
+
+
+def shuffle_lines(
+    shape: ModelShape, settings: Mapping[str, Setting], data: DataSizes, unshuffled: DataSizes | None
+) -> str:
+    """Say what pixel shuffle saves; `unshuffled` are the same samples with every patch as a token, if any fits."""
+    side = math.isqrt(shape.patches // shape.image_tokens)
+    extra = (side**2 - 1) * shape.tower_width * shape.width  # of the projector's first layer
+    plain = replace(shape, image_tokens=shape.patches, projector_parameters=shape.projector_parameters - extra)
+    lines = [f"pixel shuffle {side}: an image takes {shape.image_tokens:,} tokens, without it {shape.patches:,}"]
+    if unshuffled is None:
+        return f"{lines[0]}, and no sample would fit"
+    for name, setting in settings.items():
+        peaks = [_most_memory(one, setting, sizes).peak / 1e9 for one, sizes in ((shape, data), (plain, unshuffled))]
+        lines.append(f"{name}: {peaks[0]:.2f} GB at the most, without it {peaks[1]:.2f} GB")
+    return "\n".join(lines)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -64,6 +64,7 @@ def check_llava(sources: Sources) -> None:
         (not language.scale_attn_weights, "scale_attn_weights is false, and Qwen2 always scales"),
         (language.rotary_pct != 1, f"rotary_pct is {language.rotary_pct}, and Qwen2 turns all channels of a head"),
         (sources.checkpoint.projector_layers != 2, "the projector has one layer, and LLaVA's has two"),
+        (sources.checkpoint.pixel_shuffle != 1, "pixel_shuffle joins patches, and LLaVA takes each as a token"),
         (tower.kind not in ("clip", "siglip"), f"the tower is {tower.kind}, and engines read CLIP and SigLIP"),
     ]
     if tower.kind == "siglip":

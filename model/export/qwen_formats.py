@@ -48,7 +48,7 @@ def _multimodal_config(sources: Sources) -> MultimodalConfig:
         base_language_model=sources.language_name,
         base_value_model=sources.vision_name,
         vision_tower=tower.kind,
-        num_image_tokens=tower.num_image_tokens,
+        num_image_tokens=tower.num_image_tokens // sources.checkpoint.pixel_shuffle**2,
         vision_hidden_size=tower.hidden_size,
         language_hidden_size=language.hidden_size,
         vocab_size=language.vocab_size,
@@ -58,6 +58,7 @@ def _multimodal_config(sources: Sources) -> MultimodalConfig:
         drop_first_patch=sources.drop_first_patch,
         dtype=str(sources.dtype).removeprefix("torch."),
         package_versions=PACKAGE_VERSIONS,
+        pixel_shuffle=sources.checkpoint.pixel_shuffle,
     )
     trained = sources.checkpoint.config
     return here if trained is None else replace(here, vision_tower_fingerprint=trained.vision_tower_fingerprint)

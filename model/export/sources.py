@@ -29,7 +29,7 @@ from ..checkpoints.base_models import base_fingerprints, base_models, read_langu
 from ..checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
 from ..checkpoints.readers import Checkpoint, reading
 from ..device import parse_dtype
-from ..projector import build_projector
+from ..projector import build_projector, check_pixel_shuffle
 
 _ROWS = 1 << 14
 """Rows that are merged together: only the head has more, and in fp32 it would take gigabytes."""
@@ -86,7 +86,9 @@ def read_sources(
     if checkpoint.config is not None:
         stand_in: Any = SimpleNamespace(name_or_path=vision_name, **vars(shape))
         check_bases(checkpoint, stand_in, model, base_fingerprints(stand_in, model))
-    projector = build_projector(shape.hidden_size, config.hidden_size, checkpoint.projector_layers)
+    check_pixel_shuffle(checkpoint.pixel_shuffle, shape.num_image_tokens)
+    width = shape.hidden_size * checkpoint.pixel_shuffle**2
+    projector = build_projector(width, config.hidden_size, checkpoint.projector_layers)
     load_projector(projector, checkpoint.folder)
     if dtype is None:  # the original project's checkpoints record none
         trained = checkpoint.config.dtype if checkpoint.config is not None else config.dtype or "float32"

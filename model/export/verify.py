@@ -157,10 +157,11 @@ def _stranger(folder: Path) -> tuple[Any, Prepare]:
 def _merged_model(sources: Sources, folder: Path, tower: VisionTower) -> VisionLanguageModel:
     """Put a folder of `--format merged` together, as docs/serving.md does."""
     language: Any = load_language_model(str(folder), sources.dtype)
-    projector = build_projector(tower.hidden_size, language.config.hidden_size, sources.checkpoint.projector_layers)
+    layers, factor = sources.checkpoint.projector_layers, sources.checkpoint.pixel_shuffle
+    projector = build_projector(tower.hidden_size * factor**2, language.config.hidden_size, layers)
     load_projector(projector, folder)
     projector.to(sources.dtype)
-    return VisionLanguageModel(tower, projector, language, str(folder), {}).float().eval()
+    return VisionLanguageModel(tower, projector, language, str(folder), {}, factor).float().eval()
 
 
 def _peft_model(sources: Sources, folder: Path) -> Any:

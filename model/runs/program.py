@@ -46,6 +46,7 @@ def run_identity(
         "lora_alpha": lora.lora_alpha,
         "target_modules": "|".join(sorted(lora.target_modules)),
         "projector_layers": model.projector_layers,
+        **({"pixel_shuffle": model.pixel_shuffle} if model.pixel_shuffle != 1 else {}),  # older runs have no such key
         **{name.replace("_fingerprint", ""): value for name, value in model.fingerprints.items()},
         "order": args.train_sampling_strategy,
     }

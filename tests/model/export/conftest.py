@@ -47,11 +47,13 @@ def export(tmp_path, tokenizer_files, monkeypatch):
 def make_checkpoint(tmp_path_factory, qwen_tiktoken):
     """Write base models and a checkpoint whose LoRA and projector make a difference; return its folder."""
 
-    def make(make_tower, vision=None, targets=("c_attn", "w1", "w2"), dtype=torch.float32, **language) -> Path:
+    def make(
+        make_tower, vision=None, targets=("c_attn", "w1", "w2"), dtype=torch.float32, pixel_shuffle=1, **language
+    ) -> Path:
         folder = tmp_path_factory.mktemp("checkpoint")
         base = make_language_model(folder / "qwen", qwen_tiktoken, **language)
         tower = make_tower(folder / "tower", **(vision or {}))
-        model = VisionLanguageModel.from_pretrained(base, tower, dtype=dtype, device="cpu")
+        model = VisionLanguageModel.from_pretrained(base, tower, dtype=dtype, device="cpu", pixel_shuffle=pixel_shuffle)
         model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=targets))
         enliven_trained(model, seed=3, std=0.4).save_checkpoint(folder / "trained")
         return folder / "trained"

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_run import ROOT, one_line_error, start, write_as_the_original
-from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint
+from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint, pixels
 from tiny_vlm import logits_of, sample
 
 from dataprocess.file_lock import hold
@@ -195,6 +195,26 @@ def test_merged_keeps_the_dropped_patch(export, make_checkpoint, tmp_path):
     folder = export(original, *bases, "--format", "merged", verify=True)
     config = json.loads((folder / "multimodal_config.json").read_text())
     assert (config["drop_first_patch"], config["num_image_tokens"], config["projector_layers"]) == (True, 3, 2)
+
+
+def test_pixel_shuffle_is_refused_for_llava_and_kept_by_the_others(export, make_checkpoint, capfd):
+    checkpoint = make_checkpoint(make_siglip_checkpoint, vision={"image_size": 84}, pixel_shuffle=3)
+    export(checkpoint, status=2)
+    message = one_line_error(capfd.readouterr().err, "export.py")
+    assert "pixel_shuffle" in message
+    assert message.endswith("--format merged can")
+    folder = export(checkpoint, "--format", "merged", verify=True)
+    config = json.loads((folder / "multimodal_config.json").read_text())
+    assert (config["pixel_shuffle"], config["num_image_tokens"]) == (3, 4)
+    code = (
+        (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split("```python\nimport json", 1)[1].split("```")[0]
+    )
+    names = {}
+    exec("import json" + code.replace("exports/merged", str(folder)), names)
+    ours = VisionLanguageModel.from_pretrained(model_weights=checkpoint, device="cpu")
+    batch = VLMCollator(151643)([{**sample(2), "pixel_values": pixels(2, 84)}])
+    assert torch.allclose(logits_of(names["model"], batch), logits_of(ours, batch), atol=1e-5)
+    export(checkpoint, "--format", "peft", verify=True, name="peft")
 
 
 def test_peft_loads_its_own_format(export, make_checkpoint, tmp_path):
