@@ -24,7 +24,7 @@ def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:
         "lora_rank": (asked.lora_rank, config.r),
         "lora_alpha": (asked.lora_alpha, config.lora_alpha),
         "target_modules": (
-            None if targets is None else _with_bars(LoraSettings.parse_targets(targets)),
+            None if targets in (None, "auto") else _with_bars(LoraSettings.parse_targets(targets)),
             _with_bars(name.rsplit(".", 1)[-1] for name in config.target_modules or ()),
         ),
         "projector_layers": (asked.projector_layers, checkpoint.projector_layers),

@@ -11,14 +11,47 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from odd_pictures import RGBA, half_jpeg_with_an_end, jpeg, jpeg_of_many_scans, png, png_chunk
 from PIL import Image
 
 from dataprocess import image_io
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
+RGBA, GREY = 6, 0  # colour types of PNG
 ROOT = Path(__file__).parents[2]
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, pixels: bytes, *chunks: bytes, depth: int = 8, colour: int = GREY) -> bytes:
+    """A PNG file of any pixels, which may be too few; `pixels` has a 0 before each row."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    data = png_chunk(b"IDAT", zlib.compress(pixels)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + data
+
+
+def saved(image: Image.Image, kind: str, **how) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return file.getvalue()
+
+
+def jpeg(image: Image.Image, **how) -> bytes:
+    return saved(image, "JPEG", **how)
+
+
+def half_jpeg_with_an_end(share: float, **how) -> bytes:
+    """A JPEG file that was cut, and closed by an end marker; libjpeg fills the rest with grey."""
+    content = jpeg(Image.effect_noise((200, 200), 50).convert("RGB"), **how)
+    return content[: int(len(content) * share)] + b"\xff\xd9"
+
+
+def jpeg_of_many_scans(number: int) -> bytes:
+    """A progressive JPEG file that repeats its last scan."""
+    content = jpeg(Image.new("RGB", (16, 16)), progressive=True)
+    return content[:-2] + content[content.rindex(b"\xff\xda") : -2] * number + b"\xff\xd9"
 
 
 def pixels(path) -> np.ndarray:
@@ -161,12 +194,6 @@ def test_a_jpeg_closed_too_early_is_refused(tmp_path, share, how):
     (tmp_path / "x.jpg").write_bytes(half_jpeg_with_an_end(share, **how))
     with pytest.raises(ImageError, match=r"x.jpg.*cut short"):
         load_image(tmp_path / "x.jpg")
-
-
-def saved(image: Image.Image, name: str, **how) -> bytes:
-    file = io.BytesIO()
-    image.save(file, name, **how)
-    return file.getvalue()
 
 
 NOISE = Image.effect_noise((200, 200), 50).convert("RGB")

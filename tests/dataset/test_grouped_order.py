@@ -23,18 +23,6 @@ def random_lengths(number: int, seed: int = 0) -> torch.Tensor:
     return torch.where(torch.rand(number, generator=generator) < 0.1, lengths + 500, lengths)
 
 
-@pytest.mark.parametrize("number", [1, 5, 127, 128, 129, 1000, 20_000])
-def test_it_is_a_permutation_that_is_always_the_same(number):
-    lengths = random_lengths(number)
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    first = grouped_permutation(lengths, 42, 3)
-    assert torch.equal(torch.get_rng_state(), state), "no generator is touched"
-    torch.manual_seed(2)
-    assert torch.equal(first, grouped_permutation(lengths, 42, 3))
-    assert sorted(first.tolist()) == list(range(number))
-
-
 def test_it_is_the_same_on_every_machine():
     lengths = torch.tensor([5, 3, 9, 3, 1, 7, 3] * 3)
     expected = [0, 16, 10, 13, 15, 8, 7, 2, 5, 9, 4, 20, 11, 3, 14, 19, 1, 6, 17, 12, 18]
@@ -53,12 +41,12 @@ def test_what_is_taken_together_is_of_similar_length(samples_of_a_step):
     assert padding_share(lengths[epoch_permutation(len(lengths), 42, 0)], samples_of_a_step) > 0.2
 
 
-@pytest.mark.parametrize("number", [17, 31, 129, 20_000])
-def test_the_longest_sample_of_all_is_in_the_first_block(number):
+@pytest.mark.parametrize("number", [1, 17, 31, 129, 20_000])
+def test_it_is_a_permutation_whose_first_block_has_the_longest_sample(number):
     """It was not where it is among the samples that fill no block: 20 of 400 epochs of 17 samples."""
     lengths = random_lengths(number)
     lengths[number // 2] = 2000
-    block = min(128, number // 8)
+    block = max(1, min(128, number // 8))
     for epoch in range(200 if number < 200 else 2):
         order = grouped_permutation(lengths, 42, epoch)
         assert sorted(order.tolist()) == list(range(number))

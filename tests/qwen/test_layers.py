@@ -78,18 +78,6 @@ def test_eager_attention_weights_in_bf16(num_tokens):
 
 
 @torch.no_grad()
-def test_scores_without_their_scale():
-    """Scores that are not divided by √C are those of a query that is √C times as long."""
-    unscaled, scaled = tiny_model(scale_attn_weights=False), tiny_model()
-    for block in scaled.transformer.h:
-        block.attn.c_attn.weight[:16] *= math.sqrt(8)
-        block.attn.c_attn.bias[:16] *= math.sqrt(8)
-    ids = random_ids(2, 9)
-    assert_close(unscaled(ids).logits, scaled(ids).logits, atol=1e-5, rtol=0)
-    assert not torch.allclose(unscaled(ids).logits, tiny_model()(ids).logits, atol=1e-2)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("dropout", ["emb_dropout_prob", "attn_dropout_prob"])
 def test_each_dropout_is_for_training_only(dropout, attn_implementation):

@@ -93,16 +93,6 @@ def test_special_tokens_are_parsed_only_where_asked(tokenizer, reference):
     assert max(tokenizer.encode_text(text)) < 151643
 
 
-def test_batches_are_padded_truncated_and_made_tensors(tokenizer):
-    batch = tokenizer(["你好", "a photo of two dogs"], padding=True, return_tensors="pt")
-    assert batch["input_ids"].tolist() == [[108386, *[151643] * 4], [64, 6548, 315, 1378, 12590]]
-    assert batch["attention_mask"].tolist() == [[1, 0, 0, 0, 0], [1] * 5]
-    left = tokenizer(["你好", "a photo of"], padding=True, padding_side="left")
-    assert left["input_ids"] == [[151643, 151643, 108386], [64, 6548, 315]]
-    assert left["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
-    assert tokenizer("a photo of two dogs", truncation=True, max_length=2)["input_ids"] == [64, 6548]
-
-
 def test_decoding(tokenizer):
     ids = [151644, 108386, 151645, 151646]
     assert tokenizer.decode(ids) == "<|im_start|>你好<|im_end|><|extra_0|>"

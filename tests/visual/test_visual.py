@@ -74,9 +74,8 @@ def test_first_patch_is_dropped_on_request_and_for_siglip_only(checkpoints):
         build_vision_tower(checkpoints["vit"], drop_first_patch=True)
 
 
-@pytest.mark.parametrize("kind", ["clip", "dinov2"])
-def test_nothing_gets_a_gradient_or_leaves_eval(checkpoints, kind):
-    tower = build_vision_tower(checkpoints[kind])
+def test_nothing_gets_a_gradient_or_leaves_eval(checkpoints):
+    tower = build_vision_tower(checkpoints["clip"])
     around = nn.ModuleDict({"tower": tower, "projector": nn.Linear(32, 5)}).train()
     assert around.projector.training
     assert not any(module.training for module in tower.modules())
@@ -186,9 +185,6 @@ def test_pixels_of_another_shape_are_refused(checkpoints, wrong):
     with pytest.raises(ValueError, match=r"28, 28") as error:
         build_vision_tower(checkpoints["clip"])(wrong)
     assert str(tuple(wrong.shape)) in str(error.value)
-
-
-def test_bytes_are_refused_as_pixels(checkpoints):
     with pytest.raises(ValueError, match="uint8"):
         build_vision_tower(checkpoints["clip"])(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
 

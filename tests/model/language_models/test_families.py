@@ -153,6 +153,12 @@ def test_another_base_of_the_same_sizes_is_refused(family, whole, tmp_path):
         VisionLanguageModel.from_pretrained(other, model_weights=whole)
 
 
+def test_earlier_weights_may_be_trained_on(command, whole, tmp_path):
+    more = ["--previous_lora_weights", str(whole), "--target_modules", "auto", "--max_steps", "1"]
+    assert train.main([*command, *more, "--output_dir", str(tmp_path)]) == 0
+    assert losses(tmp_path / "checkpoint-1")[0] < losses(whole / "checkpoint-6")[0]
+
+
 # ---- The prompt
 
 
