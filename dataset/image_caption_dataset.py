@@ -93,6 +93,8 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         self.training = training
         self.allow_links = allow_links
         self.feature_cache = feature_cache
+        if on_bad_sample not in ("error", "skip"):
+            raise ValueError(f"on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
         self.skips_bad = on_bad_sample == "skip"
         self.annotations = Annotations(
             image_map, captions_file, max_samples, skip_bad=self.skips_bad, need_folders=need_folders

@@ -203,7 +203,7 @@ def parse_arguments(
     elif not flags.use_cpu:
         parser.set_defaults(dataloader_num_workers=4)
         autocast = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(pick_dtype(pick_device()))
-        if autocast is not None and not any(re.match(r"--(bf16|fp16)\b", word) for word in argv):
+        if autocast is not None and not any(re.fullmatch(r"--(bf16|fp16)(=.*)?", word) for word in argv):
             parser.set_defaults(**{autocast: True})
     if find_spec("tensorboard") is not None:
         parser.set_defaults(report_to="tensorboard")

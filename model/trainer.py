@@ -20,7 +20,7 @@ from torch.utils.data import SequentialSampler
 from dataset.epoch_order import EpochOrder
 
 from .arguments import VLMTrainingArguments
-from .runs.callbacks import StopOnNonFinite, StopOnSignal
+from .runs.callbacks import StopOnNonFinite, StopOnSignal, first_problem
 from .runs.data_workers import with_calm_workers
 from .runs.loading import LoadingTrainer
 from .runs.resuming import Resumed, newest_resumable
@@ -165,8 +165,11 @@ class VLMTrainer(LoadingTrainer):
             self._resumed = Resumed(self, checkpoint)
             self.add_callback(self._resumed)
         try:
-            if self.run_config is not None and self.args.should_save:
-                write_run_config(self.run_folder, self.run_config)
+            config = self.run_config
+            if config is not None:
+                problem = first_problem(lambda: write_run_config(self.run_folder, config), self.args.should_save)
+                if problem:  # on every process, or the others would wait for this one
+                    raise OSError(problem)
             with self._resumed.named_errors() if self._resumed else contextlib.nullcontext():
                 return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:

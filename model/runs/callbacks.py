@@ -190,5 +190,6 @@ class WatchBadSamples(TrainerCallback):
         new = [message for message in self.dataset.bad.all_messages(self.dataset) if message not in self._listed]
         self._listed.update(new)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link may have come since
+        with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in new)

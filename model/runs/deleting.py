@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.folder import CHECKSUMS, WEIGHTS, numbered_checkpoints
-from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, RUN_CONFIG
+from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, RUN_CONFIG, first_problem
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,9 @@ def overwriting(trainer: Any) -> Iterator[None]:
     if not args.overwrite_output_dir:
         logger.warning("%s holds a run that was to be overwritten; it is deleted after the first step", aside)
     try:
-        if args.process_index == 0:
-            set_aside(trainer.run_folder)
+        problem = first_problem(lambda: set_aside(trainer.run_folder), args.process_index == 0)
+        if problem:  # on every process, or the others would wait for this one
+            raise OSError(problem)
         yield
     finally:
         if args.process_index == 0 and args.overwrite_output_dir and not old_run.is_deleted:
@@ -123,4 +124,5 @@ def put_back(run: Path) -> None:
     for path in aside.iterdir() if aside.is_dir() else ():
         remove(run / path.name)
         path.rename(run / path.name)
-    aside.rmdir()
+    with contextlib.suppress(OSError):  # it may not have been made
+        aside.rmdir()

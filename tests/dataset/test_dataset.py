@@ -196,6 +196,8 @@ def test_one_message_tells_of_several_bad_samples(make, images):
 def test_the_first_samples_are_counted_good_or_bad(make):
     entries = {str(i): {"image_file": None, "ID": i} for i in range(4)}
     captions = {"1": TEXT_ONLY, "2": TEXT_ONLY, "3": TEXT_ONLY}
+    with pytest.raises(ValueError, match=r"on_bad_sample.*skip.*skpi"):
+        make(entries, captions, on_bad_sample="skpi")
     dataset = make(entries, captions, max_samples=2, on_bad_sample="skip")
     assert [sample.id for sample in dataset.annotations] == [1]
     assert len(dataset.bad) == 1

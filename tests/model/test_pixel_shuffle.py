@@ -248,6 +248,16 @@ def test_a_dry_run_says_what_it_saves(command, tmp_path, capsys):
     assert "4 × 32 bfloat16 each" in shuffled, "the cache holds what the tower gives"
 
 
+def test_a_dry_run_says_where_only_pixel_shuffle_lets_a_sample_fit(base_flags, tmp_path, pictures, capsys):
+    data = write_data(tmp_path / "data", [("red.png", ("<|extra_0|>?", "Yes"))], pictures["red"].parent)
+    dry = [*base_flags, *data, *QUICK, "--pixel_shuffle", "2", "--dry_run"]
+    assert train.main(dry) == 0
+    lengths = capsys.readouterr().out.split("tokens per sample")[1].splitlines()[1]  # all: least, mean, most
+    tokens = lengths.split()[-1]
+    assert train.main([*dry, "--max_length", tokens]) == 0
+    assert "without it 4, and no sample would fit" in capsys.readouterr().out
+
+
 # ---- Asking
 
 

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from model import VLMTrainer, VLMTrainingArguments
+from model.runs import callbacks
 from model.trainer import optimizer_groups
 from qwen import IGNORE_INDEX
 
@@ -83,6 +84,15 @@ def logged(trainer: VLMTrainer, name: str = "loss") -> list[float]:
 @pytest.fixture
 def model(tiny_bases):
     return enliven_trained(new_model(tiny_bases), std=0.1)
+
+
+def test_every_process_hears_that_the_configuration_could_not_be_written(model, tmp_path, monkeypatch):
+    """One that did not would wait for the first process in the first step."""
+    monkeypatch.setattr(callbacks, "gather_object", lambda problems: ["the disk is full", *problems])
+    parts = {"args": arguments(tmp_path), "train_dataset": Samples(), "data_collator": collate_list}
+    trainer = VLMTrainer(model=model, run_config={"training": {}}, **parts)
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer.train()
 
 
 # Optimizer groups

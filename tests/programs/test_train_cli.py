@@ -31,7 +31,7 @@ from transformers import TrainingArguments
 
 import train
 from dataset import ImageCaptionDataset, VLMCollator
-from model import VisionLanguageModel
+from model import VisionLanguageModel, arguments
 from model.arguments import parse_arguments
 from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
 
@@ -321,6 +321,16 @@ def test_a_global_batch_that_can_not_be_is_refused(data, monkeypatch, flags, nam
     with pytest.raises(ValueError, match="--global_batch_size") as refused:
         parse_arguments([*data, "--per_device_train_batch_size", "4", *flags])
     assert all(text in str(refused.value) for text in named)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fp16"), [([], True), (["--fp16-full-eval", "true"], True), (["--fp16=false"], False)]
+)
+def test_half_precision_is_the_default_on_a_gpu_unless_it_is_chosen(data, monkeypatch, flags, fp16):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(arguments, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(arguments, "pick_dtype", lambda device: torch.float16)
+    assert parse_arguments([*data, *flags])[2].fp16 is fp16
 
 
 # ---- What users get wrong

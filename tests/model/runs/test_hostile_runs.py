@@ -8,12 +8,18 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 from tiny_run import losses, make_pictures, one_line_error, trained_weights, write_data
 
 import train
+from dataset.bad_samples import BadSamples
+from model.runs import callbacks
+from model.runs.callbacks import WatchBadSamples
+from model.runs.deleting import overwriting
 
 QUICK = shlex.split(
     "--lora_rank 4 --lora_dropout 0 --logging_steps 1 --save_steps 100 --num_train_epochs 1 --use_cpu true "
@@ -42,6 +48,31 @@ def run(output: Path, base_flags: list[str], data: list[str], *flags: object) ->
 def listed(output: Path) -> list[str]:
     lines = (output / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["reason"] for line in lines]
+
+
+def test_a_link_that_takes_the_place_of_the_list_is_not_followed(tmp_path, caplog):
+    dataset = SimpleNamespace(bad=BadSamples(2, [], 1.0))
+    args: Any = SimpleNamespace(process_index=0, world_size=1, output_dir=str(tmp_path / "run"))
+    watch = WatchBadSamples(dataset)
+    watch.on_train_begin(args)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "note").write_text("theirs")
+    (tmp_path / "run/bad_samples.jsonl").symlink_to(tmp_path / "note")
+    dataset.bad.mark(1, "sample 1: bad")
+    watch.on_step_end(args)
+    assert (tmp_path / "note").read_text() == "theirs"
+    assert "bad_samples.jsonl could not be written" in caplog.text
+
+
+@pytest.mark.parametrize(("process", "reason"), [(0, "File exists"), (1, "said by the first process")])
+def test_every_process_hears_why_an_old_run_could_not_be_set_aside(tmp_path, monkeypatch, process, reason):
+    (tmp_path / "tmp-overwritten").write_text("a file where a folder is to be")
+    if process:
+        monkeypatch.setattr(callbacks, "gather_object", lambda problems: ["said by the first process", *problems])
+    args = SimpleNamespace(process_index=process, overwrite_output_dir=True)
+    trainer = SimpleNamespace(args=args, run_folder=tmp_path, add_callback=lambda callback: None)
+    with pytest.raises(OSError, match=reason), overwriting(trainer):
+        pass
 
 
 @pytest.mark.parametrize("workers", [0, 2])
