@@ -32,7 +32,8 @@ from .checkpoints.saving import multimodal_config, save_checkpoint
 from .device import pick_device, pick_dtype
 from .language_models.causal_lm import check_window
 from .lora import LoraSettings, add_lora, merge_lora
-from .projector import build_projector, check_pixel_shuffle, pixel_shuffle
+from .pixel_shuffle import check_pixel_shuffle, shuffle_pixels
+from .projector import build_projector
 
 
 class VisionLanguageModel(nn.Module):
@@ -149,7 +150,8 @@ class VisionLanguageModel(nn.Module):
         size = self.vision_tower.num_image_tokens, self.vision_tower.hidden_size
         if vision_features.shape[1:] != size:
             raise ValueError(f"vision_features must be (N, {size[0]}, {size[1]}), got {tuple(vision_features.shape)}")
-        vision_features = pixel_shuffle(vision_features, self.pixel_shuffle)  # (N, P, f² · W)
+        if self.pixel_shuffle > 1:
+            vision_features = shuffle_pixels(vision_features, self.pixel_shuffle)  # (N, P, f² · W)
         dtype = next(self.projector.parameters()).dtype
         features: Tensor = self.projector(vision_features.to(dtype))  # (N, P, D)
         return features

@@ -19,7 +19,8 @@ from ..checkpoints.checkpoint import drops_first_patch, read_checkpoint
 from ..checkpoints.previous import check_previous
 from ..language_models.causal_lm import check_window, multimodal_class
 from ..lora import LoraSettings, check_targets, default_targets
-from ..projector import build_projector, check_pixel_shuffle
+from ..pixel_shuffle import check_pixel_shuffle
+from ..projector import build_projector
 from .memory_estimate import ModelShape, Setting
 
 _QWEN_INPUTS = {

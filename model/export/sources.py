@@ -29,7 +29,8 @@ from ..checkpoints.base_models import base_fingerprints, base_models, read_langu
 from ..checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
 from ..checkpoints.readers import Checkpoint, reading
 from ..device import parse_dtype
-from ..projector import build_projector, check_pixel_shuffle
+from ..pixel_shuffle import check_pixel_shuffle
+from ..projector import build_projector
 
 _ROWS = 1 << 14
 """Rows that are merged together: only the head has more, and in fp32 it would take gigabytes."""

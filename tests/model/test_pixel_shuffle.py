@@ -19,7 +19,7 @@ from model import LoraSettings, VisionLanguageModel
 from model.checkpoints.base_models import load_tokenizer
 from model.checkpoints.folder import CheckpointError
 from model.checkpoints.saving import write_checksums
-from model.projector import check_pixel_shuffle, pixel_shuffle
+from model.pixel_shuffle import check_pixel_shuffle, shuffle_pixels
 
 QUICK = [
     *("--lora_rank", "4", "--lora_alpha", "8", "--lora_dropout", "0.2", "--learning_rate", "1e-2"),
@@ -61,7 +61,7 @@ def shuffled_model(*bases: str, **kwargs) -> VisionLanguageModel:
 def test_blocks_and_their_patches_go_row_by_row():
     """A grid of 4 × 4 patches of two channels; each patch says its row and column."""
     grid = torch.tensor([[row * 10 + column, -1] for row in range(4) for column in range(4)])[None]  # (1, 16, 2)
-    tokens = pixel_shuffle(grid, 2)
+    tokens = shuffle_pixels(grid, 2)
     assert tokens.shape == (1, 4, 8)
     assert (tokens[..., 1::2] == -1).all()
     assert tokens[0, :, ::2].tolist() == [[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]]
@@ -74,13 +74,11 @@ def test_it_is_what_unfold_gives(side, factor):
     image = features.transpose(1, 2).reshape(2, 3, side, side)
     blocks = torch.nn.functional.unfold(image, factor, stride=factor)  # (2, 3 · f², tokens)
     expected = blocks.reshape(2, 3, factor**2, -1).permute(0, 3, 2, 1).flatten(2)
-    assert torch.equal(pixel_shuffle(features, factor), expected)
-    assert pixel_shuffle(features[:0], factor).shape == (0, *expected.shape[1:])
+    assert torch.equal(shuffle_pixels(features, factor), expected)
+    assert shuffle_pixels(features[:0], factor).shape == (0, *expected.shape[1:])
 
 
-def test_factor_1_changes_nothing_also_without_a_grid():
-    features = torch.randn(2, 728, 3)
-    assert pixel_shuffle(features, 1) is features
+def test_factor_1_needs_no_grid():
     check_pixel_shuffle(1, 728)
 
 
@@ -116,7 +114,7 @@ def test_the_model_has_fewer_tokens_and_a_wider_projector(tiny_bases, tmp_path, 
     torch.testing.assert_close(encoded[:, 1], model.projector(by_hand))
     assert torch.equal(model.encode_images(None, features), encoded)
     with pytest.raises(ValueError, match=r"\(N, 36, 32\), got \(2, 9, 128\)"):
-        model.encode_images(None, pixel_shuffle(features, 2))
+        model.encode_images(None, shuffle_pixels(features, 2))
 
 
 def test_gradients_reach_all_of_the_projector_and_image_tokens_are_counted(tiny_bases):
