@@ -122,7 +122,8 @@ class VisionLanguageModel(nn.Module):
             projector_layers, pixel_shuffle = checkpoint.projector_layers, checkpoint.pixel_shuffle
         if pixel_shuffle != 1:
             check_pixel_shuffle(pixel_shuffle, tower.num_image_tokens)
-        check_window(language_name, language_model.config, tower.num_image_tokens // pixel_shuffle**2)
+        if getattr(language_model.config, "sliding_window", None):  # QWen has none
+            check_window(language_name, language_model.config, tower.num_image_tokens // pixel_shuffle**2)
         width = tower.hidden_size * pixel_shuffle**2
         projector = build_projector(width, language_model.config.hidden_size, projector_layers)
         if checkpoint is not None:
