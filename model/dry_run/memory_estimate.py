@@ -49,7 +49,7 @@ from dataclasses import dataclass
 FP32 = 4
 CUDA_CONTEXT = 600_000_000
 """Bytes that CUDA, cuBLAS and their kernels take before the first tensor. An assumption."""
-HOST_PROCESS = 450_000_000
+HOST_PROCESS = 400_000_000
 """Bytes that a process on the CPU takes apart from these tensors: fitted to `benchmarks/training/memory.py`."""
 
 
