@@ -216,7 +216,7 @@ def draw_bars(path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[
         for place, name in enumerate(names):
             at = [number + (place - (len(names) - 1) / 2) * width for number in range(len(groups))]
             bars = axis.bar(at, [values.get(name, 0.0) for values in groups.values()], width * 0.92, label=name)
-            axis.bar_label(bars, fmt="%.3g", fontsize=8)
+            axis.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", fontsize=8)
         axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
         axis.set_ylabel(unit)
         axis.spines[["top", "right"]].set_visible(False)
