@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessor, Dinov2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessorPil, Dinov2Config
 
 from ..easy_vqa.fitting import written_whole
 
@@ -101,7 +101,7 @@ def convert_tower(onnx_file: Path, folder: Path, image_size: int) -> None:
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(str(folder))
     save_file(onnx_weights(onnx_file), folder / "model.safetensors", metadata={"format": "pt"})
-    processor = BitImageProcessor(
+    processor = BitImageProcessorPil(
         size={"height": image_size, "width": image_size},
         do_center_crop=False,
         image_mean=[0.485, 0.456, 0.406],
