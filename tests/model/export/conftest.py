@@ -24,15 +24,9 @@ def tokenizer_files(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
-def export(tmp_path, tokenizer_files, monkeypatch):
+def run_export(tmp_path):
     """Call export.py in this process, without its own verification unless `verify` says so; return the new folder."""
     import export as program
-    from model.export import llava
-
-    def copy_files(folder, tokenizer, max_length):
-        shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
-
-    monkeypatch.setattr(llava, "write_tokenizer", copy_files)
 
     def call(checkpoint: object, *flags: object, status: int = 0, verify: bool = False, name: str = "out") -> Path:
         output = tmp_path / name
@@ -41,6 +35,18 @@ def export(tmp_path, tokenizer_files, monkeypatch):
         return output
 
     return call
+
+
+@pytest.fixture
+def export(run_export, tokenizer_files, monkeypatch):
+    """Call export.py for a QWen, whose tokenizer's files are copied."""
+    from model.export import qwen_text
+
+    def copy_files(folder, tokenizer, max_length):
+        shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(qwen_text, "write_tokenizer", copy_files)
+    return run_export
 
 
 @pytest.fixture(scope="session")

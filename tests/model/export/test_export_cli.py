@@ -17,7 +17,7 @@ from tiny_vlm import logits_of, sample
 from dataprocess.file_lock import hold
 from dataset import VLMCollator
 from model import VisionLanguageModel
-from model.export import llava, processor_files, qwen_formats
+from model.export import llava, own_layout, processor_files, qwen_text
 from qwen import QWenLMHeadModel
 
 
@@ -69,7 +69,7 @@ def test_what_is_stopped_has_no_name_and_the_next_export_clears_it(export, train
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(llava, "language_weights", stopped)
+        patch.setattr(qwen_text, "language_weights", stopped)
         output = export(trained, status=130)
     assert leftovers(output) == []
     part = tmp_path / "out.unfinished-export"  # as a process that was killed leaves it
@@ -98,8 +98,8 @@ def test_a_full_disk_leaves_nothing(export, trained, monkeypatch, capfd):
 
 KILLED = """
 import os, signal, sys
-from model.export import llava
-llava.language_weights = lambda sources: os.kill(os.getpid(), signal.SIGKILL)
+from model.export import qwen_text
+qwen_text.language_weights = lambda sources: os.kill(os.getpid(), signal.SIGKILL)
 import export
 export.main(sys.argv[1:])
 """
@@ -135,7 +135,7 @@ def swapped(names):
 @pytest.mark.parametrize(
     ("where", "name", "wrong"),
     [
-        (llava, "_NAMES", swapped(llava._NAMES)),
+        (qwen_text, "_NAMES", swapped(qwen_text._NAMES)),
         (processor_files, "SYSTEM_PROMPT", "你是一位助手。"),
         (llava, "norm_block", lambda weight, bias, inner: right_block(weight, 0 * bias, inner)),
     ],
@@ -236,7 +236,7 @@ def test_peft_loads_its_own_format(export, make_checkpoint, tmp_path):
 
 def test_verification_sees_a_wrong_scale(export, make_checkpoint, monkeypatch):
     checkpoint = make_checkpoint(make_clip_checkpoint)
-    write = qwen_formats.write_peft
+    write = own_layout.write_peft
 
     def wrong(sources, folder):
         write(sources, folder)

@@ -1,4 +1,4 @@
-"""Two formats in QWen's own layout: the language model with LoRA merged, and LoRA alone as PEFT reads it."""
+"""Two formats in the base's own layout: the language model with LoRA merged, and LoRA alone as PEFT reads it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from ..checkpoints.saving import PACKAGE_VERSIONS, flush_to_disk
 from .shards import ShardWriter
 from .sources import Sources, base_file, language_weights
 
-_COPIED = ("generation_config.json", "tokenizer_config.json", "qwen.tiktoken")
+_COPIED = (
+    *("generation_config.json", "tokenizer_config.json", "qwen.tiktoken", "tokenizer.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
+)
 
 
 def write_merged(sources: Sources, folder: Path, max_bytes: int) -> None:
-    """Write a QWen as published, with LoRA in its weights, and next to it the projector and what belongs to it.
+    """Write the base as published, with LoRA in its weights, and next to it the projector and what belongs to it.
 
     Raises:
         ValueError: if the base models' files are incomplete.
@@ -27,8 +30,8 @@ def write_merged(sources: Sources, folder: Path, max_bytes: int) -> None:
     """
     config = sources.language.to_dict()
     config |= {
-        "architectures": ["QWenLMHeadModel"],
-        "tie_word_embeddings": False,
+        "architectures": [sources.names.architecture],
+        "tie_word_embeddings": sources.is_tied,
         "dtype": str(sources.dtype).removeprefix("torch."),
     }
     config.pop("_name_or_path", None)
