@@ -30,7 +30,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cut
 _FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
-    {%- if message['content'] is string or not message['content'] -%}
+    {%- if message['content'] is not defined or message['content'] is none or message['content'] is string -%}
         {%- set flat.messages = flat.messages + [message] -%}
     {%- else -%}
         {%- set flat.text = '' -%}
@@ -62,7 +62,7 @@ class FamilyText:
         self.chat = chat
         self.tokenizer: Any = AutoTokenizer.from_pretrained(sources.language_name, trust_remote_code=False)
         self.tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-        self.image_token_id = int(self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.num_rows = max(sources.language.vocab_size, self.image_token_id + 1)
 
     def misfits(self) -> list[tuple[bool, str]]:
