@@ -7,6 +7,7 @@ head grow by a row, the mean of all others: the logit of a mean is below the lar
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from dataset.chat_template import TEMPLATE_SETTINGS, ChatTokenizer
+from dataset.prompt import encode_prompt
 from qwen import IMAGE_TOKEN
 from qwen.answering import DEFAULT_MAX_NEW_TOKENS
 
@@ -27,6 +29,10 @@ from .sources import Sources, base_file, language_weights
 _ROWS = 1 << 14
 """Rows that are added up at once."""
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_TRIALS = (
+    (f"{IMAGE_TOKEN}What is it?",),
+    (f"Is {IMAGE_TOKEN} or {IMAGE_TOKEN} red?", "The first.", "And blue?", "None.", f"Why?{IMAGE_TOKEN}"),
+)
 _FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -60,8 +66,7 @@ class FamilyText:
         chat = load_tokenizer(sources.language_name)
         assert isinstance(chat, ChatTokenizer)
         self.chat = chat
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(sources.language_name, trust_remote_code=False)
-        self.tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        self.tokenizer = self._make_tokenizer()
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.num_rows = max(sources.language.vocab_size, self.image_token_id + 1)
 
@@ -75,6 +80,10 @@ class FamilyText:
                 f"the language model {kind} is more than a decoder and the matrix of its head",
             ),
             (not self.tokenizer.is_fast, f"the tokenizer of {kind} can't be written as a tokenizer.json"),
+            (
+                any(map(self._differs, _TRIALS)),
+                f"the tokenizer of {kind} splits a text after a picture otherwise than in training",
+            ),
         ]
 
     def config(self) -> dict[str, Any]:
@@ -106,12 +115,7 @@ class FamilyText:
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer with the image token."""
-        tokenizer = self.tokenizer
-        tokenizer.add_bos_token = tokenizer.add_eos_token = False  # the chat template writes all control tokens
-        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # LLaVA takes no token_type_ids
-        tokenizer.chat_template = self.chat_template()
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.chat.pad_token_id)  # some families have none
-        tokenizer.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
         path = folder / "tokenizer_config.json"
         values = json.loads(path.read_text(encoding="utf-8"))
         for name in ("is_local", "local_files_only"):
@@ -148,6 +152,24 @@ class FamilyText:
             "keeps\n  them. Thinking is off unless `enable_thinking` is given, and a template that writes the date "
             "always\n  gets 26 July 2024, as in training.",
         ]
+
+    def _make_tokenizer(self) -> Any:
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.sources.language_name, trust_remote_code=False)
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        tokenizer.add_bos_token = tokenizer.add_eos_token = False  # the chat template writes all control tokens
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # LLaVA takes no token_type_ids
+        tokenizer.chat_template = self.chat_template()
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.chat.pad_token_id)  # some families have none
+        return tokenizer
+
+    def _differs(self, turns: tuple[str, ...]) -> bool:
+        """Return whether a conversation that ends in a question has other ids than in training."""
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+        found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        history = list(zip(turns[:-1:2], turns[1::2], strict=True))
+        ids = encode_prompt(self.chat, turns[-1], 1, history, None)[0]
+        return bool(found != [self.image_token_id if i == self.chat.image_token_id else i for i in ids])
 
     def _decoder_names(self) -> set[str]:
         """Return the names of the decoder that LLaVA builds, as the whole language model has them."""

@@ -68,6 +68,19 @@ def _multimodal_config(sources: Sources) -> MultimodalConfig:
     return here if trained is None else replace(here, vision_tower_fingerprint=trained.vision_tower_fingerprint)
 
 
+def check_peft(sources: Sources) -> None:
+    """Refuse a checkpoint without LoRA.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if sources.checkpoint.lora_config is None:
+        raise ValueError(
+            f"--format peft: {sources.checkpoint.folder} is of --train_only {sources.checkpoint.train_only} and has no "
+            "LoRA; --format llava and merged write its language model"
+        )
+
+
 def write_peft(sources: Sources, folder: Path) -> None:
     """Write what `PeftModel.from_pretrained` loads onto the base language model; the projector is not part of it.
 

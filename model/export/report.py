@@ -82,7 +82,9 @@ def write_report(
         float16="- **float16** overflows in SigLIP's last block: serve in bfloat16 or float32.\n" if is_siglip else "",
     )
     dtype = str(sources.dtype).removeprefix("torch.")
-    head = f"# {name}\n\n{language} with LoRA merged, {vision} and a projector, as `--format {kind}` in {dtype}.\n"
+    states = {"lora": "with LoRA merged", "projector": "as published", "all": "trained as a whole"}
+    language_model = f"{language} {states[sources.checkpoint.train_only]}"
+    head = f"# {name}\n\n{language_model}, {vision} and a projector, as `--format {kind}` in {dtype}.\n"
     if kind == "peft":
         head = f"# {name}\n\nLoRA of {language}, as `--format peft`.\n"
     (folder / EXPORT_NOTE).write_text("\n".join([head, *table(comparisons), text]), encoding="utf-8")

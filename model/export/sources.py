@@ -83,8 +83,6 @@ def read_sources(
         OSError: if files are missing.
     """
     checkpoint = read_checkpoint(model_weights)
-    if checkpoint.train_only != "lora":
-        raise ValueError(f"{checkpoint.folder}: checkpoints of --train_only {checkpoint.train_only} can't be exported")
     language_name, vision_name = base_models(language, vision, checkpoint)
     config, drop = read_language_config(language_name), drops_first_patch(checkpoint, vision_name)
     is_qwen = isinstance(config, QWenConfig)
@@ -131,7 +129,7 @@ def _language_names(model: Any) -> LanguageNames:
     modules = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return LanguageNames(
-        architecture=type(model).__name__.removeprefix("Multimodal"),
+        architecture=type(model).__name__.removeprefix("Multimodal"),  # QWen's
         prefix=model.base_model_prefix,
         embedding=f"{modules[id(embedding)]}.weight",
         head=f"{modules[id(head)]}.weight",
@@ -139,6 +137,8 @@ def _language_names(model: Any) -> LanguageNames:
 
 
 def _read_lora(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[Tensor, Tensor, float]]:
+    if checkpoint.lora_config is None:  # of --train_only
+        return {}
     base = load_lora(model, checkpoint, trainable=False).get_base_model()
     layers: dict[str, Any] = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     return {

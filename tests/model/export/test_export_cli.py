@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_run import ROOT, one_line_error, start, write_as_the_original
 from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint, pixels
-from tiny_vlm import logits_of, sample
+from tiny_vlm import logits_of, sample, trainable_parameters
 
 from dataprocess.file_lock import hold
 from dataset import VLMCollator
@@ -232,6 +232,25 @@ def test_peft_loads_its_own_format(export, make_checkpoint, tmp_path):
     with torch.no_grad():
         stranger = PeftModel.from_pretrained(QWenLMHeadModel.from_pretrained(base), folder).eval()
         assert torch.allclose(stranger(input_ids=ids).logits, ours(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["all", pytest.param("projector", marks=pytest.mark.slow)])
+def test_checkpoints_of_train_only(export, make_checkpoint, tmp_path, capfd, kind):
+    bases = [str(make_checkpoint(make_clip_checkpoint).parent / name) for name in ("qwen", "tower")]
+    model = VisionLanguageModel.from_pretrained(*bases, device="cpu", trainable=True, train_only=kind)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in trainable_parameters(model).values():
+            value.add_(torch.randn(value.shape, generator=generator), alpha=0.1)
+    model.save_checkpoint(tmp_path / "trained")
+    folder = export(tmp_path / "trained", verify=True, name="llava")
+    weights = load_file(folder / "model.safetensors")
+    published = load_file(Path(bases[0]) / "model.safetensors")["transformer.h.0.mlp.w1.weight"]
+    found = weights["language_model.model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(found, published) is (kind == "projector")
+    export(tmp_path / "trained", "--format", "merged", verify=True, name="merged")
+    export(tmp_path / "trained", "--format", "peft", status=2, name="peft")
+    assert f"--train_only {kind}" in one_line_error(capfd.readouterr().err, "export.py")
 
 
 def test_verification_sees_a_wrong_scale(export, make_checkpoint, monkeypatch):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, make_family
 from tiny_run import ROOT, load_test_py, one_line_error
 from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint
-from tiny_vlm import enliven_trained
+from tiny_vlm import enliven_trained, trainable_parameters
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -25,7 +25,7 @@ from transformers import (
 from dataset.prompt import encode_prompt
 from model import LoraSettings, VisionLanguageModel
 from model.checkpoints.base_models import load_tokenizer
-from model.export.family_text import with_mean_rows
+from model.export.family_text import FamilyText, with_mean_rows
 
 ask = load_test_py()
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -35,24 +35,6 @@ SIGLIP_TOLERANCE, CLIP_TOLERANCE = 1e-4, 1e-5
 @pytest.fixture
 def export(run_export):
     return run_export
-
-
-@pytest.fixture(scope="session")
-def make_family_checkpoint(tmp_path_factory):
-    """Write base models and a checkpoint whose LoRA and projector make a difference; return its folder."""
-
-    def make(family, make_tower=make_clip_checkpoint, targets=TARGETS, dtype=torch.float32, template=None, **language):
-        folder = tmp_path_factory.mktemp(family)
-        base = make_family(folder / "language", family, **language)
-        if template is not None:
-            (folder / "language" / "chat_template.jinja").write_text(template)
-        tower = make_tower(folder / "tower")
-        model = VisionLanguageModel.from_pretrained(base, tower, dtype=dtype, device="cpu")
-        model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=targets))
-        enliven_trained(model, seed=3, std=0.4).save_checkpoint(folder / "trained")
-        return folder / "trained"
-
-    return make
 
 
 def load_ours(checkpoint, dtype=torch.float32) -> VisionLanguageModel:
@@ -361,15 +343,51 @@ def test_peft_loads_its_own_format(export, make_family_checkpoint):
         assert torch.allclose(stranger(input_ids=ids).logits, load_ours(checkpoint)(ids).logits, atol=1e-5)
 
 
+# ---- Without LoRA
+
+
+@pytest.mark.parametrize("kind", ["projector", "all"])
+def test_checkpoints_of_train_only(export, tmp_path, capfd, kind):
+    base, tower = make_family(tmp_path / "language", "qwen3", tie_word_embeddings=True), tmp_path / "tower"
+    make_clip_checkpoint(tower)
+    model = VisionLanguageModel.from_pretrained(base, str(tower), device="cpu", trainable=True, train_only=kind)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in trainable_parameters(model).values():
+            value.add_(torch.randn(value.shape, generator=generator), alpha=0.1)
+    model.save_checkpoint(tmp_path / "trained")
+    folder = export(tmp_path / "trained", verify=True, name="llava")
+    assert difference(tmp_path / "trained", folder) <= CLIP_TOLERANCE
+    weights = load_file(folder / "model.safetensors")
+    assert "language_model.lm_head.weight" not in weights
+    published = load_file(tmp_path / "language" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    is_published = torch.equal(weights["language_model.model.layers.0.mlp.up_proj.weight"], published)
+    assert is_published is (kind == "projector")
+    merged = export(tmp_path / "trained", "--format", "merged", verify=True, name="merged")
+    assert AutoTokenizer.from_pretrained(merged).chat_template
+    export(tmp_path / "trained", "--format", "peft", status=2, name="peft")
+    assert f"--train_only {kind}" in one_line_error(capfd.readouterr().err, "export.py")
+
+
 # ---- What cannot be expressed
 
 
-def test_a_head_with_more_than_a_matrix_is_refused(export, make_family_checkpoint, tmp_path, capfd):
-    checkpoint = make_family_checkpoint("llama", make_dinov2_checkpoint)
-    export(checkpoint, status=2)
+def test_a_tower_that_engines_do_not_read_is_refused(export, make_family_checkpoint, capfd):
+    export(make_family_checkpoint("llama", make_dinov2_checkpoint), status=2)
     message = one_line_error(capfd.readouterr().err, "export.py")
     assert "the tower is dinov2" in message
     assert "--format merged can" in message
+
+
+@pytest.mark.parametrize(("name", "changed"), [("_decoder_names", set()), ("_differs", True)])
+def test_what_llava_would_compute_otherwise_is_refused(
+    export, make_family_checkpoint, monkeypatch, capfd, name, changed
+):
+    """No family here has a head with a bias, or a tokenizer that reads a text after a picture otherwise."""
+    monkeypatch.setattr(FamilyText, name, lambda self, *args: changed)
+    export(make_family_checkpoint("llama"), status=2)
+    message = one_line_error(capfd.readouterr().err, "export.py")
+    assert {"_decoder_names": "matrix of its head", "_differs": "after a picture"}[name] in message
 
 
 def test_weights_that_are_missing_are_named(export, make_family_checkpoint, capfd):
