@@ -234,7 +234,8 @@ def test_peft_loads_its_own_format(export, make_checkpoint, tmp_path):
         assert torch.allclose(stranger(input_ids=ids).logits, ours(ids).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["all", pytest.param("projector", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["projector", "all"])
 def test_checkpoints_of_train_only(export, make_checkpoint, tmp_path, capfd, kind):
     bases = [str(make_checkpoint(make_clip_checkpoint).parent / name) for name in ("qwen", "tower")]
     model = VisionLanguageModel.from_pretrained(*bases, device="cpu", trainable=True, train_only=kind)
