@@ -105,6 +105,10 @@ def test_every_family_computes_the_same(export, make_family_checkpoint, family, 
     assert (text["model_type"], text["architectures"]) == (family, base["architectures"])
     assert text["max_position_embeddings"] == base["max_position_embeddings"]
     assert (config["image_token_index"], text["vocab_size"]) == (300, max(vocab_size, 301))
+    tokenizer = load_tokenizer(str(checkpoint.parent / "language"))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert set(settings["eos_token_id"]) == set(tokenizer.stop_ids)
+    assert (settings["max_new_tokens"], settings["suppress_tokens"]) == (8, [300])
     names = load_file(folder / "model.safetensors")
     assert {"language_model.model.layers.1.self_attn.k_proj.weight", "language_model.lm_head.weight"} <= names.keys()
 
@@ -210,6 +214,7 @@ def test_files_with_a_head_of_their_own_are_believed(export, make_family_checkpo
     enliven_trained(model, seed=3, std=0.4).save_checkpoint(tmp_path / "trained")
     folder = export(tmp_path / "trained", verify=True)
     assert difference(tmp_path / "trained", folder) <= CLIP_TOLERANCE
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_shards_and_bases_in_bin_files(export, make_family_checkpoint):
@@ -320,7 +325,12 @@ def test_no_token_is_put_before_a_prompt_that_the_template_does_not_write(export
     )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(language)
-    assert AutoTokenizer.from_pretrained(language)("a")["input_ids"][0] == 0
+    config = json.loads((language / "tokenizer_config.json").read_text())
+    config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # older files have this
+    (language / "tokenizer_config.json").write_text(json.dumps(config))
+    read = AutoTokenizer.from_pretrained(language)("a")
+    assert read["input_ids"][0] == 0
+    assert "token_type_ids" in read
     model = VisionLanguageModel.from_pretrained(str(language), make_clip_checkpoint(tmp_path / "clip"), device="cpu")
     model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=TARGETS))
     enliven_trained(model, seed=3, std=0.4).save_checkpoint(tmp_path / "trained")
