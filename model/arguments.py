@@ -60,6 +60,10 @@ class ModelArguments:
     previous_lora_weights: str | None = flag(
         default=None, help="Checkpoint (also of the original project) whose LoRA and projector training starts from."
     )
+    from_llava: str | None = flag(
+        default=None,
+        help="LLaVA folder (Hugging Face's layout) whose projector training starts from; with the same vision tower.",
+    )
 
     @property
     def lora_settings(self) -> LoraSettings:
@@ -258,6 +262,12 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     ]
     if wrong:
         raise ValueError("; ".join(wrong))
+    for name, only in {"previous_lora_weights": None, "projector_layers": 2, "pixel_shuffle": 1}.items():
+        if model_args.from_llava is not None and values[name] not in (None, only):
+            raise ValueError(
+                f"--from_llava and --{name} {values[name]} do not go together: there is one projector, and a LLaVA's "
+                "has two layers and takes single patches; leave one of them out"
+            )
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     strategy: Any = args.eval_strategy

@@ -134,7 +134,7 @@ def base_fingerprints(tower: VisionTower, language_model: PreTrainedModel) -> di
         config = {name: getattr(language_model.config, name) for name in _LANGUAGE_SETTINGS}
     else:
         config = fingerprinted_settings(language_model.config)
-    vision, language = (_published_weights(name) for name in (tower.name_or_path, str(language_model.name_or_path)))
+    vision, language = (published_weights(name) for name in (tower.name_or_path, str(language_model.name_or_path)))
     return {
         "vision_tower_fingerprint": fingerprint(vision, {"kind": tower.kind}, prepared),
         "language_model_fingerprint": fingerprint(language, config),
@@ -177,7 +177,7 @@ def _published(name: str, file: str) -> Path | None:
         return None
 
 
-def _published_weights(name: str) -> dict[str, Tensor]:
+def published_weights(name: str) -> dict[str, Tensor]:
     """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
     for file in ("model.safetensors", "pytorch_model.bin"):
         parts = [file]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS, MULTIMODAL_CONFIG, PROJECTOR_WEIGHTS, WEIGHTS, sha256
-from .readers import MultimodalConfig
+from .readers import OPTIONAL, MultimodalConfig
 
 PACKAGE_VERSIONS = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
 
@@ -43,6 +43,7 @@ def multimodal_config(model: Any) -> MultimodalConfig:
         dtype=str(model.dtype).removeprefix("torch."),
         package_versions=PACKAGE_VERSIONS,
         pixel_shuffle=model.pixel_shuffle,
+        vision_feature_layer=tower.feature_layer,
     )
 
 
@@ -60,9 +61,7 @@ def save_checkpoint(
     lora_config.base_model_name_or_path = config.base_language_model
     # By default PEFT asks the model hub whether the vocabulary has grown; here it never does.
     lora = get_peft_model_state_dict(language_model, save_embedding_layers=False)
-    values = asdict(config)
-    if config.pixel_shuffle == 1:
-        del values["pixel_shuffle"]  # files stay as they were before it existed
+    values = {name: value for name, value in asdict(config).items() if name not in OPTIONAL or value != OPTIONAL[name]}
     text = json.dumps(values, indent=2, ensure_ascii=False)
     # All is written to a new folder first: if that fails, the old files are whole.
     new = path / "tmp-weights"

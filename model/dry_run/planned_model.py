@@ -15,8 +15,9 @@ from visual import TowerShape, read_tower_shape
 
 from ..arguments import ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import read_language_config
-from ..checkpoints.checkpoint import drops_first_patch, read_checkpoint
+from ..checkpoints.checkpoint import read_checkpoint, tower_settings
 from ..checkpoints.previous import check_previous
+from ..export.from_llava import llava_feature_layer
 from ..language_models.causal_lm import check_window, multimodal_class
 from ..lora import LoraSettings, check_targets, default_targets
 from ..pixel_shuffle import check_pixel_shuffle
@@ -53,6 +54,7 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     """
     lora, previous = asked.lora_settings, None
     layers, factor = asked.projector_layers or 2, asked.pixel_shuffle or 1
+    config = read_language_config(asked.base_language_model)
     if asked.previous_lora_weights is not None:
         previous = read_checkpoint(asked.previous_lora_weights)
         check_previous(asked, previous)
@@ -60,10 +62,11 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
         targets = (there,) if isinstance(there, str) else tuple(there or ())
         lora = replace(lora, rank=previous.lora_config.r, target_modules=targets)
         layers, factor = previous.projector_layers, previous.pixel_shuffle
-    drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
-    tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
+    settings = tower_settings(previous, asked.base_value_model)
+    if asked.from_llava is not None:
+        settings = {"feature_layer": llava_feature_layer(asked.from_llava, asked.base_value_model, config.hidden_size)}
+    tower = read_tower_shape(asked.base_value_model, **settings)
     check_pixel_shuffle(factor, tower.num_image_tokens)
-    config = read_language_config(asked.base_language_model)
     check_window(asked.base_language_model, config, tower.num_image_tokens // factor**2)
     return model_shape(config, tower, lora, layers, factor), lora
 

@@ -67,7 +67,7 @@ def check_llava(sources: Sources) -> None:
         (sources.checkpoint.pixel_shuffle != 1, "pixel_shuffle joins patches, and LLaVA takes each as a token"),
         (tower.kind not in ("clip", "siglip"), f"the tower is {tower.kind}, and engines read CLIP and SigLIP"),
     ]
-    if tower.kind == "siglip":
+    if tower.kind == "siglip" and tower.feature_layer == -1:
         norm, width, inner = "SigLIP's last norm becomes a block", tower.hidden_size, tower.intermediate_size
         reasons += [
             (sources.dtype == torch.float16, f"{norm} that overflows in float16 (give --dtype bfloat16)"),
@@ -130,7 +130,7 @@ def _config(sources: Sources, strategy: str) -> dict[str, Any]:
     ).to_dict()
     text["rope_theta"] = float(qwen.rotary_emb_base)  # some engines read it here alone
     vision = sources.vision.to_dict() | {"dtype": dtype}
-    if sources.tower.kind == "siglip":
+    if _takes_norm(sources):
         vision["num_hidden_layers"] += 1
     llava: Any = LlavaConfig
     config = llava(
@@ -141,7 +141,7 @@ def _config(sources: Sources, strategy: str) -> dict[str, Any]:
         image_seq_length=sources.tower.num_image_tokens,
         projector_hidden_act="gelu",
         multimodal_projector_bias=True,
-        vision_feature_layer=-1,
+        vision_feature_layer=sources.tower.feature_layer,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=False,
         eos_token_id=ENDOFTEXT_ID,
@@ -175,7 +175,7 @@ def _weights(sources: Sources) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under the names that LLaVA's published checkpoints have; all engines know these."""
     for name, value in _tower(sources):
         yield f"vision_tower.vision_model.{name}", value
-    scale = 1 / BLOCK_SCALE if sources.tower.kind == "siglip" else 1.0
+    scale = 1 / BLOCK_SCALE if _takes_norm(sources) else 1.0
     for theirs, ours in (("linear_1", "0"), ("linear_2", "2")):
         weight, bias = (sources.projector[f"{ours}.{kind}"] for kind in ("weight", "bias"))
         yield f"multi_modal_projector.{theirs}.weight", (weight * (scale if ours == "0" else 1)).to(sources.dtype)
@@ -198,13 +198,18 @@ def _as_qwen2(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.{_NAMES[part]}.{kind}", value
 
 
+def _takes_norm(sources: Sources) -> bool:
+    """Return whether features have gone through a last norm, which the export writes as a block."""
+    return sources.tower.kind == "siglip" and sources.tower.feature_layer == -1
+
+
 def _tower(sources: Sources) -> Iterator[tuple[str, Tensor]]:
     norm = {}
     for name, value in tower_weights(sources):
         yield name, value
         if name.startswith("post_layernorm."):
             norm[name.removeprefix("post_layernorm.")] = value.clone()
-    if sources.tower.kind == "siglip":
+    if _takes_norm(sources):
         number = sources.vision.num_hidden_layers
         block = norm_block(norm["weight"], norm["bias"], sources.tower.intermediate_size)
         yield from ((f"encoder.layers.{number}.{name}", value) for name, value in block.items())

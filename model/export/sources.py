@@ -26,7 +26,7 @@ from visual import TowerShape, read_tower_shape, tower_class_of
 from visual.loading import load_config
 
 from ..checkpoints.base_models import base_fingerprints, base_models, read_language_config
-from ..checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
+from ..checkpoints.checkpoint import check_bases, load_lora, load_projector, read_checkpoint, tower_settings
 from ..checkpoints.readers import Checkpoint, reading
 from ..device import parse_dtype
 from ..pixel_shuffle import check_pixel_shuffle
@@ -72,10 +72,10 @@ def read_sources(
     """
     checkpoint = read_checkpoint(model_weights)
     language_name, vision_name = base_models(language, vision, checkpoint)
-    config, drop = read_language_config(language_name), drops_first_patch(checkpoint, vision_name)
+    config, settings = read_language_config(language_name), tower_settings(checkpoint, vision_name)
     if not isinstance(config, QWenConfig):
         raise ValueError(f"{language_name} has model_type {config.model_type!r}: only QWen can be exported so far")
-    shape, tower_class = read_tower_shape(vision_name, drop_first_patch=drop), tower_class_of(vision_name)
+    shape, tower_class = read_tower_shape(vision_name, **settings), tower_class_of(vision_name)
     vision_config = load_config(tower_class.model_class, vision_name, tower_class.config_overrides)
     for name in (language_name, vision_name):
         weight_files(name)  # downloads those of a hub name, of which fingerprints are taken
@@ -101,7 +101,7 @@ def read_sources(
         language=config,
         vision=vision_config,
         tower=shape,
-        drop_first_patch=drop,
+        drop_first_patch=settings["drop_first_patch"],
         lora=_read_lora(model, checkpoint),
         projector=projector.state_dict(),
         dtype=dtype,
