@@ -37,7 +37,7 @@ class ModelArguments:
     base_language_model: str = flag(default="Qwen/Qwen-7B-Chat", help="Hub name or folder of the QWen language model.")
     base_value_model: str = flag(
         default="openai/clip-vit-large-patch14",
-        help="Hub name or folder of the vision tower: CLIP, SigLIP, DINOv2 or ViT.",
+        help="Hub name or folder of the vision tower: CLIP, SigLIP, DINOv2, DINOv3 or ViT.",
     )
     lora_rank: int | None = flag(default=None, help="LoRA rank. Default: 128, or that of --previous_lora_weights.")
     lora_alpha: int | None = flag(

@@ -3,6 +3,7 @@
 Overrides of the vision half's configuration are keyword arguments, e.g. `make_clip_checkpoint(folder, image_size=42)`.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     PreTrainedModel,
     SiglipConfig,
     SiglipImageProcessorPil,
@@ -114,6 +117,28 @@ def make_dinov2_checkpoint(folder: str | Path, *, seed: int = 0, registers: int 
         resample=3,
     )
     return _save(folder, model, processor)
+
+
+def make_dinov3_checkpoint(folder: str | Path, *, seed: int = 0, **vision: Any) -> str:
+    """DINOv3 with four register tokens, and a preprocessor_config.json as published."""
+    model = _build(DINOv3ViTModel, DINOv3ViTConfig(**(VISION | {"num_register_tokens": 4} | vision)), seed)
+    model.save_pretrained(str(folder))
+    size = model.config.image_size
+    settings = {
+        "image_processor_type": "DINOv3ViTImageProcessorFast",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+        "data_format": "channels_first",
+        "default_to_square": True,
+    }
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings))
+    return str(folder)
 
 
 def make_vit_checkpoint(folder: str | Path, *, seed: int = 0, **vision: Any) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from .base import ImageTransform, VisionTower
 from .clip_vit import CLIPTower
 from .dinov2 import Dinov2Tower, Dinov2WithRegistersTower
+from .dinov3 import Dinov3Tower
 from .feature_layer import read_earlier
 from .loading import one_error
 from .shape import TowerShape, read_shape
@@ -31,6 +32,7 @@ TOWERS: dict[str, type[VisionTower]] = {
     "siglip_vision_model": SiglipTower,
     "dinov2": Dinov2Tower,
     "dinov2_with_registers": Dinov2WithRegistersTower,
+    "dinov3_vit": Dinov3Tower,
     "vit": ViTTower,
 }
 """The class for each `model_type` that a checkpoint's config.json may name."""

@@ -63,6 +63,7 @@ class VisionTower(nn.Module):
 
     kind: ClassVar[str]  # the family's `model_type`, as saved with a trained model
     model_class: ClassVar[type[PreTrainedModel]]  # the vision model of transformers
+    processor_class: ClassVar[Any] = None  # of a family whose own image processor has no Pillow form
     num_prefix_tokens: ClassVar[int] = 1  # tokens before the patches in the last hidden state: the class token
     model_kwargs: ClassVar[dict[str, Any]] = {}  # further arguments of the model's `__init__`
     config_overrides: ClassVar[dict[str, Any]] = {}  # such as switching off a head whose output is not used
@@ -78,7 +79,7 @@ class VisionTower(nn.Module):
         self.drop_first_patch = drop_first_patch
         self.config = config = load_config(self.model_class, name_or_path, self.config_overrides)
         side = None if self.any_image_size else config.image_size
-        processor, self.image_size = load_image_processor(name_or_path, side)  # S
+        processor, self.image_size = load_image_processor(name_or_path, side, self.processor_class)  # S
         self.image_transform = ImageTransform(processor)
         registers = getattr(config, "num_register_tokens", 0)  # extra tokens after the class token
         self.num_skipped = self.num_prefix_tokens + registers + int(drop_first_patch)

@@ -163,6 +163,8 @@ def tower_key(tower: VisionTower) -> str:
     seconds.
     """
     config = {name: getattr(tower.config, name, None) for name in _TOWER_SETTINGS}
+    if hasattr(tower.config, "rope_theta"):  # DINOv3's positions; keys of other towers stay as they are
+        config["rope_theta"] = tower.config.rope_theta
     processor = tower.image_transform.processor.to_dict()
     images = {name: processor.get(name) for name in _IMAGE_SETTINGS}
     shape = [tower.kind, tower.image_size, tower.num_image_tokens, tower.hidden_size, tower.num_skipped]

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 # A block that the configuration does not know. Other surplus weights (a text half, a pooling head) are no fault.
-_SURPLUS_BLOCK = re.compile(r"^(?:vision_model\.|vit\.|dinov2\.)?(?:encoder\.)?layers?\.\d+\.")
+_SURPLUS_BLOCK = re.compile(r"^(?:vision_model\.|vit\.|dinov2\.|model\.)?(?:encoder\.)?layers?\.\d+\.")
 
 
 def load_config(
@@ -80,10 +80,12 @@ def load_model(
     return model
 
 
-def load_image_processor(name_or_path: str, side: int | None) -> tuple[Any, int]:
+def load_image_processor(name_or_path: str, side: int | None, processor_class: Any = None) -> tuple[Any, int]:
     """Load the checkpoint's own image processor in its Pillow form, and try it on a wide and a tall image.
 
     The torchvision form gives other pixels (by up to 0.015), and a model must not depend on what else is installed.
+
+    `processor_class` reads preprocessor_config.json where that names a processor without a Pillow form.
 
     Returns the processor, and the side of the squares that it makes: `side` as the model takes it, or any if None.
 
@@ -93,7 +95,10 @@ def load_image_processor(name_or_path: str, side: int | None) -> tuple[Any, int]
     """
     problem = f"the image processor of {name_or_path} cannot be used; take preprocessor_config.json from its publisher"
     with one_error(problem, FileNotFoundError):
-        processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", trust_remote_code=False)
+        if processor_class is None:
+            processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", trust_remote_code=False)
+        else:
+            processor = processor_class.from_pretrained(name_or_path, trust_remote_code=False)
         images = [Image.new("RGB", size) for size in ((40, 30), (30, 40))]
         made = {tuple(processor(images=image, return_tensors="pt")["pixel_values"].shape[2:]) for image in images}
         height, width = min(made)

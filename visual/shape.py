@@ -42,7 +42,7 @@ def read_shape(
     config = load_config(tower_class.model_class, name_or_path, tower_class.config_overrides)
     size = None if tower_class.any_image_size else config.image_size
     try:
-        size = load_image_processor(name_or_path, size)[1]
+        size = load_image_processor(name_or_path, size, tower_class.processor_class)[1]
     except FileNotFoundError:
         if size is None:
             raise

@@ -51,10 +51,26 @@ def check_llava(sources: Sources) -> None:
     Raises:
         ValueError: with every reason.
     """
-    language, tower, act = sources.language, sources.tower, getattr(sources.vision, "hidden_act", None)
-    stretches = language.use_dynamic_ntk or language.use_logn_attn
-    needed = tower.num_image_tokens + _TEXT_TOKENS
+    tower, act = sources.tower, getattr(sources.vision, "hidden_act", None)
     reasons = [
+        *misfits(sources),
+        (tower.kind not in ("clip", "siglip"), f"the tower is {tower.kind}, and engines read CLIP and SigLIP"),
+    ]
+    if sources.takes_norm:
+        norm, width, inner = "SigLIP's last norm becomes a block", tower.hidden_size, tower.intermediate_size
+        reasons += [
+            (sources.dtype == torch.float16, f"{norm} that overflows in float16 (give --dtype bfloat16)"),
+            (inner < 2 * width, f"{norm} that needs 2 × {width} channels, and intermediate_size is {inner}"),
+            (act not in _ODD_PARTS, f"{norm} that needs one of {', '.join(_ODD_PARTS)}, and hidden_act is {act!r}"),
+        ]
+    refuse(reasons, "llava")
+
+
+def misfits(sources: Sources) -> list[tuple[bool, str]]:
+    """Return what neither LLaVA nor llama.cpp can express about language model and projector: (it holds, reason)."""
+    language, needed = sources.language, sources.tower.num_image_tokens + _TEXT_TOKENS
+    stretches = language.use_dynamic_ntk or language.use_logn_attn
+    return [
         (
             stretches and needed > language.seq_length,
             f"a question with a picture takes {needed} tokens or more and seq_length is {language.seq_length}, beyond "
@@ -65,18 +81,14 @@ def check_llava(sources: Sources) -> None:
         (language.rotary_pct != 1, f"rotary_pct is {language.rotary_pct}, and Qwen2 turns all channels of a head"),
         (sources.checkpoint.projector_layers != 2, "the projector has one layer, and LLaVA's has two"),
         (sources.checkpoint.pixel_shuffle != 1, "pixel_shuffle joins patches, and LLaVA takes each as a token"),
-        (tower.kind not in ("clip", "siglip"), f"the tower is {tower.kind}, and engines read CLIP and SigLIP"),
     ]
-    if tower.kind == "siglip" and tower.feature_layer == -1:
-        norm, width, inner = "SigLIP's last norm becomes a block", tower.hidden_size, tower.intermediate_size
-        reasons += [
-            (sources.dtype == torch.float16, f"{norm} that overflows in float16 (give --dtype bfloat16)"),
-            (inner < 2 * width, f"{norm} that needs 2 × {width} channels, and intermediate_size is {inner}"),
-            (act not in _ODD_PARTS, f"{norm} that needs one of {', '.join(_ODD_PARTS)}, and hidden_act is {act!r}"),
-        ]
+
+
+def refuse(reasons: list[tuple[bool, str]], kind: str) -> None:
+    """Raise ValueError with every reason that holds, if one does."""
     found = [reason for holds, reason in reasons if holds]
     if found:
-        raise ValueError(f"--format llava can't express this model: {'; '.join(found)}. --format merged can")
+        raise ValueError(f"--format {kind} can't express this model: {'; '.join(found)}. --format merged can")
 
 
 def write_llava(sources: Sources, folder: Path, max_bytes: int) -> None:
@@ -130,7 +142,7 @@ def _config(sources: Sources, strategy: str) -> dict[str, Any]:
     ).to_dict()
     text["rope_theta"] = float(qwen.rotary_emb_base)  # some engines read it here alone
     vision = sources.vision.to_dict() | {"dtype": dtype}
-    if _takes_norm(sources):
+    if sources.takes_norm:
         vision["num_hidden_layers"] += 1
     llava: Any = LlavaConfig
     config = llava(
@@ -175,16 +187,17 @@ def _weights(sources: Sources) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under the names that LLaVA's published checkpoints have; all engines know these."""
     for name, value in _tower(sources):
         yield f"vision_tower.vision_model.{name}", value
-    scale = 1 / BLOCK_SCALE if _takes_norm(sources) else 1.0
+    scale = 1 / BLOCK_SCALE if sources.takes_norm else 1.0
     for theirs, ours in (("linear_1", "0"), ("linear_2", "2")):
         weight, bias = (sources.projector[f"{ours}.{kind}"] for kind in ("weight", "bias"))
         yield f"multi_modal_projector.{theirs}.weight", (weight * (scale if ours == "0" else 1)).to(sources.dtype)
         yield f"multi_modal_projector.{theirs}.bias", bias.to(sources.dtype)
     for name, value in language_weights(sources):
-        yield from ((f"language_model.{new}", part) for new, part in _as_qwen2(name, value))
+        yield from ((f"language_model.{new}", part) for new, part in as_qwen2(name, value))
 
 
-def _as_qwen2(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+def as_qwen2(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of Qwen2 that a tensor of QWen holds: one, or q, k and v."""
     module, kind = name.rsplit(".", 1)
     if module in _NAMES:
         yield f"{_NAMES[module]}.{kind}", value
@@ -198,18 +211,13 @@ def _as_qwen2(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.{_NAMES[part]}.{kind}", value
 
 
-def _takes_norm(sources: Sources) -> bool:
-    """Return whether features have gone through a last norm, which the export writes as a block."""
-    return sources.tower.kind == "siglip" and sources.tower.feature_layer == -1
-
-
 def _tower(sources: Sources) -> Iterator[tuple[str, Tensor]]:
     norm = {}
     for name, value in tower_weights(sources):
         yield name, value
         if name.startswith("post_layernorm."):
             norm[name.removeprefix("post_layernorm.")] = value.clone()
-    if _takes_norm(sources):
+    if sources.takes_norm:
         number = sources.vision.num_hidden_layers
         block = norm_block(norm["weight"], norm["bias"], sources.tower.intermediate_size)
         yield from ((f"encoder.layers.{number}.{name}", value) for name, value in block.items())

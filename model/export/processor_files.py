@@ -53,14 +53,18 @@ def write_processor(folder: Path, vision_name: str, image_size: int, settings: d
     Raises:
         OSError: if the tower's preprocessor_config.json is missing, or a file can't be written.
     """
-    text = _TEMPLATE.replace("IMAGE", _quoted(IMAGE_TOKEN)).replace("SYSTEM", _quoted(SYSTEM_PROMPT))
-    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
     images = load_image_processor(vision_name, image_size)[0].to_dict()
     # The Pillow form has a name of its own, which only the newest transformers know.
     images["image_processor_type"] = str(images["image_processor_type"]).removesuffix("Pil")
     settings = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TOKEN, **settings}
     for name, values in {"preprocessor_config.json": images, "processor_config.json": settings}.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def chat_template() -> str:
+    """Return the template that gives test.py's prompts, its default system prompt included."""
+    return _TEMPLATE.replace("IMAGE", _quoted(IMAGE_TOKEN)).replace("SYSTEM", _quoted(SYSTEM_PROMPT))
 
 
 def _quoted(text: str) -> str:
@@ -78,14 +82,7 @@ def write_tokenizer(folder: Path, tokenizer: QWenTokenizer, max_length: int) -> 
     Raises:
         OSError: if files can't be written.
     """
-    ranks = {token: rank for token, rank in tokenizer.get_vocab().items() if isinstance(token, bytes)}
-    letters = bytes_to_unicode()  # byte-level BPE writes each byte as one visible character
-
-    def visible(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    vocabulary = {visible(token): rank for token, rank in ranks.items()}
-    merges = [(visible(first), visible(second)) for first, second in merges_of(ranks)]
+    vocabulary, merges = byte_level_bpe(tokenizer)
     make: Any = Qwen2Tokenizer
     twin = make(
         vocab=vocabulary,
@@ -99,6 +96,22 @@ def write_tokenizer(folder: Path, tokenizer: QWenTokenizer, max_length: int) -> 
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS], special_tokens=True
     )
     twin.save_pretrained(str(folder))
+
+
+def byte_level_bpe(tokenizer: QWenTokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return QWen's ordinary tokens with their ids, and the merges in order, as tokenizer.json and GGUF write them.
+
+    Raises:
+        ValueError: if byte-pair encoding can't have made the vocabulary.
+    """
+    ranks = {token: rank for token, rank in tokenizer.get_vocab().items() if isinstance(token, bytes)}
+    letters = bytes_to_unicode()  # byte-level BPE writes each byte as one visible character
+
+    def visible(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = [(visible(first), visible(second)) for first, second in merges_of(ranks)]
+    return {visible(token): rank for token, rank in ranks.items()}, merges
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -54,6 +54,11 @@ class Sources:
     language_shapes: dict[str, torch.Size]  # of the language model's tensors
     vision_shapes: dict[str, torch.Size]  # of the tower's, without `vision_model.`
 
+    @property
+    def takes_norm(self) -> bool:
+        """Return whether features have gone through SigLIP's last norm, which LLaVA leaves out."""
+        return self.tower.kind == "siglip" and self.tower.feature_layer == -1
+
 
 def read_sources(
     model_weights: str | os.PathLike[str], language: str | None, vision: str | None, dtype: torch.dtype | None

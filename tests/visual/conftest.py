@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint, make_vit_checkpoint
+from tiny_towers import (
+    make_clip_checkpoint,
+    make_dinov2_checkpoint,
+    make_dinov3_checkpoint,
+    make_siglip_checkpoint,
+    make_vit_checkpoint,
+)
 
 
 @pytest.fixture(scope="session")
@@ -15,5 +21,6 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
         "siglip": make_siglip_checkpoint(root / "siglip"),
         "dinov2": make_dinov2_checkpoint(root / "dinov2"),
         "dinov2_with_registers": make_dinov2_checkpoint(root / "registers", registers=3),
+        "dinov3_vit": make_dinov3_checkpoint(root / "dinov3"),
         "vit": make_vit_checkpoint(root / "vit"),
     }

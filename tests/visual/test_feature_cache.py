@@ -103,7 +103,7 @@ def with_weights(change):
 def with_setting(file: str, **values):
     def apply(folder: Path) -> None:
         content = json.loads((folder / file).read_text())
-        (content["vision_config"] if file == "config.json" else content).update(values)
+        (content.get("vision_config", content) if file == "config.json" else content).update(values)
         (folder / file).write_text(json.dumps(content))
 
     return apply
@@ -133,6 +133,14 @@ def test_whatever_changes_the_features_changes_the_towers_key(tmp_path, checkpoi
     assert tower_key(build_vision_tower(folder)) != tower_key(tower)
 
 
+def test_the_positions_of_dinov3_are_in_its_key(checkpoints, tmp_path):
+    folder = Path(shutil.copytree(checkpoints["dinov3_vit"], tmp_path / "changed"))
+    key = tower_key(build_vision_tower(folder))
+    assert key == tower_key(build_vision_tower(checkpoints["dinov3_vit"]))
+    with_setting("config.json", rope_theta=50.0)(folder)
+    assert tower_key(build_vision_tower(folder)) != key
+
+
 def test_dtype_names_and_dropped_patches_are_in_the_towers_key(checkpoints, tower):
     clip, siglip = checkpoints["clip"], checkpoints["siglip"]
     towers = [tower, build_vision_tower(clip, torch.float16), build_vision_tower(clip, torch.float16)]
@@ -145,7 +153,7 @@ def test_dtype_names_and_dropped_patches_are_in_the_towers_key(checkpoints, towe
     assert len({tower_key(tower) for tower in towers}) == len(towers)
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "vit"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "dinov3_vit", "vit"])
 def test_the_towers_key_is_that_of_the_published_files(checkpoints, kind, monkeypatch):
     """What another version of transformers calls a weight, or adds to a configuration, changes no key."""
     tower = build_vision_tower(checkpoints[kind])

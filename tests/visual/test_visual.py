@@ -1,23 +1,33 @@
 """Vision towers: features are transformers' own, and nothing trains."""
 
+import functools
 import json
 import logging
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import ROOT, environment
-from tiny_towers import CLIP_MEAN, CLIP_STD, make_clip_checkpoint, make_siglip_checkpoint, pixels, rename_weights
+from tiny_towers import (
+    CLIP_MEAN,
+    CLIP_STD,
+    make_clip_checkpoint,
+    make_dinov3_checkpoint,
+    make_siglip_checkpoint,
+    pixels,
+    rename_weights,
+)
 from torch import nn
 from transformers import AutoModel, CLIPVisionModel
 
 from visual import build_vision_tower, read_tower_shape
 
-PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1, "dinov2_with_registers": 4, "vit": 1}
+PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1, "dinov2_with_registers": 4, "dinov3_vit": 5, "vit": 1}
 """Tokens before the patches, by kind."""
 
 
@@ -54,6 +64,7 @@ def test_every_patch_counts_including_siglips_first(checkpoints, kind):
         (make_siglip_checkpoint, 33, 4),  # no multiple of the patch
         (make_clip_checkpoint, 224, 256),  # CLIP-L/14: 257 - 1 tokens
         (make_siglip_checkpoint, 384, 729),  # SigLIP-so400m/14: all of them
+        (functools.partial(make_dinov3_checkpoint, patch_size=16), 224, 196),  # DINOv3/16: 201 - 5
     ],
 )
 def test_the_published_geometries(tmp_path, make, image_size, tokens):
@@ -137,6 +148,31 @@ def test_the_published_old_style_preprocessor_of_clip_is_read(checkpoints, tmp_p
     assert read_tower_shape(folder).image_size == 28
 
 
+@pytest.mark.parametrize("processor", ["SiglipImageProcessor", "SiglipImageProcessorFast"])
+def test_siglip_2_of_a_fixed_size_is_a_siglip(checkpoints, tmp_path, processor):
+    """Its config.json names few values, its text half has Gemma's vocabulary, and it resizes bilinearly."""
+    folder = shutil.copytree(checkpoints["siglip"], tmp_path / "siglip2")
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    names = ("hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size")
+    config = {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "text_config": {"model_type": "siglip_text_model", "vocab_size": 256_000},
+        "vision_config": {"model_type": "siglip_vision_model", **{name: vision[name] for name in names}},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"image_processor_type": processor, "processor_class": "SiglipProcessor", "resample": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    tower = build_vision_tower(folder)
+    assert (tower.kind, tower.num_image_tokens) == ("siglip", 4)
+    assert torch.equal(tower(pixels()), build_vision_tower(checkpoints["siglip"])(pixels()))
+    image = Image.linear_gradient("L").resize((61, 37)).convert("RGB")
+    resized = np.array(image.resize((28, 28), Image.Resampling.BILINEAR), dtype=np.float32)
+    expected = torch.from_numpy(resized).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(tower.image_transform(image), expected, rtol=0, atol=1e-5)
+
+
 def test_checkpoints_of_the_vision_half_alone_in_both_layouts(checkpoints, tmp_path):
     """Files with and without the `vision_model.` prefix, as transformers 4 and 5 write them; `.bin` files too."""
     expected = build_vision_tower(checkpoints["clip"])(pixels())
@@ -198,7 +234,10 @@ def test_the_shape_of_a_tower_needs_no_weights(checkpoints, tmp_path, kind):
         assert getattr(shape, name) == getattr(tower, name)
     assert shape.num_parameters == sum(parameter.numel() for parameter in tower.parameters())
     (folder / "preprocessor_config.json").unlink()
-    if kind.startswith("dinov2"):  # only that file tells its size, so it is refused as loading the tower refuses it
+    if kind in (
+        "dinov2",
+        "dinov2_with_registers",
+    ):  # only that file tells its size, so it is refused as loading the tower refuses it
         with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
             read_tower_shape(folder)
     else:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from tiny_towers import make_clip_checkpoint, pixels
+from tiny_towers import make_clip_checkpoint, make_dinov3_checkpoint, pixels
 
 from visual import TOWERS, build_vision_tower
 
@@ -94,6 +94,14 @@ def test_a_configuration_that_does_not_fit_is_named(tmp_path, changes, said):
     vision = json.loads((tmp_path / "config.json").read_text())["vision_config"]
     edit(tmp_path / "config.json", vision_config=vision | changes)
     with pytest.raises(ValueError, match=said):
+        build_vision_tower(tmp_path)
+
+
+@pytest.mark.parametrize(("layers", "said"), [(1, "not in the configuration"), (3, "missing")])
+def test_dinov3_of_another_depth_is_named(tmp_path, layers, said):
+    make_dinov3_checkpoint(tmp_path)
+    edit(tmp_path / "config.json", num_hidden_layers=layers, out_features=None, out_indices=None, stage_names=None)
+    with pytest.raises(ValueError, match=rf"\d {said} \(.*layer"):
         build_vision_tower(tmp_path)
 
 

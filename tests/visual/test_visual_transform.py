@@ -8,8 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint
+from tiny_towers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    make_clip_checkpoint,
+    make_dinov2_checkpoint,
+    make_siglip_checkpoint,
+)
 from transformers import AutoImageProcessor
 
 from visual import build_vision_tower
@@ -31,6 +38,18 @@ def test_pixels_equal_the_checkpoints_own_processor(kind, checkpoints):
         assert pixels.shape == (3, 28, 28)
         assert pixels.dtype == torch.float32
         assert torch.equal(pixels, processor(images=picture(size), return_tensors="pt")["pixel_values"][0])
+
+
+def test_dinov3s_pixels_are_what_its_settings_say(checkpoints):
+    """Its own processor takes floats through torchvision; bytes, as Pillow resizes them, differ by a step at most."""
+    transform = build_vision_tower(checkpoints["dinov3_vit"]).image_transform
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    for size in SIZES:
+        whole = torch.from_numpy(np.array(picture(size))).permute(2, 0, 1).float() / 255  # (3, H, W)
+        resized = F.interpolate(whole[None], (28, 28), mode="bilinear", antialias=True)[0]
+        got = transform(picture(size))
+        assert got.shape == (3, 28, 28)
+        assert ((got - (resized - mean) / deviation).abs() * deviation).max() <= 1.1 / 255, size
 
 
 def test_a_long_strip_is_the_processors_own_and_the_longest_cost_no_more_than_their_middle(tmp_path):

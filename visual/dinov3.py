@@ -1,0 +1,17 @@
+"""DINOv3's vision transformer (Siméoni et al. 2025, https://arxiv.org/abs/2508.10104)."""
+
+from transformers import DINOv3ViTModel, ViTImageProcessorPil
+
+from .base import VisionTower
+
+
+class Dinov3Tower(VisionTower):
+    """E.g. facebook/dinov3-vitl16-pretrain-lvd1689m: 224 px, 196 tokens of 1024.
+
+    Positions are rotary, and four register tokens follow the class token. Its own image processor needs torchvision;
+    ViT's takes the same settings and does the same on Pillow images.
+    """
+
+    kind = "dinov3_vit"
+    model_class = DINOv3ViTModel
+    processor_class = ViTImageProcessorPil
