@@ -69,6 +69,7 @@ def write_report(
     language, vision = (
         Path(base).name if Path(base).is_dir() else base for base in (sources.language_name, sources.vision_name)
     )
+    has_block = sources.takes_norm
     text = {"llava": _LLAVA, "merged": _MERGED, "peft": _PEFT}[kind].format(
         folder=name,
         length=sources.language.seq_length,
@@ -76,10 +77,8 @@ def write_report(
         image=IMAGE_TOKEN,
         language=language,
         vision=vision,
-        sglang=" SGLang would apply SigLIP's last norm twice: do not use it." if sources.takes_norm else "",
-        float16="- **float16** overflows in SigLIP's last block: serve in bfloat16 or float32.\n"
-        if sources.takes_norm
-        else "",
+        sglang=" SGLang would apply SigLIP's last norm twice: do not use it." if has_block else "",
+        float16="- **float16** overflows in SigLIP's last block: serve in bfloat16 or float32.\n" if has_block else "",
     )
     dtype = str(sources.dtype).removeprefix("torch.")
     head = f"# {name}\n\n{language} with LoRA merged, {vision} and a projector, as `--format {kind}` in {dtype}.\n"
