@@ -15,8 +15,8 @@ from visual import TowerShape, read_tower_shape
 
 from ..arguments import ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import read_language_config
-from ..checkpoints.checkpoint import read_checkpoint, tower_settings
-from ..checkpoints.previous import check_previous
+from ..checkpoints.checkpoint import tower_settings
+from ..checkpoints.previous import read_previous
 from ..export.from_llava import llava_feature_layer
 from ..language_models.causal_lm import check_window, multimodal_class
 from ..lora import LoraSettings, check_targets, default_targets
@@ -52,16 +52,15 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
         ValueError: if a base model, a checkpoint or a target module is missing, unknown, or at odds with a flag.
         OSError: likewise.
     """
-    lora, previous = asked.lora_settings, None
+    lora, previous = asked.lora_settings, read_previous(asked)
     layers, factor = asked.projector_layers or 2, asked.pixel_shuffle or 1
-    config = read_language_config(asked.base_language_model)
-    if asked.previous_lora_weights is not None:
-        previous = read_checkpoint(asked.previous_lora_weights)
-        check_previous(asked, previous)
-        there = previous.lora_config.target_modules
-        targets = (there,) if isinstance(there, str) else tuple(there or ())
-        lora = replace(lora, rank=previous.lora_config.r, target_modules=targets)
+    if previous is not None:
         layers, factor = previous.projector_layers, previous.pixel_shuffle
+        if (trained := previous.lora_config) is not None:
+            there = trained.target_modules
+            targets = (there,) if isinstance(there, str) else tuple(there or ())
+            lora = replace(lora, rank=trained.r, target_modules=targets)
+    config = read_language_config(asked.base_language_model)
     settings = tower_settings(previous, asked.base_value_model)
     if asked.from_llava is not None:
         settings = {"feature_layer": llava_feature_layer(asked.from_llava, asked.base_value_model, config.hidden_size)}
