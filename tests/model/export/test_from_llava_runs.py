@@ -84,6 +84,16 @@ def test_a_run_and_all_that_comes_of_it(flags, towers, tmp_path, export, capfd):
         assert config["vision_feature_layer"] == -2
 
 
+def test_siglips_inner_layer_is_exported_without_a_further_block(language, towers, tmp_path, export):
+    write_llava(tmp_path / "llava", towers["siglip"])
+    start(language, towers["siglip"], tmp_path / "llava").save_checkpoint(tmp_path / "trained")
+    folder = export(tmp_path / "trained", verify=True)  # the features that test.py has, or it would not be equal
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["vision_feature_layer"], config["vision_config"]["num_hidden_layers"]) == (-2, 3)
+    again = start(language, towers["siglip"], folder)
+    assert again.vision_tower.feature_layer == -2
+
+
 def test_a_tower_of_another_layer_does_not_fit_a_checkpoint(language, towers, tmp_path):
     whole = new_model((language, towers["clip"]))
     whole.save_checkpoint(tmp_path / "whole")
