@@ -51,10 +51,9 @@ def start_from_llava(model: VisionLanguageModel, folder: str) -> None:
     _check_pixels(folder, tower)
     with reading(Path(folder)):
         weights = published_weights(folder)
-    theirs, scale = _part(weights, "vision_tower"), 1.0
-    if theirs:
+    theirs, takes_norm = _part(weights, "vision_tower"), tower.kind == "siglip" and layer == -1
+    if theirs or takes_norm:
         _check_tower(folder, theirs, tower, layer)
-        scale = BLOCK_SCALE if tower.kind == "siglip" and layer == -1 else 1.0
     else:
         logger.warning("%s holds no weights of its tower, so only the tower's settings were compared", folder)
     projector = {
@@ -62,7 +61,8 @@ def start_from_llava(model: VisionLanguageModel, folder: str) -> None:
         for name, value in _part(weights, "multi_modal_projector").items()
     }
     check_weights(model.projector.state_dict(), projector, f"the projector in {folder}", "other base models")
-    projector["0.weight"] = projector["0.weight"] * scale  # which the export had divided by it: no bit is lost
+    if takes_norm:
+        projector["0.weight"] *= BLOCK_SCALE  # by which the export had divided it: no bit is lost
     model.projector.load_state_dict(projector)
     if layer != -1:
         read_earlier(tower, layer)

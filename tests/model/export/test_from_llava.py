@@ -104,6 +104,9 @@ def test_a_block_that_is_no_last_norm_is_refused(export, make_checkpoint):
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(ValueError, match="block 2"):
         start(*bases, folder)
+    save_file({name: value for name, value in weights.items() if "tower" not in name}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="vision tower is not that of"):  # it can't be told what its last block is
+        start(*bases, folder)
 
 
 # ---- What does not fit
