@@ -112,6 +112,7 @@ def read_sources(
         dtype = parse_dtype(str(trained).removeprefix("torch."))
     names, lora = _language_names(model), _read_lora(model, checkpoint)
     ties = config.tie_word_embeddings and names.head not in stored_names(language_name)
+    ties = ties and names.embedding == f"{names.prefix}.embed_tokens.weight"  # LLaVA ties its head to this alone
     return Sources(
         checkpoint=checkpoint,
         language_name=language_name,
@@ -219,8 +220,8 @@ def _check_complete(missing: Collection[str], name_or_path: str) -> None:
     if missing:
         shown = ", ".join(sorted(missing)[:4])
         raise ValueError(
-            f"{name_or_path}: {len(missing)} weights are missing ({shown}, …): use a complete base model, and not a "
-            "mixture of experts, whose weights transformers renames"
+            f"{name_or_path}: {len(missing)} weights are missing ({shown}, …): use a complete base model; one whose "
+            "weights transformers renames while loading (mixtures of experts, GPT-NeoX) can't be exported"
         )
 
 

@@ -13,6 +13,7 @@ from tiny_towers import make_clip_checkpoint, make_siglip_checkpoint
 from tiny_vlm import enliven_trained
 
 from model import LoraSettings, VisionLanguageModel
+from model.lora import default_targets
 
 FAMILY_TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -96,7 +97,8 @@ def make_family_checkpoint(tmp_path_factory):
         base = make_family(folder / "language", family, **language)
         tower = make_tower(folder / "tower")
         model = VisionLanguageModel.from_pretrained(base, tower, dtype=dtype, device="cpu")
-        model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=targets))
+        names = targets or default_targets(model.language_model)
+        model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=names))
         enliven_trained(model, seed=3, std=0.4).save_checkpoint(folder / "trained")
         return folder / "trained"
 
