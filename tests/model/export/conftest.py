@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_families import make_family
 from tiny_run import make_language_model
-from tiny_towers import make_clip_checkpoint
+from tiny_towers import make_clip_checkpoint, make_siglip_checkpoint
 from tiny_vlm import enliven_trained
 
 from model import LoraSettings, VisionLanguageModel
@@ -70,6 +70,22 @@ def make_checkpoint(tmp_path_factory, qwen_tiktoken):
         return folder / "trained"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def towers(tmp_path_factory) -> dict[str, str]:
+    """A CLIP and a SigLIP of three blocks; not to be written to."""
+    folder = tmp_path_factory.mktemp("towers")
+    return {
+        "clip": make_clip_checkpoint(folder / "clip", num_hidden_layers=3),
+        "siglip": make_siglip_checkpoint(folder / "siglip", num_hidden_layers=3),
+    }
+
+
+@pytest.fixture(scope="session")
+def language(tmp_path_factory, qwen_tiktoken) -> str:
+    """A tiny QWen; not to be written to."""
+    return make_language_model(tmp_path_factory.mktemp("language") / "qwen", qwen_tiktoken)
 
 
 @pytest.fixture(scope="session")
