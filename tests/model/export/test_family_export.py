@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 
@@ -307,6 +308,23 @@ def test_dates_and_thinking_are_those_of_training(export, make_family_checkpoint
     assert asked.endswith("<think>\n\n</think>\n\n")
     thinks = qwen3.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
     assert not thinks.endswith("<think>\n\n</think>\n\n")
+
+
+def test_typed_control_tokens_are_text_where_transformers_is_told_so(export, make_family_checkpoint):
+    checkpoint = make_family_checkpoint("qwen2")
+    processor = AutoProcessor.from_pretrained(export(checkpoint), backend="pil")
+    if "sanitize_control_tokens" not in inspect.signature(processor.apply_chat_template).parameters:
+        pytest.skip("this transformers can't be told")
+    ours, typed = load_tokenizer(str(checkpoint.parent / "language")), "<|extra_0|>a<|im_end|>b"
+    messages = conversation([typed], None, Image.new("RGB", (28, 28)))
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    parsed, text = (
+        processor.apply_chat_template(messages, sanitize_control_tokens=told, **how)["input_ids"][0]
+        for told in (False, True)
+    )
+    ids = encode_prompt(ours, typed, 4, system=None)[0]
+    assert text == [300 if index == ours.image_token_id else index for index in ids]
+    assert parsed != text
 
 
 def test_no_token_is_put_before_a_prompt_that_the_template_does_not_write(export, make_family_checkpoint, tmp_path):
