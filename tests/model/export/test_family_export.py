@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 
@@ -15,6 +16,7 @@ from tiny_run import ROOT, load_test_py, one_line_error
 from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint
 from tiny_vlm import enliven_trained, trainable_parameters
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -104,8 +106,54 @@ def test_every_family_computes_the_same(export, make_family_checkpoint, family, 
     assert (text["model_type"], text["architectures"]) == (family, base["architectures"])
     assert text["max_position_embeddings"] == base["max_position_embeddings"]
     assert (config["image_token_index"], text["vocab_size"]) == (300, max(vocab_size, 301))
+    tokenizer = load_tokenizer(str(checkpoint.parent / "language"))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert set(settings["eos_token_id"]) == set(tokenizer.stop_ids)
+    assert (settings["max_new_tokens"], settings["suppress_tokens"]) == (8, [300])
     names = load_file(folder / "model.safetensors")
     assert {"language_model.model.layers.1.self_attn.k_proj.weight", "language_model.lm_head.weight"} <= names.keys()
+
+
+SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+KINDS = {
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    **{kind: {} for kind in ("gemma", "olmo2", "glm4", "starcoder2", "phi3")},
+    "llama": {"rope_parameters": {"rope_type": "yarn", **SCALED}},
+    "llama 3": {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SCALED}},
+    "mistral": {"sliding_window": 24},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "smollm3" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def test_further_kinds_keep_what_is_theirs(export, make_family_checkpoint, kind):
+    """Layers without positions, scaled embeddings, learned positions, q, k and v in one matrix, scaled rotation."""
+    config_class = CONFIG_MAPPING[kind.split()[0]]
+    checkpoint = make_family_checkpoint(
+        "qwen2", targets=None, config_class=config_class, vocab_size=300, tie_word_embeddings=True, **KINDS[kind]
+    )
+    folder = export(checkpoint, verify=True)
+    assert difference(checkpoint, folder) <= CLIP_TOLERANCE
+    export(checkpoint, "--format", "merged", verify=True, name="merged")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("phi", {}, "matrix of its head"),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "renames"),
+        ("gpt_neox", {}, "renames"),
+    ],
+)
+def test_further_kinds_that_are_refused(export, make_family_checkpoint, capfd, kind, changes, reason):
+    checkpoint = make_family_checkpoint("qwen2", targets=None, config_class=CONFIG_MAPPING[kind], **changes)
+    folder = export(checkpoint, status=2)
+    assert reason in one_line_error(capfd.readouterr().err, "export.py")
+    assert not folder.exists()
 
 
 def test_an_export_is_verified_and_answers_as_test_py(export, make_family_checkpoint, tmp_path, capsys):
@@ -167,6 +215,7 @@ def test_files_with_a_head_of_their_own_are_believed(export, make_family_checkpo
     enliven_trained(model, seed=3, std=0.4).save_checkpoint(tmp_path / "trained")
     folder = export(tmp_path / "trained", verify=True)
     assert difference(tmp_path / "trained", folder) <= CLIP_TOLERANCE
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_shards_and_bases_in_bin_files(export, make_family_checkpoint):
@@ -261,6 +310,23 @@ def test_dates_and_thinking_are_those_of_training(export, make_family_checkpoint
     assert not thinks.endswith("<think>\n\n</think>\n\n")
 
 
+def test_typed_control_tokens_are_text_where_transformers_is_told_so(export, make_family_checkpoint):
+    checkpoint = make_family_checkpoint("qwen2")
+    processor = AutoProcessor.from_pretrained(export(checkpoint), backend="pil")
+    if "sanitize_control_tokens" not in inspect.signature(processor.apply_chat_template).parameters:
+        pytest.skip("this transformers can't be told")
+    ours, typed = load_tokenizer(str(checkpoint.parent / "language")), "<|extra_0|>a<|im_end|>b"
+    messages = conversation([typed], None, Image.new("RGB", (28, 28)))
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    parsed, text = (
+        processor.apply_chat_template(messages, sanitize_control_tokens=told, **how)["input_ids"][0]
+        for told in (False, True)
+    )
+    ids = encode_prompt(ours, typed, 4, system=None)[0]
+    assert text == [300 if index == ours.image_token_id else index for index in ids]
+    assert parsed != text
+
+
 def test_no_token_is_put_before_a_prompt_that_the_template_does_not_write(export, make_family_checkpoint, tmp_path):
     """A tokenizer that adds its first token by itself, and a template without it (as Zephyr's)."""
     from tokenizers import processors
@@ -277,7 +343,12 @@ def test_no_token_is_put_before_a_prompt_that_the_template_does_not_write(export
     )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(language)
-    assert AutoTokenizer.from_pretrained(language)("a")["input_ids"][0] == 0
+    config = json.loads((language / "tokenizer_config.json").read_text())
+    config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # older files have this
+    (language / "tokenizer_config.json").write_text(json.dumps(config))
+    read = AutoTokenizer.from_pretrained(language)("a")
+    assert read["input_ids"][0] == 0
+    assert "token_type_ids" in read
     model = VisionLanguageModel.from_pretrained(str(language), make_clip_checkpoint(tmp_path / "clip"), device="cpu")
     model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=TARGETS))
     enliven_trained(model, seed=3, std=0.4).save_checkpoint(tmp_path / "trained")
