@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -89,11 +90,15 @@ def test_both_peers_are_the_same_function():
 
 
 @pytest.mark.slow
-def test_train_step_compares_from_the_same_loss(tmp_path):
+@pytest.mark.parametrize("language_model", ["qwen", "qwen2"])
+def test_train_step_compares_from_the_same_loss(tmp_path, language_model):
     flags = ["--tiny", "--rounds", 1, "--sizes", "proportional", "--dtypes", "float32", "--steps", 2, "--skipped", 1]
-    printed, results = run("training.train_step", tmp_path, *flags)
-    assert printed.splitlines()[1].split()[:3] == ["proportional,", "float32", "peer"]
-    peers = results["sizes"]["proportional"]["float32"]["peers"]
+    printed, results = run("training.train_step", tmp_path, *flags, "--language_model", language_model)
+    ((size, by_dtype),) = results["sizes"].items()
+    assert size == {"qwen": "proportional", "qwen2": "proportional, Qwen2"}[language_model]
+    assert printed.splitlines()[1].startswith(f"{size}, float32  peer ")
+    peers = by_dtype["float32"]["peers"]
+    assert peers["ours"]["padding"] == peers["peer"]["padding"]
     assert peers["ours"]["first_loss"] == pytest.approx(peers["peer"]["first_loss"], rel=1e-5)
     assert peers["ours"]["trained_parameters"] > 1000
 
@@ -142,6 +147,22 @@ def test_full_size_at_a_small_scale(tmp_path):
     assert printed.count("as it should") == 7  # each of the others as it ends, and all four in the table
     training = results["processes"]["train.py, two steps"]
     assert training["peak_bytes"] > training["anonymous_bytes"] > 1e8
+
+
+@pytest.mark.slow
+def test_an_export_holds_no_more_of_a_deeper_model(tmp_path):
+    peaks = []
+    for layers in (2, 8):
+        flags = ["--folder", tmp_path / "files", "--scale", "0.25", "--layers", layers, "--lora_rank", 2]
+        printed, results = run("answering.export", tmp_path, *flags)
+        assert printed.count("as it should") == 2
+        peaks.append(results["processes"]["export.py"]["peak_bytes"])
+        written = sum(path.stat().st_size for path in (tmp_path / "files" / "llava").glob("*.safetensors"))
+        shutil.rmtree(tmp_path / "files")
+    sizes = full_size.shapes(0.25)["qwen"]
+    layer = 2 * sizes["width"] * (4 * sizes["width"] + 3 * sizes["inner"])  # bytes in bf16
+    assert written > 8 * layer > 2e8
+    assert peaks[1] - peaks[0] < 2 * layer, "six layers more"
 
 
 def test_a_process_is_ended_where_memory_runs_low(tmp_path):
