@@ -100,7 +100,7 @@ def write_llava(sources: Sources, folder: Path, max_bytes: int) -> None:
     """
     strategy = "default" if sources.tower.kind == "clip" or sources.drop_first_patch else "full"
     _write_json(folder / "config.json", _config(sources, strategy))
-    _write_json(folder / "generation_config.json", _generation_config(sources))
+    _write_json(folder / "generation_config.json", generation_config(sources))
     write_tokenizer(folder, QWenTokenizer.from_pretrained(sources.language_name), sources.language.seq_length)
     images = {
         "patch_size": sources.vision.patch_size,
@@ -171,7 +171,7 @@ def _own(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in kept or name not in common}
 
 
-def _generation_config(sources: Sources) -> dict[str, Any]:
+def generation_config(sources: Sources) -> dict[str, Any]:
     """Keep the base model's own settings, so that answers are drawn as by test.py; ChatML's tokens end an answer."""
     path = base_file(sources.language_name, "generation_config.json")
     base = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}

@@ -60,11 +60,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question, asked of both, whose greedy tokens were equal."""
+    """One question, asked of both, whose answers were as they should be."""
 
     question: str
     has_image: bool
     num_prompt_tokens: int
+    num_equal: int  # greedy tokens that were the same
     num_tokens: int  # of the answer
     difference: float  # largest difference of logits
     largest_logit: float
@@ -99,6 +100,12 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
         theirs = _peft_model(sources, folder)
     found = _ask(theirs, prepare, asked)
     return [_compare(one, other) for one, other in zip(expected, found, strict=True)]
+
+
+def our_answers(sources: Sources, pictures: list[Any]) -> list[Answer]:
+    """Ask our own model about each picture; None asks without one."""
+    model = _our_model(sources)
+    return list(_ask(model, _our_inputs(model, QWenTokenizer.from_pretrained(sources.language_name)), pictures))
 
 
 def sample_picture(size: int) -> Image.Image:
@@ -205,4 +212,4 @@ def _compare(ours: Answer, theirs: Answer) -> Comparison:
             f"{difference:.2g} (the largest is {largest:.3g}); expected all tokens, and at most {TOLERANCE:g} of it"
         )
     length = ours.inputs["input_ids"].shape[1]
-    return Comparison(ours.question, ours.has_image, length, len(ours.tokens), difference, largest)
+    return Comparison(ours.question, ours.has_image, length, num_equal, len(ours.tokens), difference, largest)

@@ -14,25 +14,36 @@ from model import LoraSettings, VisionLanguageModel
 
 
 @pytest.fixture(scope="session")
-def tokenizer_files(tmp_path_factory, tokenizer) -> Path:
+def bpe(tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The tokenizer's vocabulary and merges; finding these takes some seconds."""
+    from model.export.processor_files import byte_level_bpe
+
+    return byte_level_bpe(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory, tokenizer, bpe) -> Path:
     """The tokenizer as exports have it."""
-    from model.export.processor_files import write_tokenizer
+    from model.export import processor_files
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, tokenizer, 512)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processor_files, "byte_level_bpe", lambda tokenizer: bpe)
+        processor_files.write_tokenizer(folder, tokenizer, 512)
     return folder
 
 
 @pytest.fixture
-def export(tmp_path, tokenizer_files, monkeypatch):
+def export(tmp_path, tokenizer_files, bpe, monkeypatch):
     """Call export.py in this process, without its own verification unless `verify` says so; return the new folder."""
     import export as program
-    from model.export import llava
+    from model.export import gguf_files, llava
 
     def copy_files(folder, tokenizer, max_length):
         shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(llava, "write_tokenizer", copy_files)
+    monkeypatch.setattr(gguf_files, "byte_level_bpe", lambda tokenizer: bpe)
 
     def call(checkpoint: object, *flags: object, status: int = 0, verify: bool = False, name: str = "out") -> Path:
         output = tmp_path / name
