@@ -22,8 +22,7 @@ from dataset.prompt import Tokenizer
 from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
 from model.arguments import DataArguments, ModelArguments, parse_arguments
 from model.checkpoints.base_models import load_tokenizer
-from model.checkpoints.checkpoint import read_checkpoint
-from model.checkpoints.previous import check_previous
+from model.checkpoints.previous import read_previous
 from model.console import set_up_logging
 from model.dry_run.report import dry_run
 from model.feature_caching.fill import complete_feature_cache
@@ -37,22 +36,20 @@ from model.runs.run_folder import hold_run_folder, is_overwriting, run_config
 
 
 def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> VisionLanguageModel:
-    """Load both frozen base models and add what is trained: projector and LoRA, fresh or from earlier weights."""
-    previous = model_args.previous_lora_weights
-    if previous is not None:
-        check_previous(model_args, read_checkpoint(previous))
+    """Load both base models and add what is trained: projector and LoRA, say, fresh or from earlier weights."""
     model = VisionLanguageModel.from_pretrained(
         model_args.base_language_model,
         model_args.base_value_model,
-        previous,
+        model_args.previous_lora_weights,
         dtype=args.frozen_dtype,
         device=args.device,
         trainable=True,
         lora_dropout=model_args.lora_dropout,
         projector_layers=model_args.projector_layers or 2,
         pixel_shuffle=model_args.pixel_shuffle or 1,
+        train_only=model_args.train_only or "lora",
     )
-    if previous is None:
+    if model_args.train_only is None and not model.has_lora:
         model.add_lora(model_args.lora_settings)
     return model
 
@@ -101,6 +98,7 @@ def build_trainer(
 
     # Put tower, projector and language model together; the seed decides the first weights of what is trained.
     set_seed(args.seed)
+    read_previous(model_args)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
 

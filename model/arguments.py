@@ -32,7 +32,7 @@ flag: Any = HfArg  # Any: a field is of its value's type for type checkers
 
 @dataclass
 class ModelArguments:
-    """Which models are put together, and which LoRA layers are trained."""
+    """Which models are put together, and what of them is trained."""
 
     base_language_model: str = flag(default="Qwen/Qwen-7B-Chat", help="Hub name or folder of the QWen language model.")
     base_value_model: str = flag(
@@ -58,7 +58,14 @@ class ModelArguments:
         "that of --previous_lora_weights.",
     )
     previous_lora_weights: str | None = flag(
-        default=None, help="Checkpoint (also of the original project) whose LoRA and projector training starts from."
+        default=None,
+        help="Checkpoint (also of the original project) whose weights training starts from: its LoRA and projector, or "
+        "what --train_only trained.",
+    )
+    train_only: str | None = flag(
+        default=None,
+        help="projector: no LoRA; all: projector and the whole language model. Default: LoRA and projector.",
+        metadata={"choices": ["projector", "all"]},
     )
 
     @property
@@ -113,7 +120,7 @@ class VLMTrainingArguments(TrainingArguments):
     """
 
     feature_proj_lr: float = flag(default=1e-4, help="Learning rate of the projector; --learning_rate is that of LoRA.")
-    learning_rate: float = flag(default=3e-5, help="Learning rate of the LoRA layers.")
+    learning_rate: float = flag(default=3e-5, help="Learning rate of LoRA; of the whole model under --train_only all.")
     global_batch_size: int | None = flag(
         default=None,
         help="Samples per optimizer step over all processes; sets --gradient_accumulation_steps to fit, so that a run "
@@ -232,6 +239,7 @@ _COUNTS = (
     *("lora_rank", "lora_alpha", "pixel_shuffle", "max_train_samples", "max_length", "per_device_train_batch_size"),
     *("per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size"),
 )
+_OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 _RATES = ("learning_rate", "feature_proj_lr", "max_grad_norm", "weight_decay")
 
 
@@ -258,6 +266,15 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     ]
     if wrong:
         raise ValueError("; ".join(wrong))
+    if model_args.train_only is not None:
+        default = ModelArguments()
+        given = [name for name in _OF_LORA if getattr(model_args, name) != getattr(default, name)]
+        if given:
+            raise ValueError(
+                f"--train_only {model_args.train_only} trains no LoRA: leave out "
+                f"{' and '.join(f'--{name}' for name in given)} (train.sh gives some of them: call train.py), or "
+                "--train_only"
+            )
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     strategy: Any = args.eval_strategy

@@ -8,7 +8,6 @@ Shape legend: B samples of a batch, T tokens.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils.data import SequentialSampler
 from dataset.epoch_order import EpochOrder
 
 from .arguments import VLMTrainingArguments
-from .runs.callbacks import StopOnNonFinite, StopOnSignal, first_problem
+from .runs.callbacks import StopOnNonFinite, StopOnSignal, first_problem, log_parameters
 from .runs.data_workers import with_calm_workers
 from .runs.loading import LoadingTrainer
 from .runs.resuming import Resumed, newest_resumable
@@ -28,34 +27,35 @@ from .runs.run_folder import write_run_config
 from .runs.run_state import write_checkpoint
 from .vision_language_model import VisionLanguageModel
 
-logger = logging.getLogger(__name__)
-
 
 def optimizer_groups(model: VisionLanguageModel, args: VLMTrainingArguments) -> list[dict[str, Any]]:
     """Group the trainable parameters: LoRA and projector at their learning rates, weight decay on matrices only.
 
-    LoRA comes first, so that the schedule's `learning_rate` is its rate; the last group is the projector's.
+    LoRA comes first, so that the schedule's `learning_rate` is its rate; the last group is the projector's. With
+    `--train_only` the whole language model takes LoRA's place, or nothing does.
 
     Raises:
         ValueError: if a trainable parameter belongs to neither part, or a part has none.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups: list[dict[str, Any]] = []
-    for part, sign, rate in (("lora", "lora_", args.learning_rate), ("projector", "projector.", args.feature_proj_lr)):
+    signs = {"lora": {"lora": "lora_"}, "all": {"language model": "language_model."}, "projector": {}}[model.train_only]
+    for part, sign in {**signs, "projector": "projector."}.items():
         members = [trainable.pop(name) for name in list(trainable) if sign in name]
         if not members:
-            raise ValueError(f"the {part} has nothing to train, but LoRA and projector must both; was add_lora called?")
+            raise ValueError(f"the {part} has nothing to train, but each part must; was add_lora called?")
+        rate = args.feature_proj_lr if part == "projector" else args.learning_rate
         matrices, vectors = ([p for p in members if (p.dim() >= 2) == is_matrix] for is_matrix in (True, False))
         for kind, parameters, decay in (("matrices", matrices, args.weight_decay), ("vectors", vectors, 0.0)):
             if parameters:
                 groups.append({"params": parameters, "lr": rate, "weight_decay": decay, "name": f"{part} {kind}"})
     if trainable:
-        raise ValueError(f"trainable parameters of neither LoRA nor the projector: {', '.join(trainable)}")
+        raise ValueError(f"trainable parameters of none of these parts: {', '.join(trainable)}")
     return groups
 
 
 class VLMTrainer(LoadingTrainer):
-    """Trains the LoRA layers and the projector of a `VisionLanguageModel`.
+    """Trains the LoRA layers and the projector of a `VisionLanguageModel`, or what its `train_only` says.
 
     Args:
         args: see `VLMTrainingArguments`.
@@ -89,10 +89,7 @@ class VLMTrainer(LoadingTrainer):
         self._projector_rate = 0.0
         self._last_log: tuple[int, float] | None = None
         """Step and time of the last logged line, or of the beginning."""
-        counts = self.model.parameter_counts()
-        counts["all"] = (sum(total for total, _ in counts.values()), sum(trained for _, trained in counts.values()))
-        for part, (number, trained) in counts.items():
-            logger.info("%-15s %15s parameters, %13s trainable", part, f"{number:,}", f"{trained:,}")
+        log_parameters(self.model)
 
     # ---- One step
 
@@ -181,7 +178,7 @@ class VLMTrainer(LoadingTrainer):
     # ---- Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write LoRA and projector to `output_dir`, on the first process only."""
+        """Write what is trained to `output_dir`, on the first process only."""
         if self.args.should_save:
             self.model.save_checkpoint(output_dir or str(self.run_folder))
 

@@ -42,10 +42,11 @@ class VisionLanguageModel(nn.Module):
     Attributes:
         vision_tower: frozen, always in `eval()`.
         projector: fp32, trained.
-        language_model: frozen `MultimodalQWenLMHeadModel`, or a `PeftModel` around it whose LoRA layers are fp32.
+        language_model: `MultimodalQWenLMHeadModel` or a `PeftModel` around it; frozen but for what is trained, in fp32.
         base_language_model: hub name or folder that the language model came from.
         fingerprints: of both base models, under the names that `multimodal_config.json` gives them.
         pixel_shuffle: f: f × f patches of the tower become one token; 1: each patch is a token.
+        train_only: what is trained: lora (and the projector), projector, or all (projector and language model).
         num_image_tokens: tokens that one image takes in the prompt (P).
         projector_layers: linear layers of the projector, 1 or 2.
     """
@@ -60,6 +61,7 @@ class VisionLanguageModel(nn.Module):
         base_language_model: str,
         fingerprints: dict[str, str],
         pixel_shuffle: int = 1,
+        train_only: str = "lora",
     ) -> None:
         super().__init__()
         self.vision_tower = vision_tower
@@ -67,7 +69,7 @@ class VisionLanguageModel(nn.Module):
         self.language_model: Any = language_model
         self.base_language_model = base_language_model
         self.fingerprints = fingerprints
-        self.pixel_shuffle = pixel_shuffle
+        self.pixel_shuffle, self.train_only = pixel_shuffle, train_only
         self.num_image_tokens = vision_tower.num_image_tokens // pixel_shuffle**2
         self.projector_layers = 1 if len(projector) == 1 else 2
 
@@ -84,20 +86,22 @@ class VisionLanguageModel(nn.Module):
         lora_dropout: float | None = None,
         projector_layers: int = 2,
         pixel_shuffle: int = 1,
+        train_only: str | None = None,
     ) -> VisionLanguageModel:
-        """Load both base models and, if given, a checkpoint's LoRA and projector.
+        """Load both base models and, if given, what a checkpoint trained.
 
         Args:
-            base_language_model: hub name or folder of a QWen; by default the one that the checkpoint names.
+            base_language_model: hub name or folder of a QWen; by default the one that the checkpoint names or holds.
             base_value_model: hub name or folder of a vision model; by default the one that the checkpoint names.
             model_weights: a checkpoint folder, or a run folder, which means its newest complete checkpoint. Without
                 it the projector is freshly initialised and there are no LoRA layers; see `add_lora`.
             dtype: of the frozen weights; by default bf16 or fp16 on CUDA, fp32 elsewhere.
             device: by default the accelerator where there is one, else the CPU.
-            trainable: whether LoRA and projector will be trained.
+            trainable: whether the model will be trained.
             lora_dropout: replaces the checkpoint's.
             projector_layers: 1 or 2; a checkpoint's own number rules.
             pixel_shuffle: side of the block of patches that becomes one token; a checkpoint's own number rules.
+            train_only: the attribute; by default the checkpoint's.
 
         Raises:
             CheckpointError: if the checkpoint is incomplete, broken, or was trained for other base models, or if
@@ -109,28 +113,30 @@ class VisionLanguageModel(nn.Module):
         checkpoint = read_checkpoint(model_weights) if model_weights is not None else None
         language_name, vision_name = base_models(base_language_model, base_value_model, checkpoint)
 
+        train_only = train_only or (checkpoint.train_only if checkpoint is not None else "lora")
+        trains_all = trainable and train_only == "all"
+
         # The frozen half, in the dtype that autocast computes in.
         drop = checkpoint is not None and drops_first_patch(checkpoint, vision_name)
         tower = build_vision_tower(vision_name, dtype, drop_first_patch=drop)
-        language_model: Any = load_language_model(language_name, dtype)
-        language_model.requires_grad_(False)
+        language_model: Any = load_language_model(language_name, torch.float32 if trains_all else dtype)
+        language_model.requires_grad_(trains_all)
         fingerprints = base_fingerprints(tower, language_model)
 
         # The trained half, in fp32: steps of a small learning rate would be lost in bf16's 8 bits.
         if checkpoint is not None:
             check_bases(checkpoint, tower, language_model, fingerprints)
             projector_layers, pixel_shuffle = checkpoint.projector_layers, checkpoint.pixel_shuffle
-        if pixel_shuffle != 1:
-            check_pixel_shuffle(pixel_shuffle, tower.num_image_tokens)
-        if getattr(language_model.config, "sliding_window", None):  # QWen has none
-            check_window(language_name, language_model.config, tower.num_image_tokens // pixel_shuffle**2)
+        check_pixel_shuffle(pixel_shuffle, tower.num_image_tokens)
+        check_window(language_name, language_model.config, tower.num_image_tokens // pixel_shuffle**2)
         width = tower.hidden_size * pixel_shuffle**2
         projector = build_projector(width, language_model.config.hidden_size, projector_layers)
         if checkpoint is not None:
             load_projector(projector, checkpoint.folder)
-            language_model = load_lora(language_model, checkpoint, trainable=trainable, dropout=lora_dropout)
+            if checkpoint.lora_config is not None:
+                language_model = load_lora(language_model, checkpoint, trainable=trainable, dropout=lora_dropout)
 
-        model = cls(tower, projector, language_model, language_name, fingerprints, pixel_shuffle).to(device)
+        model = cls(tower, projector, language_model, language_name, fingerprints, pixel_shuffle, train_only).to(device)
         model.projector.requires_grad_(trainable)
         return model.train(trainable)
 
@@ -257,34 +263,35 @@ class VisionLanguageModel(nn.Module):
         Raises:
             ValueError: if it has LoRA layers already, or no linear layer of one of the target names.
         """
-        if isinstance(self.language_model, PeftModel):
+        if self.has_lora:
             raise ValueError("the language model has LoRA layers already; train or merge those")
+        self.train_only = "lora"
         self.language_model = add_lora(self.language_model, settings)
         self.projector.requires_grad_(True)
         self.train(self.training)  # PEFT creates its layers, their dropout too, in training mode
 
     def merge_lora(self) -> None:
-        """Add the LoRA updates to the base weights, for inference: W becomes W + ΔW."""
-        if isinstance(self.language_model, PeftModel):
+        """Add the LoRA updates, if any, to the base weights, for inference: W becomes W + ΔW."""
+        if self.has_lora:
             self.language_model = merge_lora(self.language_model)
 
     # ---- Checkpoints
 
     def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
-        """Write LoRA, projector and a note of the base models.
+        """Write what is trained (LoRA, say, and the projector) and a note of the base models.
 
         Raises:
-            ValueError: if the language model has no LoRA layers.
+            ValueError: if LoRA is trained, and the language model has no LoRA layers.
         """
-        if not isinstance(self.language_model, PeftModel):
+        if self.train_only == "lora" and not self.has_lora:
             raise ValueError("there are no LoRA layers to save; call add_lora first")
         save_checkpoint(folder, self.language_model, self.projector, multimodal_config(self))
 
     def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
-        """Replace the weights of the LoRA layers and the projector by a checkpoint's.
+        """Replace the weights that are trained by a checkpoint's.
 
         Raises:
-            CheckpointError: if names or shapes differ, or LoRA's scale, or the base models.
+            CheckpointError: if names or shapes differ, or what was trained, or LoRA's scale, or the base models.
         """
         restore_weights(self, folder)
 
@@ -293,9 +300,13 @@ class VisionLanguageModel(nn.Module):
     @property
     def qwen(self) -> MultimodalQWenLMHeadModel:
         """The language model itself, with or without LoRA layers inside."""
-        model = self.language_model
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = self.language_model.get_base_model() if self.has_lora else self.language_model
         return base
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether there are LoRA layers in the language model."""
+        return isinstance(self.language_model, PeftModel)
 
     @property
     def device(self) -> torch.device:
@@ -305,22 +316,13 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the frozen weights."""
+        """The dtype of the language model."""
         dtype: torch.dtype = self.get_input_embeddings().weight.dtype
         return dtype
 
     def get_input_embeddings(self) -> Any:
         """Return the language model's token embedding, to which `--neftune_noise_alpha` adds noise."""
         return self.qwen.get_input_embeddings()
-
-    def parameter_counts(self) -> dict[str, tuple[int, int]]:
-        """Count the parameters of each part, all and trainable; LoRA layers are a part of their own."""
-        counts = {"vision_tower": (0, 0), "projector": (0, 0), "language_model": (0, 0), "lora": (0, 0)}
-        for name, parameter in self.named_parameters():
-            part = "lora" if "lora_" in name else name.split(".", 1)[0]
-            total, trainable = counts[part]
-            counts[part] = (total + parameter.numel(), trainable + parameter.numel() * parameter.requires_grad)
-        return counts
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the language model's activations in the backward pass; Trainer asks for it by this name."""

@@ -46,8 +46,16 @@ _IMAGE_SETTINGS = (
 
 
 def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint | None) -> tuple[str, str]:
-    """Return the names of the base models: those given, else those that the checkpoint was trained on."""
+    """Return the names of the base models: those given, else those that the checkpoint was trained on.
+
+    A checkpoint of `--train_only all` brings its language model; one that is given as well must be the same, or the one
+    that its training started from.
+    """
     if checkpoint is not None and checkpoint.config is not None:
+        if checkpoint.train_only == "all":
+            if language is not None:
+                _check_same_origin(language, checkpoint)
+            language = checkpoint.language_model
         language = language or checkpoint.config.base_language_model
         vision = vision or checkpoint.config.base_value_model
     if language is None or vision is None:
@@ -56,6 +64,20 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
         raise CheckpointError(f"give {missing}: there is no checkpoint whose multimodal_config.json says what it is")
     logger.info("base language model: %s; base vision model: %s", language, vision)
     return language, vision
+
+
+def _check_same_origin(name: str, checkpoint: Checkpoint) -> None:
+    """Check that a language model is the one in a checkpoint, or the one that its training started from."""
+    config: Any = checkpoint.config
+    known = {config.base_language_model, str(Path(checkpoint.language_model).resolve())}
+    if name in known or str(Path(name).absolute()) in known or str(Path(name).resolve()) in known:
+        return
+    found = language_fingerprint(name, read_language_config(name))
+    if found != config.language_model_fingerprint or not comparable(found, found):
+        raise CheckpointError(
+            f"--base_language_model {name}: checkpoint {checkpoint.folder} brings its own language model, which was "
+            f"trained from {config.base_language_model}; give {checkpoint.language_model} or that"
+        )
 
 
 # ---- The language model: what is wrong with one is a ValueError in one line
@@ -127,18 +149,21 @@ def base_fingerprints(tower: VisionTower, language_model: PreTrainedModel) -> di
     They come from the published files and not from the modules that transformers makes of them, so that no upgrade
     changes them. How the tower prepares images counts too.
     """
-    processor = _published(tower.name_or_path, "preprocessor_config.json")
+    processor = published_file(tower.name_or_path, "preprocessor_config.json")
     images = json.loads(processor.read_text(encoding="utf-8")) if processor is not None else {}
     prepared = {name: images.get(name) for name in _IMAGE_SETTINGS}
-    if isinstance(language_model.config, QWenConfig):
-        config = {name: getattr(language_model.config, name) for name in _LANGUAGE_SETTINGS}
-    else:
-        config = fingerprinted_settings(language_model.config)
-    vision, language = (_published_weights(name) for name in (tower.name_or_path, str(language_model.name_or_path)))
+    vision = _published_weights(tower.name_or_path)
     return {
         "vision_tower_fingerprint": fingerprint(vision, {"kind": tower.kind}, prepared),
-        "language_model_fingerprint": fingerprint(language, config),
+        "language_model_fingerprint": language_fingerprint(str(language_model.name_or_path), language_model.config),
     }
+
+
+def language_fingerprint(name: str, config: PreTrainedConfig) -> str:
+    """Return the fingerprint of a language model; empty if its weights are not here."""
+    if isinstance(config, QWenConfig):
+        return fingerprint(_published_weights(name), {key: getattr(config, key) for key in _LANGUAGE_SETTINGS})
+    return fingerprint(_published_weights(name), fingerprinted_settings(config))
 
 
 def fingerprint(weights: dict[str, Tensor], *settings: dict[str, Any]) -> str:
@@ -169,7 +194,7 @@ def comparable(one: object, other: object) -> bool:
     return all(isinstance(value, str) and value.startswith(FINGERPRINT) for value in (one, other))
 
 
-def _published(name: str, file: str) -> Path | None:
+def published_file(name: str, file: str) -> Path | None:
     """Return the path of a base model's file, or None. The model was loaded, so it is here or in the hub's cache."""
     try:
         return Path(str(cached_file(name, file, local_files_only=True)))
@@ -181,9 +206,9 @@ def _published_weights(name: str) -> dict[str, Tensor]:
     """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
     for file in ("model.safetensors", "pytorch_model.bin"):
         parts = [file]
-        if _published(name, file) is None and (index := _published(name, f"{file}.index.json")) is not None:
+        if published_file(name, file) is None and (index := published_file(name, f"{file}.index.json")) is not None:
             parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [path for part in parts if (path := _published(name, part)) is not None]
+        paths = [path for part in parts if (path := published_file(name, part)) is not None]
         if paths:
             return {key: value for path in paths for key, value in load_state_dict(path, weights_only=True).items()}
     return {}

@@ -27,11 +27,17 @@ from .folder import (
     ADAPTER_WEIGHTS,
     MULTIMODAL_CONFIG,
     PROJECTOR_WEIGHTS,
-    WEIGHTS,
     CheckpointError,
     numbered_checkpoints,
 )
-from .readers import Checkpoint, check_checksums, read_lora_config, read_multimodal_config, read_tensors
+from .readers import (
+    Checkpoint,
+    check_checksums,
+    read_lora_config,
+    read_multimodal_config,
+    read_tensors,
+    weights_in,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +60,8 @@ def resolve_checkpoint(folder: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"checkpoint {path}: no such folder; give a checkpoint or a run folder")
     numbered = numbered_checkpoints(path)
     for candidate in (*numbered, path):
-        is_ours = (candidate / PROJECTOR_WEIGHTS).exists()
-        needed = (*_NEEDED, (MULTIMODAL_CONFIG,)) if is_ours else _NEEDED
+        is_ours = any((candidate / name).exists() for name in (PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG))
+        needed = tuple((name,) for name in weights_in(candidate)) if is_ours else _NEEDED
         missing = [" or ".join(names) for names in needed if not any((candidate / name).exists() for name in names)]
         if not missing:
             return candidate
@@ -69,9 +75,11 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     if not (path / MULTIMODAL_CONFIG).exists():  # of the original project: only the weights show the number of layers
         layers = 2 if any(name.startswith("2.") for name in read_projector(path)) else 1
         return Checkpoint(path, None, read_lora_config(path), layers)
-    check_checksums(path, WEIGHTS)
+    names = weights_in(path)
+    check_checksums(path, names)
     config = read_multimodal_config(path)
-    return Checkpoint(path, config, read_lora_config(path), config.projector_layers, config.pixel_shuffle)
+    lora = read_lora_config(path) if ADAPTER_CONFIG in names else None
+    return Checkpoint(path, config, lora, config.projector_layers, config.pixel_shuffle, config.train_only)
 
 
 # ---- Does it fit the base models?
@@ -108,6 +116,8 @@ def check_bases(
     for name, value in fingerprints.items() if not differences else ():
         recorded = getattr(config, name)
         base = "base_value_model" if name.startswith("vision") else "base_language_model"
+        if base == "base_language_model" and language_model.name_or_path == checkpoint.language_model:
+            continue  # its own, not the one that training started from; its checksums are right
         if recorded and not comparable(value, recorded):
             logger.warning("%s: its %s is of an older kind and is not compared", checkpoint.folder, name)
         elif recorded and value != recorded:
@@ -126,6 +136,7 @@ def load_lora(
     language_model: PreTrainedModel, checkpoint: Checkpoint, *, trainable: bool, dropout: float | None = None
 ) -> PeftModel:
     """Wrap the language model with the LoRA layers of a checkpoint, in fp32; `dropout` replaces the checkpoint's."""
+    assert checkpoint.lora_config is not None
     config = copy(checkpoint.lora_config)
     config.inference_mode = not trainable
     config.base_model_name_or_path = language_model.name_or_path  # or PEFT warns that it is another

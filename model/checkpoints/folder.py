@@ -5,6 +5,9 @@
     multimodal_config.json                           both base models, token counts, dtype, package versions
     checksums.json                                   SHA-256 of each file that loading reads
 
+With `--train_only` there are no adapter files; `--train_only all` adds a folder `language_model`, a base model in the
+layout of the one that training started from.
+
 `checksums.json` is written last and checked first, so that a flipped bit or a file of another checkpoint is one error
 and not other weights.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -20,8 +24,15 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROJECTOR_WEIGHTS = "projector.safetensors"
 MULTIMODAL_CONFIG = "multimodal_config.json"
 CHECKSUMS = "checksums.json"
-WEIGHTS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG)
-"""The files that asking reads, in addition to `checksums.json`."""
+LANGUAGE_MODEL = "language_model"
+TRAINED = {
+    "lora": (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG),
+    "projector": (PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG),
+    "all": (LANGUAGE_MODEL, PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG),
+}
+"""The files (and the folder) that asking reads in addition to `checksums.json`, by what was trained."""
+WEIGHTS = (*TRAINED["lora"], LANGUAGE_MODEL)
+"""All of these names."""
 
 
 class CheckpointError(ValueError):
@@ -32,6 +43,15 @@ def numbered_checkpoints(run: Path) -> list[Path]:
     """Return the `checkpoint-N` folders of a run folder, complete or not, the newest first."""
     found = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def with_contents(folder: Path, names: Iterable[str]) -> set[str]:
+    """Return the names, that of a folder replaced by those of what is in it."""
+    found = set(names)
+    if LANGUAGE_MODEL in found:
+        found.remove(LANGUAGE_MODEL)
+        found |= {f"{LANGUAGE_MODEL}/{path.name}" for path in (folder / LANGUAGE_MODEL).iterdir()}
+    return found
 
 
 def sha256(path: Path) -> str:

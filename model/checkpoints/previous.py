@@ -8,34 +8,51 @@ from typing import Any
 
 from ..arguments import ModelArguments
 from ..lora import LoraSettings
-from .checkpoint import check_bases, load_projector, read_adapter, read_checkpoint
-from .folder import CheckpointError
+from .base_models import base_models, load_language_model
+from .checkpoint import check_bases, check_weights, load_projector, read_adapter, read_checkpoint
+from .folder import LANGUAGE_MODEL, CheckpointError
 from .readers import Checkpoint
 
 
-def check_previous(asked: ModelArguments, checkpoint: Checkpoint) -> None:
-    """Compare explicit flags with the checkpoint that `--previous_lora_weights` names; no base model is needed.
+def read_previous(asked: ModelArguments) -> Checkpoint | None:
+    """Read the checkpoint that `--previous_lora_weights` names, if any, and compare explicit flags with it.
+
+    If it brings its own language model, `asked` names that from now on. No base model is read.
 
     Raises:
         CheckpointError: if they disagree.
     """
-    config, targets = checkpoint.lora_config, asked.target_modules
-    flags = {
-        "lora_rank": (asked.lora_rank, config.r),
-        "lora_alpha": (asked.lora_alpha, config.lora_alpha),
-        "target_modules": (
-            None if targets in (None, "auto") else _with_bars(LoraSettings.parse_targets(targets)),
-            _with_bars(name.rsplit(".", 1)[-1] for name in config.target_modules or ()),
-        ),
+    if asked.previous_lora_weights is None:
+        return None
+    checkpoint = read_checkpoint(asked.previous_lora_weights)
+    flags: dict[str, tuple[Any, Any]] = {
         "projector_layers": (asked.projector_layers, checkpoint.projector_layers),
         "pixel_shuffle": (asked.pixel_shuffle, checkpoint.pixel_shuffle),
     }
+    if (config := checkpoint.lora_config) is not None:
+        if asked.train_only is not None:
+            raise CheckpointError(
+                f"--train_only {asked.train_only}: --previous_lora_weights {asked.previous_lora_weights} holds LoRA, "
+                "which can only be trained further; give a checkpoint of --train_only, or leave --train_only out"
+            )
+        targets = asked.target_modules
+        flags |= {
+            "lora_rank": (asked.lora_rank, config.r),
+            "lora_alpha": (asked.lora_alpha, config.lora_alpha),
+            "target_modules": (
+                None if targets in (None, "auto") else _with_bars(LoraSettings.parse_targets(targets)),
+                _with_bars(name.rsplit(".", 1)[-1] for name in config.target_modules or ()),
+            ),
+        }
     for name, (wanted, trained) in flags.items():
         if wanted is not None and wanted != trained:
             raise CheckpointError(
                 f"--{name} {wanted} disagrees with --previous_lora_weights {asked.previous_lora_weights}, which was "
                 f"trained with {trained}; leave the flag out or give {trained}"
             )
+    if checkpoint.train_only == "all":
+        asked.base_language_model = base_models(asked.base_language_model, asked.base_value_model, checkpoint)[0]
+    return checkpoint
 
 
 def _with_bars(names: Iterable[str]) -> str:
@@ -45,13 +62,23 @@ def _with_bars(names: Iterable[str]) -> str:
 def restore_weights(model: Any, folder: str | os.PathLike[str]) -> None:
     """Do what `VisionLanguageModel.load_checkpoint` says."""
     checkpoint = read_checkpoint(folder)
+    settings = {name: (getattr(checkpoint, name), getattr(model, name)) for name in ("train_only", "pixel_shuffle")}
+    if checkpoint.lora_config is not None and model.has_lora:
+        here = model.language_model.peft_config["default"]
+        settings["lora_alpha"] = checkpoint.lora_config.lora_alpha, here.lora_alpha
+    for name, (trained, own) in settings.items():
+        if trained != own:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} was trained with {name} {trained}, the model has {own}; give the same "
+                f"--{name}"
+            )
     check_bases(checkpoint, model.vision_tower, model.qwen, model.fingerprints)
-    alpha = model.language_model.peft_config["default"].lora_alpha
-    if checkpoint.lora_config.lora_alpha != alpha:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.folder} was trained with lora_alpha {checkpoint.lora_config.lora_alpha}, the "
-            f"model has {alpha}; give the same --lora_alpha"
-        )
-    weights = read_adapter(model.language_model, checkpoint.folder)
+    weights = {}  # of LoRA or of the language model
+    if checkpoint.train_only == "lora":
+        weights = read_adapter(model.language_model, checkpoint.folder)
+    elif checkpoint.train_only == "all":
+        weights = load_language_model(checkpoint.language_model, model.dtype).state_dict()
+        where = f"{checkpoint.folder / LANGUAGE_MODEL}"
+        check_weights(model.language_model.state_dict(), weights, where, "another base language model")
     load_projector(model.projector, checkpoint.folder)
     model.language_model.load_state_dict(weights, strict=False)  # both fit: nothing changes before that is known

@@ -27,7 +27,17 @@ from torch import Tensor
 
 from dataprocess.messages import shorten
 
-from .folder import ADAPTER_CONFIG, CHECKSUMS, MULTIMODAL_CONFIG, CheckpointError, sha256
+from .folder import (
+    ADAPTER_CONFIG,
+    CHECKSUMS,
+    LANGUAGE_MODEL,
+    MULTIMODAL_CONFIG,
+    PROJECTOR_WEIGHTS,
+    TRAINED,
+    CheckpointError,
+    sha256,
+    with_contents,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +67,7 @@ class MultimodalConfig:
     dtype: str  # of the frozen weights while training, as in `bfloat16`
     package_versions: dict[str, str]  # of the packages that trained it
     pixel_shuffle: int = 1  # side of the block of patches that is one token; left out of the file where it is 1
+    train_only: str = "lora"  # lora (and the projector; left out of the file), projector, or all
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,15 @@ class Checkpoint:
 
     folder: Path
     config: MultimodalConfig | None  # None for folders of the original project
-    lora_config: LoraConfig  # rank, alpha, dropout and target modules
+    lora_config: LoraConfig | None  # rank, alpha, dropout and target modules; None where no LoRA was trained
     projector_layers: int  # 1 or 2
     pixel_shuffle: int = 1
+    train_only: str = "lora"  # what was trained: lora (and the projector), projector, or all
+
+    @property
+    def language_model(self) -> str:
+        """Return the path of the language model, which only a checkpoint of `--train_only all` has."""
+        return str(self.folder / LANGUAGE_MODEL)
 
 
 @contextlib.contextmanager
@@ -103,11 +120,11 @@ def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = Fa
 
     Folders written before it existed are read unchecked, with a warning.
     """
-    names = set(names)
     has_sums = os.path.lexists(folder / CHECKSUMS)
     sums = read_json(folder / CHECKSUMS) if has_sums else {}
-    if everything:
-        names |= sums.keys()
+    listed = {name for name in sums if everything or name.partition("/")[0] in names}
+    with reading(folder):
+        names = listed | with_contents(folder, names)  # whatever is in a language model's folder may be read
     for name in sorted(names):
         check_file(folder / name)
     if not has_sums:
@@ -120,6 +137,18 @@ def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = Fa
             f"checkpoint {folder}: not what was written, by {CHECKSUMS}: {', '.join(wrong)} (damaged, or from another "
             "checkpoint); copy the checkpoint again, or use another one"
         )
+
+
+def weights_in(folder: Path) -> tuple[str, ...]:
+    """Return the names of what asking reads of a checkpoint of ours, as its `multimodal_config.json` says, unchecked.
+
+    Where that is missing or damaged, which reading will tell, they are those that any checkpoint has.
+    """
+    try:
+        kind = str(read_json(folder / MULTIMODAL_CONFIG).get("train_only", "lora"))
+    except CheckpointError:
+        kind = ""
+    return TRAINED.get(kind, (PROJECTOR_WEIGHTS, MULTIMODAL_CONFIG))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -184,7 +213,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
 def read_multimodal_config(folder: Path) -> MultimodalConfig:
     """Read a checkpoint's `multimodal_config.json`."""
     path = folder / MULTIMODAL_CONFIG
-    values = {"pixel_shuffle": 1, **read_json(path)}
+    values = {"pixel_shuffle": 1, "train_only": "lora", **read_json(path)}
     types = get_type_hints(MultimodalConfig)
     missing = [name for name in types if name not in values]
     if missing:
@@ -197,4 +226,6 @@ def read_multimodal_config(folder: Path) -> MultimodalConfig:
         raise CheckpointError(f"{path}: projector_layers must be 1 or 2, got {values['projector_layers']}")
     if values["pixel_shuffle"] < 1:
         raise CheckpointError(f"{path}: pixel_shuffle must be at least 1, got {values['pixel_shuffle']}")
+    if values["train_only"] not in TRAINED:
+        raise CheckpointError(f"{path}: train_only must be one of {', '.join(TRAINED)}, got {values['train_only']!r}")
     return MultimodalConfig(**{name: values[name] for name in types})

@@ -1,4 +1,4 @@
-"""Save what is trained (LoRA and projector), and a note of what it was trained on; `folder.py` lists the files."""
+"""Save what is trained (LoRA and projector, say), and a note of what it was trained on; `folder.py` lists the files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,21 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS, MULTIMODAL_CONFIG, PROJECTOR_WEIGHTS, WEIGHTS, sha256
+from .folder import (
+    ADAPTER_WEIGHTS,
+    CHECKSUMS,
+    LANGUAGE_MODEL,
+    MULTIMODAL_CONFIG,
+    PROJECTOR_WEIGHTS,
+    TRAINED,
+    WEIGHTS,
+    sha256,
+    with_contents,
+)
 from .readers import MultimodalConfig
+from .whole_model import write_language_model
 
 PACKAGE_VERSIONS = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
 
@@ -40,14 +51,15 @@ def multimodal_config(model: Any) -> MultimodalConfig:
         projector_layers=model.projector_layers,
         **model.fingerprints,
         drop_first_patch=tower.drop_first_patch,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(next(tower.parameters()).dtype).removeprefix("torch."),
         package_versions=PACKAGE_VERSIONS,
         pixel_shuffle=model.pixel_shuffle,
+        train_only=model.train_only,
     )
 
 
 def save_checkpoint(
-    folder: str | os.PathLike[str], language_model: PeftModel, projector: nn.Module, config: MultimodalConfig
+    folder: str | os.PathLike[str], language_model: Any, projector: nn.Module, config: MultimodalConfig
 ) -> None:
     """Write a checkpoint's weights and configuration into a folder, which is created if need be.
 
@@ -56,37 +68,59 @@ def save_checkpoint(
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    lora_config = language_model.peft_config["default"]
-    lora_config.base_model_name_or_path = config.base_language_model
-    # By default PEFT asks the model hub whether the vocabulary has grown; here it never does.
-    lora = get_peft_model_state_dict(language_model, save_embedding_layers=False)
     values = asdict(config)
-    if config.pixel_shuffle == 1:
-        del values["pixel_shuffle"]  # files stay as they were before it existed
-    text = json.dumps(values, indent=2, ensure_ascii=False)
+    for name, usual in {"pixel_shuffle": 1, "train_only": "lora"}.items():
+        if values[name] == usual:
+            del values[name]  # files stay as they were before it existed
     # All is written to a new folder first: if that fails, the old files are whole.
     new = path / "tmp-weights"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        for name, tensors in ((ADAPTER_WEIGHTS, lora), (PROJECTOR_WEIGHTS, projector.state_dict())):
-            try:
-                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, new / name)
-            except SafetensorError as error:  # a full disk, too
-                raise OSError(f"{new / name}: {error}") from error
-        lora_config.save_pretrained(str(new))
+        try:
+            _save_tensors(projector.state_dict(), new / PROJECTOR_WEIGHTS)
+            if config.train_only == "lora":
+                _save_lora(language_model, config.base_language_model, new)
+            elif config.train_only == "all":
+                write_language_model(language_model, config.base_language_model, new / LANGUAGE_MODEL)
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(f"{new}: {error}") from error
+        text = json.dumps(values, indent=2, ensure_ascii=False)
         (new / MULTIMODAL_CONFIG).write_text(text + "\n", encoding="utf-8")
-        write_checksums(new, WEIGHTS)
-        for name in (*WEIGHTS, CHECKSUMS):
+        names = TRAINED[config.train_only]
+        files = with_contents(new, names)
+        write_checksums(new, files)
+        for name in (*files, CHECKSUMS, *names):
             flush_to_disk(new / name)
         # The folder is no checkpoint until the last of them is in its place.
-        for name in (MULTIMODAL_CONFIG, CHECKSUMS):
-            (path / name).unlink(missing_ok=True)
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, CHECKSUMS, MULTIMODAL_CONFIG):
+        for name in (MULTIMODAL_CONFIG, CHECKSUMS, *(set(WEIGHTS) - set(names))):
+            _remove(path / name)
+        for name in (*names[:-1], CHECKSUMS, MULTIMODAL_CONFIG):
+            if name == LANGUAGE_MODEL:  # unlike a file, a folder is not replaced
+                _remove(path / name)
             (new / name).replace(path / name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     flush_to_disk(path)
+
+
+def _save_lora(language_model: PeftModel, base: str, folder: Path) -> None:
+    config = language_model.peft_config["default"]
+    config.base_model_name_or_path = base
+    config.save_pretrained(str(folder))
+    # By default PEFT asks the model hub whether the vocabulary has grown; here it never does.
+    _save_tensors(get_peft_model_state_dict(language_model, save_embedding_layers=False), folder / ADAPTER_WEIGHTS)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_checksums(folder: Path, names: Iterable[str]) -> None:

@@ -15,8 +15,8 @@ from visual import TowerShape, read_tower_shape
 
 from ..arguments import ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import read_language_config
-from ..checkpoints.checkpoint import drops_first_patch, read_checkpoint
-from ..checkpoints.previous import check_previous
+from ..checkpoints.checkpoint import drops_first_patch
+from ..checkpoints.previous import read_previous
 from ..language_models.causal_lm import check_window, multimodal_class
 from ..lora import LoraSettings, check_targets, default_targets
 from ..pixel_shuffle import check_pixel_shuffle
@@ -51,15 +51,14 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
         ValueError: if a base model, a checkpoint or a target module is missing, unknown, or at odds with a flag.
         OSError: likewise.
     """
-    lora, previous = asked.lora_settings, None
+    lora, previous = asked.lora_settings, read_previous(asked)
     layers, factor = asked.projector_layers or 2, asked.pixel_shuffle or 1
-    if asked.previous_lora_weights is not None:
-        previous = read_checkpoint(asked.previous_lora_weights)
-        check_previous(asked, previous)
-        there = previous.lora_config.target_modules
-        targets = (there,) if isinstance(there, str) else tuple(there or ())
-        lora = replace(lora, rank=previous.lora_config.r, target_modules=targets)
+    if previous is not None:
         layers, factor = previous.projector_layers, previous.pixel_shuffle
+        if (trained := previous.lora_config) is not None:
+            there = trained.target_modules
+            targets = (there,) if isinstance(there, str) else tuple(there or ())
+            lora = replace(lora, rank=trained.r, target_modules=targets)
     drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
     tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
     check_pixel_shuffle(factor, tower.num_image_tokens)

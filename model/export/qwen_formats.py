@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -70,7 +71,7 @@ def write_peft(sources: Sources, folder: Path) -> None:
     Raises:
         OSError: if files can't be written.
     """
-    config = sources.checkpoint.lora_config
+    config: Any = sources.checkpoint.lora_config
     config.inference_mode = True
     config.base_model_name_or_path = sources.language_name
     config.save_pretrained(str(folder))

@@ -71,6 +71,8 @@ def read_sources(
         OSError: if files are missing.
     """
     checkpoint = read_checkpoint(model_weights)
+    if checkpoint.train_only != "lora":
+        raise ValueError(f"{checkpoint.folder}: checkpoints of --train_only {checkpoint.train_only} can't be exported")
     language_name, vision_name = base_models(language, vision, checkpoint)
     config, drop = read_language_config(language_name), drops_first_patch(checkpoint, vision_name)
     if not isinstance(config, QWenConfig):

@@ -60,6 +60,17 @@ def first_problem(work: Callable[[], object], takes_part: bool = True) -> str:
 # ---- Callbacks
 
 
+def log_parameters(model: Any) -> None:
+    """Log the parameters of each part of a `VisionLanguageModel`, all and trainable; LoRA is a part of its own."""
+    counts = {name: [0, 0] for name in ("vision_tower", "projector", "language_model", "lora", "all")}
+    for name, parameter in model.named_parameters():
+        for part in ("lora" if "lora_" in name else name.split(".", 1)[0], "all"):
+            counts[part][0] += parameter.numel()
+            counts[part][1] += parameter.numel() * parameter.requires_grad
+    for part, (total, trained) in counts.items():
+        logger.info("%-15s %15s parameters, %13s trainable", part, f"{total:,}", f"{trained:,}")
+
+
 class StopOnSignal(TrainerCallback):
     """On SIGTERM or SIGINT, finishes the step, saves and stops, on all processes at the same step.
 

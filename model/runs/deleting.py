@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoints.folder import CHECKSUMS, WEIGHTS, numbered_checkpoints
+from ..checkpoints.folder import CHECKSUMS, TRAINED, numbered_checkpoints
+from ..checkpoints.readers import weights_in
 from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, RUN_CONFIG, first_problem
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def set_aside(run: Path) -> None:
     if aside.is_symlink():  # of a stranger
         aside.unlink()
     aside.mkdir(exist_ok=True)
-    names = (*WEIGHTS, CHECKSUMS, RUN_CONFIG, BAD_SAMPLES, BAD_EVAL_SAMPLES, "runs")
+    names = (*TRAINED["lora"], *weights_in(run), CHECKSUMS, RUN_CONFIG, BAD_SAMPLES, BAD_EVAL_SAMPLES, "runs")
     for path in (*numbered_checkpoints(run), *(run / name for name in names)):
         if (aside / path.name).exists():
             remove(path)

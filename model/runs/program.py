@@ -35,16 +35,18 @@ def run_identity(
     model: VisionLanguageModel, train_set: ImageCaptionDataset, args: VLMTrainingArguments
 ) -> dict[str, Any]:
     """Return what a run is about; a resumed run must have the same."""
-    lora = model.language_model.peft_config["default"]
+    trained: dict[str, Any] = {"train_only": model.train_only}
+    if model.has_lora:
+        lora = model.language_model.peft_config["default"]
+        targets = "|".join(sorted(lora.target_modules))
+        trained = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": targets}
     return {
         "training data": train_set.fingerprint,
         "number of samples": len(train_set),
         "max_length": train_set.max_length,
         "seed": args.seed,
         "data_seed": args.data_seed,
-        "lora_rank": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "target_modules": "|".join(sorted(lora.target_modules)),
+        **trained,
         "projector_layers": model.projector_layers,
         **({"pixel_shuffle": model.pixel_shuffle} if model.pixel_shuffle != 1 else {}),  # older runs have no such key
         **{name.replace("_fingerprint", ""): value for name, value in model.fingerprints.items()},

@@ -19,8 +19,8 @@ from dataprocess.messages import shorten
 
 from ..arguments import VLMTrainingArguments
 from ..checkpoints.base_models import comparable
-from ..checkpoints.folder import WEIGHTS, CheckpointError, numbered_checkpoints
-from ..checkpoints.readers import check_checksums, read_json, reading
+from ..checkpoints.folder import CheckpointError, numbered_checkpoints
+from ..checkpoints.readers import check_checksums, read_json, reading, weights_in
 from .callbacks import RUN_CONFIG
 from .run_state import RUN_STATE, TRAINER_STATE, Geometry, RunState, bad_samples
 
@@ -93,14 +93,15 @@ def check_resumable(folder: Path) -> None:
     Raises:
         CheckpointError: if a file is missing or damaged.
     """
-    missing = [name for name in (*WEIGHTS, *_STATE) if not (folder / name).exists()]
+    weights = weights_in(folder)
+    missing = [name for name in (*weights, *_STATE) if not (folder / name).exists()]
     if missing:
         raise CheckpointError(
             f"--resume_from_checkpoint {folder}: {', '.join(missing)} missing, so training can't be resumed from it; "
             f"if it holds weights, {_FROM_WEIGHTS}"
         )
     optional = [path.name for pattern in ("scaler.pt", "rng_state*.pth") for path in folder.glob(pattern)]
-    check_checksums(folder, (*WEIGHTS, *_STATE, *optional), everything=True)
+    check_checksums(folder, (*weights, *_STATE, *optional), everything=True)
     read_run_state(folder)
     with reading(folder / TRAINER_STATE):
         state = TrainerState(**read_json(folder / TRAINER_STATE))

@@ -131,7 +131,7 @@ def write_checkpoint(trainer: Any) -> str:
         replace(state, stateful_callbacks=with_state).save_to_json(str(staging / TRAINER_STATE))
         text = json.dumps(asdict(now), indent=2, ensure_ascii=False)
         (staging / RUN_STATE).write_text(text + "\n", encoding="utf-8")
-        write_checksums(staging, {path.name for path in staging.iterdir()} - {CHECKSUMS, *WEIGHTS})
+        write_checksums(staging, {path.name for path in staging.iterdir()} - {CHECKSUMS, *WEIGHTS})  # those are there
         put_in_place(staging, target)
 
     problem = first_problem(write) or first_problem(finish, saves)
