@@ -55,6 +55,7 @@ shows a question.
 - **Typed control tokens**: llama.cpp turns `<|im_end|>` and the like in a question into control tokens; test.py takes
   all but `{image}` for text. Take them out of what strangers may type.
 - **Unicode**: llama.cpp does not compose characters (NFC): e and a combining accent are other tokens than é.
+- **A question that begins with a line break** is split into other tokens than by test.py.
 - **Several text parts** in one message get a line break between them.
 - **Numbers**: activations in front of a matrix are rounded to its type, GELU is looked up in a table, and the
   server's caches are float16 by default (`--cache-type-k f32 --cache-type-v f32` was used for the comparison).
