@@ -9,6 +9,7 @@ from qwen import IMAGE_TOKEN
 
 from .gguf_files import gguf_names
 from .sources import Sources
+from .text_half import text_half
 from .verify import Comparison
 
 EXPORT_NOTE = "EXPORT.md"
@@ -17,7 +18,7 @@ _LLAVA = """\
 ## How to ask it
 
 ```sh
-vllm serve {folder} --max-model-len {length}
+vllm serve {folder}{limit}
 python -m sglang.launch_server --model-path {folder}
 transformers serve {folder}
 mlx_vlm.generate --model {folder} --image picture.jpg --prompt "…"
@@ -27,13 +28,11 @@ llama.cpp does not read this folder; `--format gguf` writes what it reads (SigLI
 
 ## What differs from test.py
 
-- **Length**: Qwen2 has neither log-n attention nor dynamic NTK, so answers are equal up to {length} tokens, pictures
-  included ({tokens} tokens each).
+{notes}
 - **Typed control tokens**: these readers turn `<|im_end|>` and the like in a question into control tokens; test.py
   takes all but `{image}` for text. Take them out of what strangers may type.
 - **A question that begins with a line break** is split into other tokens than by test.py.
 - **Pictures** are resized by the reader. With torchvision installed, pixels differ by up to 0.015 from Pillow's.
-- **No system prompt** means test.py's default one, which the chat template puts in.
 {float16}"""
 _GGUF = """\
 ## How to ask it
@@ -63,7 +62,7 @@ shows a question.
 _MERGED = """\
 ## How to ask it
 
-The language model is a QWen as published, the projector is next to it, and the vision tower is {vision}.
+The language model is a {kind} as published, the projector is next to it, and the vision tower is {vision}.
 `docs/serving.md` of the repository that made this folder has a short loader.
 """
 _PEFT = """\
@@ -93,23 +92,32 @@ def write_report(sources: Sources, folder: Path, name: str, kind: str, compariso
     language, vision = (
         Path(base).name if Path(base).is_dir() else base for base in (sources.language_name, sources.vision_name)
     )
+<<<<<<< HEAD
     is_siglip = sources.tower.kind == "siglip"
     text_file, mmproj_file = gguf_names(sources)
     text = {"llava": _LLAVA, "gguf": _GGUF, "merged": _MERGED, "peft": _PEFT}[kind].format(
+=======
+    has_block = sources.takes_norm
+    half = text_half(sources)
+    text = {"llava": _LLAVA, "merged": _MERGED, "peft": _PEFT}[kind].format(
+>>>>>>> main
         folder=name,
-        length=sources.language.seq_length,
-        tokens=sources.tower.num_image_tokens,
+        limit="" if half.max_length is None else f" --max-model-len {half.max_length}",
+        notes="\n".join(f"- {note}" for note in half.notes()),
+        kind=half.name,
         image=IMAGE_TOKEN,
         size=sources.tower.image_size,
         text=text_file,
         mmproj=mmproj_file,
         language=language,
         vision=vision,
-        sglang=" SGLang would apply SigLIP's last norm twice: do not use it." if is_siglip else "",
-        float16="- **float16** overflows in SigLIP's last block: serve in bfloat16 or float32.\n" if is_siglip else "",
+        sglang=" SGLang would apply SigLIP's last norm twice: do not use it." if has_block else "",
+        float16="- **float16** overflows in SigLIP's last block: serve in bfloat16 or float32.\n" if has_block else "",
     )
     dtype = str(sources.dtype).removeprefix("torch.")
-    head = f"# {name}\n\n{language} with LoRA merged, {vision} and a projector, as `--format {kind}` in {dtype}.\n"
+    states = {"lora": "with LoRA merged", "projector": "as published", "all": "trained as a whole"}
+    language_model = f"{language} {states[sources.checkpoint.train_only]}"
+    head = f"# {name}\n\n{language_model}, {vision} and a projector, as `--format {kind}` in {dtype}.\n"
     if kind == "peft":
         head = f"# {name}\n\nLoRA of {language}, as `--format peft`.\n"
     (folder / EXPORT_NOTE).write_text("\n".join([head, *table(comparisons, kind), text]), encoding="utf-8")
