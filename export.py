@@ -73,13 +73,10 @@ def run(args: argparse.Namespace) -> None:
     sources = read_sources(args.model_weights, args.base_language_model, args.base_value_model, args.dtype)
     if args.format == "llava":
         check_llava(sources)
-<<<<<<< HEAD
     elif args.format == "gguf":
         check_gguf(sources)
-=======
     elif args.format == "peft":
         check_peft(sources)
->>>>>>> main
 
     with new_folder(args.output, keep_on=ExportMismatchError) as folder:
         # Read the base models tensor by tensor, merge LoRA, and write.

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen import QWenTokenizer
+from qwen import QWenConfig, QWenTokenizer
 from qwen.tokenization_qwen import ENDOFTEXT_ID, IMEND_ID, IMSTART_ID, SPECIAL_TOKENS
 from visual.loading import load_image_processor
 
 from ..checkpoints.saving import flush_to_disk
-from .llava import as_qwen2, generation_config, misfits, refuse
-from .processor_files import byte_level_bpe, chat_template
-from .sources import Sources, language_weights, tower_weights
+from .llava import misfits, refuse
+from .processor_files import byte_level_bpe
+from .qwen_text import as_qwen2
+from .sources import Sources, tower_weights
+from .text_half import TextHalf, text_half
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """GGUF's names."""
@@ -65,6 +67,9 @@ def check_gguf(sources: Sources) -> None:
     """
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("--format gguf writes with the package gguf, which is not installed: pip install gguf")
+    if not isinstance(sources.language, QWenConfig):
+        kind = sources.language.model_type
+        raise ValueError(f"--format gguf writes QWen only so far, and the language model is {kind}: use --format llava")
     language, tower = sources.language, sources.tower
     act, width = getattr(sources.vision, "hidden_act", None), language.num_attention_heads * language.kv_channels
     clip = "the tower is clip, whose patches llama.cpp misplaces (https://github.com/ggml-org/llama.cpp/issues/25814)"
@@ -75,6 +80,10 @@ def check_gguf(sources: Sources) -> None:
             (width != language.hidden_size, f"heads are {width} wide together, and hidden_size {language.hidden_size}"),
             (tower.kind == "clip", clip),
             (tower.kind not in ("clip", "siglip"), f"the tower is {tower.kind}, and only SigLIP can be written"),
+            (
+                is_siglip and not sources.takes_norm,
+                f"features are those of layer {tower.feature_layer}, and only SigLIP's last can be written",
+            ),
             (sources.drop_first_patch, "SigLIP's first patch is left out, and llama.cpp gives all to the model"),
             (is_siglip and act not in _GELUS, f"hidden_act is {act!r}, and llama.cpp knows {', '.join(_GELUS)}"),
         ],
@@ -100,7 +109,9 @@ def write_gguf(sources: Sources, folder: Path) -> None:
         [(name, torch.empty(shape, dtype=sources.dtype, device="meta")) for name, shape in shapes.items()]
         for shapes in (sources.language_shapes, sources.vision_shapes)
     )
-    _write(_text_metadata(sources, text), _text_tensors(text_shapes), _text_tensors(language_weights(sources)))
+    qwen2_shapes = (part for name, value in text_shapes for part in as_qwen2(name, value))
+    language = text_half(sources)
+    _write(_text_metadata(sources, language, text), _text_tensors(qwen2_shapes), _text_tensors(language.weights()))
     projector = {name: value.to(sources.dtype) for name, value in sources.projector.items()}
     _write(
         _vision_metadata(sources, mmproj),
@@ -122,8 +133,9 @@ def _new_file(sources: Sources, path: Path, kind: str) -> Any:
     return writer
 
 
-def _text_metadata(sources: Sources, path: Path) -> Any:
-    qwen, writer = sources.language, _new_file(sources, path, "model")
+def _text_metadata(sources: Sources, language: TextHalf, path: Path) -> Any:
+    qwen: Any = sources.language
+    writer = _new_file(sources, path, "model")
     writer.add_block_count(qwen.num_hidden_layers)
     writer.add_context_length(qwen.seq_length)
     writer.add_embedding_length(qwen.hidden_size)
@@ -136,8 +148,8 @@ def _text_metadata(sources: Sources, path: Path) -> Any:
     writer.add_rope_freq_base(float(qwen.rotary_emb_base))
     writer.add_layer_norm_rms_eps(qwen.layer_norm_epsilon)
     _add_tokenizer(writer, QWenTokenizer.from_pretrained(sources.language_name), qwen.vocab_size)
-    writer.add_chat_template(chat_template())
-    _add_sampling(writer, generation_config(sources))
+    writer.add_chat_template(language.chat_template())
+    _add_sampling(writer, language.generation_config())
     return writer
 
 
@@ -199,9 +211,9 @@ def _vision_metadata(sources: Sources, path: Path) -> Any:
 
 
 def _text_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for old, value in tensors:
-        for name, part in as_qwen2(old, value):
-            yield _renamed(name.removeprefix("model.layers."), _TEXT_NAMES, "blk"), part
+    """Rename what is named as in Qwen2's published files."""
+    for name, value in tensors:
+        yield _renamed(name.removeprefix("model.layers."), _TEXT_NAMES, "blk"), value
 
 
 def _vision_tensors(

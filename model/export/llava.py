@@ -73,17 +73,11 @@ def write_llava(sources: Sources, folder: Path, max_bytes: int) -> None:
         OSError: if files are missing or can't be written.
     """
     strategy = "default" if sources.tower.kind == "clip" or sources.drop_first_patch else "full"
-<<<<<<< HEAD
-    _write_json(folder / "config.json", _config(sources, strategy))
-    _write_json(folder / "generation_config.json", generation_config(sources))
-    write_tokenizer(folder, QWenTokenizer.from_pretrained(sources.language_name), sources.language.seq_length)
-=======
     text = text_half(sources)
     _write_json(folder / "config.json", _config(sources, text, strategy))
     _write_json(folder / "generation_config.json", text.generation_config())
     text.write_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(text.chat_template(), encoding="utf-8")
->>>>>>> main
     images = {
         "patch_size": sources.vision.patch_size,
         "vision_feature_select_strategy": strategy,
@@ -132,18 +126,6 @@ def _own(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in kept or name not in common}
 
 
-<<<<<<< HEAD
-def generation_config(sources: Sources) -> dict[str, Any]:
-    """Keep the base model's own settings, so that answers are drawn as by test.py; ChatML's tokens end an answer."""
-    path = base_file(sources.language_name, "generation_config.json")
-    base = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-    names = ("max_new_tokens", "repetition_penalty", "do_sample", *(_SAMPLING if base.get("do_sample") else ()))
-    kept = {name: base[name] for name in names if base.get(name) is not None}
-    return kept | {"eos_token_id": sorted(QWenTokenizer.stop_ids), "pad_token_id": ENDOFTEXT_ID}
-
-
-=======
->>>>>>> main
 # ---- Weights
 
 

@@ -49,8 +49,7 @@ shows a question.
 
 - **Pictures** that are not square are padded with grey; test.py stretches them. Stretch them to {size} × {size} pixels
   first: then nothing is left to resize.
-- **Length**: Qwen2 has neither log-n attention nor dynamic NTK, so answers are equal up to {length} tokens, pictures
-  included ({tokens} tokens each).
+{notes}
 - **Typed control tokens**: llama.cpp turns `<|im_end|>` and the like in a question into control tokens; test.py takes
   all but `{image}` for text. Take them out of what strangers may type.
 - **Unicode**: llama.cpp does not compose characters (NFC): e and a combining accent are other tokens than é.
@@ -92,17 +91,13 @@ def write_report(sources: Sources, folder: Path, name: str, kind: str, compariso
     language, vision = (
         Path(base).name if Path(base).is_dir() else base for base in (sources.language_name, sources.vision_name)
     )
-<<<<<<< HEAD
-    is_siglip = sources.tower.kind == "siglip"
-    text_file, mmproj_file = gguf_names(sources)
-    text = {"llava": _LLAVA, "gguf": _GGUF, "merged": _MERGED, "peft": _PEFT}[kind].format(
-=======
     has_block = sources.takes_norm
     half = text_half(sources)
-    text = {"llava": _LLAVA, "merged": _MERGED, "peft": _PEFT}[kind].format(
->>>>>>> main
+    text_file, mmproj_file = gguf_names(sources)
+    text = {"llava": _LLAVA, "gguf": _GGUF, "merged": _MERGED, "peft": _PEFT}[kind].format(
         folder=name,
         limit="" if half.max_length is None else f" --max-model-len {half.max_length}",
+        length=half.max_length,
         notes="\n".join(f"- {note}" for note in half.notes()),
         kind=half.name,
         image=IMAGE_TOKEN,

@@ -89,11 +89,7 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
     ours = _our_model(sources)
     prepare = _our_inputs(ours, tokenizer)
     asked = [None] if kind == "peft" else [sample_picture(sources.tower.image_size), None]
-    settings: dict[str, Any] = {
-        **GREEDY,
-        "eos_token_id": list(tokenizer.stop_ids),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    settings = _settings(tokenizer)
     if kind == "llava":
         image_token_id = json.loads((folder / "config.json").read_text(encoding="utf-8"))["image_token_index"]
         settings["suppress_tokens"] = [image_token_id]  # in an answer, it would stand for a picture that is not there
@@ -113,8 +109,12 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
 
 def our_answers(sources: Sources, pictures: list[Any]) -> list[Answer]:
     """Ask our own model about each picture; None asks without one."""
-    model = _our_model(sources)
-    return list(_ask(model, _our_inputs(model, QWenTokenizer.from_pretrained(sources.language_name)), pictures))
+    model, tokenizer = _our_model(sources), load_tokenizer(sources.language_name)
+    return list(_ask(model, _our_inputs(model, tokenizer), pictures, _settings(tokenizer)))
+
+
+def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {**GREEDY, "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_token_id}
 
 
 def sample_picture(size: int) -> Image.Image:

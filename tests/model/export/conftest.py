@@ -39,22 +39,9 @@ def tokenizer_files(tmp_path_factory, tokenizer, bpe) -> Path:
 
 
 @pytest.fixture
-<<<<<<< HEAD
-def export(tmp_path, tokenizer_files, bpe, monkeypatch):
-    """Call export.py in this process, without its own verification unless `verify` says so; return the new folder."""
-    import export as program
-    from model.export import gguf_files, llava
-
-    def copy_files(folder, tokenizer, max_length):
-        shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
-
-    monkeypatch.setattr(llava, "write_tokenizer", copy_files)
-    monkeypatch.setattr(gguf_files, "byte_level_bpe", lambda tokenizer: bpe)
-=======
 def run_export(tmp_path):
     """Call export.py in this process, without its own verification unless `verify` says so; return the new folder."""
     import export as program
->>>>>>> main
 
     def call(checkpoint: object, *flags: object, status: int = 0, verify: bool = False, name: str = "out") -> Path:
         output = tmp_path / name
@@ -66,14 +53,15 @@ def run_export(tmp_path):
 
 
 @pytest.fixture
-def export(run_export, tokenizer_files, monkeypatch):
+def export(run_export, tokenizer_files, bpe, monkeypatch):
     """Call export.py for a QWen, whose tokenizer's files are copied."""
-    from model.export import qwen_text
+    from model.export import gguf_files, qwen_text
 
     def copy_files(folder, tokenizer, max_length):
         shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(qwen_text, "write_tokenizer", copy_files)
+    monkeypatch.setattr(gguf_files, "byte_level_bpe", lambda tokenizer: bpe)
     return run_export
 
 

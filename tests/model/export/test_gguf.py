@@ -18,6 +18,7 @@ from dataset.prompt import encode_prompt
 from model import VisionLanguageModel
 from model.export import gguf_files, llama_server
 from model.export.processor_files import chat_template
+from model.export.qwen_text import QwenText
 
 gguf = pytest.importorskip("gguf", reason="--format gguf writes with it")
 needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
@@ -190,6 +191,12 @@ def test_a_dropped_patch_is_refused(export, make_checkpoint, tmp_path, capfd):
     assert "first patch" in one_line_error(capfd.readouterr().err, "export.py")
 
 
+def test_language_models_other_than_qwen_are_refused(run_export, make_family_checkpoint, capfd):
+    checkpoint = make_family_checkpoint("qwen2", make_siglip_checkpoint)
+    run_export(checkpoint, "--format", "gguf", status=2)
+    assert "the language model is qwen2" in one_line_error(capfd.readouterr().err, "export.py")
+
+
 def without(monkeypatch, package: str) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
@@ -308,7 +315,7 @@ def swapped(names, first, second):
     [
         ("_TEXT_NAMES", swapped(gguf_files._TEXT_NAMES, "mlp.gate_proj", "mlp.up_proj")),
         ("_VISION_NAMES", swapped(gguf_files._VISION_NAMES, "layer_norm1", "layer_norm2")),
-        ("chat_template", lambda: chat_template().replace("助手", "助理")),
+        ("prompt", lambda half: chat_template().replace("助手", "助理")),
         ("_GELUS", None),
         ("layer", None),
     ],
@@ -316,7 +323,9 @@ def swapped(names, first, second):
 )
 def test_an_export_that_differs_is_an_error(export, make_checkpoint, monkeypatch, capfd, name, wrong):
     checkpoint = make_checkpoint(make_siglip_checkpoint)
-    if wrong is not None:
+    if name == "prompt":
+        monkeypatch.setattr(QwenText, "chat_template", wrong)
+    elif wrong is not None:
         monkeypatch.setattr(gguf_files, name, wrong)
     elif name == "layer":
         add = gguf.GGUFWriter.add_array
