@@ -81,10 +81,6 @@ def check_gguf(sources: Sources) -> None:
             (tower.kind == "clip", clip),
             (tower.kind not in ("clip", "siglip"), f"the tower is {tower.kind}, and only SigLIP can be written"),
             (
-                tower.feature_layer != -1,
-                f"features are hidden state {tower.feature_layer}, and only the last is written",
-            ),
-            (
                 is_siglip and not sources.takes_norm,
                 f"features are those of layer {tower.feature_layer}, and only SigLIP's last can be written",
             ),
