@@ -11,6 +11,7 @@ rewrites contents, or writes an answer differently from how it asks for one, doe
 
 from __future__ import annotations
 
+import copy
 import datetime
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,6 +64,8 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> None:
         self.tokenizer = tokenizer
+        self._inner = tokenizer  # reads all that is not the beginning of a text
+        self._joins_spaces = False  # whether it puts the space itself that templates write before a text
         self.image_token_id = image_token_id
         self.name = str(tokenizer.name_or_path)
         if not tokenizer.chat_template:
@@ -70,10 +73,12 @@ class ChatTokenizer:
         self._template = re.sub(
             r"strftime_now\((['\"])(.*?)\1\)",
             lambda call: repr(_FIXED_DATE.strftime(call[2])),
-            str(tokenizer.chat_template),
+            _default_template(tokenizer),
         )
-        self._plain = self._pieces(with_system=False)
-        self._check(self._plain, with_system=False)
+        self._added = _added_tokens(tokenizer)
+        unknown = [re.escape(text) for text, is_special in self._added.values() if not is_special]
+        self._typed = re.compile(f"(?<=(?={'|'.join(unknown)}).)" if unknown else "(?!)", re.DOTALL)
+        self._plain = self._read_template()
         self._with_system: _Pieces | ChatTemplateError
         try:
             self._with_system = self._pieces(with_system=True)
@@ -91,7 +96,9 @@ class ChatTokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a content, in which a control token is plain text."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = []
+        for part in self._typed.split(text):
+            ids += self._inner.encode(part, add_special_tokens=False, split_special_tokens=True)
         return ids
 
     def decode(self, ids: Sequence[int], **kwargs: Any) -> str:
@@ -165,6 +172,24 @@ class ChatTokenizer:
             ) from error
         return str(text)
 
+    def _read_template(self) -> _Pieces:
+        """Find the way of tokenising contents that gives the template's own tokens.
+
+        Tokenizers of the SentencePiece kind put a space before a text. Some templates count on that, and others have
+        texts that begin within a line.
+        """
+        first_error: ChatTemplateError | None = None
+        for self._joins_spaces, makes_inner in ((False, None), (True, None), (False, _without_first_space)):
+            self._inner = self.tokenizer if makes_inner is None else makes_inner(self.tokenizer)
+            try:
+                pieces = self._pieces(with_system=False)
+                self._check(pieces, with_system=False)
+                return pieces
+            except ChatTemplateError as error:
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
+
     def _pieces(self, *, with_system: bool) -> _Pieces:
         """Split a conversation of two turns at its contents."""
         contents = [_MARKS[0] if with_system else None, *_MARKS[1:]]
@@ -176,19 +201,21 @@ class ChatTokenizer:
                 "answers once each and in their order"
             )
         *pieces, end = re.split("|".join(_MARKS), text)
+        asked, written = self._render(contents[:-1], ask=True), text[: text.index(marks[-1])]
+        if self._joins_spaces:
+            pieces, asked, written = [piece.rstrip(" ") for piece in pieces], asked.rstrip(" "), written.rstrip(" ")
         opening, first_question = pieces[:2] if with_system else (pieces[0], "")
         early_answer, next_question, last_answer = pieces[-3:]
-        asked = self._render(contents[:-1], ask=True)
-        if asked != text[: text.index(marks[-1])]:
+        if asked != written:
             raise ChatTemplateError(
                 f"the chat template of {self.name} asks for an answer by {asked[-40:]!r}, but writes answers after "
                 f"{last_answer[-40:]!r}"
             )
         closings = [self._template_ids(piece) for piece in (next_question, end)]
-        if not all(closings) or closings[0][0] != closings[1][0] or not self._is_control(closings[0][0]):
+        if not all(closings) or closings[0][0] != closings[1][0] or closings[0][0] not in self._added:
             raise ChatTemplateError(f"the chat template of {self.name} ends answers by no token of their own")
         return _Pieces(
-            opening=self._template_ids(opening),
+            opening=self.tokenizer.encode(opening, add_special_tokens=False),
             first_question=self._template_ids(first_question),
             early_answer=self._template_ids(early_answer),
             next_question=closings[0][1:],
@@ -197,12 +224,8 @@ class ChatTokenizer:
         )
 
     def _template_ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False)
         return ids
-
-    def _is_control(self, index: int) -> bool:
-        added = self.tokenizer.added_tokens_decoder
-        return index in added or index in self.tokenizer.all_special_ids
 
     def _check(self, pieces: _Pieces, *, with_system: bool) -> None:
         """Compare prompts built from the pieces with the same prompts, rendered and tokenised as a whole.
@@ -212,7 +235,7 @@ class ChatTokenizer:
         """
         system = _TRIAL[0] if with_system else None
         for turns in ([_TRIAL[1]], [_TRIAL[1], _TRIAL[2], _TRIAL[3]]):
-            whole = self._template_ids(self._render([system, *turns], ask=True))
+            whole = self.tokenizer.encode(self._render([system, *turns], ask=True), add_special_tokens=False)
             built = list(pieces.opening)
             if with_system:
                 built += [*self.encode_text(_TRIAL[0]), *pieces.first_question]
@@ -228,3 +251,36 @@ class ChatTokenizer:
                     f"the chat template of {self.name} rewrites contents, or its tokenizer joins them with what is "
                     f"around: {self.tokenizer.decode(whole)!r} would become {self.tokenizer.decode(built)!r}"
                 )
+
+
+def _default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the chat template, of several the one for chats without tools."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:  # several, and none is the default
+        names = ", ".join(tokenizer.chat_template)
+        raise ChatTemplateError(
+            f"{tokenizer.name_or_path} has chat templates {names}, and none is the default"
+        ) from error
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, tuple[str, bool]]:
+    """Return the control tokens: for each id its text, and whether the tokenizer can be told not to read it in texts.
+
+    Qwen3's `<think>` is one that it can't. Runs of spaces or line breaks, which some tokenizers add, control nothing.
+    """
+    added = {index: (token.content, token.special) for index, token in tokenizer.added_tokens_decoder.items()}
+    added |= dict(zip(tokenizer.all_special_ids, ((text, True) for text in tokenizer.all_special_tokens), strict=True))
+    return {index: token for index, token in added.items() if token[0].strip(" \u2581\t\r\n")}
+
+
+def _without_first_space(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy that puts no space before a text, or the same tokenizer if it does not put one."""
+    splitter = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+    if getattr(splitter, "prepend_scheme", None) != "first":
+        return tokenizer
+    inner = copy.deepcopy(tokenizer)
+    splitter = inner.backend_tokenizer.pre_tokenizer
+    splitter.prepend_scheme = "never"
+    inner.backend_tokenizer.pre_tokenizer = splitter
+    return inner

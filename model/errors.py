@@ -6,8 +6,6 @@ import argparse
 import re
 from typing import NoReturn
 
-import torch
-
 _OUT_OF_MEMORY = (
     "out of memory",
     "not enough memory",
@@ -48,7 +46,7 @@ def one_line(text: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that the memory of a GPU or of the machine has run out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, without loading it
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 

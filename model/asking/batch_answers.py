@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,32 @@ Outcome = str | ValueError
 def answer_questions(args: argparse.Namespace) -> int:
     """Answer the questions in the file `--batch` that have no line in `--output` yet; return the exit status."""
     questions = read_questions(Path(args.batch))
+    lines = complete_answers(args, questions, Path(args.output), functools.partial(load_assistant, args))
+    failed = [lines[question.id] for question in questions if "error" in lines[question.id]]
+    for line in failed[:_SHOWN]:
+        logger.error("test.py: %s", one_line(f"{line['id']}: {line['error']}"))
+    if failed:
+        lack = f"{format_count(len(questions), 'question')} {'has' if len(failed) == 1 else 'have'} no answer"
+        logger.error("test.py: %d of %s", len(failed), lack)
+    return 2 if failed else 0
+
+
+def complete_answers(
+    args: argparse.Namespace,
+    questions: Sequence[Question],
+    output: Path,
+    load: Callable[[], Assistant],
+    title: str | None = None,
+) -> dict[str | int, dict[str, Any]]:
+    """Answer the questions that have no line in an output yet; return all lines by id.
+
+    Args:
+        args: the flags of test.py, checked.
+        questions: with different ids.
+        output: the file of answers; one that is unfinished is resumed.
+        load: loads the model, if there is something left to answer.
+        title: stands before the progress bar.
+    """
     args.model_weights = resolve_checkpoint(args.model_weights)  # a run may save a newer one meanwhile
     made_with = {
         "questions": digest([(question.id, question.images, question.prompt) for question in questions]),
@@ -51,29 +78,26 @@ def answer_questions(args: argparse.Namespace) -> int:
             **args.options,
         },
     }
-    with hold(Path(args.output)):
-        answers = AnswerFile(Path(args.output), {question.id for question in questions}, made_with)
+    with hold(output):
+        answers = AnswerFile(output, {question.id for question in questions}, made_with)
         left = [question for question in questions if question.id not in answers.lines]
         if answers.lines:
-            logger.info("%s: %d of %d answered already", args.output, len(answers.lines), len(questions))
+            logger.info("%s: %d of %d answered already", output, len(answers.lines), len(questions))
         # A checkpoint knows its base models; if others are named, they are compared even if nothing is left to answer.
         if left or args.base_language_model or args.base_value_model:
-            assistant = load_assistant(args)
+            assistant = load()
             _check_settings(assistant)
             generation = assistant.model.qwen.generation_config.to_diff_dict()
             generation.pop("transformers_version", None)
             answers.begin({"base models": assistant.model.fingerprints, "generation settings": generation})
-            with tqdm(total=len(questions), initial=len(answers.lines), unit="question", file=sys.stderr) as bar:
+            done, shown = len(answers.lines), logger.isEnabledFor(logging.INFO)  # one bar for several processes
+            with tqdm(
+                desc=title, total=len(questions), initial=done, unit="question", file=sys.stderr, disable=not shown
+            ) as bar:
                 for line in answer_all(assistant, left, args.batch_size, args.seed):
                     answers.add(line)
                     bar.update()
-    failed = [answers.lines[question.id] for question in questions if "error" in answers.lines[question.id]]
-    for line in failed[:_SHOWN]:
-        logger.error("test.py: %s", one_line(f"{line['id']}: {line['error']}"))
-    if failed:
-        lack = f"{format_count(len(questions), 'question')} {'has' if len(failed) == 1 else 'have'} no answer"
-        logger.error("test.py: %d of %s", len(failed), lack)
-    return 2 if failed else 0
+    return answers.lines
 
 
 def _check_settings(assistant: Assistant) -> None:

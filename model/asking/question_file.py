@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ class Question:
     id: str | int  # unique within the file
     images: tuple[Path, ...]  # in the order of the placeholders
     prompt: str
+    further: dict[str, Any] = field(default_factory=dict, compare=False)
+    """The line's other keys."""
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Read a file of questions; empty lines and other keys are ignored, other lines refused with their number.
+def read_questions(path: Path, flag: str = "--batch") -> list[Question]:
+    """Read a file of questions; empty lines are skipped, other lines that are no question refused with their number.
 
     Relative image paths count from the current folder, or from the file's own if nothing is there.
     """
@@ -38,11 +40,11 @@ def read_questions(path: Path) -> list[Question]:
             if question.id in line_of:
                 raise ValueError(f"the id {question.id!r} is that of line {line_of[question.id]} too; ids must differ")
         except ValueError as error:
-            raise ValueError(f"--batch {path}, line {number}: {error}") from error
+            raise ValueError(f"{flag} {path}, line {number}: {error}") from error
         line_of[question.id] = number
         questions.append(question)
     if not questions:
-        raise ValueError(f"--batch {path}: there is no question in it; {_EXPECTED} on each line")
+        raise ValueError(f"{flag} {path}: there is no question in it; {_EXPECTED} on each line")
     return questions
 
 
@@ -68,7 +70,8 @@ def _question(raw: bytes, folder: Path) -> Question:
         if not is_valid:
             got = shorten(values[key], 40) if key in values else "missing"
             raise ValueError(f"the {key} is {got}; {_EXPECTED}")
-    return Question(index, tuple(_resolve(name, folder) for name in names), prompt)
+    further = {key: value for key, value in values.items() if key not in ("id", "image", "prompt")}
+    return Question(index, tuple(resolve_picture(name, folder) for name in names), prompt, further)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -79,6 +82,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _resolve(name: str, folder: Path) -> Path:
+def resolve_picture(name: str, folder: Path) -> Path:
+    """Return the path of a picture, relative to the current folder, or to this one if nothing is there."""
     here, there = Path(name), folder / name
     return there if not os.path.exists(here) and os.path.exists(there) else here  # noqa: PTH110, raises for no name

@@ -147,8 +147,9 @@ def multimodal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if getattr(config, "final_logit_softcapping", None):  # too little to show on the few tokens of `check_suitable`
         raise UnsuitableModelError(f"it caps its logits (final_logit_softcapping); {_UNSUPPORTED}")
     base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    members = {"image_token_id": int(config.vocab_size), "__module__": __name__}
-    return type(f"Multimodal{base.__name__}", (MultimodalCausalLM, base), members)
+    # By its name and module, transformers knows what to rename in published files, and what to call it in its own.
+    members = {"image_token_id": int(config.vocab_size), "__module__": base.__module__}
+    return type(base.__name__, (MultimodalCausalLM, base), members)
 
 
 def check_window(name: str, config: PreTrainedConfig, num_image_tokens: int) -> None:
@@ -169,8 +170,11 @@ def check_window(name: str, config: PreTrainedConfig, num_image_tokens: int) -> 
 def fingerprinted_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the settings that, together with its weights, decide what a language model computes."""
     values = config.to_dict()
-    rotary = values.get("rope_parameters") or {}
-    return {**{name: values.get(name) for name in _SETTINGS}, "rope_theta": rotary.get("rope_theta")}
+    rotary = {name: value for name, value in (values.get("rope_parameters") or {}).items() if value is not None}
+    settings = {**{name: values.get(name) for name in _SETTINGS}, "rope_theta": rotary.get("rope_theta")}
+    if rotary.get("rope_type", "default") != "default" or rotary.keys() - {"rope_type", "rope_theta"}:
+        settings["rope_parameters"] = rotary  # scaled (YaRN, Llama 3's), partial, or of several kinds of layers
+    return settings
 
 
 def load_chat_tokenizer(name_or_path: str, vocab_size: int) -> ChatTokenizer:
@@ -211,18 +215,32 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
 
 @torch.no_grad()
 def check_suitable(model: Any) -> None:
-    """Check with a short run that the logits are the language head's output for the decoder's hidden states.
+    """Check with short runs that training and answering compute what the model computes.
 
     Raises:
-        UnsuitableModelError: if they are not: such models change their logits afterwards, or what is embedded.
+        UnsuitableModelError: if the logits are not the language head's output for the decoder's hidden states, because
+            the model changes them afterwards, or what is embedded; or if it has other states than keys and values.
     """
     head = model.get_output_embeddings()
     if head is None or not hasattr(model, "get_decoder"):
         raise UnsuitableModelError(f"it has no language head over a decoder; {_OTHER}")
-    ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size  # (1, T)
-    positions = torch.arange(4, device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0].float()  # (T, V)
-    ours = head(model.hidden_at(positions, ids, None)).float()  # (T, V)
-    worst = float((logits - ours).abs().max())
-    if not worst <= 1e-3 * float(logits.abs().max()):
+    ids = torch.tensor([[0, model.image_token_id, 1, 2]], device=model.device)  # (1, T)
+    image = {"image_features": torch.full((1, model.config.hidden_size), 0.01, device=model.device)}  # no token's
+    try:
+        logits = model(input_ids=ids, use_cache=False, **image).logits[0].float()  # (T, V)
+        ours = head(model.hidden_at(torch.arange(4, device=model.device), ids, None, **image)).float()  # (T, V)
+        answering: Any = {"past_key_values": GrowingCache(model.config), "use_cache": True, "logits_to_keep": 1}
+        model(input_ids=ids[:, :3], **answering, **image)
+        last = model(input_ids=ids[:, 3:], **answering).logits[0, -1].float()  # (V,)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # models of another build fail in ways of their own
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise UnsuitableModelError(
+            f"it can't be run on image features and a growing cache ({reason}); {_OTHER}"
+        ) from error
+    worst, largest = float((logits - ours).abs().max()), float(logits.abs().max())
+    if not worst <= 1e-3 * largest:
         raise UnsuitableModelError(f"its logits differ by {worst:.3g} from those of its language head; {_UNSUPPORTED}")
+    if not float((last - logits[-1]).abs().max()) <= 0.1 * largest:  # in bf16 these two round differently
+        raise UnsuitableModelError(f"it remembers more than keys and values (state-space layers?); {_OTHER}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tiny_families import CHATML, FAMILIES, make_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from dataset.chat_template import ChatTemplateError, ChatTokenizer
 
@@ -69,6 +73,87 @@ def test_typed_control_tokens_are_text(family):
     text = " ".join(FAMILIES[family][2])
     assert not control & set(tokenizer.encode_text(text))
     assert tokenizer.decode(tokenizer.encode_text(text)) == text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_typed_tokens_that_are_not_called_special_are_text_too(family):
+    """As `<think>` and `<tool_call>` of the published Qwen3 are."""
+    tokenizer = make_tokenizer(family)
+    added = ["<tool>", "</tool>"]
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in added])
+    ids = tokenizer.convert_tokens_to_ids(added)
+    text = "A <tool>\n</tool><tool> b"
+    assert set(ids) <= set(tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False))
+    ours = ChatTokenizer(tokenizer, IMAGE)
+    assert not set(ids) & set(ours.encode_text(text))
+    assert ours.decode(ours.encode_text(text)) == text
+
+
+def test_a_run_of_spaces_that_was_added_controls_nothing():
+    tokenizer = make_tokenizer("qwen2", CHATML.replace("+ '<|im_end|>\n'", "+ '\n\n'"))
+    tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
+    with pytest.raises(ChatTemplateError, match="no token of their own"):
+        ChatTokenizer(tokenizer, IMAGE)
+    ours = ChatTokenizer(make_tokenizer("qwen2"), IMAGE)
+    ours.tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
+    assert ours.encode_text("a\n\nb") == ours.tokenizer.encode("a\n\nb")
+
+
+def sentencepiece(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2 and Mistral 7B have it: it writes a space as U+2581, and puts one before every text."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    metaspace = decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence(list(metaspace))
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False)
+    words = "what colour is the picture? it is red. And now you answer in one word. An apple, a robot."
+    tokenizer.train_from_iterator([words, f"\n{words}"] * 3, trainer)
+    values = json.loads(tokenizer.to_str())
+    values["added_tokens"] = [token for token in values["added_tokens"] if not token["content"].startswith("<0x")]
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(values)), **roles)
+    fast.add_special_tokens({"extra_special_tokens": ["[INST]", "[/INST]"]})
+    fast.chat_template = template
+    return fast
+
+
+SPACED = (  # as Mistral-7B-Instruct-v0.3 is asked: the space belongs to the answer, and only then to its first word
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+WITHIN_LINES = (  # as TinyLlama is: roles are plain text, and contents begin a line
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [SPACED, WITHIN_LINES], ids=["spaced", "within lines"])
+@pytest.mark.parametrize("turns", [TURNS[:1], TURNS], ids=["one turn", "two turns"])
+def test_tokenizers_that_put_a_space_before_a_text(template, turns):
+    tokenizer = sentencepiece(template)
+    assert tokenizer.tokenize("red")[0].startswith("\u2581")
+    ours = ChatTokenizer(tokenizer, IMAGE)
+    asked = [*turns[:-1], (turns[-1][0], None)]
+    whole = tokenizer.apply_chat_template(messages(asked), add_generation_prompt=True, return_dict=False)
+    assert built(ours, asked) == whole
+    trained = tokenizer.apply_chat_template(messages(turns), return_dict=False)
+    ids = built(ours, turns)
+    assert ids == trained[: len(ids)]
+    assert ours.decode(ours.encode_text("It is red.")) == "It is red."
+    control = tokenizer.convert_tokens_to_ids(["<s>", "</s>", "[INST]", "[/INST]"])
+    assert not set(control) & set(ours.encode_text("<s></s>[INST] [/INST]"))
+
+
+def test_of_several_templates_the_default_is_taken():
+    tokenizer = make_tokenizer("qwen2")
+    expected = built(ChatTokenizer(tokenizer, IMAGE), TURNS)
+    for tools in ({}, {"tool_use": "{{ raise_exception('for tools') }}"}):
+        tokenizer.chat_template = {**tools, "default": CHATML}
+        assert built(ChatTokenizer(tokenizer, IMAGE), TURNS) == expected
+    tokenizer.chat_template = {"tool_use": CHATML}
+    with pytest.raises(ChatTemplateError, match="tool_use, and none is the default"):
+        ChatTokenizer(tokenizer, IMAGE)
 
 
 def test_thinking_is_off_by_the_templates_own_switch():

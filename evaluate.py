@@ -1,0 +1,165 @@
+"""Measure how good a model's answers are, by the metrics that others report.
+
+    python evaluate.py --model_weights weights/train_V1_5 --questions questions.jsonl --output results/mine
+    python evaluate.py --questions questions.jsonl --answers answers.jsonl --metrics vqa_accuracy --output results/other
+    python evaluate.py --compare results/mine results/other
+
+The first command asks the model; if it is stopped, run it again to resume. The second scores answers that exist
+already, of any model. The third compares two output folders. A file of questions has a line for each, `{"id": …,
+"image": …, "prompt": …, "answers": [...]}`, or is a published one as it is: VQAv2, POPE, GQA, COCO captions, AI
+Challenger captions. The output folder gets results.json, answers.jsonl and report.html; the table goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dataprocess.file_lock import hold
+from model.console import set_up_logging, use_utf8
+from model.errors import OneLineErrors, in_one_line, is_out_of_memory, one_line, out_of_memory
+from model.evaluation.answers import read_answers
+from model.evaluation.compare import compare, comparison_rows, write_comparison
+from model.evaluation.items import QuestionSet, gather
+from model.evaluation.metrics import check_families, choose_families, score
+from model.evaluation.published import Reading, read_file
+from model.evaluation.results import Evaluation, file_digest, markdown, markdown_rows, write_results
+
+logger = logging.getLogger("evaluate")
+RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; refuse flags that do not exist, are missing, or do not go together."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineErrors(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--questions", nargs="+", type=Path, metavar="FILE", help="questions with reference answers; several for POPE")
+    add("--annotations", type=Path, metavar="FILE", help="the answers of VQAv2")
+    add("--image_map", type=Path, metavar="FILE", help="in place of --questions: process_image.py's, as for training")
+    add("--captions_file", type=Path, metavar="FILE", help="the captions that belong to --image_map")
+    add("--image_folder", type=Path, help="where the pictures of --questions are; default: next to its file")
+    add("--prompt", help="what is asked about the pictures of a captions file; there is a default for each")
+    add("--prompt_suffix", help='added to every question, such as "Answer with one word."')
+    add("--answers", nargs="+", type=Path, metavar="FILE", help="score these answers, without a model")
+    add("--metrics", nargs="+", default=["auto"], metavar="NAME", help="auto (default): by the file; or names")
+    add("--compare", nargs=2, type=Path, metavar="FOLDER", help="compare two output folders of this program")
+    add("--blind", action="store_true", help="ask everything again with another question's picture")
+    add("--output", type=Path, help="folder for the results; if it has a part of the answers, the rest is added")
+    add("--model_weights", help="checkpoint folder, or a run folder (its newest complete checkpoint)")
+    add("--base_language_model", help="hub name or folder; default: what the checkpoint was trained on")
+    add("--base_value_model", help="hub name or folder of the vision tower; default: likewise")
+    add("--batch_size", type=int, default=8, help="questions that are answered together (%(default)s)")
+    add("--max_new_tokens", type=int, help="length limit of an answer, in tokens; default: the model's")
+    add("--system", help="system prompt; default: as test.py has it")
+    add("--seed", type=int, default=42, help="seed of the intervals (%(default)s)")
+    add("--device", help="cpu, cuda, cuda:0, …; default: a GPU if there is one")
+    add("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on CUDA, float32 on CPU")
+    args = parser.parse_args(argv)
+    if args.compare is None:
+        check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse an evaluation without questions, answers or output, or with two of them."""
+    if (args.questions is None) == (args.image_map is None) or (args.image_map is None) != (args.captions_file is None):
+        raise ValueError("give either --questions FILE, or --image_map FILE with --captions_file FILE")
+    if (args.model_weights is None) == (args.answers is None):
+        raise ValueError("give either --model_weights FOLDER, to ask a model, or --answers FILE, to score answers")
+    if args.answers is not None and args.blind:
+        raise ValueError("--blind asks a model; give --model_weights in place of --answers")
+    if args.output is None:
+        raise ValueError("--output is missing: give a folder for the results")
+    if any(path.absolute() == (args.output / "answers.jsonl").absolute() for path in args.answers or []):
+        raise ValueError(f"--answers {args.output / 'answers.jsonl'} would be overwritten; give another --output")
+
+
+def read_questions(args: argparse.Namespace) -> list[QuestionSet]:
+    """Read all questions with their reference answers."""
+    if args.image_map is not None:
+        from model.evaluation.samples import read_samples  # loads torch
+
+        return [read_samples(args.image_map, args.captions_file)]
+    reading = Reading(args.annotations, args.image_folder, args.prompt, args.prompt_suffix or "")
+    return [read_file(path, reading) for path in args.questions]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate what the flags say; return the exit status."""
+    if args.compare is not None:
+        result, changed = compare(*args.compare, args.seed)
+        if args.output is not None:
+            args.output.mkdir(parents=True, exist_ok=True)
+            write_comparison(args.output, result, changed)
+        print(markdown([comparison_rows(result)]))
+        return 0
+
+    # Read the questions, and decide what is measured: a mistake there should not cost the answers.
+    sets = read_questions(args)
+    items = gather(sets)
+    families = choose_families(args.metrics, sets, items)
+    files = [*(args.questions or [args.image_map, args.captions_file]), *filter(None, [args.annotations])]
+    made_of = {"questions": {str(path): file_digest(path) for path in files}}
+    check_families(items, families)
+
+    # Take the answers from a file, or ask the model; under torchrun each process asks its share, the first one reports.
+    args.output.mkdir(parents=True, exist_ok=True)
+    blind, errors = None, []
+    if args.answers is not None:
+        if RANK > 0:
+            return 0
+        answers = read_answers(args.answers, sets, items)
+        made_of["answers"] = {str(path): file_digest(path) for path in args.answers}
+    else:
+        from model.evaluation.asking import ask  # loads torch
+
+        answered = ask(args, items, args.output, RANK, WORLD_SIZE)
+        if answered is None:
+            return 0
+        answers, blind, errors = answered.seeing, answered.blind, answered.errors
+        made_of["model"] = answered.made_with
+
+    # Score them, and write the results.
+    scored = score(items, [answer or "" for answer in answers], families)
+    scored_blind = None if blind is None else score(items, [answer or "" for answer in blind], families)
+    with hold(args.output):
+        results = write_results(
+            args.output, Evaluation(items, answers, scored, blind, scored_blind, args.seed, made_of)
+        )
+    print(markdown(markdown_rows(results)))
+    for name, text in results["variants"].items():
+        logger.info("%s: %s", name, text)
+    if results["counts"]["without_answer"]:
+        logger.warning("%d questions have no answer, which counts as wrong", results["counts"]["without_answer"])
+    for error in errors[:20]:
+        logger.error("evaluate.py: %s", one_line(error))
+    logger.info("%s: results.json, answers.jsonl, report.html", args.output)
+    return 2 if errors else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate; return the exit status: 2 for what the user can fix, 1 if memory ran out, 130 after Ctrl-C."""
+    use_utf8()
+    set_up_logging(RANK, WORLD_SIZE)
+    try:
+        return run(parse_arguments(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
+        if is_out_of_memory(error):
+            logger.error("evaluate.py: %s", out_of_memory(error, "lower --batch_size or --max_new_tokens"))
+            return 1
+        if isinstance(error, RuntimeError):
+            raise
+        logger.error("evaluate.py: %s", in_one_line(error))
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

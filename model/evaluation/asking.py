@@ -1,0 +1,141 @@
+"""Answers of a model, as `test.py --batch` gives them: in batches, resumable, on one process or several."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from ..asking.assistant import Assistant, check_flags, load_assistant
+from ..asking.batch_answers import complete_answers
+from ..asking.question_file import Question
+from ..device import has_accelerator
+from .items import Item
+
+PARTS = "parts"
+"""Folder in the output folder; it holds the answers of each process, and is what a run resumes from."""
+_FLAGS_OF_TEST_PY: dict[str, Any] = {
+    "batch": "--questions",
+    "prompt": None,
+    "image_path": [],
+    "stream": False,
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": None,
+}
+"""Those that evaluate.py lacks: it takes the likeliest token each time."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answers to all questions, in their order; None where there is none."""
+
+    seeing: list[str | None]
+    blind: list[str | None] | None
+    errors: list[str]
+    made_with: dict[str, Any]
+    """What the answers depend on: fingerprints of checkpoint and base models, settings."""
+
+
+def ask(args: argparse.Namespace, items: Sequence[Item], output: Path, rank: int, world_size: int) -> Answered | None:
+    """Answer the questions with the model that the flags name, each process its share.
+
+    Args:
+        args: the flags of evaluate.py.
+        items: the questions, the same on every process.
+        output: folder for the answers.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Returns:
+        All answers on process 0, None on the others.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if world_size > 1 and args.device is None and has_accelerator():
+        torch.accelerator.set_device_index(local_rank)  # what `pick_device` then takes
+    flags = argparse.Namespace(**{**vars(args), **_FLAGS_OF_TEST_PY, "output": str(output)})
+    check_flags(flags)
+    passes = {"seeing": [item.question for item in items]}
+    if args.blind:
+        passes["blind"] = blind_questions(passes["seeing"])
+    load = functools.cache(functools.partial(load_assistant, flags))  # once for both passes
+    parts = output / PARTS
+    parts.mkdir(parents=True, exist_ok=True)
+    with _meeting(world_size):
+        for name, questions in passes.items():
+            _answer_share(flags, questions[rank::world_size], _part(parts, name, rank, world_size), load, name)
+    if rank > 0:
+        return None
+    lines = {name: _read_parts(parts, name, world_size) for name in passes}
+    answers = {name: [lines[name][item.question.id].get("answer") for item in items] for name in passes}
+    note = json.loads(_part(parts, "seeing", 0, world_size).with_suffix(".jsonl.made_with.json").read_text("utf-8"))
+    errors = [
+        f"{index}: {line['error']}" for found in lines.values() for index, line in found.items() if "error" in line
+    ]
+    return Answered(answers["seeing"], answers.get("blind"), errors, note)
+
+
+def blind_questions(questions: Sequence[Question]) -> list[Question]:
+    """Return the questions, each with the pictures of another one.
+
+    The pictures of all questions with as many pictures, in their order and each once, are shifted by half their number.
+
+    Raises:
+        ValueError: if questions with as many pictures all have the same ones.
+    """
+    distinct: dict[int, dict[tuple[Path, ...], int]] = {}
+    for question in questions:
+        places = distinct.setdefault(len(question.images), {})
+        places.setdefault(question.images, len(places))
+    swapped = []
+    for question in questions:
+        pictures = list(distinct[len(question.images)])
+        if question.images and len(pictures) == 1:
+            raise ValueError(f"--blind: {question.images[0]} is the only picture, so that no question can get another")
+        at = distinct[len(question.images)][question.images] + len(pictures) // 2
+        swapped.append(dataclasses.replace(question, images=pictures[at % len(pictures)]))
+    return swapped
+
+
+def _answer_share(
+    flags: argparse.Namespace, share: Sequence[Question], output: Path, load: Callable[[], Assistant], title: str
+) -> None:
+    if share:  # there may be more processes than questions
+        complete_answers(flags, share, output, load, title)
+
+
+def _part(parts: Path, name: str, rank: int, world_size: int) -> Path:
+    return parts / f"{name}-{rank + 1}-of-{world_size}.jsonl"
+
+
+def _read_parts(parts: Path, name: str, world_size: int) -> dict[str | int, dict[str, Any]]:
+    lines: dict[str | int, dict[str, Any]] = {}
+    for rank in range(world_size):
+        path = _part(parts, name, rank, world_size)
+        for raw in path.read_bytes().splitlines() if path.exists() else []:
+            line = json.loads(raw)
+            lines[line["id"]] = line
+    return lines
+
+
+@contextlib.contextmanager
+def _meeting(world_size: int) -> Iterator[None]:
+    """Let every process leave the block once all have; torchrun stops all if one fails."""
+    yield
+    if world_size > 1:
+        distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # the slowest may take that long
+        distributed.barrier()
+        distributed.destroy_process_group()

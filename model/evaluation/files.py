@@ -1,0 +1,59 @@
+"""JSON in its two forms, one value or one on each line, and files that are written whole."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+from dataprocess.messages import shorten
+
+
+def read_json(path: Path, flag: str) -> Any:
+    """Return a file's one JSON value, or the list of its lines' values.
+
+    Args:
+        path: a UTF-8 file.
+        flag: names the file in messages.
+
+    Raises:
+        ValueError: if it can't be read, or is neither.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{flag} {path}: the file is empty")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{flag} {path}: its JSON is nested too deeply") from error
+    except ValueError as error:
+        whole = error
+    values = []
+    for number, line in lines:
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            where, why = (f", line {number}", error) if values else ("", whole)
+            raise ValueError(f"{flag} {path}{where}: not JSON ({shorten(str(why))})") from error
+    return values
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Write a value as JSON; half a surrogate pair, which UTF-8 can't hold, becomes the escape that JSON has for it."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, or replace it, so that nobody sees half of it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+    temporary.replace(path)

@@ -1,0 +1,88 @@
+"""Questions with reference answers: files of our own form, and several files together."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataprocess.messages import shorten
+
+from ..asking.question_file import Question, read_questions
+
+SPLITS = ("random", "popular", "adversarial")
+"""POPE's, by how the objects that are not in the picture were chosen."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question and its reference answers."""
+
+    question: Question
+    references: tuple[str, ...]  # at least one
+    kind: str = ""  # what the report's tables and filter group by
+    split: str = ""  # POPE's, if it has one
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """The questions of one file."""
+
+    source: str  # vqav2, pope, gqa, coco, ai_challenger, questions, samples
+    name: str  # of the file, without its extension
+    items: list[Item]
+
+
+def read_own(path: Path) -> QuestionSet:
+    """Read lines of `{"id": …, "image": …, "prompt": …, "answers": [...]}`, which may have further keys."""
+    items = []
+    for question in read_questions(path, "--questions"):
+        references: Any = question.further.get("answers")
+        references = [references] if isinstance(references, str) else references
+        if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
+            got = shorten(references, 40) if "answers" in question.further else "missing"
+            raise ValueError(
+                f'--questions {path}, question {shorten(question.id, 40)}: the answers are {got}; expected "answers": '
+                "a list of the right answers, each of them text"
+            )
+        split = question.further.get("split") or question.further.get("category")
+        kind = question.further.get("kind") or question.further.get("category") or question.further.get("split")
+        known = split if isinstance(split, str) and ("split" in question.further or split in SPLITS) else ""
+        items.append(Item(question, tuple(references), "" if kind is None else str(kind), known))
+    return QuestionSet("questions", path.stem, items)
+
+
+def split_of(path: Path) -> str:
+    """Return POPE's split by the name of its file, the name itself for others."""
+    found = re.search("|".join(SPLITS), path.stem)
+    return found[0] if found else path.stem
+
+
+def gather(sets: Sequence[QuestionSet]) -> list[Item]:
+    """Return the questions of all sets; where ids occur in several, each begins with its set's split or name.
+
+    Raises:
+        ValueError: if the sets are of different sources, or ids are not unique within one.
+    """
+    if len({one.source for one in sets}) > 1:
+        listed = ", ".join(f"{one.name} ({one.source})" for one in sets)
+        raise ValueError(f"--questions: the files are of different forms: {listed}; evaluate them one by one")
+    for one in sets:
+        (name, times), *_ = Counter(str(item.question.id) for item in one.items).most_common(1)
+        if times > 1:
+            raise ValueError(f"--questions {one.name}: the id {name} is there {times} times; ids must differ")
+    items = [item for one in sets for item in one.items]
+    if len({str(item.question.id) for item in items}) == len(items):
+        return items
+    renamed = []
+    for one in sets:
+        for item in one.items:
+            index = f"{item.split or one.name}/{item.question.id}"
+            renamed.append(dataclasses.replace(item, question=dataclasses.replace(item.question, id=index)))
+    if len({item.question.id for item in renamed}) < len(renamed):
+        raise ValueError("--questions: two of the files have the same name and ids; give each file once")
+    return renamed

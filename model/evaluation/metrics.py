@@ -1,0 +1,212 @@
+"""Metrics as functions of sums: each question gives a row of numbers, and a value is computed from their sums.
+
+So the value of any part of the questions, and of any resample of them, is one sum away. Shape legend: Q questions,
+S numbers of a question; `...` stands for resamples, if there are any.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dataprocess.messages import format_count
+
+from .captions import (
+    CAPTION_METRICS,
+    caption_statistics,
+    check_packages,
+    is_chinese,
+    mean_rows,
+    mean_values,
+)
+from .items import Item, QuestionSet
+from .vqa_rules import vqa_accuracy
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+Values = dict[str, Array]
+
+_POPE = ("accuracy", "precision", "recall", "f1", "yes_share")
+FAMILIES = ("vqa_accuracy", "exact_match", "pope", *CAPTION_METRICS)
+NAMES = {
+    **{name: (name,) for name in FAMILIES},
+    **{f"pope_{name}": ("pope",) for name in _POPE},
+    **{f"bleu_{n}": ("bleu",) for n in range(1, 5)},
+    "captions": CAPTION_METRICS,
+}
+"""What --metrics takes, and the families that it means."""
+_BY_SOURCE = {
+    "vqav2": ["vqa_accuracy"],
+    "pope": ["pope"],
+    "gqa": ["exact_match"],
+    "coco": list(CAPTION_METRICS),
+    "ai_challenger": list(CAPTION_METRICS),
+}
+_SHORT = 3  # words, or twice as many Chinese characters
+VARIANTS = {
+    "vqa_accuracy": "VQA accuracy by the official rule, mean over leave-one-out (visualqa.org/evaluation.html)",
+    "exact_match": "share of answers that equal a reference, but for white space at the ends",
+    "pope": 'POPE by its official reading of an answer: up to the first ".", without commas; "No", "not" or "no" among '
+    "its words means no, everything else yes (github.com/AoiDragon/POPE)",
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A family of metrics over the questions that it is defined for."""
+
+    family: str
+    main: str  # the name of the value that a question is judged by
+    rows: list[int]  # positions of those questions
+    statistics: Array  # (Q, S)
+    values: Callable[[Array], Values]  # (..., S) -> name: (...)
+    variant: str
+
+    @property
+    def total(self) -> dict[str, float]:
+        """Return the values over all questions."""
+        return self.of(range(len(self.rows)))
+
+    def of(self, chosen: Sequence[int]) -> dict[str, float]:
+        """Return the values over some of the rows."""
+        return {name: float(value) for name, value in self.values(self.statistics[list(chosen)].sum(0)).items()}
+
+    @functools.cached_property
+    def each(self) -> list[float]:
+        """Return the main value of every question alone, (Q,)."""
+        return [float(value) for value in self.values(self.statistics)[self.main]]
+
+
+def choose_families(names: Sequence[str], sets: Sequence[QuestionSet], items: Sequence[Item]) -> list[str]:
+    """Return the families that `--metrics` names, in their fixed order; `auto` decides by the file.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+    unknown = [name for name in names if name != "auto" and name not in NAMES]
+    if unknown:
+        raise ValueError(f"--metrics {unknown[0]}: not known; choose from auto, {', '.join(NAMES)}")
+    chosen = {family for name in names if name != "auto" for family in NAMES[name]}
+    if "auto" in names:
+        chosen |= set(_BY_SOURCE.get(sets[0].source) or _fitting(items))
+    return [family for family in FAMILIES if family in chosen]
+
+
+def _fitting(items: Sequence[Item]) -> list[str]:
+    """Choose for questions of our own form: by how many references there are, and how long they are."""
+    texts = [text for item in items for text in item.references]
+    if sum(map(_is_short, texts)) < 0.9 * len(texts):
+        return list(CAPTION_METRICS)
+    if all(len(item.references) == 10 for item in items):
+        return ["vqa_accuracy", "exact_match"]
+    return ["exact_match", "pope"] if all(_label(item) is not None for item in items) else ["exact_match"]
+
+
+def _is_short(text: str) -> bool:
+    return len(text.split()) <= _SHORT and (not is_chinese(text) or len(text) <= 2 * _SHORT)
+
+
+def check_families(items: Sequence[Item], families: Sequence[str]) -> None:
+    """Refuse a family that is defined for none of the questions, or whose packages are missing.
+
+    Raises:
+        ValueError: if there is such a family.
+        ModuleNotFoundError: if a package is missing.
+    """
+    if "vqa_accuracy" in families and all(len(item.references) < 2 for item in items):
+        raise ValueError("--metrics vqa_accuracy: no question has several references; choose another metric")
+    if "pope" in families and all(_label(item) is None for item in items):
+        raise ValueError('--metrics pope: no question has the reference "yes" or "no"; choose another metric')
+    if set(families) & set(CAPTION_METRICS):
+        check_packages([text for item in items for text in item.references])
+
+
+def score(items: Sequence[Item], answers: Sequence[str], families: Sequence[str]) -> list[Scored]:
+    """Score answers, each family over the questions that it is defined for; see `check_families`."""
+    makers = {"vqa_accuracy": _vqa, "exact_match": _exact, "pope": _pope}
+    found = [makers[family](items, answers) for family in families if family in makers]
+    captions = [family for family in families if family in CAPTION_METRICS]
+    if captions:
+        texts = [item.references for item in items]
+        for statistics in caption_statistics(texts, answers, captions):
+            found.append(Scored(rows=list(range(len(items))), **statistics))
+    for one in found:
+        if len(one.rows) < len(items):
+            logger.warning("%s: over %s of %d", one.family, format_count(len(one.rows), "question"), len(items))
+    return found
+
+
+def _vqa(items: Sequence[Item], answers: Sequence[str]) -> Scored:
+    rows = [at for at, item in enumerate(items) if len(item.references) > 1]
+    few = sum(len(items[at].references) < 4 for at in rows)
+    if few:
+        said = format_count(few, "question has", "questions have")
+        logger.warning("vqa_accuracy: %s fewer than four references, so that no answer reaches 1", said)
+    return _mean("vqa_accuracy", rows, [vqa_accuracy(answers[at], items[at].references) for at in rows])
+
+
+def _exact(items: Sequence[Item], answers: Sequence[str]) -> Scored:
+    pairs = zip(items, answers, strict=True)
+    hits = [float(answer.strip() in {text.strip() for text in item.references}) for item, answer in pairs]
+    return _mean("exact_match", list(range(len(items))), hits)
+
+
+def _mean(family: str, rows: list[int], scores: list[float]) -> Scored:
+    return Scored(family, family, rows, mean_rows(scores), functools.partial(mean_values, family), VARIANTS[family])
+
+
+def says_yes(answer: str) -> bool:
+    """Read an answer as POPE's official program does."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"} & set(words)
+
+
+def _label(item: Item) -> str | None:
+    """Return the one label that all references give, yes or no; None if they give another or both."""
+    labels = {text.strip().lower() for text in item.references}
+    return labels.pop() if labels in ({"yes"}, {"no"}) else None
+
+
+def _pope(items: Sequence[Item], answers: Sequence[str]) -> Scored:
+    rows = [at for at, item in enumerate(items) if _label(item) is not None]
+    splits = sorted({items[at].split for at in rows})
+    statistics = np.zeros((len(rows), len(splits), 4))  # true and false yes, true and false no
+    for number, at in enumerate(rows):
+        is_yes, should = says_yes(answers[at]), _label(items[at]) == "yes"
+        statistics[number, splits.index(items[at].split), (0 if should else 1) if is_yes else (3 if should else 2)] = 1
+    values = functools.partial(pope_values, splits)
+    return Scored("pope", "pope_accuracy", rows, statistics.reshape(len(rows), -1), values, VARIANTS["pope"])
+
+
+def pope_values(splits: Sequence[str], sums: Array) -> Values:
+    """Return POPE's five values from (..., 4 per split); those of several splits are the mean, and each one's besides.
+
+    A share of nothing is 0, and a split without a question does not count.
+    """
+    counts = sums.reshape(*sums.shape[:-1], len(splits), 4)
+    yes, wrong_yes, no, wrong_no = (counts[..., k] for k in range(4))  # (..., splits)
+    total = counts.sum(-1)
+    precision, recall = _share(yes, yes + wrong_yes), _share(yes, yes + wrong_no)
+    found = {
+        "accuracy": _share(yes + no, total),
+        "precision": precision,
+        "recall": recall,
+        "f1": _share(2 * precision * recall, precision + recall),
+        "yes_share": _share(yes + wrong_yes, total),
+    }
+    there = (total > 0).sum(-1)
+    values = {f"pope_{name}": value.sum(-1) / there for name, value in found.items()}
+    if len(splits) > 1:
+        parts = [(number, split or "other") for number, split in enumerate(splits)]
+        values |= {f"pope_{split}_{name}": found[name][..., number] for number, split in parts for name in _POPE}
+    return values
+
+
+def _share(part: Array, whole: Array) -> Array:
+    return np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole > 0)

@@ -1,0 +1,304 @@
+"""evaluate.py as people call it: scoring answers without a model, asking one, comparing, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import ROOT, environment, load_test_py, one_line_error, start
+
+import evaluate
+from dataprocess.file_lock import hold
+from model.evaluation.asking import blind_questions
+
+
+def write(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def files(tmp_path, pictures) -> dict[str, Path]:
+    """Four questions of two kinds, and answers to them of two models."""
+    red = str(pictures["red"])
+    questions = [
+        {"id": "a", "image": red, "prompt": "Is it <red>?", "answers": ["yes"] * 10, "kind": "yes/no"},
+        {"id": "b", "image": red, "prompt": "Blue?", "answers": ["no"] * 7 + ["yes"] * 3, "kind": "yes/no"},
+        {"id": "c", "image": None, "prompt": "How many?", "answers": ["2"] * 9 + ["3"], "kind": "number", "note": "n"},
+        {"id": "d", "image": "lost.png", "prompt": "多少?", "answers": ["10"] * 10, "kind": "number"},
+    ]
+    first = [("a", "yes"), ("b", "Yes."), ("c", "two"), ("d", "")]
+    second = [("d", "10"), ("c", "two"), ("b", "the no"), ("a", "no")]
+    return {
+        "questions": write(tmp_path / "q.jsonl", questions),
+        "first": write(tmp_path / "first.jsonl", [{"id": index, "answer": answer} for index, answer in first]),
+        "second": write(tmp_path / "second.jsonl", [{"id": index, "answer": answer} for index, answer in second]),
+    }
+
+
+@pytest.fixture
+def call(capsys):
+    """Call evaluate.py in this process; return stdout and stderr, and fail unless the exit status is the one said."""
+
+    def run(*flags: object, status: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        found = evaluate.main([str(flag) for flag in flags])
+        out, err = capsys.readouterr()
+        assert found == status, err
+        return out, err
+
+    return run
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+# ---- Without a model
+
+
+def test_answers_are_scored_without_torch(files, tmp_path):
+    """Neither torch nor transformers is loaded: somebody else's answers can be scored on any machine."""
+    words = [
+        "evaluate.py",
+        "--questions",
+        files["questions"],
+        "--answers",
+        files["first"],
+        "--output",
+        tmp_path / "out",
+    ]
+    code = "import runpy, sys\ntry: runpy.run_path('evaluate.py', run_name='__main__')\n"
+    code += "except SystemExit as end: print(end.code, {'torch', 'transformers'} & set(sys.modules))"
+    command = [sys.executable, "-c", code, *(str(word) for word in words[1:])]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("0 set()\n"), done.stderr
+    assert "| vqa_accuracy | " in done.stdout
+
+
+def test_results_answers_and_report(call, files, tmp_path):
+    output = tmp_path / "out"
+    flags = ("--questions", files["questions"], "--answers", files["first"], "--metrics", "vqa_accuracy", "pope")
+    out, err = call(*flags, "--output", output)
+    found = results(output)
+    # a: 1; b: "yes" is three of ten, (7 × 1 + 3 × 2/3) / 10; c: 1; d: 0
+    assert found["metrics"]["vqa_accuracy"] == pytest.approx((1 + 0.9 + 1 + 0) / 4)
+    assert found["metrics"]["pope_recall"] == 1.0  # a alone has a reference that is yes or no
+    assert found["counts"] == {"questions": 4, "without_answer": 0, "vqa_accuracy": 4, "pope": 1}
+    assert found["by_kind"]["number"] == {"questions": 2, "vqa_accuracy": 0.5}
+    low, high = found["intervals"]["vqa_accuracy"]
+    assert 0 <= low < found["metrics"]["vqa_accuracy"] < high <= 1
+    assert set(found) >= {"variants", "command", "versions", "fingerprints"}
+    assert "| vqa_accuracy | 0.7250 | " in out
+    assert "pope: over 1 question of 4" in err
+
+    lines = {line["id"]: line for line in read(output / "answers.jsonl")}
+    assert lines["c"]["note"] == "n"
+    assert lines["b"]["scores"] == {"vqa_accuracy": 0.9}
+    assert [line["answer"] for line in lines.values()] == ["yes", "Yes.", "two", ""]
+
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "Is it &lt;red&gt;?" in page
+    assert "Is it <red>?" not in page
+    assert "missing: lost.png" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "src='data:" in page
+    assert page.index("多少") < page.index("Blue?") < page.index("How many?")  # worst first
+
+
+def test_the_bound_of_the_report_leaves_every_kind_in(call, tmp_path):
+    questions = [
+        {"id": n, "prompt": "?", "answers": ["a"], "kind": "rare" if n == 500 else "often"} for n in range(501)
+    ]
+    answers = [{"id": n, "answer": "a" if n == 500 else "b"} for n in range(501)]
+    flags = ["--questions", write(tmp_path / "q.jsonl", questions), "--answers", write(tmp_path / "a.jsonl", answers)]
+    call(*flags, "--output", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("class='card ") == 151
+    assert page.count('data-kind="rare"') == 1
+
+
+def test_two_evaluations_are_compared_question_by_question(call, files, tmp_path):
+    for name in ("first", "second"):
+        flags = ("--questions", files["questions"], "--answers", files[name], "--output", tmp_path / name)
+        call(*flags, "--metrics", "vqa_accuracy")
+    out, _ = call("--compare", tmp_path / "first", tmp_path / "second" / "results.json", "--output", tmp_path / "c")
+    assert "| vqa_accuracy | 0.7250 | 0.7500 | +0.0250 |" in out
+    found = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert (found["better"], found["worse"]) == ({"vqa_accuracy": 2}, {"vqa_accuracy": 1})
+    changed = read(tmp_path / "c" / "changed.jsonl")
+    assert [line["id"] for line in changed] == ["a", "b", "d"]  # what became worse first
+    assert (changed[2]["first_answer"], changed[2]["second_answer"]) == ("", "10")
+    out, _ = call("--compare", tmp_path / "first", tmp_path / "first")
+    assert "| +0.0000 | +0.0000 to +0.0000 |" in out
+
+
+def test_other_questions_are_not_compared(call, files, tmp_path):
+    call("--questions", files["questions"], "--answers", files["first"], "--output", tmp_path / "first")
+    lines = read(files["questions"])
+    lines[0]["answers"] = ["no"] * 10
+    call("--questions", write(files["questions"], lines), "--answers", files["first"], "--output", tmp_path / "b")
+    err = call("--compare", tmp_path / "first", tmp_path / "b", status=2)[1]
+    assert "same questions" in one_line_error(err, "evaluate.py")
+    err = call("--compare", tmp_path / "first", tmp_path, status=2)[1]
+    assert "results.json" in one_line_error(err, "evaluate.py")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--questions"),
+        (["--questions", "{questions}"], "--model_weights"),
+        (
+            ["--questions", "{questions}", "--answers", "{first}", "--model_weights", "x", "--output", "{out}"],
+            "--answers",
+        ),
+        (["--questions", "{questions}", "--answers", "{first}"], "--output"),
+        (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--blind"], "--blind"),
+        (["--questions", "{questions}", "--answers", "{none}", "--output", "{out}"], "none.jsonl"),
+        (["--questions", "{none}", "--answers", "{first}", "--output", "{out}"], "none.jsonl"),
+        (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--metrics", "f1"], "f1"),
+        (["--image_map", "{questions}", "--answers", "{first}", "--output", "{out}"], "--captions_file"),
+        (["--questions", "{questions}", "--answers", "{first}", "--output", "{first}"], "first.jsonl"),
+        (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--no_such_flag"], "no_such_flag"),
+        (["--questions", "{questions}", "--model_weights", "{none}", "--output", "{out}"], "none.jsonl"),
+    ],
+)
+def test_what_a_user_can_fix_is_refused_in_a_line(call, files, tmp_path, flags, words):
+    places = {**files, "out": tmp_path / "out", "none": tmp_path / "none.jsonl"}
+    before = {name: path.read_bytes() for name, path in files.items()}
+    err = call(*(flag.format(**places) for flag in flags), status=2)[1]
+    assert words in one_line_error(err, "evaluate.py")
+    assert {name: path.read_bytes() for name, path in files.items()} == before
+
+
+def test_answers_are_not_overwritten_and_one_process_writes(call, files, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    given = shutil.copy(files["first"], output / "answers.jsonl")
+    flags = ("--questions", files["questions"], "--output", output)
+    assert "overwritten" in call(*flags, "--answers", given, status=2)[1]
+    with hold(output):
+        assert "is writing to it" in call(*flags, "--answers", files["first"], status=2)[1]
+    assert Path(given).read_bytes() == files["first"].read_bytes()
+
+
+# ---- With a model
+
+
+@pytest.fixture
+def asked(tmp_path, pictures) -> list[dict]:
+    """Questions about three pictures, one without a picture, and one about two."""
+    names = ("red", "blue", "green", "red")
+    about = [{"id": n, "image": str(pictures[name]), "prompt": "What?" + "!" * n} for n, name in enumerate(names)]
+    two = {"id": "two", "image": [str(pictures["red"]), str(pictures["blue"])], "prompt": "<|extra_0|>or<|extra_0|>?"}
+    other = {"id": "owt", "image": [str(pictures["blue"]), str(pictures["red"])], "prompt": "<|extra_0|>or<|extra_0|>?"}
+    questions = [*about, {"id": "none", "prompt": "Hello"}, two, other]
+    return [{**question, "answers": ["right"]} for question in questions]
+
+
+def test_a_models_answers_are_those_of_a_batch(call, asked, trained, loaded_once, capsys, tmp_path):
+    file = write(tmp_path / "q.jsonl", asked)
+    flags = ("--model_weights", trained, "--questions", file, "--output", tmp_path / "out", "--device", "cpu")
+    out, err = call(*flags, "--batch_size", 3, "--max_new_tokens", 5)
+    batch = ["--batch", file, "--output", tmp_path / "a.jsonl", "--greedy", "--max_new_tokens", 5, "--device", "cpu"]
+    assert load_test_py().main(["--model_weights", str(trained), *map(str, batch)]) == 0
+    expected = {line["id"]: line["answer"] for line in read(tmp_path / "a.jsonl")}
+    lines = read(tmp_path / "out" / "answers.jsonl")
+    assert {line["id"]: line["answer"] for line in lines} == expected
+    assert [line["id"] for line in lines] == [question["id"] for question in asked]
+    assert "7/7" in err
+    assert "| exact_match | 0.0000 | " in out
+    assert results(tmp_path / "out")["fingerprints"]["model"].keys() >= {"checkpoint", "base models", "settings"}
+
+
+def test_blind_asks_about_other_pictures(call, asked, trained, loaded_once, tmp_path):
+    file = write(tmp_path / "q.jsonl", asked)
+    flags = ("--model_weights", trained, "--questions", file, "--output", tmp_path / "out", "--device", "cpu")
+    out, _ = call(*flags, "--blind", "--max_new_tokens", 5)
+    lines = {line["id"]: line for line in read(tmp_path / "out" / "answers.jsonl")}
+    assert lines["none"]["answer"] == lines["none"]["blind_answer"]
+    assert any(line["answer"] != line["blind_answer"] for line in lines.values())
+    assert "Blind" in out
+    assert results(tmp_path / "out")["blind"]["seeing_minus_blind"]["exact_match"] == 0.0
+    # What the blind pass was shown gives the same answers if it is asked for openly.
+    from model.asking.question_file import read_questions
+
+    swapped = blind_questions(read_questions(file))
+    moved = [{**line, "image": [str(path) for path in one.images]} for line, one in zip(asked, swapped, strict=True)]
+    call(
+        *flags[:3],
+        write(tmp_path / "moved.jsonl", moved),
+        "--output",
+        tmp_path / "b",
+        *flags[6:],
+        "--max_new_tokens",
+        5,
+    )
+    openly = {line["id"]: line["answer"] for line in read(tmp_path / "b" / "answers.jsonl")}
+    assert openly == {index: line["blind_answer"] for index, line in lines.items()}
+
+
+def test_no_question_keeps_its_picture_when_blind(asked, tmp_path):
+    from model.asking.question_file import read_questions
+
+    questions = read_questions(write(tmp_path / "q.jsonl", asked))
+    swapped = blind_questions(questions)
+    for before, after in zip(questions, swapped, strict=True):
+        assert len(before.images) == len(after.images)
+        assert before.images != after.images or not before.images
+    with pytest.raises(ValueError, match="only picture"):
+        blind_questions([questions[0], questions[0]])
+
+
+def test_a_stopped_evaluation_is_resumed(call, asked, trained, loaded_once, tmp_path, monkeypatch):
+    from model.evaluation import asking
+
+    file = write(tmp_path / "q.jsonl", asked)
+    flags = ("--model_weights", trained, "--questions", file, "--device", "cpu", "--max_new_tokens", 5)
+    call(*flags, "--output", tmp_path / "whole")
+    part = tmp_path / "out" / asking.PARTS / "seeing-1-of-1.jsonl"
+    call(*flags, "--output", tmp_path / "out")
+    kept = part.read_bytes().splitlines(keepends=True)[:3]
+    part.write_bytes(b"".join(kept) + b'{"id": 3, "ans')  # as a kill leaves it
+    _, err = call(*flags, "--output", tmp_path / "out")
+    assert "3 of 7 answered already" in err
+    names = ["out", "whole"]
+    assert len({(tmp_path / name / "answers.jsonl").read_bytes() for name in names}) == 1
+    # Answers of other settings are not mixed in.
+    err = call(*flags[:-1], 6, "--output", tmp_path / "out", status=2)[1]
+    assert "settings" in one_line_error(err, "evaluate.py")
+
+
+def test_a_question_without_an_answer_is_said_and_counts_as_wrong(call, asked, trained, loaded_once, tmp_path):
+    asked[0]["image"] = "nowhere.png"
+    file = write(tmp_path / "q.jsonl", asked)
+    flags = ("--model_weights", trained, "--questions", file, "--output", tmp_path / "out", "--device", "cpu")
+    err = call(*flags, "--max_new_tokens", 3, status=2)[1]
+    assert "nowhere.png" in one_line_error(err, "evaluate.py")
+    assert results(tmp_path / "out")["counts"]["without_answer"] == 1
+    assert read(tmp_path / "out" / "answers.jsonl")[0]["answer"] == ""
+
+
+@pytest.mark.slow
+def test_two_processes_answer_their_share(call, asked, trained, loaded_once, tmp_path):
+    file = write(tmp_path / "q.jsonl", asked)
+    flags = ("--model_weights", trained, "--questions", file, "--device", "cpu", "--max_new_tokens", 5, "--blind")
+    call(*flags, "--output", tmp_path / "one")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = start(*launcher, ROOT / "evaluate.py", *flags, "--output", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| exact_match | ") == 1
+    one, two = (read(tmp_path / name / "answers.jsonl") for name in ("one", "two"))
+    assert one == two
+    assert len(list((tmp_path / "two" / "parts").glob("*-of-2.jsonl"))) == 4
