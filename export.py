@@ -20,7 +20,7 @@ from model.console import set_up_logging, use_utf8
 from model.device import parse_dtype
 from model.errors import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory
 from model.export.llava import check_llava, write_llava
-from model.export.qwen_formats import write_merged, write_peft
+from model.export.own_layout import check_peft, write_merged, write_peft
 from model.export.report import table, write_report
 from model.export.shards import parse_size
 from model.export.sources import read_sources
@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
     sources = read_sources(args.model_weights, args.base_language_model, args.base_value_model, args.dtype)
     if args.format == "llava":
         check_llava(sources)
+    elif args.format == "peft":
+        check_peft(sources)
 
     with new_folder(args.output, keep_on=ExportMismatchError) as folder:
         # Read the base models tensor by tensor, merge LoRA, and write.

@@ -23,6 +23,11 @@ from transformers import PreTrainedTokenizerBase
 _MARKS = ("c0ntent0sys", "c0ntent1que", "c0ntent2ans", "c0ntent3que", "c0ntent4ans")
 _FIXED_DATE = datetime.date(2024, 7, 26)
 """Replaces today's date in templates that write it: a run that is resumed tomorrow must train on the same tokens."""
+TEMPLATE_SETTINGS: dict[str, Any] = {
+    "enable_thinking": False,  # the switch of thinking models; other templates ignore it
+    "date_string": _FIXED_DATE.strftime("%d %b %Y"),
+}
+"""What templates are rendered with."""
 _TRIAL = ("You answer in one word.", "What is in the picture?", "An apple.", "And its colour?", "Red.")
 
 
@@ -61,6 +66,8 @@ class ChatTokenizer:
 
     default_system = None
     """Without a system prompt, the template writes its own, or none."""
+    template: str
+    """The chat template, its date fixed."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> None:
         self.tokenizer = tokenizer
@@ -70,7 +77,7 @@ class ChatTokenizer:
         self.name = str(tokenizer.name_or_path)
         if not tokenizer.chat_template:
             raise ChatTemplateError(f"{self.name} has no chat template, so it was not trained to answer")
-        self._template = re.sub(
+        self.template = re.sub(
             r"strftime_now\((['\"])(.*?)\1\)",
             lambda call: repr(_FIXED_DATE.strftime(call[2])),
             _default_template(tokenizer),
@@ -162,9 +169,8 @@ class ChatTokenizer:
                 messages,
                 tokenize=False,
                 add_generation_prompt=ask,
-                enable_thinking=False,  # the switch of thinking models; other templates ignore it
-                chat_template=self._template,
-                date_string=_FIXED_DATE.strftime("%d %b %Y"),
+                chat_template=self.template,
+                **TEMPLATE_SETTINGS,
             )
         except Exception as error:  # a template is a program, and raises errors of its own
             raise ChatTemplateError(

@@ -1,8 +1,7 @@
-"""The checkpoint as a LLaVA of transformers (`LlavaForConditionalGeneration`): QWen is written as a Qwen2.
+"""The checkpoint as a LLaVA of transformers (`LlavaForConditionalGeneration`); `text_half.py` has the language model.
 
-Qwen2 is the same architecture under other names, with q, k and v apart. It has neither log-n attention nor dynamic NTK,
-so the two agree up to QWen's `seq_length`. LLaVA takes the tower's hidden state before its last layer norm. CLIP's
-features are just that. SigLIP's have gone through the norm, so one more block is written that does nothing else.
+LLaVA takes the tower's hidden state before its last layer norm. CLIP's features are just that. SigLIP's have gone
+through the norm, so one more block is written that does nothing else.
 
 Shape legend: D width of the tower, I inner width of its MLP.
 """
@@ -16,33 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaConfig, PreTrainedConfig, Qwen2Config
+from transformers import LlavaConfig, PreTrainedConfig
 
-from qwen import QWenTokenizer
-from qwen.tokenization_qwen import ENDOFTEXT_ID, IMAGE_TOKEN_ID
-
-from .processor_files import write_processor, write_tokenizer
+from .processor_files import write_processor
 from .shards import ShardWriter
-from .sources import Sources, base_file, language_weights, tower_weights
+from .sources import Sources, tower_weights
+from .text_half import TextHalf, text_half
 
 BLOCK_SCALE = 2.0**40
 """By this the extra block's output outweighs what it is added to; a power of two, so that nothing is rounded."""
 _ODD_PARTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "silu", "relu")
 """Activations f with f(x) - f(-x) = x, which the extra block needs."""
-_TEXT_TOKENS = 64
-"""About the length of a system prompt, a short question and a short answer."""
-_SAMPLING = ("temperature", "top_p", "top_k")
-_NAMES = {
-    "transformer.wte": "model.embed_tokens",
-    "transformer.ln_f": "model.norm",
-    "lm_head": "lm_head",
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.w1": "mlp.up_proj",
-    "mlp.w2": "mlp.gate_proj",
-    "mlp.c_proj": "mlp.down_proj",
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-}
 
 
 def check_llava(sources: Sources) -> None:
@@ -68,17 +51,8 @@ def check_llava(sources: Sources) -> None:
 
 def misfits(sources: Sources) -> list[tuple[bool, str]]:
     """Return what neither LLaVA nor llama.cpp can express about language model and projector: (it holds, reason)."""
-    language, needed = sources.language, sources.tower.num_image_tokens + _TEXT_TOKENS
-    stretches = language.use_dynamic_ntk or language.use_logn_attn
     return [
-        (
-            stretches and needed > language.seq_length,
-            f"a question with a picture takes {needed} tokens or more and seq_length is {language.seq_length}, beyond "
-            "which QWen changes its attention and Qwen2 does not",
-        ),
-        (not language.no_bias, "no_bias is false, and Qwen2 has biases for q, k and v only"),
-        (not language.scale_attn_weights, "scale_attn_weights is false, and Qwen2 always scales"),
-        (language.rotary_pct != 1, f"rotary_pct is {language.rotary_pct}, and Qwen2 turns all channels of a head"),
+        *text_half(sources).misfits(),
         (sources.checkpoint.projector_layers != 2, "the projector has one layer, and LLaVA's has two"),
         (sources.checkpoint.pixel_shuffle != 1, "pixel_shuffle joins patches, and LLaVA takes each as a token"),
     ]
@@ -99,16 +73,18 @@ def write_llava(sources: Sources, folder: Path, max_bytes: int) -> None:
         OSError: if files are missing or can't be written.
     """
     strategy = "default" if sources.tower.kind == "clip" or sources.drop_first_patch else "full"
-    _write_json(folder / "config.json", _config(sources, strategy))
-    _write_json(folder / "generation_config.json", _generation_config(sources))
-    write_tokenizer(folder, QWenTokenizer.from_pretrained(sources.language_name), sources.language.seq_length)
+    text = text_half(sources)
+    _write_json(folder / "config.json", _config(sources, text, strategy))
+    _write_json(folder / "generation_config.json", text.generation_config())
+    text.write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(text.chat_template(), encoding="utf-8")
     images = {
         "patch_size": sources.vision.patch_size,
         "vision_feature_select_strategy": strategy,
         "num_additional_image_tokens": 1 if sources.tower.kind == "clip" else 0,  # the class token
     }
     write_processor(folder, sources.vision_name, sources.tower.image_size, images)
-    ShardWriter(folder, max_bytes).write(_weights(sources))
+    ShardWriter(folder, max_bytes).write(_weights(sources, text))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -118,29 +94,8 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 # ---- Configuration
 
 
-def _config(sources: Sources, strategy: str) -> dict[str, Any]:
-    qwen, dtype = sources.language, str(sources.dtype).removeprefix("torch.")
-    qwen2: Any = Qwen2Config
-    text = qwen2(
-        architectures=["Qwen2ForCausalLM"],
-        vocab_size=qwen.vocab_size,
-        hidden_size=qwen.hidden_size,
-        intermediate_size=qwen.intermediate_size // 2,
-        num_hidden_layers=qwen.num_hidden_layers,
-        num_attention_heads=qwen.num_attention_heads,
-        num_key_value_heads=qwen.num_attention_heads,
-        head_dim=qwen.kv_channels,
-        max_position_embeddings=qwen.seq_length,
-        rms_norm_eps=qwen.layer_norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": float(qwen.rotary_emb_base)},
-        use_sliding_window=False,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=ENDOFTEXT_ID,
-        pad_token_id=ENDOFTEXT_ID,
-        dtype=dtype,
-    ).to_dict()
-    text["rope_theta"] = float(qwen.rotary_emb_base)  # some engines read it here alone
+def _config(sources: Sources, language: TextHalf, strategy: str) -> dict[str, Any]:
+    text, dtype = language.config(), str(sources.dtype).removeprefix("torch.")
     vision = sources.vision.to_dict() | {"dtype": dtype}
     if sources.tower.kind == "siglip":
         vision["num_hidden_layers"] += 1
@@ -149,15 +104,15 @@ def _config(sources: Sources, strategy: str) -> dict[str, Any]:
         architectures=["LlavaForConditionalGeneration"],
         vision_config=vision,
         text_config=dict(text),
-        image_token_index=IMAGE_TOKEN_ID,
+        image_token_index=language.image_token_id,
         image_seq_length=sources.tower.num_image_tokens,
         projector_hidden_act="gelu",
         multimodal_projector_bias=True,
         vision_feature_layer=-1,
         vision_feature_select_strategy=strategy,
-        tie_word_embeddings=False,
-        eos_token_id=ENDOFTEXT_ID,
-        pad_token_id=ENDOFTEXT_ID,
+        tie_word_embeddings=text["tie_word_embeddings"],
+        eos_token_id=text["eos_token_id"],
+        pad_token_id=text["pad_token_id"],
         dtype=dtype,
     ).to_dict()
     parts = {"text_config": _own(text), "vision_config": _own(config["vision_config"])}
@@ -171,19 +126,10 @@ def _own(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in kept or name not in common}
 
 
-def _generation_config(sources: Sources) -> dict[str, Any]:
-    """Keep the base model's own settings, so that answers are drawn as by test.py; ChatML's tokens end an answer."""
-    path = base_file(sources.language_name, "generation_config.json")
-    base = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-    names = ("max_new_tokens", "repetition_penalty", "do_sample", *(_SAMPLING if base.get("do_sample") else ()))
-    kept = {name: base[name] for name in names if base.get(name) is not None}
-    return kept | {"eos_token_id": sorted(QWenTokenizer.stop_ids), "pad_token_id": ENDOFTEXT_ID}
-
-
 # ---- Weights
 
 
-def _weights(sources: Sources) -> Iterator[tuple[str, Tensor]]:
+def _weights(sources: Sources, text: TextHalf) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under the names that LLaVA's published checkpoints have; all engines know these."""
     for name, value in _tower(sources):
         yield f"vision_tower.vision_model.{name}", value
@@ -192,23 +138,7 @@ def _weights(sources: Sources) -> Iterator[tuple[str, Tensor]]:
         weight, bias = (sources.projector[f"{ours}.{kind}"] for kind in ("weight", "bias"))
         yield f"multi_modal_projector.{theirs}.weight", (weight * (scale if ours == "0" else 1)).to(sources.dtype)
         yield f"multi_modal_projector.{theirs}.bias", bias.to(sources.dtype)
-    for name, value in language_weights(sources):
-        yield from ((f"language_model.{new}", part) for new, part in as_qwen2(name, value))
-
-
-def as_qwen2(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of Qwen2 that a tensor of QWen holds: one, or q, k and v."""
-    module, kind = name.rsplit(".", 1)
-    if module in _NAMES:
-        yield f"{_NAMES[module]}.{kind}", value
-        return
-    number, part = module.removeprefix("transformer.h.").split(".", 1)
-    layer = f"model.layers.{number}"
-    if part == "attn.c_attn":
-        for letter, third in zip("qkv", value.chunk(3), strict=True):
-            yield f"{layer}.self_attn.{letter}_proj.{kind}", third
-    else:
-        yield f"{layer}.{_NAMES[part]}.{kind}", value
+    yield from ((f"language_model.{name}", value) for name, value in text.weights())
 
 
 def _tower(sources: Sources) -> Iterator[tuple[str, Tensor]]:

@@ -42,7 +42,7 @@ _TEMPLATE = """\
 
 
 def write_processor(folder: Path, vision_name: str, image_size: int, settings: dict[str, Any]) -> None:
-    """Write how messages become a prompt, and pictures pixels.
+    """Write how pictures become pixels, and how many tokens each takes.
 
     Args:
         folder: where the files go.
@@ -53,7 +53,6 @@ def write_processor(folder: Path, vision_name: str, image_size: int, settings: d
     Raises:
         OSError: if the tower's preprocessor_config.json is missing, or a file can't be written.
     """
-    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
     images = load_image_processor(vision_name, image_size)[0].to_dict()
     # The Pillow form has a name of its own, which only the newest transformers know.
     images["image_processor_type"] = str(images["image_processor_type"]).removesuffix("Pil")

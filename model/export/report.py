@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen import IMAGE_TOKEN
 
 from .sources import Sources
+from .text_half import text_half
 from .verify import Comparison
 
 EXPORT_NOTE = "EXPORT.md"
@@ -16,7 +17,7 @@ _LLAVA = """\
 ## How to ask it
 
 ```sh
-vllm serve {folder} --max-model-len {length}
+vllm serve {folder}{limit}
 python -m sglang.launch_server --model-path {folder}
 transformers serve {folder}
 mlx_vlm.generate --model {folder} --image picture.jpg --prompt "…"
@@ -26,18 +27,16 @@ llama.cpp does not read this folder.{sglang}
 
 ## What differs from test.py
 
-- **Length**: Qwen2 has neither log-n attention nor dynamic NTK, so answers are equal up to {length} tokens, pictures
-  included ({tokens} tokens each).
+{notes}
 - **Typed control tokens**: these readers turn `<|im_end|>` and the like in a question into control tokens; test.py
   takes all but `{image}` for text. Take them out of what strangers may type.
 - **A question that begins with a line break** is split into other tokens than by test.py.
 - **Pictures** are resized by the reader. With torchvision installed, pixels differ by up to 0.015 from Pillow's.
-- **No system prompt** means test.py's default one, which the chat template puts in.
 {float16}"""
 _MERGED = """\
 ## How to ask it
 
-The language model is a QWen as published, the projector is next to it, and the vision tower is {vision}.
+The language model is a {kind} as published, the projector is next to it, and the vision tower is {vision}.
 `docs/serving.md` of the repository that made this folder has a short loader.
 """
 _PEFT = """\
@@ -70,10 +69,12 @@ def write_report(
         Path(base).name if Path(base).is_dir() else base for base in (sources.language_name, sources.vision_name)
     )
     is_siglip = sources.tower.kind == "siglip"
+    half = text_half(sources)
     text = {"llava": _LLAVA, "merged": _MERGED, "peft": _PEFT}[kind].format(
         folder=name,
-        length=sources.language.seq_length,
-        tokens=sources.tower.num_image_tokens,
+        limit="" if half.max_length is None else f" --max-model-len {half.max_length}",
+        notes="\n".join(f"- {note}" for note in half.notes()),
+        kind=half.name,
         image=IMAGE_TOKEN,
         language=language,
         vision=vision,
@@ -81,7 +82,9 @@ def write_report(
         float16="- **float16** overflows in SigLIP's last block: serve in bfloat16 or float32.\n" if is_siglip else "",
     )
     dtype = str(sources.dtype).removeprefix("torch.")
-    head = f"# {name}\n\n{language} with LoRA merged, {vision} and a projector, as `--format {kind}` in {dtype}.\n"
+    states = {"lora": "with LoRA merged", "projector": "as published", "all": "trained as a whole"}
+    language_model = f"{language} {states[sources.checkpoint.train_only]}"
+    head = f"# {name}\n\n{language_model}, {vision} and a projector, as `--format {kind}` in {dtype}.\n"
     if kind == "peft":
         head = f"# {name}\n\nLoRA of {language}, as `--format peft`.\n"
     (folder / EXPORT_NOTE).write_text("\n".join([head, *table(comparisons), text]), encoding="utf-8")

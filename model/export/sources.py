@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,12 +29,22 @@ from ..checkpoints.base_models import base_fingerprints, base_models, read_langu
 from ..checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
 from ..checkpoints.readers import Checkpoint, reading
 from ..device import parse_dtype
+from ..language_models.causal_lm import multimodal_class
 from ..pixel_shuffle import check_pixel_shuffle
 from ..projector import build_projector
 
 _ROWS = 1 << 14
 """Rows that are merged together: only the head has more, and in fp32 it would take gigabytes."""
-HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+
+
+@dataclass(frozen=True)
+class LanguageNames:
+    """Names in a language model, as its published files have them."""
+
+    architecture: str  # of the class, as in `LlamaForCausalLM`
+    prefix: str  # of the decoder's weights, without a dot
+    embedding: str  # of the weight
+    head: str  # likewise
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,9 @@ class Sources:
     checkpoint: Checkpoint
     language_name: str  # hub name or folder of the language model
     vision_name: str  # hub name or folder of the vision tower
-    language: QWenConfig
+    language: PreTrainedConfig
+    names: LanguageNames
+    is_tied: bool  # whether the export's head is its embedding; never for QWen
     vision: PreTrainedConfig  # of the vision half
     tower: TowerShape
     drop_first_patch: bool  # whether SigLIP's first patch is left out
@@ -71,18 +83,15 @@ def read_sources(
         OSError: if files are missing.
     """
     checkpoint = read_checkpoint(model_weights)
-    if checkpoint.train_only != "lora":
-        raise ValueError(f"{checkpoint.folder}: checkpoints of --train_only {checkpoint.train_only} can't be exported")
     language_name, vision_name = base_models(language, vision, checkpoint)
     config, drop = read_language_config(language_name), drops_first_patch(checkpoint, vision_name)
-    if not isinstance(config, QWenConfig):
-        raise ValueError(f"{language_name} has model_type {config.model_type!r}: only QWen can be exported so far")
+    is_qwen = isinstance(config, QWenConfig)
     shape, tower_class = read_tower_shape(vision_name, drop_first_patch=drop), tower_class_of(vision_name)
     vision_config = load_config(tower_class.model_class, vision_name, tower_class.config_overrides)
     for name in (language_name, vision_name):
         weight_files(name)  # downloads those of a hub name, of which fingerprints are taken
     with torch.device("meta"):  # names and shapes, no storage
-        model = MultimodalQWenLMHeadModel(config)
+        model: Any = (MultimodalQWenLMHeadModel if is_qwen else multimodal_class(config))(config)
         tower = tower_class.model_class(vision_config, **tower_class.model_kwargs)
     model.name_or_path = language_name
     language_shapes = {name: value.shape for name, value in model.state_dict().items()}
@@ -96,15 +105,19 @@ def read_sources(
     if dtype is None:  # the original project's checkpoints record none
         trained = checkpoint.config.dtype if checkpoint.config is not None else config.dtype or "float32"
         dtype = parse_dtype(str(trained).removeprefix("torch."))
+    names, lora = _language_names(model), _read_lora(model, checkpoint)
+    ties = config.tie_word_embeddings and names.head not in stored_names(language_name)
     return Sources(
         checkpoint=checkpoint,
         language_name=language_name,
         vision_name=vision_name,
         language=config,
+        names=names,
+        is_tied=ties and not is_qwen and names.head.removesuffix(".weight") not in lora,
         vision=vision_config,
         tower=shape,
         drop_first_patch=drop,
-        lora=_read_lora(model, checkpoint),
+        lora=lora,
         projector=projector.state_dict(),
         dtype=dtype,
         language_shapes=language_shapes,
@@ -112,7 +125,20 @@ def read_sources(
     )
 
 
-def _read_lora(model: MultimodalQWenLMHeadModel, checkpoint: Checkpoint) -> dict[str, tuple[Tensor, Tensor, float]]:
+def _language_names(model: Any) -> LanguageNames:
+    modules = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return LanguageNames(
+        architecture=type(model).__name__.removeprefix("Multimodal"),  # QWen's
+        prefix=model.base_model_prefix,
+        embedding=f"{modules[id(embedding)]}.weight",
+        head=f"{modules[id(head)]}.weight",
+    )
+
+
+def _read_lora(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[Tensor, Tensor, float]]:
+    if checkpoint.lora_config is None:  # of --train_only
+        return {}
     base = load_lora(model, checkpoint, trainable=False).get_base_model()
     layers: dict[str, Any] = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     return {
@@ -131,15 +157,20 @@ def _read_lora(model: MultimodalQWenLMHeadModel, checkpoint: Checkpoint) -> dict
 def language_weights(sources: Sources) -> Iterator[tuple[str, Tensor]]:
     """Yield the language model's tensors by their published names, LoRA merged, in the export's dtype.
 
-    The head is always among them, also where the base model shares the embedding's weight: LoRA may have changed it.
+    The head is among them unless it is the embedding in the export as well.
+
+    Raises:
+        ValueError: if weights are missing, or have other names than in the model.
     """
-    shapes, is_tied = dict(sources.language_shapes), sources.language.tie_word_embeddings
-    if is_tied:
-        del shapes[HEAD]
+    shapes, names, stored = dict(sources.language_shapes), sources.names, stored_names(sources.language_name)
+    shares_embedding = sources.language.tie_word_embeddings and names.head not in stored
+    if shares_embedding:
+        del shapes[names.head]
+    _check_complete(shapes.keys() - stored, sources.language_name)
     for name, value in _expected(read_weights(sources.language_name), shapes, sources.language_name):
         yield name, _merge(name, value, sources)
-        if is_tied and name == EMBEDDING:
-            yield HEAD, _merge(HEAD, value, sources)
+        if shares_embedding and name == names.embedding and not sources.is_tied:
+            yield names.head, _merge(names.head, value, sources)
 
 
 def _merge(name: str, W: Tensor, sources: Sources) -> Tensor:
@@ -176,9 +207,16 @@ def _expected(
             if value.shape != missing.pop(name):
                 raise ValueError(f"{name_or_path}: {name} is {tuple(value.shape)}, expected {tuple(shapes[name])}")
             yield name, value
+    _check_complete(missing, name_or_path)
+
+
+def _check_complete(missing: Collection[str], name_or_path: str) -> None:
     if missing:
         shown = ", ".join(sorted(missing)[:4])
-        raise ValueError(f"{name_or_path}: {len(missing)} weights are missing ({shown}, …): use a complete base model")
+        raise ValueError(
+            f"{name_or_path}: {len(missing)} weights are missing ({shown}, …): use a complete base model, and not a "
+            "mixture of experts, whose weights transformers renames"
+        )
 
 
 def read_weights(name_or_path: str) -> Iterator[tuple[str, Tensor]]:
@@ -194,6 +232,19 @@ def read_weights(name_or_path: str) -> Iterator[tuple[str, Tensor]]:
                 with safe_open(path, framework="pt") as file:  # again: pages that were read are let go
                     value = file.get_tensor(name)
                 yield name, value
+
+
+def stored_names(name_or_path: str) -> set[str]:
+    """Return the names of a base model's tensors."""
+    names: set[str] = set()
+    for path in weight_files(name_or_path):
+        with reading(path):
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    names.update(file.keys())
+            else:
+                names.update(load_state_dict(path, weights_only=True))
+    return names
 
 
 def weight_files(name_or_path: str) -> list[Path]:

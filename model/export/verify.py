@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dataset.prompt import SYSTEM_PROMPT, encode_prompt
-from qwen import IMAGE_TOKEN, QWenTokenizer
-from qwen.tokenization_qwen import ENDOFTEXT_ID
+from dataset.prompt import Tokenizer, encode_prompt
+from qwen import IMAGE_TOKEN
 from visual.base import VisionTower
 
-from ..checkpoints.base_models import load_language_model
+from ..checkpoints.base_models import load_language_model, load_tokenizer
 from ..checkpoints.checkpoint import load_projector
 from ..lora import merge_lora
 from ..projector import build_projector
@@ -32,10 +31,10 @@ from .sources import Sources
 
 QUESTIONS = ("这幅图像描述了什么？", "Which colours are there?", "你好！请介绍一下你自己。")
 GREEDY: dict[str, Any] = {
-    **{"max_new_tokens": 12, "eos_token_id": list(QWenTokenizer.stop_ids), "pad_token_id": ENDOFTEXT_ID},
-    **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": None},
+    **{"max_new_tokens": 12, "do_sample": False},
+    **{"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": None},
 }
-"""How answers are generated, whatever the model's own settings."""
+"""How answers are generated, whatever the model's own settings; the tokenizer says at which tokens they end."""
 TOLERANCE = 1e-3
 """The largest difference of logits, as a share of the largest logit."""
 
@@ -84,20 +83,22 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
     Raises:
         ExportMismatchError: if inputs, answers or logits differ.
     """
-    tokenizer = QWenTokenizer.from_pretrained(sources.language_name)
+    tokenizer = load_tokenizer(sources.language_name)
     ours = _our_model(sources)
     prepare = _our_inputs(ours, tokenizer)
     asked = [None] if kind == "peft" else [sample_picture(sources.tower.image_size), None]
-    expected = list(_ask(ours, prepare, asked))
+    settings = {**GREEDY, "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_token_id}
+    expected = list(_ask(ours, prepare, asked, settings))
     if kind == "llava":
         del ours, prepare
         gc.collect()  # only one of them in memory
         theirs, prepare = _stranger(folder)
+        expected = [_with_image_token(one, tokenizer.image_token_id, theirs.config.image_token_id) for one in expected]
     elif kind == "merged":
         theirs = _merged_model(sources, folder, ours.vision_tower)
     else:
         theirs = _peft_model(sources, folder)
-    found = _ask(theirs, prepare, asked)
+    found = _ask(theirs, prepare, asked, settings)
     return [_compare(one, other) for one, other in zip(expected, found, strict=True)]
 
 
@@ -124,12 +125,13 @@ def _our_model(sources: Sources) -> VisionLanguageModel:
     return model.float().eval()
 
 
-def _our_inputs(model: VisionLanguageModel, tokenizer: QWenTokenizer) -> Prepare:
+def _our_inputs(model: VisionLanguageModel, tokenizer: Tokenizer) -> Prepare:
     transform, num_image_tokens = model.vision_tower.image_transform, model.num_image_tokens
+    system = tokenizer.default_system
 
     def prepare(question: str, image: Image.Image | None) -> dict[str, Tensor]:
         text = question if image is None else IMAGE_TOKEN + question
-        ids = torch.tensor([encode_prompt(tokenizer, text, num_image_tokens, system=SYSTEM_PROMPT)[0]])  # (1, T)
+        ids = torch.tensor([encode_prompt(tokenizer, text, num_image_tokens, system=system)[0]])  # (1, T)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs if image is None else {**inputs, "pixel_values": transform(image)[None]}
 
@@ -177,15 +179,20 @@ def _peft_model(sources: Sources, folder: Path) -> Any:
 
 
 @torch.no_grad()
-def _ask(model: Any, prepare: Prepare, pictures: list[Any]) -> Iterator[Answer]:
+def _ask(model: Any, prepare: Prepare, pictures: list[Any], settings: dict[str, Any]) -> Iterator[Answer]:
     for question in QUESTIONS:
         for image in pictures:
             inputs = prepare(question, image)
             length = inputs["input_ids"].shape[1]
-            ids = model.generate(**inputs, **GREEDY)  # (1, T + tokens)
+            ids = model.generate(**inputs, **settings)  # (1, T + tokens)
             whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
             logits = model(**whole).logits[0, length - 1 :]  # (tokens + 1, V)
             yield Answer(question, image is not None, inputs, ids[0, length:].tolist(), logits.clone())
+
+
+def _with_image_token(answer: Answer, ours: int, theirs: int) -> Answer:
+    ids = answer.inputs["input_ids"]  # (1, T)
+    return replace(answer, inputs={**answer.inputs, "input_ids": ids.masked_fill(ids == ours, theirs)})
 
 
 def _compare(ours: Answer, theirs: Answer) -> Comparison:
@@ -197,7 +204,8 @@ def _compare(ours: Answer, theirs: Answer) -> Comparison:
     pairs = zip(ours.tokens, theirs.tokens, strict=False)
     num_equal = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     seen = slice(num_equal + 1)  # positions that have seen the same tokens
-    difference = float((ours.logits[seen] - theirs.logits[seen]).abs().max())
+    shared = theirs.logits[:, : ours.logits.shape[1]]  # (tokens + 1, V): without the row of a new image token
+    difference = float((ours.logits[seen] - shared[seen]).abs().max())
     largest = float(ours.logits.abs().max())
     if ours.tokens != theirs.tokens or not difference <= TOLERANCE * largest:
         raise ExportMismatchError(

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import make_family
 from tiny_run import make_language_model
+from tiny_towers import make_clip_checkpoint
 from tiny_vlm import enliven_trained
 
 from model import LoraSettings, VisionLanguageModel
+
+FAMILY_TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
 @pytest.fixture(scope="session")
@@ -24,15 +28,9 @@ def tokenizer_files(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
-def export(tmp_path, tokenizer_files, monkeypatch):
+def run_export(tmp_path):
     """Call export.py in this process, without its own verification unless `verify` says so; return the new folder."""
     import export as program
-    from model.export import llava
-
-    def copy_files(folder, tokenizer, max_length):
-        shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
-
-    monkeypatch.setattr(llava, "write_tokenizer", copy_files)
 
     def call(checkpoint: object, *flags: object, status: int = 0, verify: bool = False, name: str = "out") -> Path:
         output = tmp_path / name
@@ -41,6 +39,18 @@ def export(tmp_path, tokenizer_files, monkeypatch):
         return output
 
     return call
+
+
+@pytest.fixture
+def export(run_export, tokenizer_files, monkeypatch):
+    """Call export.py for a QWen, whose tokenizer's files are copied."""
+    from model.export import qwen_text
+
+    def copy_files(folder, tokenizer, max_length):
+        shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(qwen_text, "write_tokenizer", copy_files)
+    return run_export
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +64,22 @@ def make_checkpoint(tmp_path_factory, qwen_tiktoken):
         base = make_language_model(folder / "qwen", qwen_tiktoken, **language)
         tower = make_tower(folder / "tower", **(vision or {}))
         model = VisionLanguageModel.from_pretrained(base, tower, dtype=dtype, device="cpu", pixel_shuffle=pixel_shuffle)
+        model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=targets))
+        enliven_trained(model, seed=3, std=0.4).save_checkpoint(folder / "trained")
+        return folder / "trained"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_family_checkpoint(tmp_path_factory):
+    """Do so for a language model other than QWen."""
+
+    def make(family, make_tower=make_clip_checkpoint, targets=FAMILY_TARGETS, dtype=torch.float32, **language):
+        folder = tmp_path_factory.mktemp(family)
+        base = make_family(folder / "language", family, **language)
+        tower = make_tower(folder / "tower")
+        model = VisionLanguageModel.from_pretrained(base, tower, dtype=dtype, device="cpu")
         model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=targets))
         enliven_trained(model, seed=3, std=0.4).save_checkpoint(folder / "trained")
         return folder / "trained"

@@ -12,12 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_run import ROOT, one_line_error, start, write_as_the_original
 from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint, pixels
-from tiny_vlm import logits_of, sample
+from tiny_vlm import logits_of, sample, trainable_parameters
 
 from dataprocess.file_lock import hold
 from dataset import VLMCollator
 from model import VisionLanguageModel
-from model.export import llava, processor_files, qwen_formats
+from model.export import llava, own_layout, processor_files, qwen_text
 from qwen import QWenLMHeadModel
 
 
@@ -69,7 +69,7 @@ def test_what_is_stopped_has_no_name_and_the_next_export_clears_it(export, train
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(llava, "language_weights", stopped)
+        patch.setattr(qwen_text, "language_weights", stopped)
         output = export(trained, status=130)
     assert leftovers(output) == []
     part = tmp_path / "out.unfinished-export"  # as a process that was killed leaves it
@@ -98,8 +98,8 @@ def test_a_full_disk_leaves_nothing(export, trained, monkeypatch, capfd):
 
 KILLED = """
 import os, signal, sys
-from model.export import llava
-llava.language_weights = lambda sources: os.kill(os.getpid(), signal.SIGKILL)
+from model.export import qwen_text
+qwen_text.language_weights = lambda sources: os.kill(os.getpid(), signal.SIGKILL)
 import export
 export.main(sys.argv[1:])
 """
@@ -135,7 +135,7 @@ def swapped(names):
 @pytest.mark.parametrize(
     ("where", "name", "wrong"),
     [
-        (llava, "_NAMES", swapped(llava._NAMES)),
+        (qwen_text, "_NAMES", swapped(qwen_text._NAMES)),
         (processor_files, "SYSTEM_PROMPT", "你是一位助手。"),
         (llava, "norm_block", lambda weight, bias, inner: right_block(weight, 0 * bias, inner)),
     ],
@@ -234,9 +234,29 @@ def test_peft_loads_its_own_format(export, make_checkpoint, tmp_path):
         assert torch.allclose(stranger(input_ids=ids).logits, ours(ids).logits, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["projector", "all"])
+def test_checkpoints_of_train_only(export, make_checkpoint, tmp_path, capfd, kind):
+    bases = [str(make_checkpoint(make_clip_checkpoint).parent / name) for name in ("qwen", "tower")]
+    model = VisionLanguageModel.from_pretrained(*bases, device="cpu", trainable=True, train_only=kind)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in trainable_parameters(model).values():
+            value.add_(torch.randn(value.shape, generator=generator), alpha=0.1)
+    model.save_checkpoint(tmp_path / "trained")
+    folder = export(tmp_path / "trained", verify=True, name="llava")
+    weights = load_file(folder / "model.safetensors")
+    published = load_file(Path(bases[0]) / "model.safetensors")["transformer.h.0.mlp.w1.weight"]
+    found = weights["language_model.model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(found, published) is (kind == "projector")
+    export(tmp_path / "trained", "--format", "merged", verify=True, name="merged")
+    export(tmp_path / "trained", "--format", "peft", status=2, name="peft")
+    assert f"--train_only {kind}" in one_line_error(capfd.readouterr().err, "export.py")
+
+
 def test_verification_sees_a_wrong_scale(export, make_checkpoint, monkeypatch):
     checkpoint = make_checkpoint(make_clip_checkpoint)
-    write = qwen_formats.write_peft
+    write = own_layout.write_peft
 
     def wrong(sources, folder):
         write(sources, folder)

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dataset.prompt import encode_prompt
-from model.export.processor_files import merges_of, write_processor
+from model.export.processor_files import chat_template, merges_of
 from qwen.tokenization_qwen import SPECIAL_TOKENS
 
 TEXTS = [
@@ -36,11 +36,9 @@ def twin(tokenizer_files):
 
 
 @pytest.fixture(scope="module")
-def templated(twin, tokenizer_files, tmp_path_factory, tiny_siglip):
+def templated(twin):
     """The tokenizer with the chat template of an export."""
-    folder = tmp_path_factory.mktemp("template")
-    write_processor(folder, tiny_siglip, 28, {"patch_size": 14})
-    twin.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    twin.chat_template = chat_template()
     return twin
 
 

@@ -17,25 +17,33 @@ from tiny_towers import make_clip_checkpoint, make_siglip_checkpoint
 
 from dataset.prompt import encode_prompt
 from model import VisionLanguageModel
+from model.checkpoints.base_models import load_tokenizer
 
 
-def greedy_text(checkpoint, tokenizer, question: str, image: Image.Image | None) -> str:
+def greedy_text(checkpoint, question: str, image: Image.Image | None) -> str:
     model = VisionLanguageModel.from_pretrained(model_weights=checkpoint, device="cpu")
+    tokenizer = load_tokenizer(model.base_language_model)
     text = question if image is None else f"<|extra_0|>{question}"
-    ids = torch.tensor([encode_prompt(tokenizer, text, model.num_image_tokens)[0]])
+    ids = torch.tensor([encode_prompt(tokenizer, text, model.num_image_tokens, system=tokenizer.default_system)[0]])
     pixels = None if image is None else model.vision_tower.image_transform(image)[None]
-    stops = [151643, 151644, 151645]
+    stops = list(tokenizer.stop_ids)
     out = model.generate(ids, torch.ones_like(ids), pixels, do_sample=False, max_new_tokens=8, eos_token_id=stops)
     return tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make_tower", [make_clip_checkpoint, make_siglip_checkpoint], ids=["clip", "siglip"])
-def test_transformers_serve_and_the_client_of_openai(export, make_checkpoint, tokenizer, tmp_path, make_tower):
+@pytest.mark.parametrize(
+    ("family", "make_tower"),
+    [("qwen", make_clip_checkpoint), ("qwen", make_siglip_checkpoint), ("qwen3", make_clip_checkpoint)],
+    ids=["clip", "siglip", "qwen3 and clip"],
+)
+def test_transformers_serve_and_the_client_of_openai(
+    export, make_checkpoint, make_family_checkpoint, tmp_path, family, make_tower
+):
     openai = pytest.importorskip("openai")
     for package in ("fastapi", "uvicorn", "rich"):
         pytest.importorskip(package)
-    checkpoint = make_checkpoint(make_tower)
+    checkpoint = make_checkpoint(make_tower) if family == "qwen" else make_family_checkpoint(family, vocab_size=300)
     folder = str(export(checkpoint))
     image = Image.linear_gradient("L").convert("RGB").resize((90, 60))  # not the tower's size
     png = io.BytesIO()
@@ -67,7 +75,7 @@ def test_transformers_serve_and_the_client_of_openai(export, make_checkpoint, to
                 "temperature": 0,
                 "max_tokens": 8,
             }
-            expected = greedy_text(checkpoint, tokenizer, question, picture)
+            expected = greedy_text(checkpoint, question, picture)
             whole = client.chat.completions.create(**ask).choices[0].message.content
             streamed = [
                 part.choices[0].delta.content or "" for part in client.chat.completions.create(**ask, stream=True)

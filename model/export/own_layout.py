@@ -1,4 +1,4 @@
-"""Two formats in QWen's own layout: the language model with LoRA merged, and LoRA alone as PEFT reads it."""
+"""Two formats in the base's own layout: the language model with LoRA merged, and LoRA alone as PEFT reads it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from ..checkpoints.saving import PACKAGE_VERSIONS, flush_to_disk
 from .shards import ShardWriter
 from .sources import Sources, base_file, language_weights
 
-_COPIED = ("generation_config.json", "tokenizer_config.json", "qwen.tiktoken")
+_COPIED = (
+    *("generation_config.json", "tokenizer_config.json", "qwen.tiktoken", "tokenizer.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
+)
 
 
 def write_merged(sources: Sources, folder: Path, max_bytes: int) -> None:
-    """Write a QWen as published, with LoRA in its weights, and next to it the projector and what belongs to it.
+    """Write the base as published, with LoRA in its weights, and next to it the projector and what belongs to it.
 
     Raises:
         ValueError: if the base models' files are incomplete.
@@ -28,8 +31,8 @@ def write_merged(sources: Sources, folder: Path, max_bytes: int) -> None:
     """
     config = sources.language.to_dict()
     config |= {
-        "architectures": ["QWenLMHeadModel"],
-        "tie_word_embeddings": False,
+        "architectures": [sources.names.architecture],
+        "tie_word_embeddings": sources.is_tied,
         "dtype": str(sources.dtype).removeprefix("torch."),
     }
     config.pop("_name_or_path", None)
@@ -63,6 +66,19 @@ def _multimodal_config(sources: Sources) -> MultimodalConfig:
     )
     trained = sources.checkpoint.config
     return here if trained is None else replace(here, vision_tower_fingerprint=trained.vision_tower_fingerprint)
+
+
+def check_peft(sources: Sources) -> None:
+    """Refuse a checkpoint without LoRA.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if sources.checkpoint.lora_config is None:
+        raise ValueError(
+            f"--format peft: {sources.checkpoint.folder} is of --train_only {sources.checkpoint.train_only} and has no "
+            "LoRA; --format llava and merged write its language model"
+        )
 
 
 def write_peft(sources: Sources, folder: Path) -> None:
