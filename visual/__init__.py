@@ -16,6 +16,7 @@ from .base import ImageTransform, VisionTower
 from .clip_vit import CLIPTower
 from .dinov2 import Dinov2Tower, Dinov2WithRegistersTower
 from .dinov3 import Dinov3Tower
+from .feature_layer import read_earlier
 from .loading import one_error
 from .shape import TowerShape, read_shape
 from .siglip_vit import SiglipTower
@@ -38,7 +39,11 @@ TOWERS: dict[str, type[VisionTower]] = {
 
 
 def build_vision_tower(
-    name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None, *, drop_first_patch: bool = False
+    name_or_path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    drop_first_patch: bool = False,
+    feature_layer: int = -1,
 ) -> VisionTower:
     """Load the vision tower that a checkpoint holds, chosen by the `model_type` in its config.json.
 
@@ -48,19 +53,25 @@ def build_vision_tower(
         dtype: data type of the weights and the features; None is float32.
         drop_first_patch: leave SigLIP's first patch out, for models that the original project trained (728 tokens
             of 729).
+        feature_layer: the hidden state that features are, counted from the end as LLaVA does: -1 is the last one.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint, or one of its files is missing.
         ValueError: for a `model_type` that is not in `TOWERS`, or files that do not fit each other.
     """
     name = os.fspath(name_or_path)
-    return tower_class_of(name)(name, dtype, drop_first_patch=drop_first_patch)
+    tower = tower_class_of(name)(name, dtype, drop_first_patch=drop_first_patch)
+    if feature_layer != -1:
+        read_earlier(tower, feature_layer)
+    return tower
 
 
-def read_tower_shape(name_or_path: str | os.PathLike[str], *, drop_first_patch: bool = False) -> TowerShape:
+def read_tower_shape(
+    name_or_path: str | os.PathLike[str], *, drop_first_patch: bool = False, feature_layer: int = -1
+) -> TowerShape:
     """Read the sizes of the tower that a checkpoint holds, without its weights; raises as `build_vision_tower`."""
     name = os.fspath(name_or_path)
-    return read_shape(tower_class_of(name), name, drop_first_patch=drop_first_patch)
+    return read_shape(tower_class_of(name), name, drop_first_patch=drop_first_patch, feature_layer=feature_layer)
 
 
 def tower_class_of(name: str) -> type[VisionTower]:

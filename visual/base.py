@@ -69,6 +69,7 @@ class VisionTower(nn.Module):
     config_overrides: ClassVar[dict[str, Any]] = {}  # such as switching off a head whose output is not used
     any_image_size: ClassVar[bool] = False  # positions are interpolated, so the image processor decides the size
     may_drop_first_patch: ClassVar[bool] = False  # whether `drop_first_patch` is allowed
+    feature_layer = -1  # the hidden state that features are: the last one, or see `feature_layer.py`
 
     def __init__(self, name_or_path: str, dtype: torch.dtype | None = None, *, drop_first_patch: bool = False) -> None:
         super().__init__()

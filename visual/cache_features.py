@@ -26,10 +26,11 @@ from dataprocess.image_io import ImageError, resolve_image_path
 from dataprocess.messages import format_count, shorten
 from dataset.annotations import find_folder, folder_and_files, read_object
 from dataset.prompt import SampleError
-from model.checkpoints.checkpoint import drops_first_patch, read_checkpoint
+from model.checkpoints.checkpoint import read_checkpoint, tower_settings
 from model.console import set_up_logging
 from model.device import parse_dtype, pick_device, pick_dtype
 from model.errors import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory
+from model.export.from_llava import llava_feature_layer
 from model.feature_caching.disk import lack_of_space
 from model.feature_caching.fill import BATCH_SIZE, fill_feature_cache
 from visual import build_vision_tower
@@ -48,6 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--feature_cache", required=True, metavar="DIR", help="folder in which features are kept")
     add("--base_value_model", default="openai/clip-vit-large-patch14", help="hub name or folder of the vision tower")
     add("--previous_lora_weights", metavar="DIR", help="checkpoint that training starts from, as in training")
+    add("--from_llava", metavar="DIR", help="LLaVA folder whose projector training starts from, as in training")
     add("--feature_cache_dtype", default="bfloat16", choices=list(DTYPES), help="dtype on the disk, as in training")
     add("--dtype", help="precision of the tower, as in training: float32, bfloat16, float16")
     add("--device", help="cpu, cuda, cuda:0, …")
@@ -64,6 +66,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.shard >= args.num_shards:
         last = args.num_shards - 1
         parser.error(f"--shard {args.shard}: with --num_shards {args.num_shards} it goes from 0 to {last}")
+    if args.from_llava is not None and args.previous_lora_weights is not None:
+        parser.error("--from_llava and --previous_lora_weights do not go together; leave one of them out")
     return args
 
 
@@ -95,8 +99,10 @@ def run(args: argparse.Namespace) -> int:
     dtype = parse_dtype(args.dtype) if args.dtype else pick_dtype(device)
     paths, bad_images, bad_entries = list_images(args.image_map, args.allow_links)
     previous = read_checkpoint(args.previous_lora_weights) if args.previous_lora_weights is not None else None
-    drop = previous is not None and drops_first_patch(previous, args.base_value_model)
-    tower = build_vision_tower(args.base_value_model, dtype, drop_first_patch=drop).to(device)
+    settings = tower_settings(previous, args.base_value_model)
+    if args.from_llava is not None:
+        settings = {"feature_layer": llava_feature_layer(args.from_llava, args.base_value_model)}
+    tower = build_vision_tower(args.base_value_model, dtype, **settings).to(device)
     cache = open_feature_cache(args.feature_cache, tower, args.feature_cache_dtype)
     problem = lack_of_space(cache, tower, paths)
     if problem and not args.skip_space_check:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .base import VisionTower
+from .feature_layer import delete_later_blocks
 from .loading import load_config, load_image_processor
 
 
@@ -27,9 +28,13 @@ class TowerShape:
     """Features per image."""
     num_parameters: int
     """Parameters, all of them frozen."""
+    feature_layer: int = -1
+    """The hidden state that features are, counted from the end."""
 
 
-def read_shape(tower_class: type[VisionTower], name_or_path: str, *, drop_first_patch: bool) -> TowerShape:
+def read_shape(
+    tower_class: type[VisionTower], name_or_path: str, *, drop_first_patch: bool, feature_layer: int
+) -> TowerShape:
     """Read the sizes of a checkpoint's tower, refusing what loading the tower would refuse.
 
     Only for a tower that takes any size (DINOv2), preprocessor_config.json must be there: it alone tells the size.
@@ -41,17 +46,24 @@ def read_shape(tower_class: type[VisionTower], name_or_path: str, *, drop_first_
     except FileNotFoundError:
         if size is None:
             raise
-    return shape_of_tower(tower_class, config, size, drop_first_patch=drop_first_patch)
+    return shape_of_tower(tower_class, config, size, drop_first_patch=drop_first_patch, feature_layer=feature_layer)
 
 
 def shape_of_tower(
-    tower_class: type[VisionTower], config: PreTrainedConfig, image_size: int, *, drop_first_patch: bool = False
+    tower_class: type[VisionTower],
+    config: PreTrainedConfig,
+    image_size: int,
+    *,
+    drop_first_patch: bool = False,
+    feature_layer: int = -1,
 ) -> TowerShape:
     """Take the sizes from the vision half's configuration, and count the parameters of a model without storage."""
     with torch.device("meta"):
         model = tower_class.model_class(config, **tower_class.model_kwargs)
+    if feature_layer != -1:
+        delete_later_blocks(model, tower_class.kind, feature_layer)
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or int(width * getattr(config, "mlp_ratio", 4))
     num_image_tokens = (image_size // config.patch_size) ** 2 - int(drop_first_patch)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return TowerShape(tower_class.kind, width, inner, image_size, num_image_tokens, num_parameters)
+    return TowerShape(tower_class.kind, width, inner, image_size, num_image_tokens, num_parameters, feature_layer)

@@ -152,7 +152,7 @@ def base_fingerprints(tower: VisionTower, language_model: PreTrainedModel) -> di
     processor = published_file(tower.name_or_path, "preprocessor_config.json")
     images = json.loads(processor.read_text(encoding="utf-8")) if processor is not None else {}
     prepared = {name: images.get(name) for name in _IMAGE_SETTINGS}
-    vision = _published_weights(tower.name_or_path)
+    vision = published_weights(tower.name_or_path)
     return {
         "vision_tower_fingerprint": fingerprint(vision, {"kind": tower.kind}, prepared),
         "language_model_fingerprint": language_fingerprint(str(language_model.name_or_path), language_model.config),
@@ -162,8 +162,8 @@ def base_fingerprints(tower: VisionTower, language_model: PreTrainedModel) -> di
 def language_fingerprint(name: str, config: PreTrainedConfig) -> str:
     """Return the fingerprint of a language model; empty if its weights are not here."""
     if isinstance(config, QWenConfig):
-        return fingerprint(_published_weights(name), {key: getattr(config, key) for key in _LANGUAGE_SETTINGS})
-    return fingerprint(_published_weights(name), fingerprinted_settings(config))
+        return fingerprint(published_weights(name), {key: getattr(config, key) for key in _LANGUAGE_SETTINGS})
+    return fingerprint(published_weights(name), fingerprinted_settings(config))
 
 
 def fingerprint(weights: dict[str, Tensor], *settings: dict[str, Any]) -> str:
@@ -202,7 +202,7 @@ def published_file(name: str, file: str) -> Path | None:
         return None
 
 
-def _published_weights(name: str) -> dict[str, Tensor]:
+def published_weights(name: str) -> dict[str, Tensor]:
     """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
     for file in ("model.safetensors", "pytorch_model.bin"):
         parts = [file]

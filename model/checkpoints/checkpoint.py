@@ -11,6 +11,7 @@ import os
 import re
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
@@ -85,10 +86,19 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 # ---- Does it fit the base models?
 
 
-def drops_first_patch(checkpoint: Checkpoint, vision_name: str) -> bool:
-    """Return whether SigLIP's first patch is left out: in the original project's checkpoints and what came of them."""
-    may_drop = tower_class_of(vision_name).may_drop_first_patch
-    return may_drop and (checkpoint.config is None or checkpoint.config.drop_first_patch)
+def tower_settings(checkpoint: Checkpoint | None, vision_name: str) -> dict[str, Any]:
+    """Return how `build_vision_tower` reads the tower for a checkpoint; None: for a new model.
+
+    SigLIP's first patch is left out in the original project's checkpoints and what came of them. What came of a LLaVA
+    folder may read an earlier hidden state.
+    """
+    if checkpoint is None:
+        return {}
+    config, may_drop = checkpoint.config, tower_class_of(vision_name).may_drop_first_patch
+    return {
+        "drop_first_patch": may_drop and (config is None or config.drop_first_patch),
+        "feature_layer": -1 if config is None else config.vision_feature_layer,
+    }
 
 
 def check_bases(
@@ -104,6 +114,7 @@ def check_bases(
     found = {
         "vision_tower": tower.kind,
         "num_image_tokens": tower.num_image_tokens // config.pixel_shuffle**2,
+        "vision_feature_layer": tower.feature_layer,
         "vision_hidden_size": tower.hidden_size,
         "language_hidden_size": language_model.config.hidden_size,
         "vocab_size": language_model.config.vocab_size,

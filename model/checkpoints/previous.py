@@ -21,7 +21,14 @@ def read_previous(asked: ModelArguments) -> Checkpoint | None:
 
     Raises:
         CheckpointError: if they disagree.
+        ValueError: for flags that do not go with `--from_llava`.
     """
+    for name, only in {"previous_lora_weights": None, "projector_layers": 2, "pixel_shuffle": 1}.items():
+        if asked.from_llava is not None and (value := getattr(asked, name)) not in (None, only):
+            raise ValueError(
+                f"--from_llava and --{name} {value} do not go together: there is one projector, and a LLaVA's has two "
+                "layers and takes single patches; leave one of them out"
+            )
     if asked.previous_lora_weights is None:
         return None
     checkpoint = read_checkpoint(asked.previous_lora_weights)

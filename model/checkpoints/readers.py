@@ -66,8 +66,13 @@ class MultimodalConfig:
     drop_first_patch: bool  # whether SigLIP's first patch is left out, as the original project did
     dtype: str  # of the frozen weights while training, as in `bfloat16`
     package_versions: dict[str, str]  # of the packages that trained it
-    pixel_shuffle: int = 1  # side of the block of patches that is one token; left out of the file where it is 1
-    train_only: str = "lora"  # lora (and the projector; left out of the file), projector, or all
+    pixel_shuffle: int = 1  # side of the block of patches that is one token
+    vision_feature_layer: int = -1  # the tower's hidden state that features are, counted from the end
+    train_only: str = "lora"  # lora (and the projector), projector, or all
+
+
+OPTIONAL = {"pixel_shuffle": 1, "vision_feature_layer": -1, "train_only": "lora"}
+"""What `multimodal_config.json` leaves out where it has this value: files stay as they were before it existed."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
 def read_multimodal_config(folder: Path) -> MultimodalConfig:
     """Read a checkpoint's `multimodal_config.json`."""
     path = folder / MULTIMODAL_CONFIG
-    values = {"pixel_shuffle": 1, "train_only": "lora", **read_json(path)}
+    values = {**OPTIONAL, **read_json(path)}
     types = get_type_hints(MultimodalConfig)
     missing = [name for name in types if name not in values]
     if missing:
@@ -226,6 +231,8 @@ def read_multimodal_config(folder: Path) -> MultimodalConfig:
         raise CheckpointError(f"{path}: projector_layers must be 1 or 2, got {values['projector_layers']}")
     if values["pixel_shuffle"] < 1:
         raise CheckpointError(f"{path}: pixel_shuffle must be at least 1, got {values['pixel_shuffle']}")
+    if values["vision_feature_layer"] > -1:
+        raise CheckpointError(f"{path}: vision_feature_layer must be -1 or less, got {values['vision_feature_layer']}")
     if values["train_only"] not in TRAINED:
         raise CheckpointError(f"{path}: train_only must be one of {', '.join(TRAINED)}, got {values['train_only']!r}")
     return MultimodalConfig(**{name: values[name] for name in types})

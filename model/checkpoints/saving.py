@@ -27,7 +27,7 @@ from .folder import (
     sha256,
     with_contents,
 )
-from .readers import MultimodalConfig
+from .readers import OPTIONAL, MultimodalConfig
 from .whole_model import write_language_model
 
 PACKAGE_VERSIONS = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
@@ -54,6 +54,7 @@ def multimodal_config(model: Any) -> MultimodalConfig:
         dtype=str(next(tower.parameters()).dtype).removeprefix("torch."),
         package_versions=PACKAGE_VERSIONS,
         pixel_shuffle=model.pixel_shuffle,
+        vision_feature_layer=tower.feature_layer,
         train_only=model.train_only,
     )
 
@@ -68,10 +69,7 @@ def save_checkpoint(
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    values = asdict(config)
-    for name, usual in {"pixel_shuffle": 1, "train_only": "lora"}.items():
-        if values[name] == usual:
-            del values[name]  # files stay as they were before it existed
+    values = {name: value for name, value in asdict(config).items() if name not in OPTIONAL or value != OPTIONAL[name]}
     # All is written to a new folder first: if that fails, the old files are whole.
     new = path / "tmp-weights"
     shutil.rmtree(new, ignore_errors=True)

@@ -15,8 +15,9 @@ from visual import TowerShape, read_tower_shape
 
 from ..arguments import ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import read_language_config
-from ..checkpoints.checkpoint import drops_first_patch
+from ..checkpoints.checkpoint import tower_settings
 from ..checkpoints.previous import read_previous
+from ..export.from_llava import llava_feature_layer
 from ..language_models.causal_lm import check_window, multimodal_class
 from ..lora import LoraSettings, check_targets, default_targets
 from ..pixel_shuffle import check_pixel_shuffle
@@ -63,10 +64,12 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
             lora = replace(lora, rank=trained.r, target_modules=targets)
     if asked.train_only is not None:
         lora = replace(lora, rank=0, dropout=0.0)
-    drop = previous is not None and drops_first_patch(previous, asked.base_value_model)
-    tower = read_tower_shape(asked.base_value_model, drop_first_patch=drop)
-    check_pixel_shuffle(factor, tower.num_image_tokens)
     config = read_language_config(asked.base_language_model)
+    settings = tower_settings(previous, asked.base_value_model)
+    if asked.from_llava is not None:
+        settings = {"feature_layer": llava_feature_layer(asked.from_llava, asked.base_value_model, config.hidden_size)}
+    tower = read_tower_shape(asked.base_value_model, **settings)
+    check_pixel_shuffle(factor, tower.num_image_tokens)
     check_window(asked.base_language_model, config, tower.num_image_tokens // factor**2)
     return model_shape(config, tower, lora, layers, factor, asked.train_only), lora
 

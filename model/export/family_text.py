@@ -111,7 +111,11 @@ class FamilyText:
         if "max_length" not in kept:
             kept.setdefault("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
         stops = torch.tensor(kept.get("eos_token_id", [])).flatten().tolist()
-        return kept | {"eos_token_id": sorted({*self.chat.stop_ids, *stops}), "pad_token_id": self.chat.pad_token_id}
+        return kept | {
+            "eos_token_id": sorted({*self.chat.stop_ids, *stops}),
+            "pad_token_id": self.chat.pad_token_id,
+            "suppress_tokens": [*kept.get("suppress_tokens", []), self.image_token_id],
+        }
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer with the image token."""

@@ -39,7 +39,7 @@ def check_llava(sources: Sources) -> None:
         *misfits(sources),
         (tower.kind not in ("clip", "siglip"), f"the tower is {tower.kind}, and engines read CLIP and SigLIP"),
     ]
-    if tower.kind == "siglip":
+    if sources.takes_norm:
         norm, width, inner = "SigLIP's last norm becomes a block", tower.hidden_size, tower.intermediate_size
         reasons += [
             (sources.dtype == torch.float16, f"{norm} that overflows in float16 (give --dtype bfloat16)"),
@@ -97,7 +97,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def _config(sources: Sources, language: TextHalf, strategy: str) -> dict[str, Any]:
     text, dtype = language.config(), str(sources.dtype).removeprefix("torch.")
     vision = sources.vision.to_dict() | {"dtype": dtype}
-    if sources.tower.kind == "siglip":
+    if sources.takes_norm:
         vision["num_hidden_layers"] += 1
     llava: Any = LlavaConfig
     config = llava(
@@ -108,7 +108,7 @@ def _config(sources: Sources, language: TextHalf, strategy: str) -> dict[str, An
         image_seq_length=sources.tower.num_image_tokens,
         projector_hidden_act="gelu",
         multimodal_projector_bias=True,
-        vision_feature_layer=-1,
+        vision_feature_layer=sources.tower.feature_layer,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=text["tie_word_embeddings"],
         eos_token_id=text["eos_token_id"],
@@ -133,7 +133,7 @@ def _weights(sources: Sources, text: TextHalf) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under the names that LLaVA's published checkpoints have; all engines know these."""
     for name, value in _tower(sources):
         yield f"vision_tower.vision_model.{name}", value
-    scale = 1 / BLOCK_SCALE if sources.tower.kind == "siglip" else 1.0
+    scale = 1 / BLOCK_SCALE if sources.takes_norm else 1.0
     for theirs, ours in (("linear_1", "0"), ("linear_2", "2")):
         weight, bias = (sources.projector[f"{ours}.{kind}"] for kind in ("weight", "bias"))
         yield f"multi_modal_projector.{theirs}.weight", (weight * (scale if ours == "0" else 1)).to(sources.dtype)
@@ -147,7 +147,7 @@ def _tower(sources: Sources) -> Iterator[tuple[str, Tensor]]:
         yield name, value
         if name.startswith("post_layernorm."):
             norm[name.removeprefix("post_layernorm.")] = value.clone()
-    if sources.tower.kind == "siglip":
+    if sources.takes_norm:
         number = sources.vision.num_hidden_layers
         block = norm_block(norm["weight"], norm["bias"], sources.tower.intermediate_size)
         yield from ((f"encoder.layers.{number}.{name}", value) for name, value in block.items())

@@ -63,6 +63,7 @@ def _multimodal_config(sources: Sources) -> MultimodalConfig:
         dtype=str(sources.dtype).removeprefix("torch."),
         package_versions=PACKAGE_VERSIONS,
         pixel_shuffle=sources.checkpoint.pixel_shuffle,
+        vision_feature_layer=tower.feature_layer,
     )
     trained = sources.checkpoint.config
     return here if trained is None else replace(here, vision_tower_fingerprint=trained.vision_tower_fingerprint)

@@ -68,7 +68,7 @@ def write_report(
     language, vision = (
         Path(base).name if Path(base).is_dir() else base for base in (sources.language_name, sources.vision_name)
     )
-    is_siglip = sources.tower.kind == "siglip"
+    has_block = sources.takes_norm
     half = text_half(sources)
     text = {"llava": _LLAVA, "merged": _MERGED, "peft": _PEFT}[kind].format(
         folder=name,
@@ -78,8 +78,8 @@ def write_report(
         image=IMAGE_TOKEN,
         language=language,
         vision=vision,
-        sglang=" SGLang would apply SigLIP's last norm twice: do not use it." if is_siglip else "",
-        float16="- **float16** overflows in SigLIP's last block: serve in bfloat16 or float32.\n" if is_siglip else "",
+        sglang=" SGLang would apply SigLIP's last norm twice: do not use it." if has_block else "",
+        float16="- **float16** overflows in SigLIP's last block: serve in bfloat16 or float32.\n" if has_block else "",
     )
     dtype = str(sources.dtype).removeprefix("torch.")
     states = {"lora": "with LoRA merged", "projector": "as published", "all": "trained as a whole"}

@@ -26,7 +26,7 @@ from visual import TowerShape, read_tower_shape, tower_class_of
 from visual.loading import load_config
 
 from ..checkpoints.base_models import base_fingerprints, base_models, read_language_config
-from ..checkpoints.checkpoint import check_bases, drops_first_patch, load_lora, load_projector, read_checkpoint
+from ..checkpoints.checkpoint import check_bases, load_lora, load_projector, read_checkpoint, tower_settings
 from ..checkpoints.readers import Checkpoint, reading
 from ..device import parse_dtype
 from ..language_models.causal_lm import multimodal_class
@@ -66,6 +66,11 @@ class Sources:
     language_shapes: dict[str, torch.Size]  # of the language model's tensors
     vision_shapes: dict[str, torch.Size]  # of the tower's, without `vision_model.`
 
+    @property
+    def takes_norm(self) -> bool:
+        """Return whether features have gone through SigLIP's last norm, which LLaVA leaves out."""
+        return self.tower.kind == "siglip" and self.tower.feature_layer == -1
+
 
 def read_sources(
     model_weights: str | os.PathLike[str], language: str | None, vision: str | None, dtype: torch.dtype | None
@@ -84,9 +89,9 @@ def read_sources(
     """
     checkpoint = read_checkpoint(model_weights)
     language_name, vision_name = base_models(language, vision, checkpoint)
-    config, drop = read_language_config(language_name), drops_first_patch(checkpoint, vision_name)
+    config, settings = read_language_config(language_name), tower_settings(checkpoint, vision_name)
     is_qwen = isinstance(config, QWenConfig)
-    shape, tower_class = read_tower_shape(vision_name, drop_first_patch=drop), tower_class_of(vision_name)
+    shape, tower_class = read_tower_shape(vision_name, **settings), tower_class_of(vision_name)
     vision_config = load_config(tower_class.model_class, vision_name, tower_class.config_overrides)
     for name in (language_name, vision_name):
         weight_files(name)  # downloads those of a hub name, of which fingerprints are taken
@@ -107,6 +112,7 @@ def read_sources(
         dtype = parse_dtype(str(trained).removeprefix("torch."))
     names, lora = _language_names(model), _read_lora(model, checkpoint)
     ties = config.tie_word_embeddings and names.head not in stored_names(language_name)
+    ties = ties and names.embedding == f"{names.prefix}.embed_tokens.weight"  # LLaVA ties its head to this alone
     return Sources(
         checkpoint=checkpoint,
         language_name=language_name,
@@ -116,7 +122,7 @@ def read_sources(
         is_tied=ties and not is_qwen and names.head.removesuffix(".weight") not in lora,
         vision=vision_config,
         tower=shape,
-        drop_first_patch=drop,
+        drop_first_patch=settings["drop_first_patch"],
         lora=lora,
         projector=projector.state_dict(),
         dtype=dtype,
@@ -214,8 +220,8 @@ def _check_complete(missing: Collection[str], name_or_path: str) -> None:
     if missing:
         shown = ", ".join(sorted(missing)[:4])
         raise ValueError(
-            f"{name_or_path}: {len(missing)} weights are missing ({shown}, …): use a complete base model, and not a "
-            "mixture of experts, whose weights transformers renames"
+            f"{name_or_path}: {len(missing)} weights are missing ({shown}, …): use a complete base model; one whose "
+            "weights transformers renames while loading (mixtures of experts, GPT-NeoX) can't be exported"
         )
 
 

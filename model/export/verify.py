@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,13 +88,20 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
     ours = _our_model(sources)
     prepare = _our_inputs(ours, tokenizer)
     asked = [None] if kind == "peft" else [sample_picture(sources.tower.image_size), None]
-    settings = {**GREEDY, "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_token_id}
+    settings: dict[str, Any] = {
+        **GREEDY,
+        "eos_token_id": list(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if kind == "llava":
+        image_token_id = json.loads((folder / "config.json").read_text(encoding="utf-8"))["image_token_index"]
+        settings["suppress_tokens"] = [image_token_id]  # in an answer, it would stand for a picture that is not there
     expected = list(_ask(ours, prepare, asked, settings))
     if kind == "llava":
         del ours, prepare
         gc.collect()  # only one of them in memory
         theirs, prepare = _stranger(folder)
-        expected = [_with_image_token(one, tokenizer.image_token_id, theirs.config.image_token_id) for one in expected]
+        expected = [_with_image_token(one, tokenizer.image_token_id, image_token_id) for one in expected]
     elif kind == "merged":
         theirs = _merged_model(sources, folder, ours.vision_tower)
     else:

@@ -49,6 +49,7 @@ def run_identity(
         **trained,
         "projector_layers": model.projector_layers,
         **({"pixel_shuffle": model.pixel_shuffle} if model.pixel_shuffle != 1 else {}),  # older runs have no such key
+        **({"vision_feature_layer": layer} if (layer := model.vision_tower.feature_layer) != -1 else {}),
         **{name.replace("_fingerprint", ""): value for name, value in model.fingerprints.items()},
         "order": args.train_sampling_strategy,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -142,6 +143,22 @@ def test_full_size_at_a_small_scale(tmp_path):
     assert printed.count("as it should") == 7  # each of the others as it ends, and all four in the table
     training = results["processes"]["train.py, two steps"]
     assert training["peak_bytes"] > training["anonymous_bytes"] > 1e8
+
+
+@pytest.mark.slow
+def test_an_export_holds_no_more_of_a_deeper_model(tmp_path):
+    peaks = []
+    for layers in (2, 8):
+        flags = ["--folder", tmp_path / "files", "--scale", "0.25", "--layers", layers, "--lora_rank", 2]
+        printed, results = run("answering.export", tmp_path, *flags)
+        assert printed.count("as it should") == 2
+        peaks.append(results["processes"]["export.py"]["peak_bytes"])
+        written = sum(path.stat().st_size for path in (tmp_path / "files" / "llava").glob("*.safetensors"))
+        shutil.rmtree(tmp_path / "files")
+    sizes = full_size.shapes(0.25)["qwen"]
+    layer = 2 * sizes["width"] * (4 * sizes["width"] + 3 * sizes["inner"])  # bytes in bf16
+    assert written > 8 * layer > 2e8
+    assert peaks[1] - peaks[0] < 2 * layer, "six layers more"
 
 
 def test_a_process_is_ended_where_memory_runs_low(tmp_path):

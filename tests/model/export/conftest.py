@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny_families import make_family
 from tiny_run import make_language_model
-from tiny_towers import make_clip_checkpoint
+from tiny_towers import make_clip_checkpoint, make_siglip_checkpoint
 from tiny_vlm import enliven_trained
 
 from model import LoraSettings, VisionLanguageModel
+from model.lora import default_targets
 
 FAMILY_TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -72,6 +73,22 @@ def make_checkpoint(tmp_path_factory, qwen_tiktoken):
 
 
 @pytest.fixture(scope="session")
+def towers(tmp_path_factory) -> dict[str, str]:
+    """A CLIP and a SigLIP of three blocks; not to be written to."""
+    folder = tmp_path_factory.mktemp("towers")
+    return {
+        "clip": make_clip_checkpoint(folder / "clip", num_hidden_layers=3),
+        "siglip": make_siglip_checkpoint(folder / "siglip", num_hidden_layers=3),
+    }
+
+
+@pytest.fixture(scope="session")
+def language(tmp_path_factory, qwen_tiktoken) -> str:
+    """A tiny QWen; not to be written to."""
+    return make_language_model(tmp_path_factory.mktemp("language") / "qwen", qwen_tiktoken)
+
+
+@pytest.fixture(scope="session")
 def make_family_checkpoint(tmp_path_factory):
     """Do so for a language model other than QWen."""
 
@@ -80,7 +97,8 @@ def make_family_checkpoint(tmp_path_factory):
         base = make_family(folder / "language", family, **language)
         tower = make_tower(folder / "tower")
         model = VisionLanguageModel.from_pretrained(base, tower, dtype=dtype, device="cpu")
-        model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=targets))
+        names = targets or default_targets(model.language_model)
+        model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=names))
         enliven_trained(model, seed=3, std=0.4).save_checkpoint(folder / "trained")
         return folder / "trained"
 

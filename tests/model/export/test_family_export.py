@@ -15,6 +15,7 @@ from tiny_run import ROOT, load_test_py, one_line_error
 from tiny_towers import make_clip_checkpoint, make_dinov2_checkpoint, make_siglip_checkpoint
 from tiny_vlm import enliven_trained, trainable_parameters
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -106,6 +107,48 @@ def test_every_family_computes_the_same(export, make_family_checkpoint, family, 
     assert (config["image_token_index"], text["vocab_size"]) == (300, max(vocab_size, 301))
     names = load_file(folder / "model.safetensors")
     assert {"language_model.model.layers.1.self_attn.k_proj.weight", "language_model.lm_head.weight"} <= names.keys()
+
+
+SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+KINDS = {
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    **{kind: {} for kind in ("gemma", "olmo2", "glm4", "starcoder2", "phi3")},
+    "llama": {"rope_parameters": {"rope_type": "yarn", **SCALED}},
+    "llama 3": {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SCALED}},
+    "mistral": {"sliding_window": 24},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "smollm3" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def test_further_kinds_keep_what_is_theirs(export, make_family_checkpoint, kind):
+    """Layers without positions, scaled embeddings, learned positions, q, k and v in one matrix, scaled rotation."""
+    config_class = CONFIG_MAPPING[kind.split()[0]]
+    checkpoint = make_family_checkpoint(
+        "qwen2", targets=None, config_class=config_class, vocab_size=300, tie_word_embeddings=True, **KINDS[kind]
+    )
+    folder = export(checkpoint, verify=True)
+    assert difference(checkpoint, folder) <= CLIP_TOLERANCE
+    export(checkpoint, "--format", "merged", verify=True, name="merged")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("phi", {}, "matrix of its head"),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "renames"),
+        ("gpt_neox", {}, "renames"),
+    ],
+)
+def test_further_kinds_that_are_refused(export, make_family_checkpoint, capfd, kind, changes, reason):
+    checkpoint = make_family_checkpoint("qwen2", targets=None, config_class=CONFIG_MAPPING[kind], **changes)
+    folder = export(checkpoint, status=2)
+    assert reason in one_line_error(capfd.readouterr().err, "export.py")
+    assert not folder.exists()
 
 
 def test_an_export_is_verified_and_answers_as_test_py(export, make_family_checkpoint, tmp_path, capsys):

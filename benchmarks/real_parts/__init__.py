@@ -1,0 +1,1 @@
+"""The demo on real parts: a published language model and tower, and pictures that people drew and photographed."""
