@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 
@@ -105,6 +106,10 @@ def test_every_family_computes_the_same(export, make_family_checkpoint, family, 
     assert (text["model_type"], text["architectures"]) == (family, base["architectures"])
     assert text["max_position_embeddings"] == base["max_position_embeddings"]
     assert (config["image_token_index"], text["vocab_size"]) == (300, max(vocab_size, 301))
+    tokenizer = load_tokenizer(str(checkpoint.parent / "language"))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert set(settings["eos_token_id"]) == set(tokenizer.stop_ids)
+    assert (settings["max_new_tokens"], settings["suppress_tokens"]) == (8, [300])
     names = load_file(folder / "model.safetensors")
     assert {"language_model.model.layers.1.self_attn.k_proj.weight", "language_model.lm_head.weight"} <= names.keys()
 
@@ -210,6 +215,7 @@ def test_files_with_a_head_of_their_own_are_believed(export, make_family_checkpo
     enliven_trained(model, seed=3, std=0.4).save_checkpoint(tmp_path / "trained")
     folder = export(tmp_path / "trained", verify=True)
     assert difference(tmp_path / "trained", folder) <= CLIP_TOLERANCE
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_shards_and_bases_in_bin_files(export, make_family_checkpoint):
@@ -304,6 +310,23 @@ def test_dates_and_thinking_are_those_of_training(export, make_family_checkpoint
     assert not thinks.endswith("<think>\n\n</think>\n\n")
 
 
+def test_typed_control_tokens_are_text_where_transformers_is_told_so(export, make_family_checkpoint):
+    checkpoint = make_family_checkpoint("qwen2")
+    processor = AutoProcessor.from_pretrained(export(checkpoint), backend="pil")
+    if "sanitize_control_tokens" not in inspect.signature(processor.apply_chat_template).parameters:
+        pytest.skip("this transformers can't be told")
+    ours, typed = load_tokenizer(str(checkpoint.parent / "language")), "<|extra_0|>a<|im_end|>b"
+    messages = conversation([typed], None, Image.new("RGB", (28, 28)))
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    parsed, text = (
+        processor.apply_chat_template(messages, sanitize_control_tokens=told, **how)["input_ids"][0]
+        for told in (False, True)
+    )
+    ids = encode_prompt(ours, typed, 4, system=None)[0]
+    assert text == [300 if index == ours.image_token_id else index for index in ids]
+    assert parsed != text
+
+
 def test_no_token_is_put_before_a_prompt_that_the_template_does_not_write(export, make_family_checkpoint, tmp_path):
     """A tokenizer that adds its first token by itself, and a template without it (as Zephyr's)."""
     from tokenizers import processors
@@ -320,7 +343,12 @@ def test_no_token_is_put_before_a_prompt_that_the_template_does_not_write(export
     )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(language)
-    assert AutoTokenizer.from_pretrained(language)("a")["input_ids"][0] == 0
+    config = json.loads((language / "tokenizer_config.json").read_text())
+    config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # older files have this
+    (language / "tokenizer_config.json").write_text(json.dumps(config))
+    read = AutoTokenizer.from_pretrained(language)("a")
+    assert read["input_ids"][0] == 0
+    assert "token_type_ids" in read
     model = VisionLanguageModel.from_pretrained(str(language), make_clip_checkpoint(tmp_path / "clip"), device="cpu")
     model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=TARGETS))
     enliven_trained(model, seed=3, std=0.4).save_checkpoint(tmp_path / "trained")
