@@ -1,10 +1,12 @@
 #!/bin/sh
 # The whole pipeline on public data, on any computer, with no GPU and no model hub:
 #     sh demo.sh
+#     sh demo.sh --real    another one: published models and real pictures; see docs/real-demo.md
 # Sets up, makes two small base models, prepares easy-vqa, trains, measures, answers. Stages that an earlier call has
 # finished are skipped; to restart from scratch, remove demo_output/. OUTPUT=folder writes elsewhere.
 set -eu
 cd "$(dirname "$0")"
+[ "${1-}" != --real ] || { shift && exec sh benchmarks/real_parts/demo.sh "$@"; }
 . tests/setup.sh
 set_up requirements.txt benchmarks/easy_vqa/requirements.txt
 install_data dashscope==2.0.2 easy-vqa==1.0
@@ -12,30 +14,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 OUTPUT=${OUTPUT:-demo_output}
 mkdir -p "$OUTPUT"
-TITLE="" # of the stage that runs, for the message if it fails
-REDO=""  # set once a stage has run: the results of later stages are then out of date
-trap '[ -z "$TITLE" ] || echo "demo.sh: stopped in stage \"$TITLE\"; sh demo.sh resumes there" >&2' EXIT
-
-stage() { # stage NAME TITLE COMMAND...: run the command unless it succeeded in an earlier demo; remember its seconds
-    _done="$OUTPUT/.done-$1"
-    TITLE=$2
-    shift 2
-    if [ -z "$REDO" ] && [ -f "$_done" ]; then
-        echo "== $TITLE: done before (took $(cat "$_done") s)" >&2
-    else
-        echo "== $TITLE" >&2
-        rm -f "$_done"
-        REDO=yes
-        _start=$(date +%s)
-        "$@"
-        echo $(($(date +%s) - _start)) > "$_done.part"
-        mv "$_done.part" "$_done"
-        echo "== $TITLE: $(cat "$_done") s" >&2
-    fi
-    TIMES="${TIMES-}$(printf '%6d s  %s' "$(cat "$_done")" "$TITLE")
-"
-    TITLE=""
-}
+. benchmarks/stages.sh
 
 prepare() {
     "$PYTHON" -m benchmarks.easy_vqa.prepare_data --output "$OUTPUT/annotations"

@@ -201,7 +201,7 @@ def main() -> None:
     model = VisionLanguageModel.from_pretrained(model_weights=args.model_weights).eval()
     tokenizer = load_tokenizer(model.base_language_model)
     after = Respondent(model, tokenizer)
-    untrained = VisionLanguageModel.from_pretrained(model.base_language_model, model.base_value_model).eval()
+    untrained = VisionLanguageModel.from_pretrained(model.base_language_model, model.vision_tower.name_or_path).eval()
     before = Respondent(untrained, tokenizer).speech()
     answers = answer_all(after.answer, after.pixels(files["held_out"]), shown, neighbours)
     speech = [

@@ -26,6 +26,7 @@ from .questions import KIND_QUESTION, NAME_QUESTION
 from .stamps import Picture, load_pictures, split
 
 COPIES = 8  # of each training picture, the unaltered one and its mirror image included
+NAMED_COPIES = 2  # of these, the first ones are asked for their name too
 SIDE = 224  # pixels
 SEED = 42
 
@@ -62,23 +63,16 @@ def file_name(picture: Picture, copy: int) -> str:
 
 
 def llava_records(pictures: list[Picture], number: int) -> list[dict[str, Any]]:
-    """Return two samples for each copy of each picture, in LLaVA's format: the question of its kind, and its name."""
-    return [
-        {
-            "id": f"{name}-{what}",
-            "image": name,
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{question}"},
-                {"from": "gpt", "value": answer},
-            ],
-        }
-        for picture in pictures
-        for name in (file_name(picture, copy) for copy in range(number))
-        for what, question, answer in (
-            ("kind", KIND_QUESTION, picture.kind),
-            ("name", NAME_QUESTION, picture.caption),
-        )
-    ]
+    """Return samples in LLaVA's format: of each copy of each picture the kind, of the first copies the name too."""
+    records = []
+    for picture in pictures:
+        for copy in range(number):
+            asked = [("kind", KIND_QUESTION, picture.kind), ("name", NAME_QUESTION, picture.caption)]
+            for what, question, answer in asked if copy < NAMED_COPIES else asked[:1]:
+                turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+                name = file_name(picture, copy)
+                records.append({"id": f"{name}-{what}", "image": name, "conversations": turns})
+    return records
 
 
 def write_annotations(source: Path, folder: Path, number: int = COPIES, offset: int = 0) -> None:

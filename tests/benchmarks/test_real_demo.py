@@ -87,6 +87,10 @@ def test_no_copy_of_a_held_out_picture_is_trained_on(folder, tmp_path):
     assert {sample.images[0] for sample in samples} == files
     assert len(files) == 4 * 4
     assert not any("lark" in name for name in files)
+    assert len(samples) == 4 * (4 + prepare_data.NAMED_COPIES)
+    asked = [(sample.turns[0][0].removeprefix("<|extra_0|>"), sample.turns[0][1]) for sample in samples]
+    assert asked.count((prepare_data.KIND_QUESTION, "animal")) == 4
+    assert asked.count((prepare_data.NAME_QUESTION, "A red apple.")) == prepare_data.NAMED_COPIES
     assert [path.name for path in (target / "held_out").iterdir()] == ["animals-birds-lark.0.png"]
 
     assert process_image(["--config", str(target / "config.yaml"), "--check_images"]) == 0
