@@ -100,7 +100,7 @@ def nearest_kinds(held_out: Tensor, training: Tensor, kinds: Sequence[str], numb
         number: of neighbours, by the cosine.
     """
     similarity = functional.normalize(held_out, dim=-1) @ functional.normalize(training, dim=-1).T  # (N, M)
-    votes = [[kinds[index] for index in row] for row in similarity.topk(number).indices.tolist()]
+    votes = [[kinds[index] for index in row] for row in similarity.topk(min(number, len(kinds))).indices.tolist()]
     return [Counter(row).most_common(1)[0][0] for row in votes]  # Counter keeps the order of first votes
 
 

@@ -7,11 +7,16 @@ import re
 import pytest
 import torch
 from PIL import Image
+from tiny_families import make_family
+from tiny_towers import make_dinov2_checkpoint
 from torch import nn
 
 from benchmarks.real_parts import evaluate, page, prepare_data, stamps, standardise
 from dataprocess import llava
 from dataprocess.process_image import main as process_image
+from model import VisionLanguageModel
+from model.lora import LoraSettings
+from visual import build_vision_tower
 
 MADE = {
     "animals/birds/lark.png": "A lark.",
@@ -175,3 +180,35 @@ def test_table_and_page_show_every_way_of_answering(tmp_path):
     assert not re.search(r"(src|href)=\"(?!data:)", html)
     assert "&lt;b&gt;" in html
     assert 'class="right">animal' in html
+
+
+def test_a_checkpoint_is_measured_and_shown(folder, tmp_path, monkeypatch):
+    """Both programs, with tiny random models, from annotations to the page."""
+    annotations, results = tmp_path / "annotations", tmp_path / "results"
+    prepare_data.write_annotations(folder, annotations, number=2)
+    language_model = make_family(tmp_path / "llama", "llama")
+    published = make_dinov2_checkpoint(tmp_path / "dinov2")
+    files = [annotations / "pictures" / path.name for path in sorted((annotations / "pictures").iterdir())]
+    standardise.standardise(tmp_path / "dinov2", files, tmp_path / "tower")
+    model = VisionLanguageModel.from_pretrained(
+        language_model, str(tmp_path / "tower"), device="cpu", trainable=True, pixel_shuffle=2
+    )
+    model.add_lora(LoraSettings(rank=2, target_modules=None))
+    model.save_checkpoint(tmp_path / "vlm")
+    features = standardise.features_of(build_vision_tower(str(tmp_path / "tower")), files).flatten(0, 1)
+    torch.testing.assert_close(features.mean(0), torch.zeros(features.shape[1]), rtol=0, atol=1e-4)
+
+    flags = ["--model_weights", tmp_path / "vlm", "--annotations", annotations, "--tower", published]
+    monkeypatch.setattr("sys.argv", ["evaluate", *map(str, flags), "--output", str(results)])
+    evaluate.main()
+    (record,) = json.loads((results / "answers.json").read_text())
+    assert record["commonest kind"] in stamps.KINDS
+    assert record["neighbours kind"] in stamps.KINDS
+    speech = json.loads((results / "speech.json").read_text())
+    assert len(speech) == 3
+    assert all(said["before"] == said["after"] for said in speech)  # fresh LoRA changes nothing
+
+    flags = ["--results", results, "--annotations", annotations, "--output", tmp_path / "answers.html"]
+    monkeypatch.setattr("sys.argv", ["page", *map(str, flags)])
+    page.main()
+    assert (tmp_path / "answers.html").read_text(encoding="utf-8").count("<figure>") == 1
