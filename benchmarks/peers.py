@@ -1,20 +1,29 @@
 """Our model and transformers' LLaVA, of one size and over the same random weights.
 
 LLaVA is built as a user of transformers would build it: a CLIP tower, a projector of two layers, and Qwen2, which has
-QWen's layers with the projection of queries, keys and values in three pieces.
+QWen's layers with the projection of queries, keys and values in three pieces. Ours has a QWen, or the same Qwen2.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from model import VisionLanguageModel, build_projector
 from qwen import IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenConfig
@@ -157,7 +166,30 @@ def write_ours(folder: Path, size: Size) -> VisionLanguageModel:
 
 
 def write_both(folder: Path, size: Size) -> None:
-    """Write one set of random weights in our format, and as LLaVA's."""
+    """Write one set of random weights in our format, as LLaVA's, and LLaVA's language model as a Qwen2 of its own."""
     ours, peer = write_ours(folder, size), build_peer(size, torch.float32)
     copy_weights(ours, peer)
     peer.save_pretrained(str(folder / "llava"))
+    qwen2 = Qwen2ForCausalLM(peer.config.text_config)
+    qwen2.model, qwen2.lm_head = peer.model.language_model, peer.lm_head
+    qwen2.save_pretrained(str(folder / "qwen2"))
+
+
+def small_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of at most 4,700 tokens on texts; its chat template writes QWen's prompt."""
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    settings = {"vocab_size": 4700, "min_frequency": 1, "initial_alphabet": alphabet, "show_progress": False}
+    around = "\nsystem\nYou are a helpful assistant.\nuser\nassistant\n"
+    tokenizer.train_from_iterator([around, *texts], trainers.BpeTrainer(special_tokens=control, **settings))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=control[2], pad_token=control[0])
+    fast.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    return fast

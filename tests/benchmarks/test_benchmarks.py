@@ -90,11 +90,15 @@ def test_both_peers_are_the_same_function():
 
 
 @pytest.mark.slow
-def test_train_step_compares_from_the_same_loss(tmp_path):
+@pytest.mark.parametrize("language_model", ["qwen", "qwen2"])
+def test_train_step_compares_from_the_same_loss(tmp_path, language_model):
     flags = ["--tiny", "--rounds", 1, "--sizes", "proportional", "--dtypes", "float32", "--steps", 2, "--skipped", 1]
-    printed, results = run("training.train_step", tmp_path, *flags)
-    assert printed.splitlines()[1].split()[:3] == ["proportional,", "float32", "peer"]
-    peers = results["sizes"]["proportional"]["float32"]["peers"]
+    printed, results = run("training.train_step", tmp_path, *flags, "--language_model", language_model)
+    ((size, by_dtype),) = results["sizes"].items()
+    assert size == {"qwen": "proportional", "qwen2": "proportional, Qwen2"}[language_model]
+    assert printed.splitlines()[1].startswith(f"{size}, float32  peer ")
+    peers = by_dtype["float32"]["peers"]
+    assert peers["ours"]["padding"] == peers["peer"]["padding"]
     assert peers["ours"]["first_loss"] == pytest.approx(peers["peer"]["first_loss"], rel=1e-5)
     assert peers["ours"]["trained_parameters"] > 1000
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from tiny_families import CHATML, FAMILIES, make_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from dataset.chat_template import ChatTemplateError, ChatTokenizer
@@ -143,6 +143,30 @@ def test_tokenizers_that_put_a_space_before_a_text(template, turns):
     assert ours.decode(ours.encode_text("It is red.")) == "It is red."
     control = tokenizer.convert_tokens_to_ids(["<s>", "</s>", "[INST]", "[/INST]"])
     assert not set(control) & set(ours.encode_text("<s></s>[INST] [/INST]"))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_an_empty_system_prompt_is_what_the_template_makes_of_it(family):
+    tokenizer = make_tokenizer(family)
+    template = tokenizer.chat_template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    asked = messages([("What?", None)], "")
+    whole = tokenizer.apply_chat_template(
+        asked, chat_template=template, add_generation_prompt=True, enable_thinking=False, return_dict=False
+    )
+    assert built(ChatTokenizer(tokenizer, IMAGE), [("What?", None)], "") == whole
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_tokenizer_that_begins_texts_by_itself_begins_a_prompt_once(family):
+    expected = built(chat(family), TURNS)
+    tokenizer = make_tokenizer(family)
+    begin, index = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, index)]
+    )
+    assert tokenizer.encode("red")[0] == index
+    assert built(ChatTokenizer(tokenizer, IMAGE), TURNS) == expected
+    assert expected.count(index) == 1
 
 
 def test_of_several_templates_the_default_is_taken():

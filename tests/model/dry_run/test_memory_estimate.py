@@ -182,14 +182,24 @@ print("measured", resident("VmHWM"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("train_only", [[], ["--train_only", "projector"], ["--train_only", "all"]])
-def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, bf16, checkpointing, train_only):
+@pytest.mark.parametrize(
+    ("family", "bf16", "checkpointing", "train_only"),
+    [
+        *(("qwen3", bf16, checkpointing, []) for bf16 in (False, True) for checkpointing in (False, True)),
+        *((family, False, False, []) for family in ("qwen2", "llama", "mistral")),
+        *(
+            ("qwen3", bf16, checkpointing, ["--train_only", kind])
+            for bf16 in (False, True)
+            for checkpointing in (False, True)
+            for kind in ("projector", "all")
+        ),
+    ],
+)
+def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family, bf16, checkpointing, train_only):
     """All that is resident of the process, its libraries too, of which the estimate has a row."""
     sizes = {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
-    base = make_family(tmp_path / "qwen3", "qwen3", **sizes, **heads)
+    base = make_family(tmp_path / family, family, **sizes, **heads)
     samples = [("red.png", ("<|extra_0|>What?", "word " * (30 + number))) for number in range(8)]
     make_pictures(tmp_path / "pictures")
     flags = [

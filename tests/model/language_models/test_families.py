@@ -8,8 +8,7 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from plain_training import plain_losses
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, make_family
 from tiny_run import (
@@ -23,7 +22,7 @@ from tiny_run import (
     write_data,
 )
 from tiny_towers import make_clip_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import train
 from dataset import ImageCaptionDataset, VLMCollator, load_image
@@ -97,39 +96,6 @@ def assistant(whole) -> Assistant:
 # ---- Training
 
 
-def plain_losses(trainer, language_name: str, steps: int) -> list[float]:
-    """Train by a loop of our own: transformers' class, stock PEFT, features put in by hand, and all logits."""
-    ours = trainer.model
-    base = AutoModelForCausalLM.from_pretrained(language_name)
-    lora = ours.language_model.peft_config["default"]
-    settings = {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": list(lora.target_modules)}
-    stock = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
-    stock.load_state_dict(ours.language_model.state_dict())
-    projector = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU(), torch.nn.Linear(32, 32))
-    projector.load_state_dict(ours.projector.state_dict())
-    trained = [*(p for p in stock.parameters() if p.requires_grad), *projector.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
-    table, found = base.get_input_embeddings(), []
-    for step, batch in zip(range(steps), trainer.get_train_dataloader(), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (1 - step / 6)
-        is_image = batch["input_ids"] == base.config.vocab_size
-        embeds = table(batch["input_ids"].masked_fill(is_image, 0)).clone()
-        if "pixel_values" in batch:
-            features = projector(ours.vision_tower(batch["pixel_values"]))
-            embeds[is_image] = features.flatten(0, 1)
-        logits = stock(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
-        loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE_INDEX
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        found.append(loss.item())
-    return found
-
-
 def test_losses_are_those_of_a_plain_loop_with_stock_peft(command, bases, tmp_path):
     trainer = build_trainer([*command, *NO_DROPOUT, "--output_dir", str(tmp_path / "run")])
     expected = plain_losses(trainer, bases[0], steps=3)
@@ -176,11 +142,11 @@ def test_another_base_of_the_same_sizes_is_refused(family, whole, tmp_path):
         VisionLanguageModel.from_pretrained(other, model_weights=whole)
 
 
-only_llama = pytest.mark.parametrize("family", ["llama"], indirect=True, scope="module")
+llama_first = pytest.mark.parametrize("family", families("llama"), indirect=True, scope="module")
 
 
 @pytest.mark.slow
-@only_llama
+@llama_first
 def test_two_processes_train_as_one(command, tmp_path):
     """The same samples a step, of which half go to each; in some steps one process sees no image."""
     assert train.main([*command, *NO_DROPOUT, "--output_dir", str(tmp_path / "one")]) == 0
@@ -193,7 +159,7 @@ def test_two_processes_train_as_one(command, tmp_path):
         torch.testing.assert_close(trained_weights(tmp_path / "two")[name], value, rtol=0, atol=1e-4)
 
 
-@only_llama
+@llama_first
 def test_gradient_checkpointing_and_evaluation(command, whole, tmp_path):
     """Dropout is drawn again as it was; the evaluation takes the first answer of each sample."""
     evaluate = ["--eval_image_map", command[5], "--eval_captions_file", command[7], "--eval_steps", "3"]
@@ -218,7 +184,7 @@ def test_gradient_checkpointing_and_evaluation(command, whole, tmp_path):
     assert found[-1] == pytest.approx(total / count, rel=1e-4)
 
 
-@only_llama
+@llama_first
 def test_earlier_weights_may_be_trained_on(command, whole, tmp_path):
     rates = ["--learning_rate", "1e-9", "--feature_proj_lr", "1e-9", "--max_steps", "1"]
     earlier = ["--previous_lora_weights", str(whole), "--target_modules", "auto", "--output_dir", str(tmp_path)]
@@ -228,7 +194,7 @@ def test_earlier_weights_may_be_trained_on(command, whole, tmp_path):
         torch.testing.assert_close(trained_weights(tmp_path)[name], value, rtol=0, atol=1e-6)
 
 
-@only_llama
+@llama_first
 def test_a_dry_run_tells_the_parameters_of_the_run(command, whole, tmp_path, capsys):
     assert train.main([*command, "--output_dir", str(tmp_path / "run"), "--dry_run"]) == 0
     said = capsys.readouterr().out
