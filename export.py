@@ -4,8 +4,8 @@
 
 makes a standard LLaVA, which transformers, vLLM and others run without this repository. Before the folder gets its
 name, its answers are compared with those of the trained model; `EXPORT.md` in it says how to serve it. The other
-formats are the language model in its own layout with LoRA merged, and the projector next to it (`merged`), and what
-PEFT loads (`peft`). Checkpoints of the original project are exported as well.
+formats are two files for llama.cpp (`gguf`), the language model in its own layout with LoRA merged, and the projector
+next to it (`merged`), and what PEFT loads (`peft`). Checkpoints of the original project are exported as well.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from pathlib import Path
 from model.console import set_up_logging, use_utf8
 from model.device import parse_dtype
 from model.errors import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory
+from model.export.gguf_files import check_gguf, write_gguf
+from model.export.llama_server import verify_gguf
 from model.export.llava import check_llava, write_llava
 from model.export.own_layout import check_peft, write_merged, write_peft
 from model.export.report import table, write_report
 from model.export.shards import parse_size
 from model.export.sources import read_sources
-from model.export.verify import ExportMismatchError, verify
+from model.export.verify import Comparison, ExportMismatchError, verify
 from model.export.writing import UNFINISHED, check_output, new_folder
 
 logger = logging.getLogger("export")
@@ -42,7 +44,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_weights", help="checkpoint folder, or a run folder (its newest complete checkpoint)")
     add("--output", help="folder to write; it must not exist, or be empty")
-    add("--format", default="llava", choices=["llava", "merged", "peft"], help="what to write (%(default)s)")
+    add("--format", default="llava", choices=["llava", "gguf", "merged", "peft"], help="what to write (%(default)s)")
     add("--dtype", help="float32, bfloat16 or float16; default: the one that the checkpoint was trained in")
     add("--max_shard_size", default="5GB", help="the most bytes of weights in a file (%(default)s)")
     add("--base_language_model", help="hub name or folder; default: what the checkpoint was trained on")
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
     sources = read_sources(args.model_weights, args.base_language_model, args.base_value_model, args.dtype)
     if args.format == "llava":
         check_llava(sources)
+    elif args.format == "gguf":
+        check_gguf(sources)
     elif args.format == "peft":
         check_peft(sources)
 
@@ -78,15 +82,21 @@ def run(args: argparse.Namespace) -> None:
         # Read the base models tensor by tensor, merge LoRA, and write.
         if args.format == "llava":
             write_llava(sources, folder, args.max_shard_size)
+        elif args.format == "gguf":
+            write_gguf(sources, folder)
         elif args.format == "merged":
             write_merged(sources, folder, args.max_shard_size)
         else:
             write_peft(sources, folder)
 
         # Ask the export and the trained model the same questions.
-        comparisons = None if args.no_verify else verify(sources, folder, args.format)
+        comparisons: Sequence[Comparison] | str = "`--no_verify`"
+        if not args.no_verify:
+            comparisons = (
+                verify_gguf(sources, folder) if args.format == "gguf" else verify(sources, folder, args.format)
+            )
         write_report(sources, folder, args.output.name, args.format, comparisons)
-    for line in filter(None, table(comparisons)):
+    for line in filter(None, table(comparisons, args.format)):
         logger.info("%s", line)
     logger.info("%s is done; its EXPORT.md says how to ask it", args.output)
 

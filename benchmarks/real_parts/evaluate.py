@@ -35,6 +35,7 @@ from .questions import KIND_QUESTION, NAME_QUESTION, TEXT_QUESTIONS
 from .stamps import content_words
 
 NEIGHBOURS = 5
+SEED = 42  # decides which other picture the blind model gets
 MAX_NEW_TOKENS = {"kind": 8, "name": 16, "text": 60}
 QUESTIONS = {"kind": KIND_QUESTION, "name": NAME_QUESTION}
 
@@ -139,8 +140,11 @@ def share(what: str, given: Sequence[str], held_out: Sequence[Shown]) -> float:
 
 
 def other_pictures(pixels: Tensor) -> Tensor:
-    """Return for each picture (N, 3, S, S) another one: the one half of all pictures away."""
-    return pixels.roll(len(pixels) // 2, dims=0)
+    """Return for each picture (N, 3, S, S) another one, at random: the next one in a seeded order."""
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SEED))
+    others = torch.empty_like(pixels)
+    others[order] = pixels[order.roll(-1)]
+    return others
 
 
 def answer_all(

@@ -60,11 +60,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question, asked of both, whose greedy tokens were equal."""
+    """One question, asked of both, whose answers were as they should be."""
 
     question: str
     has_image: bool
     num_prompt_tokens: int
+    num_equal: int  # greedy tokens that were the same
     num_tokens: int  # of the answer
     difference: float  # largest difference of logits
     largest_logit: float
@@ -88,11 +89,7 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
     ours = _our_model(sources)
     prepare = _our_inputs(ours, tokenizer)
     asked = [None] if kind == "peft" else [sample_picture(sources.tower.image_size), None]
-    settings: dict[str, Any] = {
-        **GREEDY,
-        "eos_token_id": list(tokenizer.stop_ids),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    settings = _settings(tokenizer)
     if kind == "llava":
         image_token_id = json.loads((folder / "config.json").read_text(encoding="utf-8"))["image_token_index"]
         settings["suppress_tokens"] = [image_token_id]  # in an answer, it would stand for a picture that is not there
@@ -108,6 +105,16 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
         theirs = _peft_model(sources, folder)
     found = _ask(theirs, prepare, asked, settings)
     return [_compare(one, other) for one, other in zip(expected, found, strict=True)]
+
+
+def our_answers(sources: Sources, pictures: list[Any]) -> list[Answer]:
+    """Ask our own model about each picture; None asks without one."""
+    model, tokenizer = _our_model(sources), load_tokenizer(sources.language_name)
+    return list(_ask(model, _our_inputs(model, tokenizer), pictures, _settings(tokenizer)))
+
+
+def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {**GREEDY, "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_token_id}
 
 
 def sample_picture(size: int) -> Image.Image:
@@ -221,4 +228,4 @@ def _compare(ours: Answer, theirs: Answer) -> Comparison:
             f"{difference:.2g} (the largest is {largest:.3g}); expected all tokens, and at most {TOLERANCE:g} of it"
         )
     length = ours.inputs["input_ids"].shape[1]
-    return Comparison(ours.question, ours.has_image, length, len(ours.tokens), difference, largest)
+    return Comparison(ours.question, ours.has_image, length, num_equal, len(ours.tokens), difference, largest)

@@ -156,7 +156,7 @@ def test_an_export_holds_no_more_of_a_deeper_model(tmp_path):
         flags = ["--folder", tmp_path / "files", "--scale", "0.25", "--layers", layers, "--lora_rank", 2]
         printed, results = run("answering.export", tmp_path, *flags)
         assert printed.count("as it should") == 2
-        peaks.append(results["processes"]["export.py"]["peak_bytes"])
+        peaks.append(results["processes"]["export.py"]["anonymous_bytes"])  # mapped pages can be dropped
         written = sum(path.stat().st_size for path in (tmp_path / "files" / "llava").glob("*.safetensors"))
         shutil.rmtree(tmp_path / "files")
     sizes = full_size.shapes(0.25)["qwen"]

@@ -153,6 +153,13 @@ def test_nearest_training_pictures_vote():
     assert evaluate.nearest_kinds(held_out, training, kinds, number=2) == ["a", "c"]
 
 
+def test_the_blind_model_gets_another_picture_each_time():
+    others = evaluate.other_pictures(torch.arange(44))
+    assert sorted(others.tolist()) == list(range(44))
+    assert not (others == torch.arange(44)).any()
+    assert (others.diff() != 1).sum() > 20  # not its neighbours in order
+
+
 def test_table_and_page_show_every_way_of_answering(tmp_path):
     asked = []
 

@@ -19,12 +19,22 @@ FAMILY_TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
 @pytest.fixture(scope="session")
-def tokenizer_files(tmp_path_factory, tokenizer) -> Path:
+def bpe(tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The tokenizer's vocabulary and merges; finding these takes some seconds."""
+    from model.export.processor_files import byte_level_bpe
+
+    return byte_level_bpe(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory, tokenizer, bpe) -> Path:
     """The tokenizer as exports have it."""
-    from model.export.processor_files import write_tokenizer
+    from model.export import processor_files
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, tokenizer, 512)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processor_files, "byte_level_bpe", lambda tokenizer: bpe)
+        processor_files.write_tokenizer(folder, tokenizer, 512)
     return folder
 
 
@@ -43,14 +53,15 @@ def run_export(tmp_path):
 
 
 @pytest.fixture
-def export(run_export, tokenizer_files, monkeypatch):
+def export(run_export, tokenizer_files, bpe, monkeypatch):
     """Call export.py for a QWen, whose tokenizer's files are copied."""
-    from model.export import qwen_text
+    from model.export import gguf_files, qwen_text
 
     def copy_files(folder, tokenizer, max_length):
         shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(qwen_text, "write_tokenizer", copy_files)
+    monkeypatch.setattr(gguf_files, "byte_level_bpe", lambda tokenizer: bpe)
     return run_export
 
 
