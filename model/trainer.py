@@ -8,6 +8,7 @@ Shape legend: B samples of a batch, T tokens.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from torch.utils.data import SequentialSampler
 from dataset.epoch_order import EpochOrder
 
 from .arguments import VLMTrainingArguments
-from .runs.callbacks import StopOnNonFinite, StopOnSignal, first_problem, log_parameters
+from .runs.callbacks import StopOnNonFinite, StopOnSignal, first_problem, parameter_counts
 from .runs.data_workers import with_calm_workers
 from .runs.loading import LoadingTrainer
 from .runs.resuming import Resumed, newest_resumable
 from .runs.run_folder import write_run_config
 from .runs.run_state import write_checkpoint
 from .vision_language_model import VisionLanguageModel
+
+logger = logging.getLogger(__name__)
 
 
 def optimizer_groups(model: VisionLanguageModel, args: VLMTrainingArguments) -> list[dict[str, Any]]:
@@ -89,7 +92,8 @@ class VLMTrainer(LoadingTrainer):
         self._projector_rate = 0.0
         self._last_log: tuple[int, float] | None = None
         """Step and time of the last logged line, or of the beginning."""
-        log_parameters(self.model)
+        for part, (total, trained) in parameter_counts(self.model).items():
+            logger.info("%-15s %15s parameters, %13s trainable", part, f"{total:,}", f"{trained:,}")
 
     # ---- One step
 

@@ -112,7 +112,6 @@ class VisionLanguageModel(nn.Module):
         dtype = dtype or pick_dtype(device)
         checkpoint = read_checkpoint(model_weights) if model_weights is not None else None
         language_name, vision_name = base_models(base_language_model, base_value_model, checkpoint)
-
         train_only = train_only or (checkpoint.train_only if checkpoint is not None else "lora")
         trains_all = trainable and train_only == "all"
 
@@ -159,8 +158,7 @@ class VisionLanguageModel(nn.Module):
         if self.pixel_shuffle > 1:
             vision_features = shuffle_pixels(vision_features, self.pixel_shuffle)  # (N, P, f² · W)
         dtype = next(self.projector.parameters()).dtype
-        features: Tensor = self.projector(vision_features.to(dtype))  # (N, P, D)
-        return features
+        return self.projector(vision_features.to(dtype))  # (N, P, D)
 
     def forward(
         self,
@@ -299,8 +297,7 @@ class VisionLanguageModel(nn.Module):
     @property
     def qwen(self) -> MultimodalQWenLMHeadModel:
         """The language model itself, with or without LoRA layers inside."""
-        base: Any = self.language_model.get_base_model() if self.has_lora else self.language_model
-        return base
+        return self.language_model.get_base_model() if self.has_lora else self.language_model
 
     @property
     def has_lora(self) -> bool:
@@ -310,14 +307,12 @@ class VisionLanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        device: torch.device = self.get_input_embeddings().weight.device
-        return device
+        return self.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the language model."""
-        dtype: torch.dtype = self.get_input_embeddings().weight.dtype
-        return dtype
+        return self.get_input_embeddings().weight.dtype
 
     def get_input_embeddings(self) -> Any:
         """Return the language model's token embedding, to which `--neftune_noise_alpha` adds noise."""

@@ -31,13 +31,18 @@ Blocks of transformers' Llama-like models keep more, by three numbers of `ModelS
 activation is a step of its own; Qwen3's norms of queries and keys (B, T, W + K) fp32; and the last layer and the last
 norm are run at all B x T positions.
 
+A language model that is trained (`--train_only all`) is fp32, and has no LoRA. Its linear layers keep their inputs, as
+LoRA does without dropout; under autocast each of them its own copy, and 2 bytes a parameter as weights are cast. Norms
+keep what they multiply their weights with, (B, T, D) fp32 each. Positions are not taken in chunks by the head.
+
 What exists at one moment only, on top of the above:
 
     language head         (S, V) in fp32, three times, of as many positions as are taken at a time: logits, their
                           log-probabilities, and those of the positions before
     backward of a layer   gradients 4 x (B, T, I) and, in fp32, 4 x (B, T, D)
     tower                 N x P_v x (2 I_v + 4 D_v), before anything else of the step exists
-    gradients             4 x (LoRA + projector): complete when all activations are gone, unless steps are accumulated
+    gradients             4 x (LoRA + projector): complete when all activations are gone, unless steps are accumulated;
+                          of a trained language model, that of the head is the first
 
 So the peak is the largest of these moments, not the sum of all rows.
 """
@@ -68,24 +73,26 @@ class ModelShape:
     patches: int  # P_v: features of an image as the tower gives them
     tower_width: int  # D_v: channels of the tower
     tower_inner: int  # I_v: channels inside the tower's MLP
-    lora_inputs: tuple[str, ...]  # of each layer of a block that has LoRA: attention, attention output, MLP, product
+    lora_inputs: tuple[str, ...]  # of each layer of a block that is trained: attention, attention output, MLP, product
     tower_parameters: int  # frozen
-    language_parameters: int  # frozen
+    language_parameters: int  # frozen, unless `trains_language`
     projector_parameters: int  # trained
     lora_parameters: int  # trained
     mlp_kept: int = 2  # tensors of I channels that the MLP keeps, without LoRA
     normed_width: int = 0  # channels of queries and keys that are normed head by head: 0, or W + K
+    trains_language: bool = False  # whether the language model is trained as a whole
     last_layer_whole: bool = False  # whether what follows the last attention runs at all positions, not at S
 
     @property
     def frozen(self) -> int:
         """Parameters that are not trained."""
-        return self.tower_parameters + self.language_parameters
+        return self.tower_parameters + (0 if self.trains_language else self.language_parameters)
 
     @property
     def trained(self) -> int:
         """Parameters that are trained."""
-        return self.projector_parameters + self.lora_parameters
+        language = self.language_parameters if self.trains_language else self.lora_parameters
+        return self.projector_parameters + language
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,10 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
     kept, backward = activations_of(shape, setting, batch)
     logits = batch.supervised * shape.vocabulary
     head = 3 * FP32 * min(logits, setting.chunk_logits or logits)
+    whole = [0, 0, 0]  # gradient of the head, weights as autocast casts them, and gradients next to the last backward
+    if shape.trains_language:
+        head = 3 * FP32 * logits
+        whole = [FP32 * shape.vocabulary * shape.width, s * shape.language_parameters * (s < FP32), backward]
     tower = s * batch.images * shape.patches * (2 * shape.tower_inner + 4 * shape.tower_width)
     earlier = trained if setting.accumulates else 0
     lasting = frozen + 3 * trained + buckets  # with the optimizer's two moments
@@ -143,10 +154,12 @@ def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> M
         trained_weights=trained,
         gradients=trained + buckets,
         optimizer=2 * trained,
-        activations=kept + (backward if setting.checkpointing else 0),
+        activations=kept + whole[1] + (backward if setting.checkpointing else 0),
         language_head=head,
         other=other,
-        peak=lasting + max(trained, earlier + max(tower, kept + max(head, backward))) + other,
+        peak=lasting
+        + max(trained + whole[2], earlier + max(tower, kept + whole[0] + whole[1] + max(head, backward)))
+        + other,
     )
 
 
@@ -156,10 +169,10 @@ def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tu
     layer = _kept_by_layer(shape, setting, tokens, tokens)
     last = tokens if shape.last_layer_whole else batch.supervised
     if setting.checkpointing:
-        kept = shape.layers * tokens * shape.width * s
+        kept = shape.layers * tokens * shape.width * (FP32 if shape.trains_language else s)
     else:
         kept = (shape.layers - 1) * layer + _kept_by_layer(shape, setting, tokens, last)
-    kept += FP32 * (last + batch.supervised) * shape.width
+    kept += FP32 * (last * (2 if shape.trains_language else 1) + batch.supervised) * shape.width
     kept += s * batch.images * (shape.patches * shape.tower_width + shape.image_tokens * 2 * shape.width)
     backward = 4 * tokens * (shape.inner * s + shape.width * FP32)
     return kept, backward + (layer if setting.checkpointing else 0)
@@ -171,8 +184,12 @@ def _kept_by_layer(shape: ModelShape, setting: Setting, tokens: int, after: int)
     channels = {"attention": d, "attention output": w, "MLP": d, "product": i}
     mask = 0 if not setting.dropout else s if setting.device == "cpu" else 1
     lora = dict.fromkeys(channels, 0)  # bytes by input
+    casts = shape.trains_language and s < FP32
     for name in shape.lora_inputs:
-        shared = not setting.dropout and (lora[name] or name == "attention output")  # inputs are kept as they are, once
+        known = lora[name] and not (casts and channels[name] == d)
+        shared = not setting.dropout and (known or name == "attention output")  # inputs are kept as they are, once
         lora[name] += s * setting.rank + (0 if shared else channels[name] * (s + mask))
-    before = FP32 * (d + shape.normed_width + shape.heads) + 2 * s * (w + shape.key_width) + lora.pop("attention")
-    return tokens * before + after * (FP32 * d + shape.mlp_kept * s * i + sum(lora.values()))
+    norms = FP32 * (2 if shape.trains_language else 1)
+    before = norms * (d + shape.normed_width) + FP32 * shape.heads + 2 * s * (w + shape.key_width)
+    before += lora.pop("attention")
+    return tokens * before + after * (norms * d + shape.mlp_kept * s * i + sum(lora.values()))

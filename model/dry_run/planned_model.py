@@ -48,6 +48,8 @@ _HEAD_NORMS = {"self_attn.q_norm", "self_attn.k_norm"}
 def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     """Return the sizes of the model that the flags ask for, and its LoRA; no weights of the base models are read.
 
+    With `--train_only`, LoRA's rank is 0.
+
     Raises:
         ValueError: if a base model, a checkpoint or a target module is missing, unknown, or at odds with a flag.
         OSError: likewise.
@@ -60,6 +62,8 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
             there = trained.target_modules
             targets = (there,) if isinstance(there, str) else tuple(there or ())
             lora = replace(lora, rank=trained.r, target_modules=targets)
+    if asked.train_only is not None:
+        lora = replace(lora, rank=0, dropout=0.0)
     config = read_language_config(asked.base_language_model)
     settings = tower_settings(previous, asked.base_value_model)
     if asked.from_llava is not None:
@@ -67,7 +71,7 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     tower = read_tower_shape(asked.base_value_model, **settings)
     check_pixel_shuffle(factor, tower.num_image_tokens)
     check_window(asked.base_language_model, config, tower.num_image_tokens // factor**2)
-    return model_shape(config, tower, lora, layers, factor), lora
+    return model_shape(config, tower, lora, layers, factor, asked.train_only), lora
 
 
 def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments) -> dict[str, Setting]:
@@ -89,7 +93,12 @@ def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments) -> dict[str
 
 
 def model_shape(
-    config: PreTrainedConfig, tower: TowerShape, lora: LoraSettings, projector_layers: int = 2, pixel_shuffle: int = 1
+    config: PreTrainedConfig,
+    tower: TowerShape,
+    lora: LoraSettings,
+    projector_layers: int = 2,
+    pixel_shuffle: int = 1,
+    train_only: str | None = None,
 ) -> ModelShape:
     """Return the sizes of a model, its parameters counted without storage; refuse target modules that do not exist.
 
@@ -99,10 +108,13 @@ def model_shape(
     with torch.device("meta"):
         language = QWenLMHeadModel(config) if isinstance(config, QWenConfig) else multimodal_class(config)(config)
         projector = build_projector(tower.hidden_size * pixel_shuffle**2, config.hidden_size, projector_layers)
-    wanted = default_targets(language) if lora.target_modules is None else lora.target_modules
-    check_targets(language, wanted)
     block, inputs = _block_sizes(config, language), {**_QWEN_INPUTS, **_LLAMA_INPUTS}
     linears = {name: module for name, module in language.named_modules() if isinstance(module, nn.Linear)}
+    wanted = default_targets(language) if lora.target_modules is None else lora.target_modules
+    if train_only is not None:
+        wanted = tuple(inputs) if train_only == "all" else ()
+    else:
+        check_targets(language, wanted)
     targets = {name: module for name, module in linears.items() if any(f".{name}".endswith(f".{t}") for t in wanted)}
     return ModelShape(
         layers=config.num_hidden_layers,
@@ -117,6 +129,7 @@ def model_shape(
         tower_parameters=tower.num_parameters,
         language_parameters=sum(parameter.numel() for parameter in language.parameters()),
         projector_parameters=sum(parameter.numel() for parameter in projector.parameters()),
+        trains_language=train_only == "all",
         lora_parameters=sum(lora.rank * (linear.in_features + linear.out_features) for linear in targets.values()),
         **block,
     )

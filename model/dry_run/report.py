@@ -125,7 +125,7 @@ def parameter_table(shape: ModelShape) -> str:
     parts = {
         "vision tower": (shape.tower_parameters, 0),
         "projector": (shape.projector_parameters, shape.projector_parameters),
-        "language model": (shape.language_parameters, 0),
+        "language model": (shape.language_parameters, shape.language_parameters * shape.trains_language),
         "LoRA": (shape.lora_parameters, shape.lora_parameters),
         "all": (shape.frozen + shape.trained, shape.trained),
     }

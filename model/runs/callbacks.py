@@ -60,15 +60,14 @@ def first_problem(work: Callable[[], object], takes_part: bool = True) -> str:
 # ---- Callbacks
 
 
-def log_parameters(model: Any) -> None:
-    """Log the parameters of each part of a `VisionLanguageModel`, all and trainable; LoRA is a part of its own."""
-    counts = {name: [0, 0] for name in ("vision_tower", "projector", "language_model", "lora", "all")}
+def parameter_counts(model: Any) -> dict[str, tuple[int, int]]:
+    """Count the parameters of each part of a model, all and trainable; LoRA layers are a part of their own."""
+    counts = {"vision_tower": (0, 0), "projector": (0, 0), "language_model": (0, 0), "lora": (0, 0), "all": (0, 0)}
     for name, parameter in model.named_parameters():
         for part in ("lora" if "lora_" in name else name.split(".", 1)[0], "all"):
-            counts[part][0] += parameter.numel()
-            counts[part][1] += parameter.numel() * parameter.requires_grad
-    for part, (total, trained) in counts.items():
-        logger.info("%-15s %15s parameters, %13s trainable", part, f"{total:,}", f"{trained:,}")
+            total, trainable = counts[part]
+            counts[part] = (total + parameter.numel(), trainable + parameter.numel() * parameter.requires_grad)
+    return counts
 
 
 class StopOnSignal(TrainerCallback):

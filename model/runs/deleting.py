@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoints.folder import CHECKSUMS, TRAINED, numbered_checkpoints
+from ..checkpoints.folder import CHECKSUMS, TRAINED, CheckpointError, numbered_checkpoints
 from ..checkpoints.readers import weights_in
 from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, RUN_CONFIG, first_problem
 
@@ -69,12 +69,16 @@ def set_aside(run: Path) -> None:
     if aside.is_symlink():  # of a stranger
         aside.unlink()
     aside.mkdir(exist_ok=True)
-    names = (*TRAINED["lora"], *weights_in(run), CHECKSUMS, RUN_CONFIG, BAD_SAMPLES, BAD_EVAL_SAMPLES, "runs")
-    for path in (*numbered_checkpoints(run), *(run / name for name in names)):
+    for path in _of_run(run):
         if (aside / path.name).exists():
             remove(path)
         elif path.exists():
             path.rename(aside / path.name)
+
+
+def _of_run(run: Path) -> list[Path]:
+    names = (*TRAINED["lora"], *weights_in(run), CHECKSUMS, RUN_CONFIG, BAD_SAMPLES, BAD_EVAL_SAMPLES, "runs")
+    return [*numbered_checkpoints(run), *(run / name for name in names)]
 
 
 @contextlib.contextmanager
@@ -84,9 +88,16 @@ def overwriting(trainer: Any) -> Iterator[None]:
     If the block ends before that step, the old run is put back, unless it was set aside by an earlier process.
 
     Raises:
+        CheckpointError: if the new run's language model is one that the old run trained.
         OSError: if that is not possible.
     """
     args, aside = trainer.args, trainer.run_folder / OVERWRITTEN
+    base = Path(trainer.model.base_language_model).resolve()
+    if any(base.is_relative_to(path.resolve()) for path in _of_run(trainer.run_folder)):
+        raise CheckpointError(
+            f"--output_dir {trainer.run_folder} can't be overwritten: it holds the language model of this run, {base}; "
+            "give another folder"
+        )
     old_run = DeleteOldRun(aside)
     if args.process_index == 0:
         trainer.add_callback(old_run)

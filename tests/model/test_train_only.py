@@ -18,6 +18,8 @@ from tiny_run import (
     losses,
     make_language_model,
     make_pictures,
+    one_line_error,
+    start,
     write_data,
 )
 from tiny_towers import make_clip_checkpoint
@@ -255,6 +257,92 @@ def test_the_files_of_another_kind_do_not_stay(runs, bases, tmp_path):
     assert not (tmp_path / "run/language_model").exists()
     with pytest.raises(CheckpointError, match="train_only all"):
         model.load_checkpoint(runs["all"])
+
+
+# ---- Runs
+
+
+@only_qwen3
+def test_checkpointing_overwriting_and_few_checkpoints(command, runs, tmp_path):
+    shutil.copytree(runs["projector"], tmp_path / "run")
+    flags = ["--previous_lora_weights", str(runs["projector"]), "--train_only", "all", "--save_total_limit", "1"]
+    flags += ["--gradient_checkpointing", "true", "--overwrite_output_dir", "true"]
+    assert train.main([*command, *flags, "--output_dir", str(tmp_path / "run")]) == 0
+    assert losses(tmp_path / "run/checkpoint-6") == pytest.approx(losses(runs["all"] / "checkpoint-6"), abs=1e-5)
+    names = {"checkpoint-6", "language_model", "train_config.json", *PROJECTOR_FILES}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+
+
+@only_qwen3
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(command, runs, kind, tmp_path):
+    """Of some steps one process sees no image."""
+    flags = ["--train_only", kind, "--per_device_train_batch_size", "2", "--output_dir", tmp_path]
+    if kind == "all":
+        flags += ["--previous_lora_weights", runs["projector"]]
+    done = start("torchrun", "--standalone", "--nproc_per_node=2", "train.py", *command, *flags)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "checkpoint-6") == pytest.approx(losses(runs[kind] / "checkpoint-6"), abs=1e-4)
+    ours, theirs = weights(tmp_path), weights(runs[kind])
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dry_run_tells_the_parameters_of_the_run(command, runs, kind, tmp_path, capsys):
+    flags = ["--train_only", kind, "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    assert train.main([*command, *flags]) == 0
+    trained = sum(value.numel() for value in weights(runs[kind]).values())
+    assert f" {trained:,} " in capsys.readouterr().out
+    again = ["--previous_lora_weights", str(runs["all"]), *flags]
+    assert train.main([*command, *again]) == 0
+
+
+def refused(capsys, *flags: object) -> str:
+    assert train.main([str(flag) for flag in flags]) == 2
+    return one_line_error(capsys.readouterr().err, "train.py")
+
+
+@only_qwen3
+def test_what_does_not_go_together_is_refused(command, runs, tmp_path, capsys):
+    new = [*command, "--output_dir", tmp_path / "new"]
+    said = refused(capsys, *new, "--train_only", "all", "--lora_rank", "4", "--lora_dropout", "0.2")
+    assert "--lora_rank and --lora_dropout" in said
+    assert "'half'" in refused(capsys, *new, "--train_only", "half")
+    lora = tmp_path / "lora"
+    assert train.main([*command, "--max_steps", "1", "--output_dir", str(lora)]) == 0
+    assert "holds LoRA" in refused(capsys, *new, "--train_only", "all", "--previous_lora_weights", lora)
+    previous = ["--previous_lora_weights", runs["projector"]]
+    assert "trained with 1" in refused(capsys, *new, *previous, "--pixel_shuffle", "2")
+    auto = [*command, "--resume_from_checkpoint", "auto"]
+    assert "train_only was None" in refused(capsys, *auto, "--output_dir", lora, "--train_only", "all")
+    shutil.copytree(runs["projector"], tmp_path / "run")
+    said = refused(capsys, *auto, "--output_dir", tmp_path / "run", "--train_only", "all")
+    assert "train_only was 'projector' and is now 'all'" in said
+    assert "lora_rank was None" in refused(capsys, *auto, "--output_dir", tmp_path / "run")
+
+
+@only_qwen3
+def test_a_language_model_that_a_run_needs_is_not_overwritten(command, runs, tmp_path, capsys):
+    shutil.copytree(runs["all"], tmp_path / "run")
+    flags = ["--previous_lora_weights", tmp_path / "run", "--overwrite_output_dir", "true", "--max_steps", "1"]
+    for kind in ([], ["--train_only", "all"]):
+        assert "can't be overwritten" in refused(capsys, *command, *flags, *kind, "--output_dir", tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run").folder.name == "checkpoint-6"
+
+
+def test_another_language_model_is_refused(runs, bases, family, tmp_path, qwen_tiktoken):
+    """A copy of the one that training started from is not."""
+    shutil.copytree(bases[0], tmp_path / "copy")
+    for same in (tmp_path / "copy", runs["all"] / "checkpoint-6/language_model"):
+        VisionLanguageModel.from_pretrained(str(same), model_weights=runs["all"], device="cpu")
+    if family == "qwen":
+        other = make_language_model(tmp_path / "other", qwen_tiktoken, seed=1)
+    else:
+        other = make_family(tmp_path / "other", family, seed=1, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"--base_language_model .*other"):
+        VisionLanguageModel.from_pretrained(other, model_weights=runs["all"], device="cpu")
 
 
 # ---- What may follow

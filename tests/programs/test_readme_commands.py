@@ -15,6 +15,8 @@ from tiny_families import make_family
 from tiny_run import COLOURS, ROOT, environment, free_port, make_language_model
 from tiny_towers import make_clip_checkpoint, make_siglip_checkpoint
 
+from model import read_checkpoint
+
 pytestmark = pytest.mark.slow
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.S | re.M)
@@ -67,9 +69,9 @@ def checkout(tmp_path_factory, qwen_tiktoken):
         hub(folder / "home", name, language)
     hub(folder / "home", "openai/clip-vit-large-patch14", make_clip_checkpoint(folder / "clip"))
     hub(folder / "home", "Qwen/Qwen3-4B-Instruct-2507", make_family(folder / "qwen3", "qwen3"))
-    siglip = make_siglip_checkpoint(folder / "siglip")
-    for name in ("google/siglip-so400m-patch14-384", "google/siglip2-so400m-patch14-384"):
-        hub(folder / "home", name, siglip)
+    hub(folder / "home", "google/siglip-so400m-patch14-384", make_siglip_checkpoint(folder / "siglip"))
+    shuffled = make_siglip_checkpoint(folder / "siglip2", image_size=42)  # a grid of 3 × 3 patches
+    hub(folder / "home", "google/siglip2-so400m-patch14-384", shuffled)
     questions = [
         {"id": 1, "image": "test_img/1.jpg", "prompt": "Which colour?"},
         {"id": 2, "image": None, "prompt": "?"},
@@ -136,5 +138,7 @@ def test_every_command_runs(checkout):
                 failed.append((name, command, done.returncode, done.stderr[-800:]))
     assert not failed, failed
     assert run > 20
+    kinds = {"aligned": "projector", "qwen3-lora": "lora", "qwen3-all": "all"}  # of the README's two stages
+    assert {name: read_checkpoint(folder / "weights" / name).train_only for name in kinds} == kinds
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [sorted(answer) for answer in answers] == [["answer", "id"]] * 2

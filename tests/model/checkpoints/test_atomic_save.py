@@ -27,12 +27,14 @@ from tiny_run import (
     one_line_error,
     trained_weights,
 )
+from tiny_vlm import new_model
 
 import model.checkpoints.saving
 import model.runs.run_state
 import model.trainer
 import train
-from model import CheckpointError
+from model import CheckpointError, VisionLanguageModel, read_checkpoint
+from model.checkpoints.readers import read_tensors
 from model.runs.deleting import delete_old_checkpoints
 from model.runs.resuming import check_resumable, newest_resumable
 from model.runs.run_folder import clear_leftovers, put_in_place
@@ -56,6 +58,8 @@ class Faults:
         (Path, "replace"),
         (Path, "unlink"),
         (shutil, "rmtree"),
+        (shutil, "copyfile"),
+        (transformers.PreTrainedModel, "save_pretrained"),
     )
 
     def __init__(self, monkeypatch) -> None:
@@ -82,10 +86,17 @@ class Faults:
         self.count, self.fail_at, self.error, self.after = 0, fail_at, error, after
 
 
+def whole_model(bases):
+    return VisionLanguageModel.from_pretrained(*bases, device="cpu", trainable=True, train_only="all")
+
+
 @pytest.fixture
-def trained(tiny_bases, tmp_path):
-    """A trainer after two steps, with a checkpoint of the first."""
-    trainer = new_trainer(tiny_bases, tmp_path / "run", callbacks=[KillAt("on_step_end", 2)], save_total_limit=1)
+def trained(request, tiny_bases, tmp_path):
+    """A trainer after two steps, with a checkpoint of the first; of LoRA unless a test asks for all."""
+    kind = getattr(request, "param", "lora")
+    model = whole_model(tiny_bases) if kind == "all" else None
+    kill = [KillAt("on_step_end", 2)]
+    trainer = new_trainer(tiny_bases, tmp_path / "run", model=model, callbacks=kill, save_total_limit=1)
     with pytest.raises(Killed):
         trainer.train()
     assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
@@ -112,7 +123,9 @@ def all_points(trainer, monkeypatch, run: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("same_step", [False, True])
+@pytest.mark.parametrize(
+    ("trained", "same_step"), [("lora", False), ("lora", True), ("all", True)], indirect=["trained"]
+)
 def test_a_kill_at_any_point_of_saving_loses_nothing(trained, tmp_path, monkeypatch, same_step):
     """With `same_step`, the only checkpoint is of the step that is saved, and `save_total_limit` is 1."""
     run, found = tmp_path / "run", set()
@@ -155,6 +168,39 @@ def test_an_error_at_any_point_of_saving_is_told_and_survived(trained, tmp_path,
             assert "checkpoint-2" in there, (point, after)
         assert all(is_resumable(run / name) for name in there)
     assert failed >= (6 if isinstance(error, RuntimeError) else 40)
+
+
+@pytest.mark.parametrize("before", ["lora", "all"])
+def test_a_kill_while_the_weights_of_a_run_are_replaced_leaves_no_mixture(tiny_bases, tmp_path, monkeypatch, before):
+    """What is there afterwards is the old weights or the new ones, whole, or no checkpoint."""
+    old = whole_model(tiny_bases) if before == "all" else new_model(tiny_bases)
+    old.save_checkpoint(tmp_path / "old")
+    model = whole_model(tiny_bases)
+    with torch.no_grad():
+        model.projector[0].bias.add_(1)
+        model.qwen.transformer.ln_f.weight.add_(1)
+    faults, found = Faults(monkeypatch), set()
+    shutil.copytree(tmp_path / "old", tmp_path / "run")
+    model.save_checkpoint(tmp_path / "run")
+    for point in range(1, faults.count + 1):
+        faults.arm(0, Killed(), False)
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "old", tmp_path / "run")
+        faults.arm(point, Killed(), False)
+        with pytest.raises(Killed):
+            model.save_checkpoint(tmp_path / "run")
+        faults.arm(0, Killed(), False)
+        try:
+            checkpoint = read_checkpoint(tmp_path / "run")
+        except CheckpointError:
+            found.add("none")
+            continue
+        is_new = bool((read_tensors(checkpoint.folder / "projector.safetensors")["0.bias"] > 0.5).all())
+        if checkpoint.train_only == "all":
+            norm = read_tensors(checkpoint.folder / "language_model/model.safetensors")["transformer.ln_f.weight"]
+            assert bool((norm == model.qwen.transformer.ln_f.weight).all()) == is_new
+        found.add(f"{checkpoint.train_only} {'new' if is_new else 'old'}")
+    assert found == {f"{before} old", "none", "all new"}
 
 
 @pytest.fixture(scope="module")

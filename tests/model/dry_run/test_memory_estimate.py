@@ -22,6 +22,7 @@ from model.dry_run.data_sizes import data_sizes
 from model.dry_run.memory_estimate import BatchShape, Setting, activations_of
 from model.dry_run.planned_model import model_shape
 from model.projector import build_projector
+from model.runs.callbacks import parameter_counts
 from qwen import IGNORE_INDEX, IMAGE_TOKEN_ID, MultimodalQWenLMHeadModel, QWenConfig
 from visual import build_vision_tower, read_tower_shape
 
@@ -131,8 +132,31 @@ def test_activations_of_other_language_models(tmp_path, dtype, checkpointing, dr
     expected, _ = activations_of(shape, setting, BatchShape(ROWS, TOKENS, ROWS * ANSWER, ROWS))
     assert others == pytest.approx(expected, rel=0.05)
     assert head == 0
-    counts = model.parameter_counts()
+    counts = parameter_counts(model)
     assert [shape.language_parameters, shape.lora_parameters] == [counts["language_model"][0], counts["lora"][0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen"])
+def test_activations_of_a_language_model_that_is_trained(tmp_path, dtype, checkpointing, family):
+    clip = make_clip_checkpoint(tmp_path / "clip")
+    if family == "qwen":
+        MultimodalQWenLMHeadModel(QWenConfig(**SIZES)).save_pretrained(tmp_path / family)
+        base = str(tmp_path / family)
+    else:
+        base = make_family(tmp_path / family, family, **MEDIUM)
+    options = {"dtype": dtype, "device": "cpu", "trainable": True, "train_only": "all"}
+    model = VisionLanguageModel.from_pretrained(base, clip, **options)
+    if checkpointing:
+        model.gradient_checkpointing_enable()  # by the name that all supported versions have
+    _, others = kept_bytes(model, dtype, padding=3)
+    lora = LoraSettings(0, dropout=0.0)
+    shape = model_shape(read_language_config(base), read_tower_shape(clip), lora, train_only="all")
+    setting = Setting(dtype.itemsize, "cpu", 0, 0.0, checkpointing)
+    expected, _ = activations_of(shape, setting, BatchShape(ROWS, TOKENS, ROWS * ANSWER, ROWS))
+    assert others == pytest.approx(expected, rel=0.05)
+    assert shape.trained == parameter_counts(model)["all"][1]
 
 
 @pytest.mark.slow
@@ -159,13 +183,19 @@ print("measured", resident("VmHWM"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "bf16", "checkpointing"),
+    ("family", "bf16", "checkpointing", "train_only"),
     [
-        *(("qwen3", bf16, checkpointing) for bf16 in (False, True) for checkpointing in (False, True)),
-        *((family, False, False) for family in ("qwen2", "llama", "mistral")),
+        *(("qwen3", bf16, checkpointing, []) for bf16 in (False, True) for checkpointing in (False, True)),
+        *((family, False, False, []) for family in ("qwen2", "llama", "mistral")),
+        *(
+            ("qwen3", bf16, checkpointing, ["--train_only", kind])
+            for bf16 in (False, True)
+            for checkpointing in (False, True)
+            for kind in ("projector", "all")
+        ),
     ],
 )
-def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family, bf16, checkpointing):
+def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family, bf16, checkpointing, train_only):
     """All that is resident of the process, its libraries too, of which the estimate has a row."""
     sizes = {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
@@ -176,7 +206,7 @@ def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family
         *("--base_language_model", base, "--base_value_model", make_clip_checkpoint(tmp_path / "clip")),
         *(*write_data(tmp_path, samples, tmp_path / "pictures"), "--output_dir", tmp_path / "run"),
         *("--bf16", bf16, "--gradient_checkpointing", checkpointing, "--use_cpu", "true", "--save_strategy", "no"),
-        *("--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--report_to", "none"),
+        *("--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--report_to", "none", *train_only),
     ]
     expected = parse_memory(start("python", "train.py", *flags, "--dry_run").stdout)[0]
     done = start("python", "-c", TRAIN, *flags)
@@ -188,7 +218,7 @@ def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family
 def test_parameters_are_those_of_the_model(tmp_path):
     clip, lora = make_clip_checkpoint(tmp_path), LoraSettings(rank=RANK, target_modules=("c_attn", "c_proj"))
     shape = model_shape(QWenConfig(**SIZES), read_tower_shape(clip), lora)
-    counts = trainable(clip, torch.float32, lora).parameter_counts()
+    counts = parameter_counts(trainable(clip, torch.float32, lora))
     for part in ("vision_tower", "language_model", "projector", "lora"):
         assert getattr(shape, f"{part.removeprefix('vision_').removesuffix('_model')}_parameters") == counts[part][0]
 
