@@ -34,6 +34,16 @@ train() { # the published command; its learning rates are meant for 7B parameter
         --num_train_epochs 1 --per_device_train_batch_size 32 --learning_rate 1e-3 --feature_proj_lr 2e-3 \
         --lora_dropout 0 --warmup_steps 30 --lr_scheduler_type cosine --logging_steps 20 --save_steps 200 \
         --save_total_limit 1 --resume_from_checkpoint auto $_machine
+    rm -rf "$OUTPUT/results" # answers of an earlier model
+}
+
+measure() { # the official test split, through evaluate.py: the model, seeing and blind, and the most frequent answers
+    "$PYTHON" -m benchmarks.easy_vqa.measure questions "$OUTPUT/test_split"
+    "$PYTHON" evaluate.py --model_weights "$OUTPUT/vlm" --questions "$OUTPUT/test_split/questions.jsonl" --blind \
+        --metrics exact_match --max_new_tokens 8 --batch_size 128 --output "$OUTPUT/results" > /dev/null
+    "$PYTHON" evaluate.py --answers "$OUTPUT/test_split/majority.jsonl" \
+        --questions "$OUTPUT/test_split/questions.jsonl" --metrics exact_match --output "$OUTPUT/majority" > /dev/null
+    "$PYTHON" -m benchmarks.easy_vqa.measure table "$OUTPUT/results" "$OUTPUT/majority" > "$OUTPUT/table.txt"
 }
 
 ask() { # ask IMAGE PROMPT
@@ -58,8 +68,7 @@ stage data "Annotations of easy-vqa, through process_image.py" prepare
 stage clip "A small CLIP, pretrained on captioned pictures" pretrain clip
 stage qwen "A small QWen, pretrained on text without images" pretrain qwen
 stage train "LoRA and projector, through train.sh" train
-stage evaluate "All 9,673 test questions, seeing and blind" \
-    "$PYTHON" -m benchmarks.easy_vqa.evaluate --model_weights "$OUTPUT/vlm" --output "$OUTPUT/results"
+stage evaluate "All 9,673 test questions, seeing and blind, through evaluate.py" measure
 stage ask "Three questions, through test.py" ask_three
 stage figure "A picture of nine answers" \
     "$PYTHON" -m benchmarks.easy_vqa.figure --results "$OUTPUT/results" --output "$OUTPUT/answers.png"
@@ -67,7 +76,7 @@ stage figure "A picture of nine answers" \
 cat << END
 
 Exactly right answers on the official test split of easy-vqa
-$(cat "$OUTPUT/results/table.txt")
+$(cat "$OUTPUT/table.txt")
 
 Three questions through test.py. The last picture, with its many shapes, is unlike anything the demo trains on.
 $(cat "$OUTPUT/three_answers.txt")
@@ -79,6 +88,6 @@ Files
   $OUTPUT/image_map.json, captions.json    made of them by process_image.py
   $OUTPUT/base_clip/, base_qwen/           both base models, in the published formats
   $OUTPUT/vlm/            the trained checkpoint: LoRA and projector
-  $OUTPUT/results/        results.json, answers.jsonl (every test question), table.txt
+  $OUTPUT/results/        results.json, answers.jsonl (every test question), report.html (open it in a browser)
   $OUTPUT/answers.png     nine test pictures, questions and answers
 END

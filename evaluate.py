@@ -73,6 +73,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("give either --model_weights FOLDER, to ask a model, or --answers FILE, to score answers")
     if args.answers is not None and args.blind:
         raise ValueError("--blind asks a model; give --model_weights in place of --answers")
+    if args.image_folder is not None and not args.image_folder.is_dir():
+        raise ValueError(f"--image_folder {args.image_folder}: there is no such folder")
     if args.output is None:
         raise ValueError("--output is missing: give a folder for the results")
     if any(path.absolute() == (args.output / "answers.jsonl").absolute() for path in args.answers or []):

@@ -15,8 +15,9 @@ import matplotlib
 from matplotlib import pyplot
 
 from dataset import load_image
+from qwen import IMAGE_TOKEN
 
-from .questions import KINDS, image_path
+from .questions import KINDS
 
 SEED = 42
 NUMBER = 9
@@ -39,13 +40,13 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     figure, axes = pyplot.subplots(3, 3, figsize=(9, 10))
     for axis, record in zip(axes.flat, records, strict=True):
-        axis.imshow(load_image(image_path("test", record["image"])))
+        axis.imshow(load_image(record["image"]))
         axis.set_xticks([])
         axis.set_yticks([])
-        is_right = record["model"] == record["a"]
-        axis.set_title(record["q"], fontsize=9)
-        shown = record["model"] if is_right else f"{record['model']} (right: {record['a']})"
-        axis.set_xlabel(shown, fontsize=12, color="darkgreen" if is_right else "firebrick")
+        answer, (right,) = record["answer"], record["answers"]
+        axis.set_title(record["prompt"].replace(IMAGE_TOKEN, ""), fontsize=9)
+        shown = answer if answer == right else f"{answer} (right: {right})"
+        axis.set_xlabel(shown, fontsize=12, color="darkgreen" if answer == right else "firebrick")
     figure.tight_layout()
     temporary = path.with_name(f"{path.name}.part")
     figure.savefig(temporary, format="png", dpi=110)

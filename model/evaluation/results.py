@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import platform
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS, ANSWERS, REPORT = "results.json", "answers.jsonl", "report.html"
 _PACKAGES = ("numpy", "pycocoevalcap", "jieba", "pillow", "torch", "transformers")
+_OURS = ("answer", "blind_answer", "error", "scores")  # keys of an earlier evaluation's lines
 _MOST_KINDS = 30  # in tables; results.json has all
 
 
@@ -76,16 +78,16 @@ def summarise(done: Evaluation) -> dict[str, Any]:
 
 def _by_kind(items: Sequence[Item], scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
     """Return for each kind of question the number of its questions, and the values over them."""
-    kinds = sorted({item.kind for item in items})
-    found: dict[str, dict[str, float]] = {}
-    for kind in kinds if len(kinds) > 1 else []:
-        found[kind] = {"questions": sum(item.kind == kind for item in items)}
-        for one in scored:
-            chosen = [place for place, at in enumerate(one.rows) if items[at].kind == kind]
-            if chosen:
-                of_kind = one.of(chosen).items()  # without POPE's values of single splits
-                found[kind] |= {name: value for name, value in of_kind if name in NAMES or one.family != "pope"}
-    return found
+    counts = Counter(item.kind for item in items)
+    found: dict[str, dict[str, float]] = {kind: {"questions": counts[kind]} for kind in sorted(counts)}
+    for one in scored:
+        rows: dict[str, list[int]] = {}
+        for place, at in enumerate(one.rows):
+            rows.setdefault(items[at].kind, []).append(place)
+        for kind, chosen in rows.items():
+            values = one.of(chosen).items()  # without POPE's values of single splits
+            found[kind] |= {name: value for name, value in values if name in NAMES or one.family != "pope"}
+    return found if len(found) > 1 else {}
 
 
 def _versions() -> dict[str, str]:
@@ -111,7 +113,7 @@ def answer_lines(done: Evaluation) -> list[dict[str, Any]]:
             "id": item.question.id,
             "image": images[0] if len(images) == 1 else images or None,
             "prompt": item.question.prompt,
-            **item.question.further,
+            **{key: value for key, value in item.question.further.items() if key not in _OURS},
             "answers": list(item.references),
             **({"kind": item.kind} if item.kind else {}),
             **({"split": item.split} if item.split else {}),

@@ -6,12 +6,9 @@ import random
 import pytest
 import torch
 
-from benchmarks.easy_vqa import evaluate, prepare_data, pretrain_clip, pretrain_qwen
-from benchmarks.easy_vqa.questions import (
-    Question,
-    load_questions,
-    scenes_told,
-)
+import evaluate
+from benchmarks.easy_vqa import figure, measure, prepare_data, pretrain_clip, pretrain_qwen
+from benchmarks.easy_vqa.questions import KINDS, load_questions, scenes_told
 from benchmarks.easy_vqa.shapes import Scene, draw_scene
 from dataprocess import llava
 from qwen import QWenLMHeadModel, QWenTokenizer
@@ -86,46 +83,32 @@ def test_the_language_model_is_a_published_one(tmp_path, tokenizer):
     assert loaded.generation_config.eos_token_id == 151643
 
 
-def test_accuracy_counts_exact_answers_of_each_kind():
-    questions = [
-        Question("what color is the shape?", "red", 0),
-        Question("what color is the circle?", "blue", 1),
-        Question("is a circle present?", "yes", 1),
-    ]
-    measured = evaluate.accuracies(questions, ["red", "blue ", "yes"])
-    assert measured == {"what color": 0.5, "a shape?": 1.0, "all": pytest.approx(2 / 3)}
-    shown = evaluate.table(questions, {"model": measured})
-    assert "50.0%" in shown
-    assert "66.7%" in shown
+def test_evaluate_py_measures_the_official_test_split(tmp_path):
+    """The majority's answers, and those of somebody who knows all, through the questions that the demo writes."""
+    measure.write_questions(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    right = "".join(json.dumps({"id": line["id"], "answer": line["answers"][0]}) + "\n" for line in lines)
+    (tmp_path / "right.jsonl").write_text(right)
+    found = {}
+    for name in ("right", "majority"):
+        flags = ["--questions", "questions.jsonl", "--answers", f"{name}.jsonl", "--output", name]
+        placed = [flag if flag.startswith("--") else str(tmp_path / flag) for flag in flags]
+        assert evaluate.main([*placed, "--metrics", "exact_match"]) == 0
+        found[name] = json.loads((tmp_path / name / "results.json").read_text())
+    assert found["right"]["metrics"] == {"exact_match": 1.0}
+    assert found["right"]["counts"]["questions"] == 9673
+    assert set(found["right"]["by_kind"]) == set(KINDS)
+    assert found["majority"]["metrics"]["exact_match"] == pytest.approx(0.671, abs=0.001)
+    shown = measure.table({**found["right"], "blind": found["majority"]}, found["majority"]).splitlines()
+    assert len(shown) == 9
+    assert shown[1].split() == ["what", "color", "1,280", "100.0%", "11.6%", "11.6%"]
+    assert shown[7].split() == ["all", "9,673", "100.0%", "67.1%", "67.1%"]
 
 
-def test_every_question_is_measured_seeing_and_blind(tmp_path):
-    asked = []
-
-    def oracle(questions, images, title):
-        asked.append(list(images))
-        return [question.answer for question in questions]
-
-    evaluate.measure(oracle, tmp_path / "results")
-    results = json.loads((tmp_path / "results" / "results.json").read_text())
-    assert results["model"]["all"] == 1.0
-    assert 0.4 < results["majority"]["all"] < 0.7
-    assert [len(images) for images in asked] == [9673, 9673]
-    lines = (tmp_path / "results" / "answers.jsonl").read_text().splitlines()
-    assert len(lines) == 9673
-
-
-def test_respondent_pads_on_the_left_and_keeps_the_order(tiny_bases, tokenizer):
-    """A batch of different lengths gives every question the answer it gets alone."""
-    from model import VisionLanguageModel
-
-    model = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu").eval()
-    questions = [
-        Question("what shape is in the image?", "", 0),
-        Question("is a circle present?", "", 1),
-        Question("what is the color of the rectangle?", "", 2),
-    ]
-    respondent = evaluate.Respondent(model, tokenizer)
-    together = respondent.answer_all(questions, [0, 1, 2], "all")
-    alone = [respondent.answer_all([question], [question.image_id], "one")[0] for question in questions]
-    assert together == alone
+def test_the_figure_is_drawn_from_the_answers(tmp_path):
+    measure.write_questions(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()[:600]]
+    chosen = figure.choose([{**line, "answer": "red"} for line in lines])
+    assert len({line["image"] for line in chosen}) == 9
+    figure.draw(chosen, tmp_path / "answers.png")
+    assert (tmp_path / "answers.png").stat().st_size > 10_000

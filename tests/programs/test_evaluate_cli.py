@@ -143,6 +143,14 @@ def test_two_evaluations_are_compared_question_by_question(call, files, tmp_path
     assert "| +0.0000 | +0.0000 to +0.0000 |" in out
 
 
+def test_the_answers_of_one_evaluation_are_questions_of_another(call, files, tmp_path):
+    call("--questions", files["questions"], "--answers", files["first"], "--output", tmp_path / "first")
+    again = tmp_path / "first" / "answers.jsonl"
+    call("--questions", again, "--answers", again, "--output", tmp_path / "again")
+    assert results(tmp_path / "again")["metrics"] == results(tmp_path / "first")["metrics"]
+    assert read(tmp_path / "again" / "answers.jsonl") == read(again)
+
+
 def test_other_questions_are_not_compared(call, files, tmp_path):
     call("--questions", files["questions"], "--answers", files["first"], "--output", tmp_path / "first")
     lines = read(files["questions"])
@@ -168,6 +176,10 @@ def test_other_questions_are_not_compared(call, files, tmp_path):
         (["--questions", "{questions}", "--answers", "{none}", "--output", "{out}"], "none.jsonl"),
         (["--questions", "{none}", "--answers", "{first}", "--output", "{out}"], "none.jsonl"),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--metrics", "f1"], "f1"),
+        (
+            ["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--image_folder", "{none}"],
+            "folder",
+        ),
         (["--image_map", "{questions}", "--answers", "{first}", "--output", "{out}"], "--captions_file"),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{first}"], "first.jsonl"),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--no_such_flag"], "no_such_flag"),
