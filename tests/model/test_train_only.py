@@ -350,7 +350,8 @@ def test_what_does_not_go_together_is_refused(command, runs, tmp_path, capsys):
     previous = ["--previous_lora_weights", runs["projector"]]
     assert "trained with 1" in refused(capsys, *new, *previous, "--pixel_shuffle", "2")
     auto = [*command, "--resume_from_checkpoint", "auto"]
-    assert "train_only was 'lora' and is now 'all'" in refused(capsys, *auto, "--output_dir", lora, "--train_only", "all")
+    said = refused(capsys, *auto, "--output_dir", lora, "--train_only", "all")
+    assert "train_only was 'lora' and is now 'all'" in said
     shutil.copytree(runs["projector"], tmp_path / "run")
     said = refused(capsys, *auto, "--output_dir", tmp_path / "run", "--train_only", "all")
     assert "train_only was 'projector' and is now 'all'" in said
