@@ -272,13 +272,13 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     ]
     if wrong:
         raise ValueError("; ".join(wrong))
-    if model_args.train_only is not None:
-        if given := [name for name in _OF_LORA if getattr(model_args, name) != getattr(ModelArguments, name)]:
-            raise ValueError(
-                f"--train_only {model_args.train_only} trains no LoRA: leave out "
-                f"{' and '.join(f'--{name}' for name in given)} (train.sh gives some of them: call train.py), or "
-                "--train_only"
-            )
+    of_lora = [name for name in _OF_LORA if getattr(model_args, name) != getattr(ModelArguments, name)]
+    if model_args.train_only is not None and of_lora:
+        raise ValueError(
+            f"--train_only {model_args.train_only} trains no LoRA: leave out "
+            f"{' and '.join(f'--{name}' for name in of_lora)} (train.sh gives some of them: call train.py), or "
+            "--train_only"
+        )
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     strategy: Any = args.eval_strategy
