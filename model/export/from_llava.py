@@ -26,7 +26,7 @@ from ..checkpoints.base_models import published_weights
 from ..checkpoints.checkpoint import check_weights
 from ..checkpoints.readers import read_json, reading
 from ..vision_language_model import VisionLanguageModel
-from .llava import BLOCK_SCALE, norm_block
+from .norm_block import BLOCK_SCALE, norm_block
 
 logger = logging.getLogger(__name__)
 
