@@ -30,8 +30,8 @@ from ..language_models.causal_lm import (
     load_chat_tokenizer,
     multimodal_class,
 )
-from .folder import CheckpointError
-from .readers import Checkpoint, reading
+from .folder import CheckpointError, reading
+from .readers import Checkpoint
 
 logger = logging.getLogger(__name__)
 

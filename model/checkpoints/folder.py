@@ -14,10 +14,14 @@ and not other weights.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -37,6 +41,22 @@ WEIGHTS = (*TRAINED["lora"], LANGUAGE_MODEL)
 
 class CheckpointError(ValueError):
     """A checkpoint folder that is incomplete, damaged, or does not fit the base models; every reader raises it."""
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into one `CheckpointError` that names it."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as error:  # its own text tells how to switch the protection off
+        reason = "only tensors and numbers are read; anything else could run code, or the file is damaged"
+        raise CheckpointError(f"{path}: can't be read: {reason}") from error
+    except Exception as error:  # damaged bytes make a reader raise nearly anything
+        text = re.sub(r":\n\s*", ": ", str(error).strip())  # a first line that ends so has its reason in the next
+        reason = text.splitlines()[0] if text else type(error).__name__
+        raise CheckpointError(f"{path}: can't be read: {reason}") from error
 
 
 def numbered_checkpoints(run: Path) -> list[Path]:

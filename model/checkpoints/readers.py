@@ -8,14 +8,12 @@ of `adapter_config.json` are read; a key that would change what they mean is ref
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -35,6 +33,7 @@ from .folder import (
     PROJECTOR_WEIGHTS,
     TRAINED,
     CheckpointError,
+    reading,
     sha256,
     with_contents,
 )
@@ -90,22 +89,6 @@ class Checkpoint:
     def language_model(self) -> str:
         """Return the path of the language model, which only a checkpoint of `--train_only all` has."""
         return str(self.folder / LANGUAGE_MODEL)
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into one `CheckpointError` that names it."""
-    try:
-        yield
-    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except pickle.UnpicklingError as error:  # its own text tells how to switch the protection off
-        reason = "only tensors and numbers are read; anything else could run code, or the file is damaged"
-        raise CheckpointError(f"{path}: can't be read: {reason}") from error
-    except Exception as error:  # damaged bytes make a reader raise nearly anything
-        text = re.sub(r":\n\s*", ": ", str(error).strip())  # a first line that ends so has its reason in the next
-        reason = text.splitlines()[0] if text else type(error).__name__
-        raise CheckpointError(f"{path}: can't be read: {reason}") from error
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:

@@ -24,7 +24,8 @@ from visual.loading import load_config, load_image_processor
 
 from ..checkpoints.base_models import published_weights
 from ..checkpoints.checkpoint import check_weights
-from ..checkpoints.readers import read_json, reading
+from ..checkpoints.folder import reading
+from ..checkpoints.readers import read_json
 from ..vision_language_model import VisionLanguageModel
 from .norm_block import BLOCK_SCALE, norm_block
 

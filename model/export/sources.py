@@ -27,7 +27,8 @@ from visual.loading import load_config
 
 from ..checkpoints.base_models import base_fingerprints, base_models, read_language_config
 from ..checkpoints.checkpoint import check_bases, load_lora, load_projector, read_checkpoint, tower_settings
-from ..checkpoints.readers import Checkpoint, reading
+from ..checkpoints.folder import reading
+from ..checkpoints.readers import Checkpoint
 from ..device import parse_dtype
 from ..language_models.causal_lm import multimodal_class
 from ..pixel_shuffle import check_pixel_shuffle

@@ -19,8 +19,8 @@ from dataprocess.messages import shorten
 
 from ..arguments import VLMTrainingArguments
 from ..checkpoints.base_models import comparable
-from ..checkpoints.folder import CheckpointError, numbered_checkpoints
-from ..checkpoints.readers import OPTIONAL, check_checksums, read_json, reading, weights_in
+from ..checkpoints.folder import CheckpointError, numbered_checkpoints, reading
+from ..checkpoints.readers import OPTIONAL, check_checksums, read_json, weights_in
 from .callbacks import RUN_CONFIG
 from .run_state import RUN_STATE, TRAINER_STATE, Geometry, RunState, bad_samples
 
