@@ -19,8 +19,7 @@ from transformers import set_seed
 
 from dataset import ImageCaptionDataset, VLMCollator
 from dataset.prompt import Tokenizer
-from model import VisionLanguageModel, VLMTrainer, VLMTrainingArguments
-from model.arguments import DataArguments, ModelArguments, parse_arguments
+from model.arguments import DataArguments, ModelArguments, VLMTrainingArguments, parse_arguments
 from model.checkpoints.base_models import load_tokenizer
 from model.checkpoints.previous import read_previous
 from model.console import set_up_logging
@@ -34,6 +33,8 @@ from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity
 from model.runs.resuming import check_identity, checkpoint_to_resume
 from model.runs.run_folder import hold_run_folder, is_overwriting, run_config
+from model.trainer import VLMTrainer
+from model.vision_language_model import VisionLanguageModel
 
 
 def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> VisionLanguageModel:
@@ -101,7 +102,8 @@ def build_trainer(
 
     # Put tower, projector and language model together; the seed decides the first weights of what is trained.
     set_seed(args.seed)
-    read_previous(model_args)
+    if model_args.previous_lora_weights is not None or model_args.from_llava is not None:
+        read_previous(model_args)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
 

@@ -34,7 +34,9 @@ flag: Any = HfArg  # Any: a field is of its value's type for type checkers
 class ModelArguments:
     """Which models are put together, and what of them is trained."""
 
-    base_language_model: str = flag(default="Qwen/Qwen-7B-Chat", help="Hub name or folder of the QWen language model.")
+    base_language_model: str = flag(
+        default=None, help="Hub name or folder. Default: Qwen/Qwen-7B-Chat, or that of --previous_lora_weights."
+    )
     base_value_model: str = flag(
         default="openai/clip-vit-large-patch14",
         help="Hub name or folder of the vision tower: CLIP, SigLIP, DINOv2, DINOv3 or ViT.",
@@ -270,15 +272,13 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     ]
     if wrong:
         raise ValueError("; ".join(wrong))
-    if model_args.train_only is not None:
-        default = ModelArguments()
-        given = [name for name in _OF_LORA if getattr(model_args, name) != getattr(default, name)]
-        if given:
-            raise ValueError(
-                f"--train_only {model_args.train_only} trains no LoRA: leave out "
-                f"{' and '.join(f'--{name}' for name in given)} (train.sh gives some of them: call train.py), or "
-                "--train_only"
-            )
+    of_lora = [name for name in _OF_LORA if getattr(model_args, name) != getattr(ModelArguments, name)]
+    if model_args.train_only is not None and of_lora:
+        raise ValueError(
+            f"--train_only {model_args.train_only} trains no LoRA: leave out "
+            f"{' and '.join(f'--{name}' for name in of_lora)} (train.sh gives some of them: call train.py), or "
+            "--train_only"
+        )
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     strategy: Any = args.eval_strategy

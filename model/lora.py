@@ -94,6 +94,11 @@ def check_targets(language_model: nn.Module, targets: tuple[str, ...]) -> None:
     """Raise LoraTargetError unless every target name is that of linear layers."""
     names = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if not any("." in name for name in names):  # at most the language head
+        raise LoraTargetError(
+            f"--base_language_model: the blocks of {type(language_model).__name__} have no layers of type nn.Linear "
+            "(GPT-2 has its own), and LoRA goes on those alone; give another language model, or --train_only"
+        )
     if unmatched or not targets:
         existing = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
         raise LoraTargetError(

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = parse_dtype(args.dtype) if args.dtype else pick_dtype(device)
     paths, bad_images, bad_entries = list_images(args.image_map, args.allow_links)
     previous = read_checkpoint(args.previous_lora_weights) if args.previous_lora_weights is not None else None
-    settings = tower_settings(previous, args.base_value_model)
+    settings = {} if previous is None else tower_settings(previous, args.base_value_model)
     if args.from_llava is not None:
         settings = {"feature_layer": llava_feature_layer(args.from_llava, args.base_value_model)}
     tower = build_vision_tower(args.base_value_model, dtype, **settings).to(device)

@@ -9,7 +9,8 @@ class Dinov3Tower(VisionTower):
     """E.g. facebook/dinov3-vitl16-pretrain-lvd1689m: 224 px, 196 tokens of 1024.
 
     Positions are rotary, and four register tokens follow the class token. Its own image processor needs torchvision;
-    ViT's takes the same settings and does the same on Pillow images.
+    ViT's takes the same settings. DINOv3's resizes floats and ViT's whole numbers from 0 to 255, so that pixels differ
+    by a rounding: less than 1.1 / 255, before mean and deviation.
     """
 
     kind = "dinov3_vit"

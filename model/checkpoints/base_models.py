@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
@@ -28,7 +29,7 @@ from ..language_models.causal_lm import (
     multimodal_class,
 )
 from .folder import CheckpointError
-from .readers import Checkpoint
+from .readers import Checkpoint, reading
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def _named_errors(name: str) -> Iterator[None]:
             )
             reason += "tokenizer), or a name that can be downloaded or is in the cache"
         raise ValueError(f"base language model {name!r}: {reason}") from error
-    except ValueError as error:
+    except (ValueError, SafetensorError) as error:
         raise ValueError(f"base language model {name!r}: {error}") from error
 
 
@@ -209,6 +210,10 @@ def published_weights(name: str) -> dict[str, Tensor]:
         if published_file(name, file) is None and (index := published_file(name, f"{file}.index.json")) is not None:
             parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         paths = [path for part in parts if (path := published_file(name, part)) is not None]
+        weights: dict[str, Tensor] = {}
+        for path in paths:
+            with reading(path):
+                weights |= load_state_dict(path, weights_only=True)
         if paths:
-            return {key: value for path in paths for key, value in load_state_dict(path, weights_only=True).items()}
+            return weights
     return {}

@@ -86,14 +86,12 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 # ---- Does it fit the base models?
 
 
-def tower_settings(checkpoint: Checkpoint | None, vision_name: str) -> dict[str, Any]:
-    """Return how `build_vision_tower` reads the tower for a checkpoint; None: for a new model.
+def tower_settings(checkpoint: Checkpoint, vision_name: str) -> dict[str, Any]:
+    """Return how `build_vision_tower` reads the tower for a checkpoint.
 
     SigLIP's first patch is left out in the original project's checkpoints and what came of them. What came of a LLaVA
     folder may read an earlier hidden state.
     """
-    if checkpoint is None:
-        return {}
     config, may_drop = checkpoint.config, tower_class_of(vision_name).may_drop_first_patch
     return {
         "drop_first_patch": may_drop and (config is None or config.drop_first_patch),

@@ -17,7 +17,8 @@ from .readers import Checkpoint
 def read_previous(asked: ModelArguments) -> Checkpoint | None:
     """Read the checkpoint that `--previous_lora_weights` names, if any, and compare explicit flags with it.
 
-    If it brings its own language model, `asked` names that from now on. No base model is read.
+    `asked` names a language model from now on: the one given, else the checkpoint's, else the default. Base models are
+    read only to see whether one that is given is the one that a checkpoint's own language model was trained from.
 
     Raises:
         CheckpointError: if they disagree.
@@ -29,9 +30,17 @@ def read_previous(asked: ModelArguments) -> Checkpoint | None:
                 f"--from_llava and --{name} {value} do not go together: there is one projector, and a LLaVA's has two "
                 "layers and takes single patches; leave one of them out"
             )
-    if asked.previous_lora_weights is None:
-        return None
-    checkpoint = read_checkpoint(asked.previous_lora_weights)
+    checkpoint = read_checkpoint(asked.previous_lora_weights) if asked.previous_lora_weights is not None else None
+    if checkpoint is not None:
+        _compare(asked, checkpoint)
+    if checkpoint is None or checkpoint.config is None:
+        asked.base_language_model = asked.base_language_model or "Qwen/Qwen-7B-Chat"
+    elif asked.base_language_model is None or checkpoint.train_only == "all":
+        asked.base_language_model = base_models(asked.base_language_model, asked.base_value_model, checkpoint)[0]
+    return checkpoint
+
+
+def _compare(asked: ModelArguments, checkpoint: Checkpoint) -> None:
     flags: dict[str, tuple[Any, Any]] = {
         "projector_layers": (asked.projector_layers, checkpoint.projector_layers),
         "pixel_shuffle": (asked.pixel_shuffle, checkpoint.pixel_shuffle),
@@ -57,9 +66,6 @@ def read_previous(asked: ModelArguments) -> Checkpoint | None:
                 f"--{name} {wanted} disagrees with --previous_lora_weights {asked.previous_lora_weights}, which was "
                 f"trained with {trained}; leave the flag out or give {trained}"
             )
-    if checkpoint.train_only == "all":
-        asked.base_language_model = base_models(asked.base_language_model, asked.base_value_model, checkpoint)[0]
-    return checkpoint
 
 
 def _with_bars(names: Iterable[str]) -> str:

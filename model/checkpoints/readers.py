@@ -103,14 +103,18 @@ def reading(path: Path) -> Iterator[None]:
         reason = "only tensors and numbers are read; anything else could run code, or the file is damaged"
         raise CheckpointError(f"{path}: can't be read: {reason}") from error
     except Exception as error:  # damaged bytes make a reader raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = re.sub(r":\n\s*", ": ", str(error).strip())  # a first line that ends so has its reason in the next
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise CheckpointError(f"{path}: can't be read: {reason}") from error
 
 
-def check_file(path: Path) -> None:
-    """Refuse what is missing, leads out of its folder, or could block or fill the memory of whoever reads it."""
+def check_file(path: Path, folder: Path | None = None) -> None:
+    """Refuse what is missing, or could block or fill the memory of whoever reads it, or a link out of its folder.
+
+    `folder` is the checkpoint that the file is somewhere in, if that is not the folder that it is in.
+    """
     with reading(path):
-        if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+        if not path.resolve().is_relative_to((folder or path.parent).resolve()):
             raise ValueError(f"a link that leads out of its folder, to {path.resolve()}; copy the folder with `cp -rL`")
         if not path.is_file():
             raise ValueError("not a regular file" if path.exists() else "missing")
@@ -123,15 +127,17 @@ def check_file(path: Path) -> None:
 def check_checksums(folder: Path, names: Iterable[str], *, everything: bool = False) -> None:
     """Check files that are about to be read against `checksums.json`; `everything` adds all that it lists.
 
-    Folders written before it existed are read unchecked, with a warning.
+    Folders written before it existed are read unchecked, with a warning; none of them has a `train_only`.
     """
     has_sums = os.path.lexists(folder / CHECKSUMS)
+    if not has_sums and "train_only" in read_json(folder / MULTIMODAL_CONFIG):
+        raise CheckpointError(f"{folder / CHECKSUMS}: missing, --train_only writes it; copy the checkpoint again")
     sums = read_json(folder / CHECKSUMS) if has_sums else {}
     listed = {name for name in sums if everything or name.partition("/")[0] in names}
     with reading(folder):
         names = listed | with_contents(folder, names)  # whatever is in a language model's folder may be read
     for name in sorted(names):
-        check_file(folder / name)
+        check_file(folder / name, folder)
     if not has_sums:
         logger.warning("%s has no %s, as older versions wrote it: it is read unchecked", folder, CHECKSUMS)
         return

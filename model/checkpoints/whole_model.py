@@ -41,9 +41,18 @@ def write_language_model(language_model: Any, base: str, folder: Path) -> None:
     finally:
         language_model.generation_config, language_model.config.architectures = kept
     (folder / "generation_config.json").unlink()
-    for path in {path for pattern in _COPIED for path in config_file.parent.glob(pattern)}:
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    copy_small_files(config_file, folder)
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(language_model.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_small_files(config_file: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template, generation settings and licence, which are next to a base model's config.json.
+
+    Raises:
+        OSError: if one can't be copied.
+    """
+    for path in {path for pattern in _COPIED for path in config_file.parent.glob(pattern)}:
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)

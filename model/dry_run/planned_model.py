@@ -65,7 +65,7 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     if asked.train_only is not None:
         lora = replace(lora, rank=0, dropout=0.0)
     config = read_language_config(asked.base_language_model)
-    settings = tower_settings(previous, asked.base_value_model)
+    settings = {} if previous is None else tower_settings(previous, asked.base_value_model)
     if asked.from_llava is not None:
         settings = {"feature_layer": llava_feature_layer(asked.from_llava, asked.base_value_model, config.hidden_size)}
     tower = read_tower_shape(asked.base_value_model, **settings)

@@ -26,7 +26,7 @@ from ..checkpoints.base_models import published_weights
 from ..checkpoints.checkpoint import check_weights
 from ..checkpoints.readers import read_json, reading
 from ..vision_language_model import VisionLanguageModel
-from .llava import BLOCK_SCALE, norm_block
+from .norm_block import BLOCK_SCALE, norm_block
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +84,12 @@ def llava_feature_layer(folder: str, vision_name: str, language_width: int | Non
         ValueError: for what differs or can't be reproduced, with every reason.
         OSError: if the tower's configuration is missing.
     """
-    values = read_json(Path(folder) / "config.json")
+    file = Path(folder) / "config.json"
+    values = read_json(file) if file.exists() else {}
     if values.get("model_type") != "llava" or "vision_config" not in values:
+        found = f"its config.json has model_type {values.get('model_type')!r}" if values else "it has no config.json"
         raise ValueError(
-            f"--from_llava {folder}: its config.json has model_type {values.get('model_type')!r}; give the folder of a "
+            f"--from_llava {folder}: {found if Path(folder).is_dir() else 'no such folder'}; give the folder of a "
             "LlavaForConditionalGeneration in Hugging Face's layout (model_type 'llava', with a vision_config)"
         )
     with reading(Path(folder) / "config.json"):

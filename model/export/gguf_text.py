@@ -1,26 +1,18 @@
-"""The language model's half of a GGUF: what llama.cpp has to know of it, its tokenizer, and its tensors' names.
-
-llama.cpp reads a tokenizer as tokens, merges and the name of a way to cut text into words before these are merged. That
-name is found by comparing what tokenizer.json does with what llama.cpp does under the name, never by the model's own.
-"""
+"""The language model's half of a GGUF: what llama.cpp has to know of it, and its tensors' names there."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dataset.chat_template import TEMPLATE_SETTINGS
-from qwen import QWenTokenizer
-from qwen.tokenization_qwen import ENDOFTEXT_ID, IMEND_ID, IMSTART_ID, SPECIAL_TOKENS
 
 from .family_text import FamilyText
-from .processor_files import byte_level_bpe
+from .gguf_tokenizer import add_tokenizer, end_ids, tokenizer_misfits
 from .qwen_text import QwenText, as_qwen2
 from .sources import Sources, language_weights
 from .text_half import TextHalf
@@ -45,41 +37,6 @@ _NAMES = {
 }
 _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 """Those of Qwen2; no other family has any."""
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _split(digits: str) -> list[dict[str, Any]]:
-    pattern = {"Regex": _WORDS.replace("DIGITS", digits)}
-    return [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}, _bytes(use_regex=False)]
-
-
-def _bytes(use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}
-
-
-_PRES: dict[str, tuple[list[dict[str, Any]], bool]] = {
-    "qwen2": (_split(r"\p{N}"), False),
-    "llama-bpe": (_split(r"\p{N}{1,3}"), True),
-    "smollm": ([{"type": "Digits", "individual_digits": True}, _bytes(use_regex=True)], False),
-    "gpt-2": ([_bytes(use_regex=True)], False),
-}
-"""By llama.cpp's name: the steps of tokenizer.json's pre_tokenizer, and whether whole words that are tokens are taken
-before any merge."""
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """A tokenizer as llama.cpp reads it."""
-
-    pre: str
-    tokens: dict[int, tuple[str, str]]  # by id: text, in which ordinary tokens' bytes are letters, and GGUF's type
-    merges: list[str]
-    ends: list[int]  # of an answer; the first is the tokenizer's own
-    begin: int | None
-    pad: int
-
 
 # ---- What cannot be expressed
 
@@ -91,7 +48,7 @@ def text_misfits(sources: Sources, half: TextHalf) -> list[tuple[bool, str]]:
     rope, part = rotary.get("rope_type", "default"), rotary.get("partial_rotary_factor", 1)
     width = config["num_attention_heads"] * _head_dim(config)
     unknown = sorted(name for name, _ in _shapes(sources, half) if _is_foreign(name, kind))
-    ends = [] if isinstance(half, QwenText) else _ends(half)
+    ends = [] if isinstance(half, QwenText) else end_ids(half)
     return [
         (
             kind == "qwen2" and width != config["hidden_size"],
@@ -103,45 +60,13 @@ def text_misfits(sources: Sources, half: TextHalf) -> list[tuple[bool, str]]:
         (config["hidden_act"] != "silu", f"hidden_act of the language model is {config['hidden_act']!r}, not silu"),
         (bool(unknown), f"llama.cpp's {kind} has no place for {', '.join(unknown[:3])}"),
         (len(ends) > 3, f"{len(ends)} tokens end an answer, and llama.cpp has names for three"),
-        *([] if isinstance(half, QwenText) else _tokenizer_misfits(half)),
+        *([] if isinstance(half, QwenText) else tokenizer_misfits(half)),
     ]
 
 
 def _is_foreign(name: str, kind: str) -> bool:
     new = _gguf_name(name)
     return new is None or (new.endswith(".bias") and not (kind == "qwen2" and new.endswith(_BIASES)))
-
-
-def _tokenizer_misfits(half: FamilyText) -> list[tuple[bool, str]]:
-    tokenizer: Any = half.chat.tokenizer
-    if not tokenizer.is_fast:
-        return []  # refused as such
-    values = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, normalizer = values["model"], values["normalizer"] or {"type": "NFC"}
-    plain = not any(
-        model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    )
-    is_bpe = model["type"] == "BPE" and plain and set(bytes_to_unicode().values()) <= model["vocab"].keys()
-    strips = [one["content"] for one in values["added_tokens"] if one["lstrip"] or one["rstrip"] or one["single_word"]]
-    rows, last = half.sources.language.vocab_size, max(_tokens(values), default=0)
-    return [
-        (not is_bpe, f"the tokenizer is a {model['type']}, and only byte-level BPE of all 256 bytes can be written"),
-        (normalizer != {"type": "NFC"}, f"the tokenizer's normalizer is {normalizer['type']}, and llama.cpp has none"),
-        (is_bpe and _pre(values) is None, f"the tokenizer's pre_tokenizer is none of {', '.join(_PRES)}"),
-        (bool(strips), f"the token {strips[:1]} takes spaces next to it, or only whole words"),
-        (last >= rows, f"the tokenizer has the ID {last}, and the embedding {rows} rows"),
-    ]
-
-
-def _pre(values: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name for what a tokenizer.json does before merging, or None if it has none."""
-    step = values["pre_tokenizer"] or {}
-    steps = [
-        {name: value for name, value in one.items() if name != "trim_offsets"}  # of offsets, not of tokens
-        for one in step.get("pretokenizers", [step])
-    ]
-    does = (steps, bool(values["model"].get("ignore_merges")))
-    return next((name for name, known in _PRES.items() if known == does), None)
 
 
 # ---- Metadata
@@ -161,12 +86,8 @@ def add_text_metadata(writer: Any, sources: Sources, half: TextHalf) -> None:
     writer.add_rope_dimension_count(_head_dim(config))
     writer.add_rope_freq_base(float(config["rope_theta"]))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if isinstance(half, QwenText):
-        vocabulary, template = _qwen_vocabulary(sources.language_name), half.chat_template()
-    else:
-        vocabulary, template = _family_vocabulary(half), _family_template(half)
-    _add_tokenizer(writer, vocabulary, sources.language.vocab_size)
-    writer.add_chat_template(template)
+    add_tokenizer(writer, sources, half)
+    writer.add_chat_template(half.chat_template() if isinstance(half, QwenText) else _family_template(half))
     _add_sampling(writer, half.generation_config())
 
 
@@ -189,56 +110,6 @@ def _family_template(half: FamilyText) -> str:
     """Return the family's template with the settings of training: llama.cpp would turn thinking on by itself."""
     settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in TEMPLATE_SETTINGS.items())
     return f"{settings}{{{{- '' }}}}{half.chat.template}"
-
-
-def _qwen_vocabulary(name: str) -> _Vocabulary:
-    vocabulary, merges = byte_level_bpe(QWenTokenizer.from_pretrained(name))
-    tokens = {index: (word, "NORMAL") for word, index in vocabulary.items()}
-    tokens |= {len(vocabulary) + i: (token, "CONTROL") for i, token in enumerate(SPECIAL_TOKENS)}
-    ends = [ENDOFTEXT_ID, IMEND_ID, IMSTART_ID]
-    return _Vocabulary("qwen2", tokens, [" ".join(pair) for pair in merges], ends, None, ENDOFTEXT_ID)
-
-
-def _family_vocabulary(half: FamilyText) -> _Vocabulary:
-    tokenizer: Any = half.chat.tokenizer
-    values = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre, begin = _pre(values), tokenizer.bos_token_id
-    assert pre is not None  # else refused
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in values["model"]["merges"]]
-    return _Vocabulary(pre, _tokens(values), merges, _ends(half), begin, half.chat.pad_token_id)
-
-
-def _tokens(values: dict[str, Any]) -> dict[int, tuple[str, str]]:
-    tokens = {index: (word, "NORMAL") for word, index in values["model"]["vocab"].items()}
-    kinds = {True: "CONTROL", False: "USER_DEFINED"}
-    return tokens | {one["id"]: (one["content"], kinds[one["special"]]) for one in values["added_tokens"]}
-
-
-def _ends(half: FamilyText) -> list[int]:
-    """Return the ids that end an answer; the tokenizer's own comes first, for chat templates write it by its name."""
-    own = half.chat.tokenizer.eos_token_id
-    ids: list[int] = [*half.chat.stop_ids, *half.generation_config()["eos_token_id"]]
-    return list(dict.fromkeys(ids if own is None else [own, *ids]))
-
-
-def _add_tokenizer(writer: Any, vocabulary: _Vocabulary, num_rows: int) -> None:
-    """Add all tokens by id; rows of the embedding that no token has get a name, too."""
-    from gguf import TokenType
-
-    tokens = [vocabulary.tokens.get(i, (f"[PAD{i}]", "UNUSED")) for i in range(num_rows)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list([text for text, _ in tokens])
-    writer.add_token_types([TokenType[kind] for _, kind in tokens])
-    writer.add_token_merges(vocabulary.merges)
-    # Up to three tokens end an answer, and llama.cpp has three names for such tokens.
-    names = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
-    for add, index in zip(names, vocabulary.ends, strict=False):
-        add(index)
-    if vocabulary.begin is not None:
-        writer.add_bos_token_id(vocabulary.begin)
-    writer.add_pad_token_id(vocabulary.pad)
-    writer.add_add_bos_token(False)
 
 
 def _add_sampling(writer: Any, settings: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 LLaVA takes the tower's hidden state before its last layer norm. CLIP's features are just that. SigLIP's have gone
 through the norm, so one more block is written that does nothing else.
-
-Shape legend: D width of the tower, I inner width of its MLP.
 """
 
 from __future__ import annotations
@@ -17,13 +15,12 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig
 
+from .norm_block import BLOCK_SCALE, norm_block
 from .processor_files import write_processor
 from .shards import ShardWriter
 from .sources import Sources, tower_weights
 from .text_half import TextHalf, text_half
 
-BLOCK_SCALE = 2.0**40
-"""By this the extra block's output outweighs what it is added to; a power of two, so that nothing is rounded."""
 _ODD_PARTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "silu", "relu")
 """Activations f with f(x) - f(-x) = x, which the extra block needs."""
 
@@ -151,26 +148,3 @@ def _tower(sources: Sources) -> Iterator[tuple[str, Tensor]]:
         number = sources.vision.num_hidden_layers
         block = norm_block(norm["weight"], norm["bias"], sources.tower.intermediate_size)
         yield from ((f"encoder.layers.{number}.{name}", value) for name, value in block.items())
-
-
-def norm_block(weight: Tensor, bias: Tensor, inner: int) -> dict[str, Tensor]:
-    """Return a SigLIP block that gives c · LayerNorm(x), for a layer norm and c = `BLOCK_SCALE`.
-
-    Its attention is zero. Its MLP computes c · (f(z) - f(-z)) = c · z of the normalised z, whatever GELU f is. What the
-    block adds this to is smaller by 2^40 and vanishes below rounding; the projector's first layer divides by c.
-
-    Args:
-        weight: (D,) of the layer norm.
-        bias: (D,) likewise.
-        inner: I, at least 2 · D.
-    """
-    width = len(weight)
-    unit, rest = torch.eye(width).to(weight), inner - 2 * width
-    block = {"layer_norm2.weight": weight, "layer_norm2.bias": bias}
-    block |= {"layer_norm1.weight": torch.ones_like(weight), "layer_norm1.bias": torch.zeros_like(bias)}
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        block |= {f"self_attn.{name}.weight": weight.new_zeros(width, width)}
-        block |= {f"self_attn.{name}.bias": torch.zeros_like(bias)}
-    first = torch.cat((unit, -unit, unit.new_zeros(rest, width)))  # (I, D)
-    block |= {"mlp.fc1.weight": first, "mlp.fc1.bias": unit.new_zeros(inner)}
-    return block | {"mlp.fc2.weight": BLOCK_SCALE * first.T, "mlp.fc2.bias": torch.zeros_like(bias)}

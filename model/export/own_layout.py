@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
+from ..checkpoints.base_models import load_tokenizer
 from ..checkpoints.folder import ADAPTER_WEIGHTS, MULTIMODAL_CONFIG, PROJECTOR_WEIGHTS
 from ..checkpoints.readers import MultimodalConfig
 from ..checkpoints.saving import PACKAGE_VERSIONS, flush_to_disk
+from ..checkpoints.whole_model import copy_small_files
 from .shards import ShardWriter
 from .sources import Sources, base_file, language_weights
-
-_COPIED = (
-    *("generation_config.json", "tokenizer_config.json", "qwen.tiktoken", "tokenizer.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
-)
 
 
 def write_merged(sources: Sources, folder: Path, max_bytes: int) -> None:
@@ -37,9 +33,10 @@ def write_merged(sources: Sources, folder: Path, max_bytes: int) -> None:
     }
     config.pop("_name_or_path", None)
     _write_json(folder / "config.json", config)
-    for name in _COPIED:
-        if (path := base_file(sources.language_name, name)) is not None:
-            shutil.copyfile(path, folder / name)
+    base_file(sources.language_name, "generation_config.json")  # downloads it, as the next line does the tokenizer
+    load_tokenizer(sources.language_name)
+    if (config_file := base_file(sources.language_name, "config.json")) is not None:
+        copy_small_files(config_file, folder)
     save_file({name: value.contiguous() for name, value in sources.projector.items()}, folder / PROJECTOR_WEIGHTS)
     _write_json(folder / MULTIMODAL_CONFIG, asdict(_multimodal_config(sources)))
     ShardWriter(folder, max_bytes).write(language_weights(sources))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen import IMAGE_TOKEN
 
+from ..checkpoints.folder import LANGUAGE_MODEL
 from .gguf_files import gguf_names
 from .gguf_text import text_notes
 from .sources import Sources
@@ -89,9 +90,10 @@ def write_report(sources: Sources, folder: Path, name: str, kind: str, compariso
     Raises:
         OSError: if it can't be written.
     """
-    language, vision = (
-        Path(base).name if Path(base).is_dir() else base for base in (sources.language_name, sources.vision_name)
-    )
+    trained, language = sources.checkpoint, sources.language_name
+    if trained.train_only == "all" and trained.config is not None:  # the language model is in the checkpoint
+        language = trained.config.base_language_model
+    language, vision = _shown(language), _shown(sources.vision_name)
     has_block = sources.takes_norm
     half = text_half(sources)
     text_file, mmproj_file = gguf_names(sources)
@@ -112,11 +114,19 @@ def write_report(sources: Sources, folder: Path, name: str, kind: str, compariso
     )
     dtype = str(sources.dtype).removeprefix("torch.")
     states = {"lora": "with LoRA merged", "projector": "as published", "all": "trained as a whole"}
-    language_model = f"{language} {states[sources.checkpoint.train_only]}"
+    language_model = f"{language} {states[trained.train_only]}"
     head = f"# {name}\n\n{language_model}, {vision} and a projector, as `--format {kind}` in {dtype}.\n"
     if kind == "peft":
         head = f"# {name}\n\nLoRA of {language}, as `--format peft`.\n"
     (folder / EXPORT_NOTE).write_text("\n".join([head, *table(comparisons, kind), text]), encoding="utf-8")
+
+
+def _shown(base: str) -> str:
+    """Return a base model's name without the path of this machine; one in a checkpoint is named with its folder."""
+    path = Path(base)
+    if not path.is_dir():
+        return base
+    return f"{path.parent.name}/{path.name}" if path.name == LANGUAGE_MODEL else path.name
 
 
 def table(comparisons: Sequence[Comparison] | str, kind: str) -> list[str]:

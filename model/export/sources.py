@@ -81,7 +81,7 @@ def read_sources(
         model_weights: a checkpoint or a run folder; one of the original project too.
         language: hub name or folder of the language model; by default the one that the checkpoint names.
         vision: likewise of the vision tower.
-        dtype: of the export; by default the one that the checkpoint was trained in.
+        dtype: of the export; by default the one that the checkpoint was trained in; of `--train_only all` float32.
 
     Raises:
         ValueError: if something is missing, damaged, or does not fit.
@@ -107,6 +107,8 @@ def read_sources(
     width = shape.hidden_size * checkpoint.pixel_shuffle**2
     projector = build_projector(width, config.hidden_size, checkpoint.projector_layers)
     load_projector(projector, checkpoint.folder)
+    if dtype is None and checkpoint.train_only == "all":
+        dtype = torch.float32  # what was trained; the checkpoint's dtype is that of the frozen tower
     if dtype is None:  # the original project's checkpoints record none
         trained = checkpoint.config.dtype if checkpoint.config is not None else config.dtype or "float32"
         dtype = parse_dtype(str(trained).removeprefix("torch."))

@@ -20,7 +20,7 @@ from dataprocess.messages import shorten
 from ..arguments import VLMTrainingArguments
 from ..checkpoints.base_models import comparable
 from ..checkpoints.folder import CheckpointError, numbered_checkpoints
-from ..checkpoints.readers import check_checksums, read_json, reading, weights_in
+from ..checkpoints.readers import OPTIONAL, check_checksums, read_json, reading, weights_in
 from .callbacks import RUN_CONFIG
 from .run_state import RUN_STATE, TRAINER_STATE, Geometry, RunState, bad_samples
 
@@ -31,6 +31,7 @@ _FROM_WEIGHTS = "start a new run from its weights with --previous_lora_weights"
 _OF_FLAGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
 """Options of an optimizer's groups that flags decide."""
 _SHAPED_AS_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+_OF_LORA = ("lora_rank", "lora_alpha", "target_modules")
 _NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}
 
 
@@ -161,8 +162,11 @@ def check_identity(folder: str | Path, identity: dict[str, Any]) -> None:
     """Refuse to resume a run on other data or models than it was started with, naming every difference."""
     state = read_run_state(Path(folder))
     differences = []
-    for name in {**state.identity, **identity}:
-        before, now = state.identity.get(name), identity.get(name)
+    old, new = ({**OPTIONAL, **values} for values in (state.identity, identity))
+    for name in {**old, **new}:
+        before, now = old.get(name), new.get(name)
+        if name in _OF_LORA and old["train_only"] != new["train_only"]:
+            continue  # only one of the two trains LoRA, which is said already
         if name in ("vision_tower", "language_model") and before and not comparable(before, now):
             logger.warning("%s: its fingerprint of the %s is of an older kind and is not compared", folder, name)
         elif before != now:

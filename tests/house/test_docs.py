@@ -207,3 +207,13 @@ def test_the_house_keeps_its_budgets() -> None:
     longest = {"README.md": 260, "README_zh.md": 260, "train.py": 170, "test.py": 170, "evaluate.py": 170}
     assert [name for name, most in longest.items() if len(text_of(name).splitlines()) > most] == []
     assert len(list((ROOT / "model").glob("*.py"))) <= 12
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_for_other_language_models_name_other_layers(name: str) -> None:
+    """`train.sh` names the layers of Qwen for LoRA, which no other language model has."""
+    commands = [line for _, code in FENCE.findall(text_of(name)) for line in code.replace("\\\n", " ").splitlines()]
+    for command in commands:
+        base = re.search(r"sh train\.sh.* --base_language_model (\S+)", command)
+        if base and not re.fullmatch(r"Qwen/Qwen-\d+B-Chat", base[1]) and "--train_only" not in command:
+            assert " --target_modules " in command, command

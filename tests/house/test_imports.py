@@ -114,3 +114,22 @@ def test_no_two_files_need_each_other():
         TopologicalSorter(needs).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_training_does_not_import_the_export_room():
+    """Of `model/export`, starting from a LLaVA is in train.py; what writes an export is not."""
+    files = module_files()
+    seen, todo = set(), ["train"]
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        for name in imported(files[module].read_text(encoding="utf-8"), package_of(module, files[module])):
+            while name and name not in files:
+                name = name.rpartition(".")[0]
+            todo += [name] if name and name not in seen else []
+    assert "model.export.from_llava" in seen
+    assert {name for name in seen if within(name, {"model.export"})} <= {
+        "model.export",
+        "model.export.from_llava",
+        "model.export.norm_block",
+    }

@@ -171,7 +171,7 @@ def test_a_run_resumes_to_the_bit_and_not_with_another_factor(whole, command, tm
     run = shutil.copytree(whole, tmp_path / "run", ignore=lambda d, n: ignore(d, n) if d == str(whole) else set())
     resume = ["--output_dir", str(run), "--resume_from_checkpoint", "auto"]
     assert train.main([*command[:-2], *resume]) == 2
-    assert "pixel_shuffle was 2 and is now None" in one_line_error(capsys.readouterr().err, "train.py")
+    assert "pixel_shuffle was 2 and is now 1" in one_line_error(capsys.readouterr().err, "train.py")
     assert train.main([*command, *resume]) == 0
     assert losses(run / "checkpoint-6") == losses(whole / "checkpoint-6")
     ours, theirs = trained_weights(run), trained_weights(whole)

@@ -28,6 +28,8 @@ from transformers import AutoModelForCausalLM
 import train
 from model import CheckpointError, LoraSettings, VisionLanguageModel, read_checkpoint
 from model.checkpoints.base_models import load_language_model
+from model.checkpoints.saving import write_checksums
+from model.export.sources import read_sources
 from model.trainer import optimizer_groups
 from qwen import IGNORE_INDEX
 
@@ -236,6 +238,38 @@ def test_a_changed_file_is_noticed(runs, tmp_path, name):
         read_checkpoint(tmp_path / "copy")
 
 
+def test_a_language_model_elsewhere_is_not_read(runs, tmp_path):
+    shutil.copytree(runs["all"] / "checkpoint-2", tmp_path / "copy")
+    (tmp_path / "copy/language_model").rename(tmp_path / "elsewhere")
+    (tmp_path / "copy/language_model").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"language_model/.*link that leads out"):
+        read_checkpoint(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "passes for projector"])
+def test_no_version_wrote_one_without_checksums(runs, caplog, tmp_path, kind):
+    shutil.copytree(runs[kind if kind in KINDS else "all"] / "checkpoint-2", tmp_path / "copy")
+    (tmp_path / "copy/checksums.json").unlink()
+    config = tmp_path / "copy/multimodal_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "train_only": kind.split()[-1]}))
+    with pytest.raises(CheckpointError, match=r"checksums\.json: missing"):
+        read_checkpoint(tmp_path / "copy")
+    assert "older versions" not in caplog.text
+
+
+def test_a_cut_language_model_is_one_line(runs, folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs["all"] / "checkpoint-2", copy)
+    file = copy / "language_model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    write_checksums(copy, ["language_model/model.safetensors"])  # as a stranger would
+    ask = ["--image_path", str(folder / "pictures/red.png"), "--prompt", "What colour?", "--device", "cpu"]
+    assert load_test_py().main(["--model_weights", str(copy), *ask]) == 2
+    assert str(copy / "language_model") in one_line_error(capsys.readouterr().err, "test.py")
+    with pytest.raises(CheckpointError, match=r"language_model/model\.safetensors: can't be read"):
+        read_sources(copy, None, None, None)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_file_makes_it_no_checkpoint(runs, tmp_path, kind):
     needed = PROJECTOR_FILES - {"checksums.json"} | ({"language_model"} if kind == "all" else set())
@@ -316,11 +350,14 @@ def test_what_does_not_go_together_is_refused(command, runs, tmp_path, capsys):
     previous = ["--previous_lora_weights", runs["projector"]]
     assert "trained with 1" in refused(capsys, *new, *previous, "--pixel_shuffle", "2")
     auto = [*command, "--resume_from_checkpoint", "auto"]
-    assert "train_only was None" in refused(capsys, *auto, "--output_dir", lora, "--train_only", "all")
+    said = refused(capsys, *auto, "--output_dir", lora, "--train_only", "all")
+    assert "train_only was 'lora' and is now 'all'" in said
     shutil.copytree(runs["projector"], tmp_path / "run")
     said = refused(capsys, *auto, "--output_dir", tmp_path / "run", "--train_only", "all")
     assert "train_only was 'projector' and is now 'all'" in said
-    assert "lora_rank was None" in refused(capsys, *auto, "--output_dir", tmp_path / "run")
+    said = refused(capsys, *auto, "--output_dir", tmp_path / "run")
+    assert "train_only was 'projector' and is now 'lora'" in said
+    assert "None" not in said
 
 
 @only_qwen3
@@ -356,6 +393,19 @@ def test_lora_from_a_projector(command, runs, tmp_path):
     assert (checkpoint.train_only, checkpoint.lora_config.r, checkpoint.lora_config.lora_alpha) == ("lora", 3, 5)
     ours, theirs = (load_file(run / "projector.safetensors") for run in (tmp_path, runs["projector"]))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_flag_the_base_is_the_checkpoints(command, bases, runs, kind, tmp_path, capsys):
+    rest = command[2:]
+    assert command[:2] == ["--base_language_model", bases[0]]
+    flags = ["--previous_lora_weights", str(runs[kind]), "--train_only", "projector", "--max_steps", "1"]
+    assert train.main([*rest, *flags, "--output_dir", str(tmp_path), "--dry_run"]) == 0
+    assert train.main([*rest, *flags, "--output_dir", str(tmp_path)]) == 0
+    expected = str(runs[kind] / "checkpoint-6/language_model") if kind == "all" else bases[0]
+    assert read_checkpoint(tmp_path).config.base_language_model == expected
+    config = json.loads((tmp_path / "train_config.json").read_text())
+    assert config["model"]["base_language_model"] == expected
 
 
 def test_lora_from_a_whole_model(command, runs, bases, tmp_path):

@@ -289,6 +289,38 @@ def test_checkpoints_of_train_only(export, tmp_path, capfd, kind):
     assert f"--train_only {kind}" in one_line_error(capfd.readouterr().err, "export.py")
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("projector", "bfloat16"), ("all", "float32")])
+def test_a_model_trained_as_a_whole_in_bf16_is_exported_in_fp32(export, tmp_path, kind, dtype):
+    """Its weights in the checkpoint are fp32, whatever the frozen tower was in."""
+    base, tower = make_family(tmp_path / "small-llama", "llama"), make_clip_checkpoint(tmp_path / "tower")
+    (tmp_path / "small-llama" / "LICENSE.txt").write_text("free", encoding="utf-8")
+    model = VisionLanguageModel.from_pretrained(
+        base, tower, dtype=torch.bfloat16, device="cpu", trainable=True, train_only=kind
+    )
+    model.save_checkpoint(tmp_path / "trained")
+    folder = export(tmp_path / "trained", "--format", "merged")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+    assert {str(value.dtype) for value in load_file(folder / "model.safetensors").values()} == {f"torch.{dtype}"}
+    assert (folder / "LICENSE.txt").read_text(encoding="utf-8") == "free"
+    assert "\nsmall-llama " in (folder / "EXPORT.md").read_text(encoding="utf-8")
+    smaller = export(tmp_path / "trained", "--format", "merged", "--dtype", "bfloat16", name="smaller")
+    assert json.loads((smaller / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("kind", "beginning"), [("merged", ""), ("peft", "LoRA of ")])
+def test_the_report_names_the_checkpoint_that_lora_was_trained_on(export, tmp_path, kind, beginning):
+    base, tower = make_family(tmp_path / "language", "llama"), make_clip_checkpoint(tmp_path / "tower")
+    whole = VisionLanguageModel.from_pretrained(base, tower, device="cpu", trainable=True, train_only="all")
+    whole.save_checkpoint(tmp_path / "stage1")
+    model = VisionLanguageModel.from_pretrained(str(tmp_path / "stage1" / "language_model"), tower, device="cpu")
+    model.add_lora(LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=TARGETS))
+    enliven_trained(model, seed=3, std=0.4).save_checkpoint(tmp_path / "stage2")
+    folder = export(tmp_path / "stage2", "--format", kind)
+    report = (folder / "EXPORT.md").read_text(encoding="utf-8")
+    assert f"\n{beginning}stage1/language_model" in report
+    assert str(tmp_path) not in report
+
+
 # ---- What cannot be expressed
 
 

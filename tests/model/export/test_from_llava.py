@@ -120,6 +120,7 @@ def test_a_block_that_is_no_last_norm_is_refused(export, make_checkpoint):
         ({"vision_feature_layer": -4}, ["vision_feature_layer -4", "block 0"]),
         ({"vision_feature_layer": 0}, ["vision_feature_layer 0"]),
         ({"vision_feature_layer": 4}, ["vision_feature_layer 4"]),
+        ({"vision_feature_layer": "x"}, [r"vision_feature_layer': \S.*'x'"]),
         ({"projector_hidden_act": "relu"}, ["'relu'", "'gelu'"]),
         ({"multimodal_projector_bias": False}, ["bias False"]),
         ({"model_type": "llava_next"}, ["'llava_next'", "'llava'"]),
@@ -221,8 +222,10 @@ def test_projectors_that_do_not_fit(language, towers, tmp_path, change, reason):
 
 
 def test_files_that_cannot_be_read(language, towers, tmp_path):
-    with pytest.raises(CheckpointError, match=r"config\.json: .*missing"):
+    with pytest.raises(ValueError, match=r"--from_llava .* no config\.json; give the folder"):
         start(language, towers["clip"], tmp_path)
+    with pytest.raises(ValueError, match=r"--from_llava .*/none: no such folder; give the folder"):
+        start(language, towers["clip"], tmp_path / "none")
     write_llava(tmp_path, towers["clip"])
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="can't be read"):

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from model import VisionLanguageModel
 from model.checkpoints.base_models import load_tokenizer
-from model.export import gguf_text, llama_server
+from model.export import gguf_text, gguf_tokenizer, llama_server
 from model.export.verify import Answer, ExportMismatchError
 
 gguf = pytest.importorskip("gguf", reason="--format gguf writes with it")
@@ -27,7 +27,7 @@ ODD_TEXTS = (
     "<b>x</b>\r\n",
     "a1b22c333",
 )
-LLAMA3 = gguf_text._WORDS.replace("DIGITS", r"\p{N}{1,3}")
+LLAMA3 = gguf_tokenizer._WORDS.replace("DIGITS", r"\p{N}{1,3}")
 SCALED = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
 
@@ -161,14 +161,20 @@ def test_words_that_llama_cpp_does_not_know_are_refused(export, make_family_chec
     assert reason in one_line_error(capfd.readouterr().err, "export.py")
 
 
+def as_unigram(values) -> None:
+    words = sorted(values["model"]["vocab"], key=values["model"]["vocab"].get)
+    values["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [[word, -1.0] for word in words]}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda values: values.update(normalizer={"type": "NFKC"}), "NFKC"),
         (lambda values: values["added_tokens"][1].update(lstrip=True), "<|eot_id|>"),
         (lambda values: values["model"].update(byte_fallback=True), "BPE"),
+        (as_unigram, "Unigram"),
     ],
-    ids=["normalizer", "strips", "bytes"],
+    ids=["normalizer", "strips", "bytes", "unigram"],
 )
 def test_tokenizers_that_are_refused(export, make_family_checkpoint, capfd, change, reason):
     checkpoint = make_family_checkpoint("llama", make_siglip_checkpoint)

@@ -10,6 +10,7 @@ import pytest
 from tiny_families import make_family
 from tiny_run import MIXED_CAPTIONS, one_line_error, write_data
 from tiny_towers import make_clip_checkpoint
+from transformers import GPT2Config
 
 import train
 from model.language_models.causal_lm import check_window
@@ -88,6 +89,27 @@ def test_a_tokenizer(refused, template, eos_token, reason):
     assert run == plan
     assert reason in run
     assert "take an -Instruct or -Chat model" in run
+
+
+def test_cut_weights(inputs, tmp_path, capsys):
+    folder = tmp_path / "base"
+    shutil.copytree(inputs / "mistral", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    data = ["--image_map", inputs / "data/image_map.json", "--captions_file", inputs / "data/captions.json"]
+    flags = ["--base_language_model", folder, "--base_value_model", inputs / "clip", *data, "--use_cpu", "true"]
+    assert train.main([str(word) for word in (*flags, "--output_dir", tmp_path / "run")]) == 2
+    assert str(folder) in one_line_error(capsys.readouterr().err, "train.py")
+
+
+def test_blocks_without_linear_layers(inputs, tmp_path, capsys):
+    folder = make_family(tmp_path / "gpt2", "mistral", config_class=GPT2Config, n_embd=32, n_layer=2, n_head=2)
+    data = ["--image_map", inputs / "data/image_map.json", "--captions_file", inputs / "data/captions.json"]
+    flags = ["--base_language_model", folder, "--base_value_model", inputs / "clip", *data, "--use_cpu", "true"]
+    for more in ([], ["--target_modules", "c_attn"]):
+        assert train.main([str(word) for word in (*flags, "--output_dir", tmp_path / "run", *more)]) == 2
+        said = one_line_error(capsys.readouterr().err, "train.py")
+        assert "GPT2LMHeadModel have no layers of type nn.Linear" in said
 
 
 @pytest.mark.parametrize(

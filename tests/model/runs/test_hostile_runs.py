@@ -71,6 +71,7 @@ def test_every_process_hears_why_an_old_run_could_not_be_set_aside(tmp_path, mon
         monkeypatch.setattr(callbacks, "gather_object", lambda problems: ["said by the first process", *problems])
     args = SimpleNamespace(process_index=process, overwrite_output_dir=True)
     trainer = SimpleNamespace(args=args, run_folder=tmp_path, add_callback=lambda callback: None)
+    trainer.model = SimpleNamespace(base_language_model="Qwen/Qwen-7B-Chat")
     with pytest.raises(OSError, match=reason), overwriting(trainer):
         pass
 
