@@ -126,7 +126,7 @@ def start(*command: object, stdin: str = "", cwd: Path = ROOT, **env: str) -> su
     """Run a command to its end."""
     words = [str(word) for word in command]
     return subprocess.run(
-        words, input=stdin, cwd=cwd, env=environment(**env), text=True, capture_output=True, timeout=300
+        words, input=stdin, cwd=cwd, env=environment(**env), text=True, capture_output=True, timeout=900
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dataset.prompt import Tokenizer
 from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenTokenizer
 from visual.base import VisionTower
 
+from ..errors import is_out_of_memory
 from ..language_models.causal_lm import (
     fingerprinted_settings,
     load_causal_lm,
@@ -137,8 +139,13 @@ def _named_errors(name: str) -> Iterator[None]:
             )
             reason += "tokenizer), or a name that can be downloaded or is in the cache"
         raise ValueError(f"base language model {name!r}: {reason}") from error
-    except (ValueError, SafetensorError) as error:
+    except ValueError as error:
         raise ValueError(f"base language model {name!r}: {error}") from error
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # damaged, or of other shapes
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"base language model {name!r}: its weights can't be loaded: {reason}") from error
 
 
 # ---- Fingerprints

@@ -101,6 +101,7 @@ def _measure(
         *(str(files[0]), str(files[1]), tokenizer, _open_no_image, image_tokens),
         max_length=asked.max_length,
         seed=args.seed,
+        system=tokenizer.default_system,
         training=training,
         max_samples=asked.max_train_samples if training else None,
         on_bad_sample=asked.on_bad_sample,

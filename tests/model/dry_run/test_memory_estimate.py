@@ -187,12 +187,9 @@ print("measured", resident("VmHWM"))
     [
         *(("qwen3", bf16, checkpointing, []) for bf16 in (False, True) for checkpointing in (False, True)),
         *((family, False, False, []) for family in ("qwen2", "llama", "mistral")),
-        *(
-            ("qwen3", bf16, checkpointing, ["--train_only", kind])
-            for bf16 in (False, True)
-            for checkpointing in (False, True)
-            for kind in ("projector", "all")
-        ),
+        ("qwen3", False, False, ["--train_only", "projector"]),
+        ("qwen3", False, True, ["--train_only", "all"]),
+        ("qwen3", True, False, ["--train_only", "all"]),
     ],
 )
 def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family, bf16, checkpointing, train_only):

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_families import make_family
 from tiny_run import MIXED_CAPTIONS, one_line_error, write_data
 from tiny_towers import make_clip_checkpoint
@@ -91,11 +93,19 @@ def test_a_tokenizer(refused, template, eos_token, reason):
     assert "take an -Instruct or -Chat model" in run
 
 
-def test_cut_weights(inputs, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["cut", "cut pickle", "empty pickle", "other shapes"])
+def test_damaged_weights(inputs, tmp_path, capsys, damage):
     folder = tmp_path / "base"
     shutil.copytree(inputs / "mistral", folder)
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:2000])
+    if damage == "other shapes":
+        edit(folder, "config.json", intermediate_size=96)
+    elif "pickle" in damage:
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        weights.unlink()
+        weights = folder / "pytorch_model.bin"
+    if damage != "other shapes":
+        weights.write_bytes(weights.read_bytes()[: 2000 if "cut" in damage else 0])
     data = ["--image_map", inputs / "data/image_map.json", "--captions_file", inputs / "data/captions.json"]
     flags = ["--base_language_model", folder, "--base_value_model", inputs / "clip", *data, "--use_cpu", "true"]
     assert train.main([str(word) for word in (*flags, "--output_dir", tmp_path / "run")]) == 2
