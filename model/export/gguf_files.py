@@ -1,7 +1,8 @@
-"""The checkpoint as two GGUF files for llama.cpp: the language model as a Qwen2, and SigLIP with the projector.
+"""The checkpoint as two GGUF files for llama.cpp: the language model, and SigLIP with the projector.
 
-llama.cpp applies SigLIP's last norm itself and reads the projector as LLaVA's, so no weight changes but its name. The
-metadata is written first, then where each tensor lies, then tensor by tensor, so one is in memory at a time.
+llama.cpp applies SigLIP's last norm itself and reads the projector as LLaVA's, so no value changes: tensors get other
+names, and some of Llama's another order of rows. The metadata is written first, then where each tensor lies, then
+tensor by tensor, so one is in memory at a time.
 """
 
 from __future__ import annotations
@@ -15,35 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen import QWenConfig, QWenTokenizer
-from qwen.tokenization_qwen import ENDOFTEXT_ID, IMEND_ID, IMSTART_ID, SPECIAL_TOKENS
+from qwen import QWenConfig
 from visual.loading import load_image_processor
 
 from ..checkpoints.saving import flush_to_disk
+from .gguf_text import FAMILIES, add_text_metadata, text_misfits, text_shapes, text_weights
 from .llava import misfits, refuse
-from .processor_files import byte_level_bpe
-from .qwen_text import as_qwen2
 from .sources import Sources, tower_weights
-from .text_half import TextHalf, text_half
+from .text_half import text_half
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """GGUF's names."""
 _GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu")
 """Activations that llama.cpp has for a tower; the first four are one there."""
-_TEXT_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 _VISION_NAMES = {
     "embeddings.patch_embedding": "v.patch_embd",
     "embeddings.position_embedding": "v.position_embd",
@@ -67,17 +52,16 @@ def check_gguf(sources: Sources) -> None:
     """
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("--format gguf writes with the package gguf, which is not installed: pip install gguf")
-    if not isinstance(sources.language, QWenConfig):
-        kind = sources.language.model_type
-        raise ValueError(f"--format gguf writes QWen only so far, and the language model is {kind}: use --format llava")
-    language, tower = sources.language, sources.tower
-    act, width = getattr(sources.vision, "hidden_act", None), language.num_attention_heads * language.kv_channels
+    kind, known = sources.language.model_type, (QWenConfig.model_type, *FAMILIES)
+    if kind not in known:
+        raise ValueError(f"--format gguf writes {', '.join(known)}; the language model is {kind}: use --format llava")
+    tower, act = sources.tower, getattr(sources.vision, "hidden_act", None)
     clip = "the tower is clip, whose patches llama.cpp misplaces (https://github.com/ggml-org/llama.cpp/issues/25814)"
     is_siglip = tower.kind == "siglip"
     refuse(
         [
             *misfits(sources),
-            (width != language.hidden_size, f"heads are {width} wide together, and hidden_size {language.hidden_size}"),
+            *text_misfits(sources, text_half(sources)),
             (tower.kind == "clip", clip),
             (tower.kind not in ("clip", "siglip"), f"the tower is {tower.kind}, and only SigLIP can be written"),
             (
@@ -105,13 +89,13 @@ def write_gguf(sources: Sources, folder: Path) -> None:
         OSError: if files are missing or can't be written.
     """
     text, mmproj = (folder / name for name in gguf_names(sources))
-    text_shapes, vision_shapes = (
-        [(name, torch.empty(shape, dtype=sources.dtype, device="meta")) for name, shape in shapes.items()]
-        for shapes in (sources.language_shapes, sources.vision_shapes)
-    )
-    qwen2_shapes = (part for name, value in text_shapes for part in as_qwen2(name, value))
-    language = text_half(sources)
-    _write(_text_metadata(sources, language, text), _text_tensors(qwen2_shapes), _text_tensors(language.weights()))
+    half = text_half(sources)
+    writer = _new_file(sources, text, "model", half.config()["model_type"])
+    add_text_metadata(writer, sources, half)
+    _write(writer, text_shapes(sources, half), text_weights(sources, half))
+    vision_shapes = [
+        (name, torch.empty(shape, dtype=sources.dtype, device="meta")) for name, shape in sources.vision_shapes.items()
+    ]
     projector = {name: value.to(sources.dtype) for name, value in sources.projector.items()}
     _write(
         _vision_metadata(sources, mmproj),
@@ -123,72 +107,19 @@ def write_gguf(sources: Sources, folder: Path) -> None:
 # ---- Metadata
 
 
-def _new_file(sources: Sources, path: Path, kind: str) -> Any:
+def _new_file(sources: Sources, path: Path, kind: str, architecture: str) -> Any:
     import gguf
 
-    writer = gguf.GGUFWriter(path, "clip" if kind == "mmproj" else "qwen2")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(kind)
     dtype = _DTYPES[sources.dtype]
     writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if dtype == "F32" else f"MOSTLY_{dtype}"))
     return writer
 
 
-def _text_metadata(sources: Sources, language: TextHalf, path: Path) -> Any:
-    qwen: Any = sources.language
-    writer = _new_file(sources, path, "model")
-    writer.add_block_count(qwen.num_hidden_layers)
-    writer.add_context_length(qwen.seq_length)
-    writer.add_embedding_length(qwen.hidden_size)
-    writer.add_feed_forward_length(qwen.intermediate_size // 2)
-    writer.add_head_count(qwen.num_attention_heads)
-    writer.add_head_count_kv(qwen.num_attention_heads)
-    writer.add_key_length(qwen.kv_channels)
-    writer.add_value_length(qwen.kv_channels)
-    writer.add_rope_dimension_count(qwen.kv_channels)
-    writer.add_rope_freq_base(float(qwen.rotary_emb_base))
-    writer.add_layer_norm_rms_eps(qwen.layer_norm_epsilon)
-    _add_tokenizer(writer, QWenTokenizer.from_pretrained(sources.language_name), qwen.vocab_size)
-    writer.add_chat_template(language.chat_template())
-    _add_sampling(writer, language.generation_config())
-    return writer
-
-
-def _add_tokenizer(writer: Any, tokenizer: QWenTokenizer, vocab_size: int) -> None:
-    """Add all tokens by id; rows of the embedding that no token has get a name, too."""
-    from gguf import TokenType
-
-    vocabulary, merges = byte_level_bpe(tokenizer)
-    words = sorted(vocabulary, key=lambda word: vocabulary[word])
-    unused = [f"[PAD{i}]" for i in range(len(words) + len(SPECIAL_TOKENS), vocab_size)]
-    kinds = (TokenType.NORMAL, words), (TokenType.CONTROL, SPECIAL_TOKENS), (TokenType.UNUSED, unused)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([token for _, tokens in kinds for token in tokens])
-    writer.add_token_types([kind for kind, tokens in kinds for _ in tokens])
-    writer.add_token_merges([f"{first} {second}" for first, second in merges])
-    # Three tokens end an answer, and llama.cpp has three names for such tokens.
-    writer.add_eos_token_id(ENDOFTEXT_ID)
-    writer.add_eot_token_id(IMEND_ID)
-    writer.add_eom_token_id(IMSTART_ID)
-    writer.add_pad_token_id(ENDOFTEXT_ID)
-    writer.add_add_bos_token(False)
-
-
-def _add_sampling(writer: Any, settings: dict[str, Any]) -> None:
-    """Add how answers are drawn where a question does not say; llama.cpp's own defaults differ from transformers'."""
-    is_drawn = settings.get("do_sample", False)
-    writer.add_sampling_temp(float(settings.get("temperature", 1.0)) if is_drawn else 0.0)
-    writer.add_sampling_top_k(int(settings.get("top_k", 50)))
-    writer.add_sampling_top_p(float(settings.get("top_p", 1.0)))
-    writer.add_sampling_min_p(0.0)
-    if "repetition_penalty" in settings:
-        writer.add_sampling_penalty_repeat(float(settings["repetition_penalty"]))
-        writer.add_sampling_penalty_last_n(-1)  # counted over the whole conversation
-
-
 def _vision_metadata(sources: Sources, path: Path) -> Any:
     config: Any = sources.vision
-    writer = _new_file(sources, path, "mmproj")
+    writer = _new_file(sources, path, "mmproj", "clip")
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("mlp")
     writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
@@ -208,12 +139,6 @@ def _vision_metadata(sources: Sources, path: Path) -> Any:
 
 
 # ---- Tensors
-
-
-def _text_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Rename what is named as in Qwen2's published files."""
-    for name, value in tensors:
-        yield _renamed(name.removeprefix("model.layers."), _TEXT_NAMES, "blk"), value
 
 
 def _vision_tensors(

@@ -9,6 +9,7 @@ from qwen import IMAGE_TOKEN
 
 from ..checkpoints.folder import LANGUAGE_MODEL
 from .gguf_files import gguf_names
+from .gguf_text import text_notes
 from .sources import Sources
 from .text_half import text_half
 from .verify import Comparison
@@ -99,8 +100,8 @@ def write_report(sources: Sources, folder: Path, name: str, kind: str, compariso
     text = {"llava": _LLAVA, "gguf": _GGUF, "merged": _MERGED, "peft": _PEFT}[kind].format(
         folder=name,
         limit="" if half.max_length is None else f" --max-model-len {half.max_length}",
-        length=half.max_length,
-        notes="\n".join(f"- {note}" for note in half.notes()),
+        length=half.max_length or getattr(sources.language, "max_position_embeddings", None),
+        notes="\n".join(f"- {note}" for note in (text_notes(half) if kind == "gguf" else half.notes())),
         kind=half.name,
         image=IMAGE_TOKEN,
         size=sources.tower.image_size,

@@ -107,10 +107,11 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
     return [_compare(one, other) for one, other in zip(expected, found, strict=True)]
 
 
-def our_answers(sources: Sources, pictures: list[Any]) -> list[Answer]:
-    """Ask our own model about each picture; None asks without one."""
+def our_answers(sources: Sources, pictures: list[Any], forbidden: list[int]) -> list[Answer]:
+    """Ask our own model about each picture (None asks without one), and let it answer without some tokens."""
     model, tokenizer = _our_model(sources), load_tokenizer(sources.language_name)
-    return list(_ask(model, _our_inputs(model, tokenizer), pictures, _settings(tokenizer)))
+    settings = _settings(tokenizer) | {"suppress_tokens": forbidden or None}
+    return list(_ask(model, _our_inputs(model, tokenizer), pictures, settings))
 
 
 def _settings(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -55,13 +55,13 @@ def run_export(tmp_path):
 @pytest.fixture
 def export(run_export, tokenizer_files, bpe, monkeypatch):
     """Call export.py for a QWen, whose tokenizer's files are copied."""
-    from model.export import gguf_files, qwen_text
+    from model.export import gguf_tokenizer, qwen_text
 
     def copy_files(folder, tokenizer, max_length):
         shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(qwen_text, "write_tokenizer", copy_files)
-    monkeypatch.setattr(gguf_files, "byte_level_bpe", lambda tokenizer: bpe)
+    monkeypatch.setattr(gguf_tokenizer, "byte_level_bpe", lambda tokenizer: bpe)
     return run_export
 
 
