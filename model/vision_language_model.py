@@ -116,7 +116,8 @@ class VisionLanguageModel(nn.Module):
         trains_all = trainable and train_only == "all"
 
         # The frozen half, in the dtype that autocast computes in.
-        tower = build_vision_tower(vision_name, dtype, **tower_settings(checkpoint, vision_name))
+        settings = tower_settings(checkpoint, vision_name) if checkpoint is not None else {}
+        tower = build_vision_tower(vision_name, dtype, **settings)
         language_model: Any = load_language_model(language_name, torch.float32 if trains_all else dtype)
         language_model.requires_grad_(trains_all)
         fingerprints = base_fingerprints(tower, language_model)
@@ -125,8 +126,10 @@ class VisionLanguageModel(nn.Module):
         if checkpoint is not None:
             check_bases(checkpoint, tower, language_model, fingerprints)
             projector_layers, pixel_shuffle = checkpoint.projector_layers, checkpoint.pixel_shuffle
-        check_pixel_shuffle(pixel_shuffle, tower.num_image_tokens)
-        check_window(language_name, language_model.config, tower.num_image_tokens // pixel_shuffle**2)
+        if pixel_shuffle != 1:
+            check_pixel_shuffle(pixel_shuffle, tower.num_image_tokens)
+        if getattr(language_model.config, "sliding_window", None):  # QWen has none
+            check_window(language_name, language_model.config, tower.num_image_tokens // pixel_shuffle**2)
         width = tower.hidden_size * pixel_shuffle**2
         projector = build_projector(width, language_model.config.hidden_size, projector_layers)
         if checkpoint is not None:
