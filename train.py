@@ -102,7 +102,8 @@ def build_trainer(
 
     # Put tower, projector and language model together; the seed decides the first weights of what is trained.
     set_seed(args.seed)
-    read_previous(model_args)
+    if model_args.previous_lora_weights is not None or model_args.from_llava is not None:
+        read_previous(model_args)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
 

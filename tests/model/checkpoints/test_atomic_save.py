@@ -110,6 +110,7 @@ def all_points(trainer, monkeypatch, run: Path):
     """
     faults, backup = Faults(monkeypatch), run.with_name("backup")
     shutil.copytree(run, backup)
+    faults.arm(0, Killed(), False)  # copying counts, too
     trainer._save_checkpoint(trainer.model, None)
     number = faults.count
     assert number > 20
@@ -181,6 +182,7 @@ def test_a_kill_while_the_weights_of_a_run_are_replaced_leaves_no_mixture(tiny_b
         model.qwen.transformer.ln_f.weight.add_(1)
     faults, found = Faults(monkeypatch), set()
     shutil.copytree(tmp_path / "old", tmp_path / "run")
+    faults.arm(0, Killed(), False)  # copying counts, too
     model.save_checkpoint(tmp_path / "run")
     for point in range(1, faults.count + 1):
         faults.arm(0, Killed(), False)
