@@ -20,8 +20,7 @@ from accelerate.utils import gather_object
 from dataprocess.file_lock import FileLockError, hold
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
-from ..checkpoints.folder import MULTIMODAL_CONFIG, TRAINED, CheckpointError, numbered_checkpoints
-from ..checkpoints.readers import weights_in
+from ..checkpoints.folder import TRAINED, CheckpointError, numbered_checkpoints
 from ..checkpoints.saving import PACKAGE_VERSIONS, flush_to_disk
 from .callbacks import RUN_CONFIG
 from .deleting import OVERWRITTEN, remove, set_aside
@@ -109,8 +108,7 @@ def is_overwriting(args: VLMTrainingArguments, resume: str | None) -> bool:
             f"--resume_from_checkpoint {args.resume_from_checkpoint} continues a run and --overwrite_output_dir "
             "deletes it; give one of them"
         )
-    names = {*TRAINED["lora"], *(weights_in(folder) if (folder / MULTIMODAL_CONFIG).exists() else ())}
-    weights = [folder / name for name in sorted(names) if (folder / name).exists()]
+    weights = [folder / name for name in TRAINED["lora"] if (folder / name).exists()]  # one of them is in every kind
     old = [*numbered_checkpoints(folder), *weights] if folder.is_dir() else []
     if resume is None:
         continues = args.resume_from_checkpoint is not None  # `auto`, and no checkpoint yet
