@@ -102,8 +102,7 @@ def build_trainer(
 
     # Put tower, projector and language model together; the seed decides the first weights of what is trained.
     set_seed(args.seed)
-    if model_args.previous_lora_weights is not None or model_args.from_llava is not None:
-        read_previous(model_args)
+    read_previous(model_args)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
 

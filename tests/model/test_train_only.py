@@ -408,6 +408,13 @@ def test_without_a_flag_the_base_is_the_checkpoints(command, bases, runs, kind, 
     assert config["model"]["base_language_model"] == expected
 
 
+@only_qwen3
+def test_without_a_flag_and_earlier_weights_the_base_is_the_published_one(command, tmp_path, capsys):
+    for dry in ([], ["--dry_run"]):
+        said = refused(capsys, *command[2:], "--max_steps", "1", "--output_dir", tmp_path, *dry)
+        assert "'Qwen/Qwen-7B-Chat': no local folder" in said
+
+
 def test_lora_from_a_whole_model(command, runs, bases, tmp_path):
     flags = ["--previous_lora_weights", str(runs["all"]), "--lora_rank", "3", "--max_steps", "1"]
     assert train.main([*command, *flags, "--output_dir", str(tmp_path)]) == 0
