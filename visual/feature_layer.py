@@ -16,7 +16,7 @@ from .base import VisionTower
 
 
 def read_earlier(tower: VisionTower, feature_layer: int) -> None:
-    """Let a whole tower give an earlier hidden state: of -2 or less, -1 is what it gives anyway.
+    """Make a whole tower give an earlier hidden state, from -2 down; -1 is what it gives anyway.
 
     Raises:
         ValueError: for a tower other than CLIP and SigLIP, or a hidden state that it does not have.

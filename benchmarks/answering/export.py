@@ -3,8 +3,8 @@
     python -m benchmarks.answering.export --folder FOLDER [--scale 1.0] [--layers N] [--output OUTPUT]
 
 Random bf16 weights of these shapes are written shard by shard, 17 GB in all, and the export is as large again. Then
-`export.py --no_verify` runs and is watched four times a second: resident memory, and of it what is anonymous. The
-difference is pages of the weights' files, which the system may drop and read again.
+`export.py --no_verify` runs, and its resident and anonymous memory are read four times a second. The difference is
+pages of the weights' files, which the system may drop and read again.
 Prints a table; writes export.json and export.png into the output folder. What was written is kept until the folder is
 deleted.
 """
@@ -79,7 +79,7 @@ def main() -> int:
     parse = parser(__doc__)
     parse.add_argument("--folder", type=Path, required=True, help="where everything is written; 34 GB at full size")
     parse.add_argument("--scale", type=float, default=1.0, help="share of width and layers; 1 is the true size")
-    parse.add_argument("--layers", type=int, help="of the language model, whatever the scale")
+    parse.add_argument("--layers", type=int, help="layers of the language model, whatever the scale")
     parse.add_argument("--lora_rank", type=int, default=128)
     parse.add_argument("--least_free", type=float, default=1.0, help="GB that must stay available on the machine")
     parse.add_argument("--write_only", action="store_true", help=argparse.SUPPRESS)

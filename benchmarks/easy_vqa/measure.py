@@ -4,7 +4,7 @@
     python -m benchmarks.easy_vqa.measure table demo_output/results demo_output/majority
 
 The first command writes the 9,673 questions, and for each the answer that is most frequent in training for its kind.
-The second compares the model with itself blind, when each question is about another test picture, and with those.
+The second compares the model with these answers, and with itself blind: each question about another test picture.
 """
 
 from __future__ import annotations

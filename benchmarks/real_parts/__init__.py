@@ -1,1 +1,1 @@
-"""The demo on real parts: a published language model and tower, and pictures that people drew and photographed."""
+"""The demo with real parts: a published language model and tower, and pictures that people drew and photographed."""

@@ -113,7 +113,7 @@ def convert_tower(onnx_file: Path, folder: Path, image_size: int) -> None:
 def main() -> None:
     """Convert both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for both folders")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write both models to")
     parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="side of the tower's pictures in pixels")
     args = parser.parse_args()
     with written_whole(args.output / "smollm2") as folder:

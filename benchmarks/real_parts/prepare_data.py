@@ -63,7 +63,7 @@ def file_name(picture: Picture, copy: int) -> str:
 
 
 def llava_records(pictures: list[Picture], number: int) -> list[dict[str, Any]]:
-    """Return samples in LLaVA's format: of each copy of each picture the kind, of the first copies the name too."""
+    """Return samples in LLaVA's format: the kind for every copy, and for the first copies the name too."""
     records = []
     for picture in pictures:
         for copy in range(number):

@@ -1,4 +1,4 @@
-"""What the model is asked, in training and afterwards."""
+"""Questions for the model, in training and afterwards."""
 
 KIND_QUESTION = "What kind of thing is this?"
 NAME_QUESTION = "What is in the picture?"

@@ -1,7 +1,8 @@
 """Tux Paint's stamps: pictures of things, with a caption in many languages next to each (GPL-2).
 
-Debian's package tuxpaint-stamps-default has 785. Folders say what kind of thing a picture shows. Letters, numbers,
-coins, flags and signs are left out, and folders that stand for an occasion rather than a kind of thing (seasonal).
+Debian's package tuxpaint-stamps-default has 785 of them. Folders say what kind of thing a picture shows. Letters,
+numbers, coins, flags and signs are left out, and folders that stand for an occasion rather than a kind of thing
+(seasonal).
 """
 
 from __future__ import annotations

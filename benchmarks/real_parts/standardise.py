@@ -3,7 +3,7 @@ r"""Give a DINOv2 features of mean 0 and variance 1, by its last LayerNorm alone
     python -m benchmarks.real_parts.standardise --tower demo_real_output/dinov2 \
         --annotations demo_real_output/annotations --output demo_real_output/tower
 
-A few channels of this tower are many times as large as the others, and a projector that starts anew would see little
+A few channels of this tower are many times as large as the others, and a freshly initialised projector would see little
 else for hundreds of steps. The statistics are those of the training pictures. (x - mean) / std of what a LayerNorm
 gives is again a LayerNorm, of weight / std and (bias - mean) / std: nothing else changes, and no information is lost.
 """

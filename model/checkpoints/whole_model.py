@@ -24,7 +24,7 @@ def write_language_model(language_model: Any, base: str, folder: Path) -> None:
     """Write a language model in the layout of its base; a tied language head is left out, as there.
 
     Args:
-        language_model: it, without LoRA layers.
+        language_model: without LoRA layers.
         base: hub name or folder of the base, whose small files are copied.
         folder: a new folder.
 
@@ -33,7 +33,7 @@ def write_language_model(language_model: Any, base: str, folder: Path) -> None:
     """
     config_file = published_file(base, "config.json")
     if config_file is None:
-        raise OSError(f"base language model {base}: its config.json is missing, which is to be copied")
+        raise OSError(f"base language model {base}: its config.json, which must be copied, is missing")
     kept = language_model.generation_config, language_model.config.architectures
     language_model.generation_config = GenerationConfig()  # published settings are refused where they don't go together
     try:

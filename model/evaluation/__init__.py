@@ -1,1 +1,1 @@
-"""Side room: what evaluate.py does. Only `asking.py` and `samples.py` load torch."""
+"""Side room: the work of evaluate.py. Only `asking.py` and `samples.py` load torch."""

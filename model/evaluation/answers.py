@@ -66,6 +66,6 @@ def _read(path: Path) -> dict[str, str | None]:
                 f'--answers {path}, record {number}: got {shorten(record, 60)}; expected {{"id": …, "answer": "…"}}'
             )
         if str(index) in answers:
-            raise ValueError(f"--answers {path}, record {number}: the id {shorten(index, 40)} is there twice")
+            raise ValueError(f"--answers {path}, record {number}: the id {shorten(index, 40)} occurs twice")
         answers[str(index)] = answer
     return answers

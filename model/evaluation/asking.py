@@ -47,7 +47,7 @@ class Answered:
     blind: list[str | None] | None
     errors: list[str]
     made_with: dict[str, Any]
-    """What the answers depend on: fingerprints of checkpoint and base models, settings."""
+    """All that the answers depend on: fingerprints of checkpoint and base models, settings."""
 
 
 def ask(args: argparse.Namespace, items: Sequence[Item], output: Path, rank: int, world_size: int) -> Answered | None:

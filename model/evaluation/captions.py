@@ -107,7 +107,7 @@ def _english(references: Sequence[Sequence[str]], answers: Sequence[str]) -> tup
             words = tokenizer.tokenize(groups)
             if all(len(words.get(number, [])) == len(group) for number, group in groups.items()):
                 return PTB, (words[0], [words[number] for number in range(1, len(groups))])
-        logger.warning("captions: Java is there, but the PTB tokenizer does not work; plain words are compared instead")
+        logger.warning("captions: Java is found, but the PTB tokenizer does not work; plain words are compared instead")
     return PLAIN, _apply(_plain_words, references, answers)
 
 

@@ -19,7 +19,7 @@ _SMALLEST = 1e-9  # of a change
 
 
 def compare(first: Path, second: Path, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score the answers in two output folders of evaluate.py anew, and compare them question by question.
+    """Score the answers in two output folders of evaluate.py again, and compare them question by question.
 
     Returns:
         What compare.json holds; and a line for each question whose score changed.
@@ -40,7 +40,7 @@ def compare(first: Path, second: Path, seed: int) -> tuple[dict[str, Any], list[
     other_answers = [other_answers[order[str(item.question.id)]] for item in items]
     common = [family for family in families if family in other_families]
     if not common:
-        raise ValueError(f"--compare: no metric of {first} was computed for {second}; evaluate one of them anew")
+        raise ValueError(f"--compare: no metric of {first} was computed for {second}; evaluate one of them again")
     pairs = list(zip(score(items, answers, common), score(items, other_answers, common), strict=True))
     changed = [line for pair in pairs for line in _changed(*pair, items, answers, other_answers)]
     result = {
@@ -66,7 +66,7 @@ def _changed(
 
 
 def write_comparison(output: Path, result: dict[str, Any], changed: Sequence[dict[str, Any]]) -> None:
-    """Write compare.json and changed.jsonl, what became worse first."""
+    """Write compare.json and changed.jsonl, questions that became worse first."""
     write_whole(output / "changed.jsonl", "".join(to_json(line) + "\n" for line in changed))
     write_whole(output / "compare.json", to_json(result, indent=2) + "\n")
 

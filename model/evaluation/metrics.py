@@ -40,7 +40,7 @@ NAMES = {
     **{f"bleu_{n}": ("bleu",) for n in range(1, 5)},
     "captions": CAPTION_METRICS,
 }
-"""What --metrics takes, and the families that it means."""
+"""The names that --metrics takes, and the families that each stands for."""
 _BY_SOURCE = {
     "vqav2": ["vqa_accuracy"],
     "pope": ["pope"],
@@ -185,7 +185,7 @@ def _pope(items: Sequence[Item], answers: Sequence[str]) -> Scored:
 
 
 def pope_values(splits: Sequence[str], sums: Array) -> Values:
-    """Return POPE's five values from (..., 4 per split); those of several splits are the mean, and each one's besides.
+    """Return POPE's five values from (..., 4 per split); with several splits, the means and each split's own.
 
     A share of nothing is 0, and a split without a question does not count.
     """

@@ -30,14 +30,14 @@ _KNOWN = 'lines of {"id", "image", "prompt", "answers"}, VQAv2, POPE, GQA, COCO 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files of questions are read."""
+    """Settings for reading files of questions."""
 
     annotations: Path | None = None
     """VQAv2's answers, which are in a file of their own."""
     image_folder: Path | None = None
-    """Where the pictures are; by default next to the file of questions."""
+    """The folder of the pictures; by default next to the file of questions."""
     prompt: str | None = None
-    """What is asked about pictures whose files hold no questions."""
+    """The question about pictures whose files hold no questions."""
     suffix: str = ""
     """Added to every question, after a line break."""
 

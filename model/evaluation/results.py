@@ -38,7 +38,7 @@ class Evaluation:
     blind: Sequence[Scored] | None
     seed: int
     fingerprints: dict[str, Any]
-    """What the questions and answers were made of."""
+    """All that the questions and answers were made from, as fingerprints."""
 
 
 def file_digest(path: Path) -> str:

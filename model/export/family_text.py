@@ -82,7 +82,7 @@ class FamilyText:
             (not self.tokenizer.is_fast, f"the tokenizer of {kind} can't be written as a tokenizer.json"),
             (
                 any(map(self._differs, _TRIALS)),
-                f"the tokenizer of {kind} splits a text after a picture otherwise than in training",
+                f"the tokenizer of {kind} splits a text after a picture differently than in training",
             ),
         ]
 

@@ -37,7 +37,7 @@ _TOWER_SETTINGS = (
 )
 _VALUES_PER_TENSOR = 64
 _ROUNDING: dict[str, Any] = {"rtol": 2**-7, "atol": 1e-5}
-"""How far a weight may be from itself in bfloat16 or float16."""
+"""Allowed distance of a weight from the same one in bfloat16 or float16."""
 
 
 def start_from_llava(model: VisionLanguageModel, folder: str) -> None:
@@ -191,7 +191,7 @@ def _check_tower(folder: str, theirs: dict[str, Tensor], tower: Any, layer: int)
         expected = norm_block(weight, bias, tower.config.intermediate_size)
         if block.keys() != expected.keys() or not all(torch.equal(block[name], expected[name]) for name in block):
             raise ValueError(
-                f"--from_llava {folder}: block {used} of its tower is no last norm as export.py writes it, and "
+                f"--from_llava {folder}: block {used} of its tower is not a last norm as export.py writes it, and "
                 f"{tower.name_or_path} has no such block; give the tower that it was trained with"
             )
 

@@ -1,8 +1,8 @@
 """The checkpoint as two GGUF files for llama.cpp: the language model, and SigLIP with the projector.
 
 llama.cpp applies SigLIP's last norm itself and reads the projector as LLaVA's, so no value changes: tensors get other
-names, and some of Llama's another order of rows. The metadata is written first, then where each tensor lies, then
-tensor by tensor, so one is in memory at a time.
+names, and some of Llama's have their rows reordered. The metadata is written first, then where each tensor lies, then
+the tensors one by one, so that only one is in memory at a time.
 """
 
 from __future__ import annotations

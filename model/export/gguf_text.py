@@ -52,10 +52,10 @@ def text_misfits(sources: Sources, half: TextHalf) -> list[tuple[bool, str]]:
     return [
         (
             kind == "qwen2" and width != config["hidden_size"],
-            f"heads are {width} wide together, and hidden_size {config['hidden_size']}",
+            f"all heads together are {width} wide, and hidden_size is {config['hidden_size']}",
         ),
         (rope != "default", f"rope_type is {rope!r}, and only unscaled rotation can be written"),
-        (part != 1, f"partial_rotary_factor is {part}, and only whole heads can be turned"),
+        (part != 1, f"partial_rotary_factor is {part}, and only whole heads can be rotated"),
         ("sliding_attention" in (config.get("layer_types") or ()), "layers with a sliding window can't be written"),
         (config["hidden_act"] != "silu", f"hidden_act of the language model is {config['hidden_act']!r}, not silu"),
         (bool(unknown), f"llama.cpp's {kind} has no place for {', '.join(unknown[:3])}"),
@@ -113,7 +113,7 @@ def _family_template(half: FamilyText) -> str:
 
 
 def _add_sampling(writer: Any, settings: dict[str, Any]) -> None:
-    """Add how answers are drawn where a question does not say; llama.cpp's own defaults differ from transformers'."""
+    """Add the settings for sampling where a request has none; llama.cpp's own defaults differ from transformers'."""
     is_drawn = settings.get("do_sample", False)
     writer.add_sampling_temp(float(settings.get("temperature", 1.0)) if is_drawn else 0.0)
     writer.add_sampling_top_k(int(settings.get("top_k", 50)))

@@ -1,6 +1,7 @@
 """A tokenizer as llama.cpp reads it: tokens, merges, and the name of a way to cut text into words before these merge.
 
-That name is found by comparing what tokenizer.json does with what llama.cpp does under the name, never by the model's.
+That name is found by comparing what tokenizer.json does with what llama.cpp does under each; the model's own name plays
+no part.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _tokens(values: dict[str, Any]) -> dict[int, tuple[str, str]]:
 
 
 def end_ids(half: FamilyText) -> list[int]:
-    """Return the ids that end an answer; the tokenizer's own comes first, for chat templates write it by its name."""
+    """Return the ids that end an answer; the tokenizer's own comes first, because chat templates use its name."""
     own = half.chat.tokenizer.eos_token_id
     ids: list[int] = [*half.chat.stop_ids, *half.generation_config()["eos_token_id"]]
     return list(dict.fromkeys(ids if own is None else [own, *ids]))

@@ -56,7 +56,7 @@ sys.stdin.read()  # until whoever asks is done, or gone
 
 @dataclass(frozen=True)
 class ServerAnswer:
-    """What the server made of a question."""
+    """The prompt as the server read it, and its answer."""
 
     prompt: list[int]  # T ids, image tokens included
     num_prompt_tokens: int  # as the server counts them
