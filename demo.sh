@@ -6,7 +6,11 @@
 # finished are skipped; to restart from scratch, remove demo_output/. OUTPUT=folder writes elsewhere.
 set -eu
 cd "$(dirname "$0")"
-[ "${1-}" != --real ] || { shift && exec sh benchmarks/real_parts/demo.sh "$@"; }
+case "${1-}" in
+    "") ;;
+    --real) shift && exec sh benchmarks/real_parts/demo.sh "$@" ;;
+    *) echo "demo.sh: takes --real or nothing, got $1" >&2 && exit 2 ;;
+esac
 . tests/setup.sh
 set_up requirements.txt benchmarks/easy_vqa/requirements.txt
 install_data dashscope==2.0.2 easy-vqa==1.0

@@ -46,7 +46,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--output", help="folder to write; it must not exist, or be empty")
     add("--format", default="llava", choices=["llava", "gguf", "merged", "peft"], help="what to write (%(default)s)")
     add("--dtype", help="float32, bfloat16 or float16; default: the one that the checkpoint was trained in")
-    add("--max_shard_size", default="5GB", help="the most bytes of weights in a file (%(default)s)")
+    add("--max_shard_size", help="the most bytes of weights in a file of llava or merged; default: 5GB")
     add("--base_language_model", help="hub name or folder; default: what the checkpoint was trained on")
     add("--base_value_model", help="hub name or folder of the vision tower; default: likewise")
     add("--no_verify", action="store_true", help="leave out the comparison, which takes 4 bytes of memory a parameter")
@@ -55,7 +55,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing: give a folder; --help explains the flags")
     args.output = Path(args.output).absolute()
-    args.max_shard_size = parse_size(args.max_shard_size)
+    if args.max_shard_size is not None and args.format not in ("llava", "merged"):
+        raise ValueError(f"--max_shard_size: --format {args.format} writes no shards; leave --max_shard_size out")
+    if args.dtype is not None and args.format == "peft":
+        raise ValueError("--dtype: --format peft writes LoRA as it was trained, in float32; leave --dtype out")
+    args.max_shard_size = parse_size(args.max_shard_size or "5GB")
     args.dtype = None if args.dtype is None else parse_dtype(args.dtype)
     check_output(args.output)
     return args

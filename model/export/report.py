@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def write_report(sources: Sources, folder: Path, name: str, kind: str, compariso
     half = text_half(sources)
     text_file, mmproj_file = gguf_names(sources)
     text = {"llava": _LLAVA, "gguf": _GGUF, "merged": _MERGED, "peft": _PEFT}[kind].format(
-        folder=name,
+        folder=name if kind == "peft" else shlex.quote(name),
         limit="" if half.max_length is None else f" --max-model-len {half.max_length}",
         length=half.max_length or getattr(sources.language, "max_position_embeddings", None),
         notes="\n".join(f"- {note}" for note in (text_notes(half) if kind == "gguf" else half.notes())),

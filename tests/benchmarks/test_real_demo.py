@@ -1,13 +1,16 @@
 """The demo on real parts, without its parts: pictures that are made here, and no model or a tiny random one."""
 
 import json
+import os
 import random
 import re
+import subprocess
 
 import pytest
 import torch
 from PIL import Image
 from tiny_families import make_family
+from tiny_run import ROOT
 from tiny_towers import make_dinov2_checkpoint
 from torch import nn
 
@@ -45,6 +48,18 @@ def folder(tmp_path):
     copy.with_suffix(".txt").write_text("A bird.", encoding="utf-8")
     Image.new("L", (9, 9)).save(source / "food/nothing.png")
     return source
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--wrong",), ("--real", "--pictures"), ("--real", "--pictures", ""), ("--real", "--pictures", "/", "extra")],
+)
+def test_what_the_demonstrations_do_not_take_is_one_line(words, tmp_path):
+    environment = {"PATH": os.environ["PATH"], "OUTPUT": str(tmp_path / "out"), "VENV": str(tmp_path / "venv")}
+    done = subprocess.run(["sh", "demo.sh", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"demo\.sh: .+\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kinds_come_from_folders_and_signs_are_left_out(folder):

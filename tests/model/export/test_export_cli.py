@@ -37,6 +37,9 @@ def leftovers(output: Path) -> list[str]:
         (["--model_weights", "x", "--output", "y", "--dtype", "int8"], "int8"),
         (["--model_weights", "x", "--output", "y", "--max_shard_size", "5"], "5GB"),
         (["--model_weights", "x", "--output", "y", "--max_shard_size", "0GB"], "above 0"),
+        (["--model_weights", "x", "--output", "y", "--max_shard_size", "1GB", "--format", "peft"], "no shards"),
+        (["--model_weights", "x", "--output", "y", "--max_shard_size", "1GB", "--format", "gguf"], "no shards"),
+        (["--model_weights", "x", "--output", "y", "--dtype", "float16", "--format", "peft"], "float32"),
         (["--model_weights", "no/such/folder", "--output", "y"], "no such folder"),
     ],
 )
