@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataprocess.file_lock import hold
+from dataprocess.messages import format_count
 from model.console import set_up_logging, use_utf8
 from model.errors import OneLineErrors, in_one_line, is_out_of_memory, one_line, out_of_memory
 from model.evaluation.answers import read_answers
@@ -127,8 +128,8 @@ def run(args: argparse.Namespace) -> int:
         made_of["model"] = answered.made_with
 
     # Score them, and write the results.
-    scored = score(items, [answer or "" for answer in answers], families)
-    scored_blind = None if blind is None else score(items, [answer or "" for answer in blind], families)
+    scored = score(items, answers, families)
+    scored_blind = None if blind is None else score(items, blind, families)
     with hold(args.output):
         results = write_results(
             args.output, Evaluation(items, answers, scored, blind, scored_blind, args.seed, made_of)
@@ -136,8 +137,10 @@ def run(args: argparse.Namespace) -> int:
     print(markdown(markdown_rows(results)))
     for name, text in results["variants"].items():
         logger.info("%s: %s", name, text)
-    if results["counts"]["without_answer"]:
-        logger.warning("%d questions have no answer, which counts as wrong", results["counts"]["without_answer"])
+    missing = results["counts"]["without_answer"]
+    if missing:
+        said = format_count(missing, "question has", "questions have")
+        logger.warning("%s no answer, which counts as wrong", said)
     for error in errors[:20]:
         logger.error("evaluate.py: %s", one_line(error))
     logger.info("%s: results.json, answers.jsonl, report.html", args.output)

@@ -143,6 +143,19 @@ def test_two_evaluations_are_compared_question_by_question(call, files, tmp_path
     assert "| +0.0000 | +0.0000 to +0.0000 |" in out
 
 
+def test_a_missing_answer_is_wrong_and_stays_missing_in_a_comparison(call, tmp_path):
+    """POPE takes an empty answer for "yes", which is not what a question without an answer says."""
+    questions = write(tmp_path / "q.jsonl", [{"id": n, "prompt": "?", "answers": ["yes"]} for n in range(2)])
+    second = {"empty": {"id": 1, "answer": ""}, "missing": {"id": 1, "error": "no such file"}}
+    for name, line in second.items():
+        answers = write(tmp_path / f"{name}.jsonl", [{"id": 0, "answer": "yes"}, line])
+        call("--questions", questions, "--answers", answers, "--metrics", "pope", "--output", tmp_path / name)
+    accuracies = [results(tmp_path / name)["metrics"]["pope_accuracy"] for name in second]
+    assert accuracies == [1.0, 0.5]
+    out, _ = call("--compare", tmp_path / "empty", tmp_path / "missing")
+    assert "| pope_accuracy | 1.0000 | 0.5000 | -0.5000 |" in out
+
+
 def test_the_answers_of_one_evaluation_are_questions_of_another(call, files, tmp_path):
     call("--questions", files["questions"], "--answers", files["first"], "--output", tmp_path / "first")
     again = tmp_path / "first" / "answers.jsonl"
