@@ -70,6 +70,9 @@ def check(args: argparse.Namespace) -> None:
     """Refuse an evaluation without questions, answers or output, or with two of them."""
     if (args.questions is None) == (args.image_map is None) or (args.image_map is None) != (args.captions_file is None):
         raise ValueError("give either --questions FILE, or --image_map FILE with --captions_file FILE")
+    unused = [name for name in ("annotations", "image_folder", "prompt") if getattr(args, name) is not None]
+    if args.image_map is not None and unused:
+        raise ValueError(f"--{unused[0]} belongs to --questions; --image_map brings its own; leave it out")
     if (args.model_weights is None) == (args.answers is None):
         raise ValueError("give either --model_weights FOLDER, to ask a model, or --answers FILE, to score answers")
     if args.answers is not None and args.blind:
@@ -87,7 +90,7 @@ def read_questions(args: argparse.Namespace) -> list[QuestionSet]:
     if args.image_map is not None:
         from model.evaluation.samples import read_samples  # loads torch
 
-        return [read_samples(args.image_map, args.captions_file)]
+        return [read_samples(args.image_map, args.captions_file, args.prompt_suffix or "")]
     reading = Reading(args.annotations, args.image_folder, args.prompt, args.prompt_suffix or "")
     return [read_file(path, reading) for path in args.questions]
 

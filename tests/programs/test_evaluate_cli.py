@@ -194,6 +194,10 @@ def test_other_questions_are_not_compared(call, files, tmp_path):
             "folder",
         ),
         (["--image_map", "{questions}", "--answers", "{first}", "--output", "{out}"], "--captions_file"),
+        *(
+            (["--image_map", "m", "--captions_file", "c", "--answers", "{first}", "--output", "{out}", flag, "."], flag)
+            for flag in ("--annotations", "--image_folder", "--prompt")
+        ),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{first}"], "first.jsonl"),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--no_such_flag"], "no_such_flag"),
         (["--questions", "{questions}", "--model_weights", "{none}", "--output", "{out}"], "none.jsonl"),
