@@ -133,17 +133,14 @@ def run(args: argparse.Namespace) -> int:
     # Score them, and write the results.
     scored = score(items, answers, families)
     scored_blind = None if blind is None else score(items, blind, families)
+    done = Evaluation(items, answers, scored, blind, scored_blind, args.seed, made_of)
     with hold(args.output):
-        results = write_results(
-            args.output, Evaluation(items, answers, scored, blind, scored_blind, args.seed, made_of)
-        )
+        results = write_results(args.output, done)
     print(markdown(markdown_rows(results)))
     for name, text in results["variants"].items():
         logger.info("%s: %s", name, text)
-    missing = results["counts"]["without_answer"]
-    if missing:
-        said = format_count(missing, "question has", "questions have")
-        logger.warning("%s no answer, which counts as wrong", said)
+    if missing := results["counts"]["without_answer"]:
+        logger.warning("%s no answer, which counts as wrong", format_count(missing, "question has", "questions have"))
     for error in errors[:20]:
         logger.error("evaluate.py: %s", one_line(error))
     logger.info("%s: results.json, answers.jsonl, report.html", args.output)
