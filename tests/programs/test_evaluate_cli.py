@@ -211,6 +211,12 @@ def test_what_a_user_can_fix_is_refused_in_a_line(call, files, tmp_path, flags, 
     assert {name: path.read_bytes() for name, path in files.items()} == before
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_process_number_that_is_none_is_refused_in_a_line(call, monkeypatch, name):
+    monkeypatch.setenv(name, "x")
+    assert name in one_line_error(call("--help", status=2)[1], "evaluate.py")
+
+
 def test_answers_are_not_overwritten_and_one_process_writes(call, files, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
