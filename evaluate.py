@@ -14,23 +14,23 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dataprocess.file_lock import hold
-from model.console import set_up_logging, use_utf8
+from dataprocess.messages import format_count
+from model.console import use_utf8
 from model.errors import OneLineErrors, in_one_line, is_out_of_memory, one_line, out_of_memory
 from model.evaluation.answers import read_answers
 from model.evaluation.compare import compare, comparison_rows, write_comparison
 from model.evaluation.items import QuestionSet, gather
 from model.evaluation.metrics import check_families, choose_families, score
+from model.evaluation.processes import enter_process
 from model.evaluation.published import Reading, read_file
 from model.evaluation.results import Evaluation, file_digest, markdown, markdown_rows, write_results
 
 logger = logging.getLogger("evaluate")
-RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -69,6 +69,9 @@ def check(args: argparse.Namespace) -> None:
     """Refuse an evaluation without questions, answers or output, or with two of them."""
     if (args.questions is None) == (args.image_map is None) or (args.image_map is None) != (args.captions_file is None):
         raise ValueError("give either --questions FILE, or --image_map FILE with --captions_file FILE")
+    unused = [name for name in ("annotations", "image_folder", "prompt") if getattr(args, name) is not None]
+    if args.image_map is not None and unused:
+        raise ValueError(f"--{unused[0]} belongs to --questions; --image_map brings its own; leave it out")
     if (args.model_weights is None) == (args.answers is None):
         raise ValueError("give either --model_weights FOLDER, to ask a model, or --answers FILE, to score answers")
     if args.answers is not None and args.blind:
@@ -86,12 +89,12 @@ def read_questions(args: argparse.Namespace) -> list[QuestionSet]:
     if args.image_map is not None:
         from model.evaluation.samples import read_samples  # loads torch
 
-        return [read_samples(args.image_map, args.captions_file)]
+        return [read_samples(args.image_map, args.captions_file, args.prompt_suffix or "")]
     reading = Reading(args.annotations, args.image_folder, args.prompt, args.prompt_suffix or "")
     return [read_file(path, reading) for path in args.questions]
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, rank: int, world_size: int) -> int:
     """Evaluate what the flags say; return the exit status."""
     if args.compare is not None:
         result, changed = compare(*args.compare, args.seed)
@@ -113,31 +116,30 @@ def run(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     blind, errors = None, []
     if args.answers is not None:
-        if RANK > 0:
+        if rank > 0:
             return 0
         answers = read_answers(args.answers, sets, items)
         made_of["answers"] = {str(path): file_digest(path) for path in args.answers}
     else:
         from model.evaluation.asking import ask  # loads torch
 
-        answered = ask(args, items, args.output, RANK, WORLD_SIZE)
+        answered = ask(args, items, args.output, rank, world_size)
         if answered is None:
             return 0
         answers, blind, errors = answered.seeing, answered.blind, answered.errors
         made_of["model"] = answered.made_with
 
     # Score them, and write the results.
-    scored = score(items, [answer or "" for answer in answers], families)
-    scored_blind = None if blind is None else score(items, [answer or "" for answer in blind], families)
+    scored = score(items, answers, families)
+    scored_blind = None if blind is None else score(items, blind, families)
+    done = Evaluation(items, answers, scored, blind, scored_blind, args.seed, made_of)
     with hold(args.output):
-        results = write_results(
-            args.output, Evaluation(items, answers, scored, blind, scored_blind, args.seed, made_of)
-        )
+        results = write_results(args.output, done)
     print(markdown(markdown_rows(results)))
     for name, text in results["variants"].items():
         logger.info("%s: %s", name, text)
-    if results["counts"]["without_answer"]:
-        logger.warning("%d questions have no answer, which counts as wrong", results["counts"]["without_answer"])
+    if missing := results["counts"]["without_answer"]:
+        logger.warning("%s no answer, which counts as wrong", format_count(missing, "question has", "questions have"))
     for error in errors[:20]:
         logger.error("evaluate.py: %s", one_line(error))
     logger.info("%s: results.json, answers.jsonl, report.html", args.output)
@@ -147,9 +149,9 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; return the exit status: 2 for what the user can fix, 1 if memory ran out, 130 after Ctrl-C."""
     use_utf8()
-    set_up_logging(RANK, WORLD_SIZE)
     try:
-        return run(parse_arguments(sys.argv[1:] if argv is None else argv))
+        rank, world_size = enter_process()
+        return run(parse_arguments(sys.argv[1:] if argv is None else argv), rank, world_size)
     except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         if is_out_of_memory(error):
             logger.error("evaluate.py: %s", out_of_memory(error, "lower --batch_size or --max_new_tokens"))

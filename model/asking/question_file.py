@@ -25,10 +25,11 @@ class Question:
     """The line's other keys."""
 
 
-def read_questions(path: Path, flag: str = "--batch") -> list[Question]:
+def read_questions(path: Path, flag: str = "--batch", image_folder: Path | None = None) -> list[Question]:
     """Read a file of questions; empty lines are skipped, other lines that are no question refused with their number.
 
-    Relative image paths count from the current folder, or from the file's own if nothing is there.
+    Relative image paths count from the image folder; without one, from the current folder, or from the file's own if
+    nothing is there.
     """
     questions: list[Question] = []
     line_of: dict[str | int, int] = {}
@@ -36,7 +37,7 @@ def read_questions(path: Path, flag: str = "--batch") -> list[Question]:
         if not raw.strip():
             continue
         try:
-            question = _question(raw, path.parent)
+            question = _question(raw, path.parent, image_folder)
             if question.id in line_of:
                 raise ValueError(f"the id {question.id!r} is that of line {line_of[question.id]} too; ids must differ")
         except ValueError as error:
@@ -48,7 +49,7 @@ def read_questions(path: Path, flag: str = "--batch") -> list[Question]:
     return questions
 
 
-def _question(raw: bytes, folder: Path) -> Question:
+def _question(raw: bytes, folder: Path, image_folder: Path | None) -> Question:
     try:
         values = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
@@ -71,7 +72,8 @@ def _question(raw: bytes, folder: Path) -> Question:
             got = shorten(values[key], 40) if key in values else "missing"
             raise ValueError(f"the {key} is {got}; {_EXPECTED}")
     further = {key: value for key, value in values.items() if key not in ("id", "image", "prompt")}
-    return Question(index, tuple(resolve_picture(name, folder) for name in names), prompt, further)
+    paths = tuple(image_folder / name if image_folder else resolve_picture(name, folder) for name in names)
+    return Question(index, paths, prompt, further)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -55,7 +55,11 @@ def compare(first: Path, second: Path, seed: int) -> tuple[dict[str, Any], list[
 
 
 def _changed(
-    first: Scored, second: Scored, items: Sequence[Item], answers: Sequence[str], other_answers: Sequence[str]
+    first: Scored,
+    second: Scored,
+    items: Sequence[Item],
+    answers: Sequence[str | None],
+    other_answers: Sequence[str | None],
 ) -> list[dict[str, Any]]:
     lines = []
     for at, before, after in zip(first.rows, first.each, second.each, strict=True):

@@ -37,10 +37,18 @@ class QuestionSet:
     items: list[Item]
 
 
-def read_own(path: Path) -> QuestionSet:
+def with_suffix(item: Item, suffix: str) -> Item:
+    """Return a question with a text added after a line break, if there is one to add."""
+    if not suffix:
+        return item
+    question = dataclasses.replace(item.question, prompt=f"{item.question.prompt}\n{suffix}")
+    return dataclasses.replace(item, question=question)
+
+
+def read_own(path: Path, image_folder: Path | None = None) -> QuestionSet:
     """Read lines of `{"id": …, "image": …, "prompt": …, "answers": [...]}`, which may have further keys."""
     items = []
-    for question in read_questions(path, "--questions"):
+    for question in read_questions(path, "--questions", image_folder):
         references: Any = question.further.get("answers")
         references = [references] if isinstance(references, str) else references
         if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):

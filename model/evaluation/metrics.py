@@ -127,14 +127,17 @@ def check_families(items: Sequence[Item], families: Sequence[str]) -> None:
         check_packages([text for item in items for text in item.references])
 
 
-def score(items: Sequence[Item], answers: Sequence[str], families: Sequence[str]) -> list[Scored]:
-    """Score answers, each family over the questions that it is defined for; see `check_families`."""
+def score(items: Sequence[Item], answers: Sequence[str | None], families: Sequence[str]) -> list[Scored]:
+    """Score answers, each family over the questions that it is defined for; see `check_families`.
+
+    None is a missing answer, which is wrong, whatever an empty one would be.
+    """
     makers = {"vqa_accuracy": _vqa, "exact_match": _exact, "pope": _pope}
     found = [makers[family](items, answers) for family in families if family in makers]
     captions = [family for family in families if family in CAPTION_METRICS]
     if captions:
         texts = [item.references for item in items]
-        for statistics in caption_statistics(texts, answers, captions):
+        for statistics in caption_statistics(texts, [answer or "" for answer in answers], captions):
             found.append(Scored(rows=list(range(len(items))), **statistics))
     for one in found:
         if len(one.rows) < len(items):
@@ -142,18 +145,21 @@ def score(items: Sequence[Item], answers: Sequence[str], families: Sequence[str]
     return found
 
 
-def _vqa(items: Sequence[Item], answers: Sequence[str]) -> Scored:
+def _vqa(items: Sequence[Item], answers: Sequence[str | None]) -> Scored:
     rows = [at for at, item in enumerate(items) if len(item.references) > 1]
     few = sum(len(items[at].references) < 4 for at in rows)
     if few:
         said = format_count(few, "question has", "questions have")
         logger.warning("vqa_accuracy: %s fewer than four references, so that no answer reaches 1", said)
-    return _mean("vqa_accuracy", rows, [vqa_accuracy(answers[at], items[at].references) for at in rows])
+    pairs = [(answers[at], items[at].references) for at in rows]
+    scores = [0.0 if answer is None else vqa_accuracy(answer, references) for answer, references in pairs]
+    return _mean("vqa_accuracy", rows, scores)
 
 
-def _exact(items: Sequence[Item], answers: Sequence[str]) -> Scored:
-    pairs = zip(items, answers, strict=True)
-    hits = [float(answer.strip() in {text.strip() for text in item.references}) for item, answer in pairs]
+def _exact(items: Sequence[Item], answers: Sequence[str | None]) -> Scored:
+    hits = []
+    for item, answer in zip(items, answers, strict=True):
+        hits.append(float(answer is not None and answer.strip() in {text.strip() for text in item.references}))
     return _mean("exact_match", list(range(len(items))), hits)
 
 
@@ -173,12 +179,13 @@ def _label(item: Item) -> str | None:
     return labels.pop() if labels in ({"yes"}, {"no"}) else None
 
 
-def _pope(items: Sequence[Item], answers: Sequence[str]) -> Scored:
+def _pope(items: Sequence[Item], answers: Sequence[str | None]) -> Scored:
     rows = [at for at, item in enumerate(items) if _label(item) is not None]
     splits = sorted({items[at].split for at in rows})
     statistics = np.zeros((len(rows), len(splits), 4))  # true and false yes, true and false no
     for number, at in enumerate(rows):
-        is_yes, should = says_yes(answers[at]), _label(items[at]) == "yes"
+        answer, should = answers[at], _label(items[at]) == "yes"
+        is_yes = says_yes(answer) if answer is not None else not should  # a missing one counts as the wrong one
         statistics[number, splits.index(items[at].split), (0 if should else 1) if is_yes else (3 if should else 2)] = 1
     values = functools.partial(pope_values, splits)
     return Scored("pope", "pope_accuracy", rows, statistics.reshape(len(rows), -1), values, VARIANTS["pope"])

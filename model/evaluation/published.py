@@ -21,7 +21,7 @@ from dataprocess.messages import format_count, shorten
 
 from ..asking.question_file import Question, resolve_picture
 from .files import read_json
-from .items import Item, QuestionSet, read_own, split_of
+from .items import Item, QuestionSet, read_own, split_of, with_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,15 @@ def read_file(path: Path, reading: Reading) -> QuestionSet:
     """
     value = read_json(path, "--questions")
     source, records = _tell(value, path)
-    if source == "questions":
-        return QuestionSet(source, path.stem, [_asked(item, reading.suffix) for item in read_own(path).items])
     if (source == "vqav2") != (reading.annotations is not None):
         raise ValueError(
             f"--questions {path}: VQAv2 needs --annotations FILE, which holds its answers"
             if source == "vqav2"
             else f"--annotations {reading.annotations}: {path} is not VQAv2 and brings its own answers; leave it out"
         )
+    if source == "questions":
+        own = read_own(path, reading.image_folder)
+        return QuestionSet(source, own.name, [with_suffix(item, reading.suffix) for item in own.items])
     folder = reading.image_folder or path.parent
     maker = {"vqav2": _vqav2, "pope": _pope, "gqa": _gqa, "coco": _coco, "ai_challenger": _ai_challenger}[source]
     items = []
@@ -68,7 +69,7 @@ def read_file(path: Path, reading: Reading) -> QuestionSet:
                 for image in item.question.images
             )
             question = Question(item.question.id, images, item.question.prompt, item.question.further)
-            items.append(_asked(Item(question, item.references, item.kind, item.split), reading.suffix))
+            items.append(with_suffix(Item(question, item.references, item.kind, item.split), reading.suffix))
     except (KeyError, TypeError, AttributeError) as error:
         number = len(items) + 1
         raise ValueError(f"--questions {path}: record {number} is not as {source} has them ({error!r})") from error
@@ -99,14 +100,6 @@ def _tell(value: Any, path: Path) -> tuple[str, Any]:
         if {"image_id", "caption"} <= first.keys():
             return "ai_challenger", value
     raise ValueError(f"--questions {path}: not a known form, it begins with {shorten(first, 60)}; expected {_KNOWN}")
-
-
-def _asked(item: Item, suffix: str) -> Item:
-    if not suffix:
-        return item
-    old = item.question
-    question = Question(old.id, old.images, f"{old.prompt}\n{suffix}", old.further)
-    return Item(question, item.references, item.kind, item.split)
 
 
 def _vqav2(value: Any, path: Path, reading: Reading) -> Iterator[Item]:

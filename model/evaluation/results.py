@@ -178,8 +178,8 @@ def markdown(tables: Sequence[tuple[list[str], list[list[str]]]]) -> str:
     return "\n\n".join(texts)
 
 
-def read_results(path: Path) -> tuple[list[Item], list[str], list[str]]:
-    """Read an output folder, or a file in it: the questions, the answers, and the families that were scored.
+def read_results(path: Path) -> tuple[list[Item], list[str | None], list[str]]:
+    """Read an output folder, or a file in it: questions, answers (None if missing), and families that were scored.
 
     Raises:
         ValueError: if it is not the output of an evaluation.
@@ -192,6 +192,7 @@ def read_results(path: Path) -> tuple[list[Item], list[str], list[str]]:
     items = read_own(folder / ANSWERS).items
     try:
         families = [family for family in results["variants"] if not family.startswith("char_")]
-        return items, [str(item.question.further["answer"]) for item in items], families
+        lines = [item.question.further for item in items]
+        return items, [None if "error" in line else str(line["answer"]) for line in lines], families
     except (KeyError, TypeError) as error:
         raise ValueError(f"--compare {path}: not the output of evaluate.py ({error!r})") from error

@@ -11,13 +11,13 @@ from dataset.annotations import Annotations
 from qwen.tokenization_qwen import IMAGE_TOKEN
 
 from ..asking.question_file import Question
-from .items import Item, QuestionSet
+from .items import Item, QuestionSet, with_suffix
 
 logger = logging.getLogger(__name__)
 
 
-def read_samples(image_map: Path, captions_file: Path) -> QuestionSet:
-    """Read the first question of every sample; its alternative answers are the references.
+def read_samples(image_map: Path, captions_file: Path, suffix: str = "") -> QuestionSet:
+    """Read the first question of every sample; its alternative answers are the references. The suffix is added to each.
 
     Samples whose later questions bring pictures are left out, with a warning.
     """
@@ -28,7 +28,7 @@ def read_samples(image_map: Path, captions_file: Path) -> QuestionSet:
             left_out += 1
             continue
         images = tuple(resolve_image_path(sample.image_folder, name) for name in sample.image_files)
-        items.append(Item(Question(sample.id, images, prompt), tuple(references)))
+        items.append(with_suffix(Item(Question(sample.id, images, prompt), tuple(references)), suffix))
     if left_out:
         said = format_count(left_out, "sample brings", "samples bring")
         logger.warning("%s: %s pictures in a later question; left out", captions_file, said)

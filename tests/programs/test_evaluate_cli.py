@@ -143,6 +143,19 @@ def test_two_evaluations_are_compared_question_by_question(call, files, tmp_path
     assert "| +0.0000 | +0.0000 to +0.0000 |" in out
 
 
+def test_a_missing_answer_is_wrong_and_stays_missing_in_a_comparison(call, tmp_path):
+    """POPE takes an empty answer for "yes", which is not what a question without an answer says."""
+    questions = write(tmp_path / "q.jsonl", [{"id": n, "prompt": "?", "answers": ["yes"]} for n in range(2)])
+    second = {"empty": {"id": 1, "answer": ""}, "missing": {"id": 1, "error": "no such file"}}
+    for name, line in second.items():
+        answers = write(tmp_path / f"{name}.jsonl", [{"id": 0, "answer": "yes"}, line])
+        call("--questions", questions, "--answers", answers, "--metrics", "pope", "--output", tmp_path / name)
+    accuracies = [results(tmp_path / name)["metrics"]["pope_accuracy"] for name in second]
+    assert accuracies == [1.0, 0.5]
+    out, _ = call("--compare", tmp_path / "empty", tmp_path / "missing")
+    assert "| pope_accuracy | 1.0000 | 0.5000 | -0.5000 |" in out
+
+
 def test_the_answers_of_one_evaluation_are_questions_of_another(call, files, tmp_path):
     call("--questions", files["questions"], "--answers", files["first"], "--output", tmp_path / "first")
     again = tmp_path / "first" / "answers.jsonl"
@@ -181,6 +194,10 @@ def test_other_questions_are_not_compared(call, files, tmp_path):
             "folder",
         ),
         (["--image_map", "{questions}", "--answers", "{first}", "--output", "{out}"], "--captions_file"),
+        *(
+            (["--image_map", "m", "--captions_file", "c", "--answers", "{first}", "--output", "{out}", flag, "."], flag)
+            for flag in ("--annotations", "--image_folder", "--prompt")
+        ),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{first}"], "first.jsonl"),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--no_such_flag"], "no_such_flag"),
         (["--questions", "{questions}", "--model_weights", "{none}", "--output", "{out}"], "none.jsonl"),
@@ -192,6 +209,12 @@ def test_what_a_user_can_fix_is_refused_in_a_line(call, files, tmp_path, flags, 
     err = call(*(flag.format(**places) for flag in flags), status=2)[1]
     assert words in one_line_error(err, "evaluate.py")
     assert {name: path.read_bytes() for name, path in files.items()} == before
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_process_number_that_is_none_is_refused_in_a_line(call, monkeypatch, name):
+    monkeypatch.setenv(name, "x")
+    assert name in one_line_error(call("--help", status=2)[1], "evaluate.py")
 
 
 def test_answers_are_not_overwritten_and_one_process_writes(call, files, tmp_path):

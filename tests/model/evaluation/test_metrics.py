@@ -58,6 +58,20 @@ def test_pope_of_several_splits_is_their_mean():
     assert found["pope_yes_share"] == pytest.approx((1 / 2 + 1) / 2)
 
 
+@pytest.mark.parametrize("label", ["yes", "no", ""])
+def test_a_missing_answer_is_wrong_in_every_metric(label):
+    """Even where an empty answer would be right: POPE takes it for "yes", and a reference may be empty."""
+    items = [item(n, *[label] * 4) for n in range(2)]
+    families = ["vqa_accuracy", "exact_match", *(["pope"] if label else [])]
+    missing, right = score(items, [None, None], families), score(items, [label, None], families)
+    assert [one.each for one in missing] == [[0.0, 0.0]] * len(families)
+    assert [one.each for one in right] == [[1.0, 0.0]] * len(families)
+    if label:
+        values = metrics(items, [None, None], "pope")
+        assert {values[f"pope_{name}"] for name in ("accuracy", "precision", "recall", "f1")} == {0.0}
+        assert metrics(items, ["", ""], "pope")["pope_accuracy"] == (label == "yes")
+
+
 def test_each_metric_counts_the_questions_that_it_is_defined_for(caplog):
     items = [item(0, "yes"), item(1, "two", "2", "2", "2"), item(2, "red")]
     vqa, exact, pope = score(items, ["no", "2", " red\n"], ["vqa_accuracy", "exact_match", "pope"])

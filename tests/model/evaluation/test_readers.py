@@ -117,6 +117,27 @@ def test_our_own_keep_further_keys(tmp_path):
     assert (item.references, item.kind, item.split) == (("no",), "adversarial", "adversarial")
 
 
+def test_pictures_of_our_own_questions_are_in_the_folder_that_is_given(tmp_path):
+    for folder in (tmp_path, tmp_path / "pics"):
+        folder.mkdir(exist_ok=True)
+        (folder / "a.png").touch()
+    whole = tmp_path / "whole.png"
+    line = {"id": 1, "image": ["a.png", str(whole)], "prompt": "?", "answers": ["2"]}
+    path = write(tmp_path / "q.jsonl", (line,))
+    for given, expected in ((None, tmp_path), (tmp_path / "pics", tmp_path / "pics")):
+        (item,) = read_file(path, Reading(image_folder=given)).items
+        assert item.question.images == (expected / "a.png", whole)
+    with pytest.raises(ValueError, match="--annotations"):
+        read_file(path, Reading(annotations=tmp_path / "answers.json"))
+
+
+def test_the_suffix_is_added_to_the_questions_of_training(tmp_path, mixed_data):
+    image_map, captions = Path(mixed_data[1]), Path(mixed_data[3])
+    plain, longer = read_samples(image_map, captions), read_samples(image_map, captions, "One word.")
+    prompts = [[item.question.prompt for item in one.items] for one in (plain, longer)]
+    assert prompts[1] == [f"{prompt}\nOne word." for prompt in prompts[0]]
+
+
 def test_the_two_files_of_training(tmp_path, mixed_data):
     one = read_samples(Path(mixed_data[1]), Path(mixed_data[3]))
     assert len(one.items) == 12
