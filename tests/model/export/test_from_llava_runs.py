@@ -137,7 +137,7 @@ def test_a_folder_that_does_not_fit_ends_a_run_in_one_line(flags, tmp_path, capf
     shutil.rmtree(tmp_path / "llava")
     for more in ((), ("--dry_run", "true")):
         assert train.main(words(flags, *more)) == 2
-        assert "config.json" in one_line_error(capfd.readouterr().err, "train.py")
+        assert "no such folder" in one_line_error(capfd.readouterr().err, "train.py")
     own = ["--image_map", flags[5], "--feature_cache", tmp_path / "cache", "--from_llava", tmp_path / "llava"]
     assert cache_features.main(words(own)) == 2
     assert cache_features.main(words(own, "--previous_lora_weights", "x")) == 2
