@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from ..measure import ROOT, itself, parser, publish
-from ..training.full_size import shapes, table, watch
+from ..measure import ROOT, itself, parser
+from ..training.full_size import report, shapes, watch
 
 SHARD_BYTES = 2_000_000_000
 _LORA_STD = 0.01
@@ -101,11 +100,7 @@ def main() -> int:
         if found[name].status:
             print(log.read_text(encoding="utf-8", errors="replace")[-2000:], file=sys.stderr)
             break
-    print(table(found))
-    results = {"scale": given.scale, "processes": {name: asdict(one) for name, one in found.items()}}
-    bars = {n: {"resident": w.peak_bytes / 1e9, "anonymous": w.anonymous_bytes / 1e9} for n, w in found.items()}
-    publish(given.output, "export", results, "An export at the true size", {"GB at most": bars})
-    return max(abs(one.status) for one in found.values())
+    return report(found, given, "export", "An export at the true size")
 
 
 if __name__ == "__main__":

@@ -156,6 +156,15 @@ def table(found: dict[str, Watched]) -> str:
     return text_table(["", "s", "processor s", "GB at most", "anonymous", "ended"], rows)
 
 
+def report(found: dict[str, Watched], given: argparse.Namespace, name: str, title: str) -> int:
+    """Print and publish what was watched; return the worst exit status."""
+    print(table(found))
+    results = {"scale": given.scale, "processes": {step: asdict(one) for step, one in found.items()}}
+    bars = {n: {"resident": w.peak_bytes / 1e9, "anonymous": w.anonymous_bytes / 1e9} for n, w in found.items()}
+    publish(given.output, name, results, title, {"GB at most": bars})
+    return max(abs(one.status) for one in found.values())
+
+
 def main() -> int:
     """Write, train, ask, and print what it took; returns the exit status."""
     parse = parser(__doc__)
@@ -180,11 +189,7 @@ def main() -> int:
         if found[name].status:
             print(log.read_text(encoding="utf-8", errors="replace")[-2000:], file=sys.stderr)
             break
-    print(table(found))
-    results = {"scale": given.scale, "processes": {name: asdict(one) for name, one in found.items()}}
-    bars = {n: {"resident": w.peak_bytes / 1e9, "anonymous": w.anonymous_bytes / 1e9} for n, w in found.items()}
-    publish(given.output, "full_size", results, "The true size on a CPU", {"GB at most": bars})
-    return max(abs(one.status) for one in found.values())
+    return report(found, given, "full_size", "The true size on a CPU")
 
 
 if __name__ == "__main__":
