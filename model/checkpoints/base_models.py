@@ -86,10 +86,14 @@ def _check_same_origin(name: str, checkpoint: Checkpoint) -> None:
 # ---- The language model: what is wrong with one is a ValueError in one line
 
 
-def load_language_model(name_or_path: str, dtype: torch.dtype) -> Any:
-    """Load QWen, or another language model, its weights in this dtype."""
+def load_language_model(name_or_path: str, dtype: torch.dtype, *, hollow: bool = False) -> Any:
+    """Load QWen, or another language model, its weights in this dtype; hollow: without them, see `--shard_model`."""
     config = read_language_config(name_or_path)  # a wrong name is an error before weights are downloaded
     with _named_errors(name_or_path):
+        if hollow:
+            from ..scaling.sharding import hollow_language_model
+
+            return hollow_language_model(name_or_path, config, dtype)
         if isinstance(config, QWenConfig):
             return MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
         return load_causal_lm(name_or_path, dtype)
@@ -210,17 +214,22 @@ def published_file(name: str, file: str) -> Path | None:
         return None
 
 
-def published_weights(name: str) -> dict[str, Tensor]:
-    """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
+def published_files(name: str) -> list[Path]:
+    """Return the files that hold a base model's weights; none if they are not found."""
     for file in ("model.safetensors", "pytorch_model.bin"):
         parts = [file]
         if published_file(name, file) is None and (index := published_file(name, f"{file}.index.json")) is not None:
             parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         paths = [path for part in parts if (path := published_file(name, part)) is not None]
-        weights: dict[str, Tensor] = {}
-        for path in paths:
-            with reading(path):
-                weights |= load_state_dict(path, weights_only=True)
         if paths:
-            return weights
-    return {}
+            return paths
+    return []
+
+
+def published_weights(name: str) -> dict[str, Tensor]:
+    """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
+    weights: dict[str, Tensor] = {}
+    for path in published_files(name):
+        with reading(path):
+            weights |= load_state_dict(path, weights_only=True)
+    return weights
