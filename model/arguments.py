@@ -132,9 +132,7 @@ class VLMTrainingArguments(TrainingArguments):
         help="Samples per optimizer step over all processes; sets --gradient_accumulation_steps to fit, so that a run "
         "can resume with another number of GPUs.",
     )
-    shard_model: bool = flag(
-        default=False, help="Split the language model over the processes (FSDP2): each GPU holds a share of its weights."
-    )
+    shard_model: bool = flag(default=False, help="Split the language model over the GPUs: each holds a share (FSDP2).")
     remove_unused_columns: bool = flag(
         default=False, help="Must stay false: the data set returns exactly what the model takes."
     )
@@ -174,6 +172,10 @@ class VLMTrainingArguments(TrainingArguments):
             )
         if (self.global_batch_size or 0) > 0:
             self.gradient_accumulation_steps = accumulation(self)
+        if self.shard_model:
+            from .scaling.sharding import check_shardable
+
+            check_shardable(self)
         self.frozen_dtype = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     @property

@@ -30,8 +30,7 @@ from ..language_models.causal_lm import (
     load_chat_tokenizer,
     multimodal_class,
 )
-from .folder import CheckpointError, reading
-from .readers import Checkpoint
+from .folder import reading
 
 logger = logging.getLogger(__name__)
 
@@ -48,47 +47,13 @@ _IMAGE_SETTINGS = (
 )
 
 
-def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint | None) -> tuple[str, str]:
-    """Return the names of the base models: those given, else those that the checkpoint was trained on.
-
-    A checkpoint of `--train_only all` brings its language model; one that is given as well must be the same, or the one
-    that its training started from.
-    """
-    if checkpoint is not None and checkpoint.config is not None:
-        if checkpoint.train_only == "all":
-            if language is not None:
-                _check_same_origin(language, checkpoint)
-            language = checkpoint.language_model
-        language = language or checkpoint.config.base_language_model
-        vision = vision or checkpoint.config.base_value_model
-    if language is None or vision is None:
-        flags = {"--base_language_model": language, "--base_value_model": vision}
-        missing = " and ".join(flag for flag, name in flags.items() if name is None)
-        raise CheckpointError(f"give {missing}: there is no checkpoint whose multimodal_config.json says what it is")
-    logger.info("base language model: %s; base vision model: %s", language, vision)
-    return language, vision
-
-
-def _check_same_origin(name: str, checkpoint: Checkpoint) -> None:
-    """Check that a language model is the one in a checkpoint, or the one that its training started from."""
-    config: Any = checkpoint.config
-    known = {config.base_language_model, str(Path(checkpoint.language_model).resolve())}
-    if name in known or str(Path(name).absolute()) in known or str(Path(name).resolve()) in known:
-        return
-    found = language_fingerprint(name, read_language_config(name))
-    if found != config.language_model_fingerprint or not comparable(found, found):
-        raise CheckpointError(
-            f"--base_language_model {name}: checkpoint {checkpoint.folder} brings its own language model, which was "
-            f"trained from {config.base_language_model}; give {checkpoint.language_model} or that"
-        )
-
-
 # ---- The language model: what is wrong with one is a ValueError in one line
 
 
-def load_language_model(name_or_path: str, dtype: torch.dtype, *, hollow: bool = False) -> Any:
+def load_language_model(name_or_path: str, dtype: torch.dtype, hollow: bool = False) -> Any:
     """Load QWen, or another language model, its weights in this dtype; hollow: without them, see `--shard_model`."""
     config = read_language_config(name_or_path)  # a wrong name is an error before weights are downloaded
+    logger.info("language model %s (%s), %s", name_or_path, config.model_type, dtype)
     with _named_errors(name_or_path):
         if hollow:
             from ..scaling.sharding import hollow_language_model
@@ -164,7 +129,7 @@ def base_fingerprints(tower: VisionTower, language_model: PreTrainedModel) -> di
     processor = published_file(tower.name_or_path, "preprocessor_config.json")
     images = json.loads(processor.read_text(encoding="utf-8")) if processor is not None else {}
     prepared = {name: images.get(name) for name in _IMAGE_SETTINGS}
-    vision = published_weights(tower.name_or_path)
+    vision = each_weight(tower.name_or_path)
     return {
         "vision_tower_fingerprint": fingerprint(vision, {"kind": tower.kind}, prepared),
         "language_model_fingerprint": language_fingerprint(str(language_model.name_or_path), language_model.config),
@@ -174,29 +139,33 @@ def base_fingerprints(tower: VisionTower, language_model: PreTrainedModel) -> di
 def language_fingerprint(name: str, config: PreTrainedConfig) -> str:
     """Return the fingerprint of a language model; empty if its weights are not here."""
     if isinstance(config, QWenConfig):
-        return fingerprint(published_weights(name), {key: getattr(config, key) for key in _LANGUAGE_SETTINGS})
-    return fingerprint(published_weights(name), fingerprinted_settings(config))
+        return fingerprint(each_weight(name), {key: getattr(config, key) for key in _LANGUAGE_SETTINGS})
+    return fingerprint(each_weight(name), fingerprinted_settings(config))
 
 
-def fingerprint(weights: dict[str, Tensor], *settings: dict[str, Any]) -> str:
+def fingerprint(weights: dict[str, Tensor] | Iterator[tuple[str, Tensor]], *settings: dict[str, Any]) -> str:
     """Hash names, shapes and evenly spread values of all weights, and what settings say; empty without weights.
 
     Values are taken as bfloat16, so that a copy in bf16 has the fingerprint of the fp32 original. Of a CLIP-like model
     the vision half counts alone; what is computed (positions, frequencies) does not.
     """
-    if not weights:
+    samples: dict[str, bytes] = {}
+    for name, value in weights.items() if isinstance(weights, dict) else weights:
+        samples[name] = b""
+        if value.is_floating_point() and not name.endswith("inv_freq"):
+            values = value.detach().flatten()
+            number = min(_VALUES_PER_TENSOR, values.numel())
+            spread = torch.arange(number) * (values.numel() - 1) // max(number - 1, 1)  # whole numbers: exact
+            kept = values[spread].to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+            samples[name] = str(tuple(value.shape)).encode() + kept
+    if not samples:
         return ""
     prefix = "vision_model."
-    vision_half = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    vision_half = {name.removeprefix(prefix): sample for name, sample in samples.items() if name.startswith(prefix)}
     digest = hashlib.sha256()
-    for name, value in sorted((vision_half or weights).items()):
-        if not value.is_floating_point() or name.endswith("inv_freq"):
-            continue
-        values = value.detach().flatten()
-        number = min(_VALUES_PER_TENSOR, values.numel())
-        spread = torch.arange(number) * (values.numel() - 1) // max(number - 1, 1)  # whole numbers: exact
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(values[spread].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    for name, sample in sorted((vision_half or samples).items()):
+        if sample:
+            digest.update(name.encode() + sample)
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return FINGERPRINT + digest.hexdigest()[:16]
 
@@ -214,22 +183,22 @@ def published_file(name: str, file: str) -> Path | None:
         return None
 
 
-def published_files(name: str) -> list[Path]:
-    """Return the files that hold a base model's weights; none if they are not found."""
+def published_weights(name: str) -> dict[str, Tensor]:
+    """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
+    return dict(each_weight(name))
+
+
+def each_weight(name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `published_weights` returns; at any moment, no more than one file is mapped."""
     for file in ("model.safetensors", "pytorch_model.bin"):
         parts = [file]
         if published_file(name, file) is None and (index := published_file(name, f"{file}.index.json")) is not None:
             parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         paths = [path for part in parts if (path := published_file(name, part)) is not None]
+        for path in paths:
+            with reading(path):
+                weights = load_state_dict(path, weights_only=True)
+            yield from weights.items()
+            del weights
         if paths:
-            return paths
-    return []
-
-
-def published_weights(name: str) -> dict[str, Tensor]:
-    """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
-    weights: dict[str, Tensor] = {}
-    for path in published_files(name):
-        with reading(path):
-            weights |= load_state_dict(path, weights_only=True)
-    return weights
+            return

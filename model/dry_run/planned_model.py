@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,8 @@ from ..checkpoints.base_models import read_language_config
 from ..checkpoints.checkpoint import tower_settings
 from ..checkpoints.previous import read_previous
 from ..export.from_llava import llava_feature_layer
-from ..language_models.causal_lm import check_window, multimodal_class
+from ..language_models.causal_lm import check_image_length, multimodal_class
 from ..lora import LoraSettings, check_targets, default_targets
-from ..pixel_shuffle import check_pixel_shuffle
 from ..projector import build_projector
 from .memory_estimate import ModelShape, Setting
 
@@ -69,8 +69,7 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     if asked.from_llava is not None:
         settings = {"feature_layer": llava_feature_layer(asked.from_llava, asked.base_value_model, config.hidden_size)}
     tower = read_tower_shape(asked.base_value_model, **settings)
-    check_pixel_shuffle(factor, tower.num_image_tokens)
-    check_window(asked.base_language_model, config, tower.num_image_tokens // factor**2)
+    check_image_length(asked.base_language_model, config, tower.num_image_tokens, factor)
     return model_shape(config, tower, lora, layers, factor, asked.train_only), lora
 
 
@@ -128,6 +127,7 @@ def model_shape(
         lora_inputs=tuple(inputs[name.split(".0.", 1)[1]] for name in targets if ".0." in name),
         tower_parameters=tower.num_parameters,
         language_parameters=sum(parameter.numel() for parameter in language.parameters()),
+        outside_blocks=sum(p.numel() for name, p in language.named_parameters() if not re.search(r"\.\d+\.", name)),
         projector_parameters=sum(parameter.numel() for parameter in projector.parameters()),
         trains_language=train_only == "all",
         lora_parameters=sum(lora.rank * (linear.in_features + linear.out_features) for linear in targets.values()),

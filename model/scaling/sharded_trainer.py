@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import EvalLoopOutput
@@ -15,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..arguments import VLMTrainingArguments
 from ..runs.resuming import use_settings
 from ..trainer import VLMTrainer
-from .sharding import average_gradients, check_shardable, gather_optimizer, gather_weights, shard, split
+from .sharding import average_gradients, gather_optimizer, gather_weights, shard, split
 
 
 class ShardedTrainer(VLMTrainer):
@@ -26,15 +27,16 @@ class ShardedTrainer(VLMTrainer):
         kwargs: likewise; `model` is a `VisionLanguageModel` that was loaded hollow.
 
     Raises:
-        ValueError: if flags do not go together, or the files lack weights.
+        ValueError: if the files lack weights.
     """
 
     def __init__(self, *, args: VLMTrainingArguments, **kwargs: Any) -> None:
-        check_shardable(args)
         shard(kwargs["model"], args.device)
         super().__init__(args=args, **kwargs)
         # Keeps Trainer from wrapping the model in DDP. Set before, it would refuse to save the optimizer.
         self.is_distributed_loading_by_transformers = True
+        # Autocast's cache would hold the copies of blocks that were let go, of `--train_only all` the whole model.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         # Trainer would average the projector's gradients in hooks, whose order depends on a batch having images: where

@@ -10,8 +10,6 @@ each process then reads its own rows from the mapped files.
 
 from __future__ import annotations
 
-import logging
-import re
 from typing import Any
 
 import torch
@@ -24,14 +22,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import load_state_dict
 
 from qwen import MultimodalQWenLMHeadModel, QWenConfig
 
-from ..checkpoints.base_models import published_files
+from ..checkpoints.base_models import each_weight
 from ..language_models.causal_lm import check_suitable, multimodal_class
 
-logger = logging.getLogger(__name__)
+_OPTIMIZERS = "adamw_torch_fused", "adamw_torch", "sgd"
+"""Those whose state is either a number or of its parameter's shape."""
 
 
 # ---- Build it hollow
@@ -126,15 +124,12 @@ def fill(root: nn.Module, name_or_path: str) -> None:
         if "lora_" not in name
     }
     problems = []
-    for path in published_files(name_or_path):
-        for name, value in load_state_dict(path, weights_only=True).items():  # mapped: only what is copied is read
-            parameter = wanted.pop(name, None)
-            if parameter is None:
-                continue
-            if parameter.shape != value.shape:
-                problems.append(f"{name}: {tuple(value.shape)}, expected {tuple(parameter.shape)}")
-            else:
-                parameter.detach().to_local().copy_(own_rows(value, parameter))
+    for name, value in each_weight(name_or_path):  # mapped: only the rows that are copied are read
+        parameter = wanted.pop(name, None)
+        if parameter is not None and parameter.shape != value.shape:
+            problems.append(f"{name}: {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+        elif parameter is not None:
+            parameter.detach().to_local().copy_(own_rows(value, parameter))
     problems += [f"{name}: missing" for name in sorted(wanted)]
     if problems:
         raise ValueError(
@@ -218,11 +213,12 @@ def check_shardable(args: Any) -> None:
         ValueError: with what to do instead.
     """
     optimizer = str(getattr(args.optim, "value", args.optim))
-    if args.device.type == "mps":
-        raise ValueError("--shard_model needs CUDA GPUs or the CPU: MPS can't exchange weights; leave it out")
-    if args.fp16:
-        raise ValueError("--shard_model and --fp16 do not go together (its scaler can't take split weights); give --bf16 true, or --fp16 false")
-    if optimizer not in ("adamw_torch", "adamw_torch_fused", "sgd"):
-        raise ValueError(f"--shard_model and --optim {optimizer} do not go together; take adamw_torch_fused, adamw_torch or sgd")
-    if args.torch_compile:
-        raise ValueError("--shard_model and --torch_compile do not go together; leave one of them out")
+    advice = {
+        "MPS": (args.device.type == "mps", "it can't exchange weights; leave --shard_model out"),
+        "--fp16 true": (args.fp16, "its scaler can't take split gradients; give --bf16 true, or --fp16 false"),
+        "--torch_compile": (args.torch_compile, "blocks are gathered between its graphs; leave one of them out"),
+        f"--optim {optimizer}": (optimizer not in _OPTIMIZERS, f"take {', '.join(_OPTIMIZERS)}"),
+    }
+    for name, (is_wrong, reason) in advice.items():
+        if is_wrong:
+            raise ValueError(f"--shard_model and {name} do not go together: {reason}")
