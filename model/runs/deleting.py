@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..arguments import VLMTrainingArguments
 from ..checkpoints.folder import CHECKSUMS, TRAINED, CheckpointError, numbered_checkpoints
 from ..checkpoints.readers import weights_in
-from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, RUN_CONFIG, first_problem
+from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, LOSS_FIGURE, MODEL_CARD, RUN_CONFIG, first_problem
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,10 @@ belongs to a run counts as the old one's, even if a kill left it in its place.""
 REPLACED = "tmp-replaced-"
 """How the name of a folder begins while a new one takes its place."""
 _DELETED = "tmp-deleted-"
-_LEFTOVER = re.compile(r"tmp-(weights|deleted-run|train_config\.json.*|((replaced|deleted)-)?checkpoint-\d+(-\w{8})?)")
+_LEFTOVER = re.compile(
+    r"tmp-(weights|deleted-run|(train_config\.json|loss\.png|MODEL_CARD\.md).*"
+    r"|((replaced|deleted)-)?checkpoint-\d+(-\w{8})?)"
+)
 
 
 def remove(path: Path) -> None:
@@ -117,7 +120,7 @@ def set_aside(run: Path) -> None:
 
 def _of_run(run: Path) -> list[Path]:
     names = (*TRAINED["lora"], *weights_in(run), CHECKSUMS, RUN_CONFIG, BAD_SAMPLES, BAD_EVAL_SAMPLES, "runs")
-    return [*numbered_checkpoints(run), *(run / name for name in names)]
+    return [*numbered_checkpoints(run), *(run / name for name in (*names, LOSS_FIGURE, MODEL_CARD))]
 
 
 @contextlib.contextmanager
