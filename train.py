@@ -33,6 +33,7 @@ from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity
 from model.runs.resuming import check_identity, checkpoint_to_resume
 from model.runs.run_folder import hold_run_folder, is_overwriting, run_config
+from model.runs.run_report import ReportRun
 from model.trainer import VLMTrainer
 from model.vision_language_model import VisionLanguageModel
 
@@ -123,6 +124,7 @@ def build_trainer(
         data_collator=VLMCollator(tokenizer.pad_token_id),
         callbacks=[WatchBadSamples(train_set), *([WatchBadEvalSamples(eval_set)] if eval_set is not None else [])],
     )
+    trainer.add_callback(ReportRun(trainer))
     trainer.create_optimizer()  # a wrong --optim is found before anything is written
 
     # Let the tower see every image once, if its features are to be stored.

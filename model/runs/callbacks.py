@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 RUN_CONFIG = "train_config.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 BAD_EVAL_SAMPLES = "bad_eval_samples.jsonl"
+LOSS_FIGURE = "loss.png"
+MODEL_CARD = "MODEL_CARD.md"
 
 
 # ---- What processes tell each other

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..checkpoints.folder import CHECKSUMS, TRAINED, CheckpointError, numbered_checkpoints
 from ..checkpoints.readers import weights_in
-from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, RUN_CONFIG, first_problem
+from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, LOSS_FIGURE, MODEL_CARD, RUN_CONFIG, first_problem
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def set_aside(run: Path) -> None:
 
 def _of_run(run: Path) -> list[Path]:
     names = (*TRAINED["lora"], *weights_in(run), CHECKSUMS, RUN_CONFIG, BAD_SAMPLES, BAD_EVAL_SAMPLES, "runs")
-    return [*numbered_checkpoints(run), *(run / name for name in names)]
+    return [*numbered_checkpoints(run), *(run / name for name in (*names, LOSS_FIGURE, MODEL_CARD))]
 
 
 @contextlib.contextmanager

@@ -26,7 +26,10 @@ from .callbacks import RUN_CONFIG
 from .deleting import OVERWRITTEN, remove, set_aside
 
 _REPLACED = "tmp-replaced-"
-_LEFTOVER = re.compile(r"tmp-(weights|deleted-run|train_config\.json.*|((replaced|deleted)-)?checkpoint-\d+(-\w{8})?)")
+_LEFTOVER = re.compile(
+    r"tmp-(weights|deleted-run|(train_config\.json|loss\.png|MODEL_CARD\.md).*"
+    r"|((replaced|deleted)-)?checkpoint-\d+(-\w{8})?)"
+)
 
 
 @contextlib.contextmanager
@@ -135,9 +138,14 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: VLMTr
 
 
 def write_run_config(run: Path, config: dict[str, Any]) -> None:
-    """Write `train_config.json`, which may be a link, under another name and rename it."""
+    """Write `train_config.json`."""
     run.mkdir(parents=True, exist_ok=True)
-    whole = run / f"tmp-{RUN_CONFIG}-{secrets.token_hex(4)}"
-    with whole.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    whole.replace(run / RUN_CONFIG)
+    replace_file(run / RUN_CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file of a run, which may be a link, under another name and rename it."""
+    whole = path.with_name(f"tmp-{path.name}-{secrets.token_hex(4)}")
+    with whole.open("xb") as file:
+        file.write(content)
+    whole.replace(path)
