@@ -56,7 +56,7 @@ def load_language_model(name_or_path: str, dtype: torch.dtype, hollow: bool = Fa
     logger.info("language model %s (%s), %s", name_or_path, config.model_type, dtype)
     with _named_errors(name_or_path):
         if hollow:
-            from ..scaling.sharding import hollow_language_model
+            from ..scaling.hollow import hollow_language_model
 
             return hollow_language_model(name_or_path, config, dtype)
         if isinstance(config, QWenConfig):

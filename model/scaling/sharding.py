@@ -14,55 +14,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qwen import MultimodalQWenLMHeadModel, QWenConfig
+from qwen import QWenConfig
 
 from ..checkpoints.base_models import each_weight
-from ..language_models.causal_lm import check_suitable, multimodal_class
+from ..language_models.causal_lm import check_suitable
 
 _OPTIMIZERS = "adamw_torch_fused", "adamw_torch", "sgd"
 """Those whose state is either a number or of its parameter's shape."""
 
 
-# ---- Build it hollow
-
-
-def hollow_language_model(name_or_path: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """Build a language model whose weights have shapes but no memory; what is computed (rotary frequencies) is real.
-
-    Raises:
-        ValueError: if its weights are stored in another form than that of its parameters.
-    """
-    if get_checkpoint_conversion_mapping(config.model_type):
-        raise ValueError(
-            f"--shard_model: weights of model_type {config.model_type!r} are stored in another form than that of the "
-            "model's parameters, and are not read in shares; leave --shard_model out, or give another language model"
-        )
-    config.name_or_path, config.dtype = name_or_path, dtype
-    model_class: Any = MultimodalQWenLMHeadModel if isinstance(config, QWenConfig) else multimodal_class(config)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # as transformers loads
-    try:
-        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-            model = model_class(config)
-    finally:
-        torch.set_default_dtype(default)
-    # One number that is seen as all numbers of a weight: unlike a meta tensor it has a device, so that whatever is
-    # built next to it (LoRA) has real values.
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-            setattr(module, name, nn.Parameter(hollow))
-    model.tie_weights()
-    return model.eval()
+# ---- Split it
 
 
 def _give_memory(module: nn.Module, device: torch.device) -> None:
@@ -70,9 +37,6 @@ def _give_memory(module: nn.Module, device: torch.device) -> None:
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-
-
-# ---- Split it
 
 
 def shard(model: Any, device: torch.device) -> None:
