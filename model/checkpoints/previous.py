@@ -73,7 +73,11 @@ def _with_bars(names: Iterable[str]) -> str:
 
 
 def restore_weights(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Do what `VisionLanguageModel.load_checkpoint` says."""
+    """Replace the weights that a `VisionLanguageModel` trains by a checkpoint's.
+
+    Raises:
+        CheckpointError: if names or shapes differ, or what was trained, or LoRA's scale, or the base models.
+    """
     checkpoint = read_checkpoint(folder)
     settings = {name: (getattr(checkpoint, name), getattr(model, name)) for name in ("train_only", "pixel_shuffle")}
     if checkpoint.lora_config is not None and model.has_lora:
