@@ -23,10 +23,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked as slow too")
+    parser.addoption("--web", action="store_true", help="run the tests in a browser alone; it is an error to have none")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave slow tests out, unless --all, a -m expression or a test's own name (file::test) asks for them."""
+    if config.getoption("--web"):
+        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("web")])
+        items[:] = [item for item in items if item.get_closest_marker("web")]
+        return
     if config.getoption("--all") or config.option.markexpr or any("::" in arg for arg in config.args):
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
