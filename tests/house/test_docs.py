@@ -137,7 +137,7 @@ def test_flags_exist(name: str) -> None:
     known = {f"--{field.name}" for field in dataclasses.fields(VLMTrainingArguments)}
     known |= {f"--{flag}" for flag in train_fields()} | {"--help", "--help_all", "--all", "--web", "--lowest", "--real"}
     known |= {"--model", "--image", "--model_args", "--tasks"}  # of other projects, in docs/serving.md
-    known |= {"--mmproj", "--jinja", "--host", "--port"}  # of llama.cpp
+    known |= {"--mmproj", "--jinja", "--host", "--port", "--nproc_per_node"}  # of llama.cpp, and of torchrun
     for parse in PROGRAMS.values():
         known |= {option for action in parser_actions(parse) for option in action.option_strings}
     for script in (ROOT / "benchmarks").rglob("*.py"):

@@ -74,7 +74,9 @@ def test_a_missing_answer_is_wrong_in_every_metric(label):
 
 def test_each_metric_counts_the_questions_that_it_is_defined_for(caplog):
     items = [item(0, "yes"), item(1, "two", "2", "2", "2"), item(2, "red")]
-    vqa, exact, pope = score(items, ["no", "2", " red\n"], ["vqa_accuracy", "exact_match", "pope"])
+    families = ["vqa_accuracy", "exact_match", "pope"]
+    check_families(items, families)
+    vqa, exact, pope = score(items, ["no", "2", " red\n"], families)
     assert (vqa.rows, exact.rows, pope.rows) == ([1], [0, 1, 2], [0])
     assert vqa.total["vqa_accuracy"] == pytest.approx((1 + 3 * 2 / 3) / 4)
     assert exact.total["exact_match"] == pytest.approx(2 / 3)
