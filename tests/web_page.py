@@ -74,6 +74,7 @@ class Visitor:
         context.on("weberror", lambda error: self.errors.append(str(error.error)))
         self.page: Page = context.new_page()
         self.page.goto(url)
+        expect(self.part("#question textarea, input[type=password]").first).to_be_visible()
 
     def part(self, selector: str) -> Locator:
         return self.page.locator(selector)
