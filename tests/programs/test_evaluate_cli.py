@@ -119,7 +119,7 @@ def test_results_answers_and_report(call, files, tmp_path):
 def test_questions_without_a_score_are_last_and_no_control_character_is_in_the_report(call, tmp_path):
     questions = [
         {"id": 1, "prompt": "a colour\0?", "answers": ["red"], "kind": None},
-        {"id": 2, "prompt": "is\x1b it?", "answers": ["yes"]},
+        {"id": 2, "prompt": "is\x1b it?", "answers": ["yes"], "kind": "a|b\x1b[31m\u202e"},
         {"id": 3, "prompt": "is it not\u009b?", "answers": ["no"]},
         {"id": 4, "prompt": "lost?", "answers": ["yes"]},
     ]
@@ -130,12 +130,13 @@ def test_questions_without_a_score_are_last_and_no_control_character_is_in_the_r
         {"id": 4, "error": "x"},
     ]
     flags = ["--questions", write(tmp_path / "q.jsonl", questions), "--answers", write(tmp_path / "a.jsonl", answers)]
-    call(*flags, "--metrics", "pope", "--output", tmp_path / "out")
+    out, _ = call(*flags, "--metrics", "pope", "--output", tmp_path / "out")
+    assert "| a\\|b\ufffd[31m\ufffd | 1 |" in out
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert not [character for character in page if ord(character) < 32 and character != "\n"]
     assert "\u009b" not in page
-    assert "a colour\u2400?" in page
-    places = [page.index(text) for text in ("is it not", "lost?", "is\u241b it?", "a colour")]
+    assert "\u202e" not in page
+    places = [page.index(text) for text in ("is it not\\u009b?", "lost?", "is\\u001b it?", "a colour\\u0000?")]
     assert places == sorted(places)
     assert "<i>none</i>" in page
     assert "None" not in page
@@ -198,6 +199,12 @@ def test_other_questions_are_not_compared(call, files, tmp_path):
     assert "same questions" in one_line_error(err, "evaluate.py")
     err = call("--compare", tmp_path / "first", tmp_path, status=2)[1]
     assert "results.json" in one_line_error(err, "evaluate.py")
+    shutil.copytree(tmp_path / "first", tmp_path / "odd")
+    for variants, words in ({"no_such": ""}, "no metric"), ({"pope": ""}, "pope"):
+        (tmp_path / "odd" / "results.json").write_text(json.dumps({"variants": variants}))
+        write(tmp_path / "odd" / "answers.jsonl", [{"id": 1, "prompt": "?", "answers": ["red"], "answer": "x"}])
+        err = call("--compare", tmp_path / "odd", tmp_path / "odd", status=2)[1]
+        assert words in one_line_error(err, "evaluate.py")
 
 
 @pytest.mark.parametrize(
@@ -228,9 +235,13 @@ def test_other_questions_are_not_compared(call, files, tmp_path):
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--seed", "-1"], "--seed -1"),
         *(
             (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", *flags], flags[0])
-            for flags in (["--batch_size", "0"], ["--max_new_tokens=-3"], ["--system", "x"], ["--batch_size", "8"])
+            for flags in (["--batch_size", "0"], ["--max_new_tokens", "-3"], ["--system", "x"], ["--batch_size", "8"])
         ),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--prompt", "?"], "--prompt"),
+        *(
+            (["--questions", "{questions}", "--answers", "{first}", "--output", name], "--output")
+            for name in ("x" * 300, "x\0y")
+        ),
         (["--compare", "a", "b", "--metrics", "pope", "--batch_size=8"], "--batch_size, --metrics"),
         (["--compare", "a", "b", "--questions", "{questions}"], "--questions"),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--no_such_flag"], "no_such_flag"),
