@@ -20,8 +20,9 @@ from .captions import is_chinese
 Table = tuple[list[str], list[list[str]]]
 
 _EMPTY = "<i>empty</i>"
-_SIGNS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}  # U+2400 is a sign for NUL
-_SIGNS |= dict.fromkeys([*range(0x7F, 0xA0), *range(0xD800, 0xE000)], "\ufffd")
+_UNSEEN = (*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+_ESCAPES = {code: f"\\u{code:04x}" for code in _UNSEEN if chr(code) not in "\t\n"}
+"""Characters that HTML may not hold, or that turn the direction of what follows."""
 _MOST_SHOWN = 300  # questions
 _SIDE = 240  # pixels of a picture
 _BARS = 20
@@ -33,9 +34,8 @@ overflow-wrap:anywhere}
 .table{overflow-x:auto;margin:1em 0}table{border-collapse:collapse}
 td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right;overflow-wrap:normal}
 td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere;min-width:8em}
-.cards{display:flex;flex-wrap:wrap;gap:1em}select,input{max-width:100%;font:inherit}
-.card{border:1px solid #ccc;border-left:6px solid #2a7;padding:.7em;width:20em;max-width:100%;white-space:pre-line;
-unicode-bidi:isolate}
+.cards{display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start}select,input{max-width:100%;font:inherit}
+.card{border:1px solid #ccc;border-left:6px solid #2a7;padding:.7em;width:20em;max-width:100%;white-space:pre-line}
 .card.low{border-left-color:#c43}.card.unscored{border-left-color:#bbb}.card[hidden]{display:none}
 .card img{max-width:100%;display:block;margin-bottom:.4em}.small{color:#666;font-size:.85em}
 .row{display:flex;gap:.6em;align-items:center}.row span:first-child{flex:none;width:7em;text-align:right}
@@ -100,8 +100,8 @@ def _kind(line: dict[str, Any]) -> str:
 
 
 def _text(value: object) -> str:
-    """Write a text for HTML; control characters, which it may not hold, become their visible signs."""
-    return escape(str(value).translate(_SIGNS))
+    """Write a text for HTML; control characters become visible escapes."""
+    return escape(str(value).translate(_ESCAPES))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

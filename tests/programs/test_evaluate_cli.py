@@ -119,7 +119,7 @@ def test_results_answers_and_report(call, files, tmp_path):
 def test_questions_without_a_score_are_last_and_no_control_character_is_in_the_report(call, tmp_path):
     questions = [
         {"id": 1, "prompt": "a colour\0?", "answers": ["red"], "kind": None},
-        {"id": 2, "prompt": "is\x1b it?", "answers": ["yes"]},
+        {"id": 2, "prompt": "is\x1b it?", "answers": ["yes"], "kind": "a|b\x1b[31m\u202e"},
         {"id": 3, "prompt": "is it not\u009b?", "answers": ["no"]},
         {"id": 4, "prompt": "lost?", "answers": ["yes"]},
     ]
@@ -130,12 +130,13 @@ def test_questions_without_a_score_are_last_and_no_control_character_is_in_the_r
         {"id": 4, "error": "x"},
     ]
     flags = ["--questions", write(tmp_path / "q.jsonl", questions), "--answers", write(tmp_path / "a.jsonl", answers)]
-    call(*flags, "--metrics", "pope", "--output", tmp_path / "out")
+    out, _ = call(*flags, "--metrics", "pope", "--output", tmp_path / "out")
+    assert "| a\\|b\ufffd[31m\ufffd | 1 |" in out
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert not [character for character in page if ord(character) < 32 and character != "\n"]
     assert "\u009b" not in page
-    assert "a colour\u2400?" in page
-    places = [page.index(text) for text in ("is it not", "lost?", "is\u241b it?", "a colour")]
+    assert "\u202e" not in page
+    places = [page.index(text) for text in ("is it not\\u009b?", "lost?", "is\\u001b it?", "a colour\\u0000?")]
     assert places == sorted(places)
     assert "<i>none</i>" in page
     assert "None" not in page

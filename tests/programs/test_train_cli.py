@@ -24,6 +24,7 @@ from tiny_run import (
     start,
     too_much_memory,
     trained_weights,
+    weights_differ,
     write_as_the_original,
     write_data,
 )
@@ -78,13 +79,6 @@ def run(tmp_path_factory, bases, data) -> tuple[Path, str, str]:
 def quick_run(*flags: object) -> int:
     """Train in this process; under a second where a new one takes ten."""
     return train.main([*QUICK, "--report_to", "none", "--disable_tqdm", "true", *(str(flag) for flag in flags)])
-
-
-def weights_differ(a: Path, b: Path) -> float:
-    """The largest difference between the weights of two checkpoints."""
-    first, second = trained_weights(a), trained_weights(b)
-    assert first.keys() == second.keys()
-    return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
 # ---- What a run prints and writes
