@@ -67,6 +67,13 @@ class AnswerSamples:
         best = trainer.args.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in measured:
             raise ValueError(f"--metric_for_best_model {best}: not measured; give one of {', '.join(measured)}")
+        args, mode = trainer.args, dict(trainer.args.lr_scheduler_kwargs or {}).get("mode", "min")
+        if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and (mode == "max") != args.greater_is_better:
+            fitting = "max" if args.greater_is_better else "min"
+            raise ValueError(
+                f"--lr_scheduler_type {args.lr_scheduler_type.value} would take bad values of {best} for good ones; "
+                f"""give --lr_scheduler_kwargs '{{"mode": "{fitting}"}}'"""
+            )
 
     def __call__(self) -> dict[str, float]:
         """Answer all samples, each process its share, and return the metrics, the same on every process.

@@ -345,6 +345,10 @@ REFUSED = {
     "no room": (["DATA", *ANSWERING[:2], "--eval_max_new_tokens", "0"], "--eval_max_new_tokens 0: must be at least 1"),
     "no evaluation": (["DATA", *ANSWERING, "--eval_strategy", "no"], "--eval_generate needs"),
     "another metric": (["DATA", *ANSWERING, "--metric_for_best_model", "bleu_4"], "loss, exact_match"),
+    "plateau": (
+        ["DATA", *ANSWERING, "--metric_for_best_model", "exact_match", "--lr_scheduler_type", "reduce_lr_on_plateau"],
+        """--lr_scheduler_kwargs '{"mode": "max"}'""",
+    ),
     "no flag": (["DATA", "--metric_for_best_model", "exact_match"], "without --eval_generate"),
 }
 
