@@ -278,11 +278,7 @@ class VisionLanguageModel(WrapsLanguageModel):
         save_checkpoint(folder, self.language_model, self.projector, multimodal_config(self))
 
     def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
-        """Replace the weights that are trained by a checkpoint's.
-
-        Raises:
-            CheckpointError: if names or shapes differ, or what was trained, or LoRA's scale, or the base models.
-        """
+        """Replace the weights that are trained by a checkpoint's; raises as `previous.restore_weights`."""
         restore_weights(self, folder)
 
     # ---- The language model inside

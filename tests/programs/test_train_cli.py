@@ -356,7 +356,7 @@ MISTAKES = {
     "dispatching": ('--accelerator_config {{"dispatch_batches":true}}', "--accelerator_config"),
     "order": ("--train_sampling_strategy batch_rebalance", "--train_sampling_strategy"),
     "GaLore": ("--optim galore_adamw --optim_target_modules c_attn", "--optim galore_adamw is not supported"),
-    "optimizer that is not installed": ("--optim adamw_bnb_8bit", "bitsandbytes"),
+    "optimizer that is not installed": ("--optim schedule_free_adamw", "schedulefree"),
     "smoothing": ("--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1 is not supported"),
     "output": ("--output_dir {wrong}/a_file", "a_file is a file"),
     "no checkpoint": ("--resume_from_checkpoint nowhere", "nowhere"),

@@ -262,7 +262,7 @@ def test_a_run_that_can_not_begin_takes_nothing_away(command, run, tmp_path, mis
     flags = {
         "flag": ["--lora_rnak", "4"],
         "tower": ["--base_value_model", "no/such/folder"],
-        "optimizer": ["--optim", "adamw_bnb_8bit"],
+        "optimizer": ["--optim", "schedule_free_adamw"],
         "first sample": [*absent, "--on_bad_sample", "error"],
     }
     before = contents(run)
