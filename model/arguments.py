@@ -98,18 +98,14 @@ class DataArguments:
     max_length: int = flag(default=2048, help="Tokens per sample, image tokens included; longer answers are cut.")
     eval_image_map: str | None = flag(default=None, help="Like --image_map, for evaluation.")
     eval_captions_file: str | None = flag(default=None, help="Like --captions_file, for evaluation.")
-    eval_generate: int | None = flag(
-        default=None, help="Answer this many samples at each evaluation, and log metrics of the answers."
-    )
+    eval_generate: int | None = flag(default=None, help="Answer so many samples at each evaluation; log metrics.")
     eval_max_new_tokens: int = flag(default=64, help="Length limit of these answers, in tokens.")
     on_bad_sample: str = flag(
         default="skip", help="What a sample that cannot be used does.", metadata={"choices": ["error", "skip"]}
     )
     max_bad_fraction: float = flag(default=0.01, help="With --on_bad_sample skip: a larger share stops the run.")
     allow_links: bool = flag(default=False, help="Follow links in the image folder that lead out of it.")
-    dry_run: bool = flag(
-        default=False, help="Print parameters, tokens, steps and expected memory, then stop. No weights are needed."
-    )
+    dry_run: bool = flag(default=False, help="Print parameters, tokens, steps and expected memory, then stop.")
     feature_cache: str | None = flag(
         default=None, help="Folder that stores the tower's features, so that it sees every image only once."
     )
@@ -132,11 +128,10 @@ class VLMTrainingArguments(TrainingArguments):
         default=None,
         help="Samples per step over all processes; sets --gradient_accumulation_steps to fit, on any number of GPUs.",
     )
+    shard_model: bool = flag(default=False, help="Split the language model over the GPUs: each holds a share (FSDP2).")
     remove_unused_columns: bool = flag(default=False, help="Must stay false: the data set returns what is needed.")
     overwrite_output_dir: bool = flag(default=False, help="Delete the run in --output_dir, and start a new one.")
-    ddp_find_unused_parameters: bool | None = flag(
-        default=False, help="Not needed: LoRA and projector get a gradient in every step, also without an image."
-    )
+    ddp_find_unused_parameters: bool | None = flag(default=False, help="Not needed: all parts always get a gradient.")
 
     def __post_init__(self) -> None:
         """Refuse what Trainer accepts but would train something else than it says; derive accumulation and dtype.
@@ -167,6 +162,10 @@ class VLMTrainingArguments(TrainingArguments):
             )
         if (self.global_batch_size or 0) > 0:
             self.gradient_accumulation_steps = accumulation(self)
+        if self.shard_model:
+            from .scaling.sharding import check_shardable
+
+            check_shardable(self)
         self.frozen_dtype = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     @property
@@ -235,8 +234,8 @@ _NOT_SUPPORTED = {
     "dataloader_drop_last": "no sample of an epoch is left out; leave the flag out",
     "ignore_data_skip": "a run resumes after the last sample it was given, at no cost; leave the flag out",
     "auto_find_batch_size": "give a smaller --per_device_train_batch_size, with --gradient_accumulation_steps",
-    "fsdp": "every GPU holds the whole model; leave it out",
-    "deepspeed": "every GPU holds the whole model; leave it out",
+    "fsdp": "it would split embedding and head apart, and nothing at all on the CPU; give --shard_model true",
+    "deepspeed": "it trains something else where samples have no image; give --shard_model true",
     "push_to_hub": "leave it out, and upload the finished checkpoint folder yourself",
 }
 _COUNTS = (
@@ -273,21 +272,18 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         raise ValueError("; ".join(wrong))
     of_lora = [name for name in _OF_LORA if getattr(model_args, name) != getattr(ModelArguments, name)]
     if model_args.train_only is not None and of_lora:
+        named = " and ".join(f"--{name}" for name in of_lora)
         raise ValueError(
-            f"--train_only {model_args.train_only} trains no LoRA: leave out "
-            f"{' and '.join(f'--{name}' for name in of_lora)} (train.sh gives some of them: call train.py), or "
-            "--train_only"
+            f"--train_only {model_args.train_only} trains no LoRA: leave out {named} (train.sh gives some; call train.py)"
         )
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     strategy: Any = args.eval_strategy
     if strategy != "no" and data_args.eval_image_map is None:
-        raise ValueError(
-            f"--eval_strategy {strategy.value} needs --eval_image_map and --eval_captions_file; give both, or leave it "
-            "out"
-        )
-    if data_args.eval_generate is not None and strategy == "no":
-        raise ValueError("--eval_generate needs --eval_image_map and --eval_captions_file, and evaluations; give both")
+        raise ValueError(f"--eval_strategy {strategy.value} needs --eval_image_map and --eval_captions_file; give both")
+    if data_args.eval_generate is not None and (strategy == "no" or args.shard_model):
+        wanted = "no --shard_model" if args.shard_model else "--eval_image_map, --eval_captions_file and an evaluation"
+        raise ValueError(f"--eval_generate needs {wanted}; give that, or leave it out")
     best = args.metric_for_best_model
     if data_args.eval_generate is None and best not in (None, "loss", "eval_loss"):
         raise ValueError(f"--metric_for_best_model {best}: only loss is measured without --eval_generate; give it too")

@@ -341,6 +341,7 @@ def test_a_picture_that_can_not_be_read_counts_in_no_metric(bases, pictures, tmp
 
 REFUSED = {
     "no set": (["--eval_generate", "4"], "--eval_generate needs --eval_image_map"),
+    "split model": (["DATA", *ANSWERING, "--shard_model", "true"], "--eval_generate needs no --shard_model"),
     "none": (["DATA", "--eval_generate", "0"], "--eval_generate 0: must be at least 1"),
     "no room": (["DATA", *ANSWERING[:2], "--eval_max_new_tokens", "0"], "--eval_max_new_tokens 0: must be at least 1"),
     "no evaluation": (["DATA", *ANSWERING, "--eval_strategy", "no"], "--eval_generate needs"),
