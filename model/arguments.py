@@ -274,7 +274,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     if model_args.train_only is not None and of_lora:
         named = " and ".join(f"--{name}" for name in of_lora)
         raise ValueError(
-            f"--train_only {model_args.train_only} trains no LoRA: leave out {named} (train.sh gives some; call train.py)"
+            f"--train_only {model_args.train_only} trains no LoRA: leave out {named} (train.sh has some: call train.py)"
         )
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
