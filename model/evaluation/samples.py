@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dataprocess.image_io import resolve_image_path
 from dataprocess.messages import format_count
-from dataset.annotations import Annotations, Sample
+from dataset.annotations import Sample
+from dataset.image_caption_dataset import open_annotations
 from qwen.tokenization_qwen import IMAGE_TOKEN
 
 from ..asking.question_file import Question
@@ -22,7 +23,7 @@ def read_samples(image_map: Path, captions_file: Path, suffix: str = "") -> Ques
     Samples whose later questions bring pictures are left out, with a warning.
     """
     items, left_out = [], 0
-    for sample in Annotations(image_map, captions_file):
+    for sample in open_annotations(image_map, captions_file):
         if has_all_pictures_first(sample):
             items.append(with_suffix(first_question(sample), suffix))
         else:
