@@ -88,6 +88,7 @@ class VisionLanguageModel(WrapsLanguageModel):
         projector_layers: int = 2,
         pixel_shuffle: int = 1,
         train_only: str | None = None,
+        hollow: bool = False,
     ) -> VisionLanguageModel:
         """Load both base models and, if given, what a checkpoint trained.
 
@@ -103,6 +104,7 @@ class VisionLanguageModel(WrapsLanguageModel):
             projector_layers: 1 or 2; a checkpoint's own number rules.
             pixel_shuffle: side of the block of patches that becomes one token; a checkpoint's own number rules.
             train_only: the attribute; by default the checkpoint's.
+            hollow: leave the language model's weights to `ShardedTrainer`, which reads them in shares.
 
         Raises:
             CheckpointError: if the checkpoint is incomplete, broken, or was trained for other base models.
@@ -126,7 +128,7 @@ class VisionLanguageModel(WrapsLanguageModel):
 
         # The frozen half, in the dtype that autocast computes in.
         tower = build_vision_tower(base_value_model, dtype, **settings)
-        language_model: Any = load_language_model(base_language_model, torch.float32 if trains_all else dtype)
+        language_model: Any = load_language_model(base_language_model, torch.float32 if trains_all else dtype, hollow)
         language_model.requires_grad_(trains_all)
         fingerprints = base_fingerprints(tower, language_model)
 

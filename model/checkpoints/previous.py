@@ -91,7 +91,11 @@ def restore_weights(model: Any, folder: str | os.PathLike[str]) -> None:
             )
     check_bases(checkpoint, model.vision_tower, model.qwen, model.fingerprints)
     weights = {}  # of LoRA or of the language model
-    if checkpoint.train_only == "lora":
+    if hasattr(model.qwen, "reshard") and checkpoint.train_only == "all":  # split over the processes
+        from ..scaling.sharding import fill
+
+        fill(model.qwen, checkpoint.language_model)
+    elif checkpoint.train_only == "lora":
         weights = read_adapter(model.language_model, checkpoint.folder)
     elif checkpoint.train_only == "all":
         weights = load_language_model(checkpoint.language_model, model.dtype).state_dict()

@@ -81,6 +81,7 @@ class ModelShape:
     mlp_kept: int = 2  # tensors of I channels that the MLP keeps, without LoRA
     normed_width: int = 0  # channels of queries and keys that are normed head by head: 0, or W + K
     trains_language: bool = False  # whether the language model is trained as a whole
+    outside_blocks: int = 0  # parameters of the language model that belong to no block: embedding, last norm, head
     last_layer_whole: bool = False  # whether what follows the last attention runs at all positions, not at S
 
     @property

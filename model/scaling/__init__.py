@@ -1,0 +1,1 @@
+"""Side room: models and runs that are larger than one GPU."""
