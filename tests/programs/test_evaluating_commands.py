@@ -1,4 +1,4 @@
-"""Every command of docs/evaluating.md that evaluates runs as it is written, with made-up files in the published formats."""
+"""Every command of docs/evaluating.md that evaluates runs as written, with made-up files in the published formats."""
 
 from __future__ import annotations
 
