@@ -50,6 +50,7 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
         projector_layers=model_args.projector_layers or 2,
         pixel_shuffle=model_args.pixel_shuffle or 1,
         train_only=model_args.train_only or "lora",
+        quantisation=model_args.quantisation,
     )
     if model_args.train_only is None and not model.has_lora:
         model.add_lora(model_args.lora_settings)

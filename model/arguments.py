@@ -74,6 +74,14 @@ class ModelArguments:
         help="LLaVA folder (Hugging Face's layout) whose projector training starts from; with the same vision tower.",
     )
 
+    load_in_4bit: bool = flag(default=False, help="Keep the frozen language model in 4 bits (NF4), as QLoRA does.")
+    load_in_8bit: bool = flag(default=False, help="Keep the frozen language model in 8 bits (LLM.int8).")
+
+    @property
+    def quantisation(self) -> str | None:
+        """Return 4bit, 8bit, or None where the language model is whole."""
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
+
     @property
     def lora_settings(self) -> LoraSettings:
         """Return the settings of fresh LoRA layers."""
@@ -279,6 +287,10 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
             f"{' and '.join(f'--{name}' for name in of_lora)} (train.sh gives some of them: call train.py), or "
             "--train_only"
         )
+    if model_args.quantisation is not None:
+        from .scaling.quantised import check_training_flags
+
+        check_training_flags(model_args, args)
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     strategy: Any = args.eval_strategy

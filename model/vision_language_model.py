@@ -87,6 +87,7 @@ class VisionLanguageModel(nn.Module):
         projector_layers: int = 2,
         pixel_shuffle: int = 1,
         train_only: str | None = None,
+        quantisation: str | None = None,
     ) -> VisionLanguageModel:
         """Load both base models and, if given, what a checkpoint trained.
 
@@ -102,6 +103,7 @@ class VisionLanguageModel(nn.Module):
             projector_layers: 1 or 2; a checkpoint's own number rules.
             pixel_shuffle: side of the block of patches that becomes one token; a checkpoint's own number rules.
             train_only: the attribute; by default the checkpoint's.
+            quantisation: 4bit or 8bit: what the language model's layers take while frozen; see `model/scaling`.
 
         Raises:
             CheckpointError: if the checkpoint is incomplete, broken, or was trained for other base models, or if
@@ -118,7 +120,8 @@ class VisionLanguageModel(nn.Module):
         # The frozen half, in the dtype that autocast computes in.
         settings = {} if checkpoint is None else tower_settings(checkpoint, vision_name)
         tower = build_vision_tower(vision_name, dtype, **settings)
-        language_model: Any = load_language_model(language_name, torch.float32 if trains_all else dtype)
+        language_dtype = torch.float32 if trains_all else dtype
+        language_model: Any = load_language_model(language_name, language_dtype, quantisation, device)
         language_model.requires_grad_(trains_all)
         fingerprints = base_fingerprints(tower, language_model)
 

@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
+from dataprocess.messages import shorten
 from dataset.prompt import Tokenizer
 from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenTokenizer
 from visual.base import VisionTower
@@ -86,13 +87,21 @@ def _check_same_origin(name: str, checkpoint: Checkpoint) -> None:
 # ---- The language model: what is wrong with one is a ValueError in one line
 
 
-def load_language_model(name_or_path: str, dtype: torch.dtype) -> Any:
-    """Load QWen, or another language model, its weights in this dtype."""
+def load_language_model(
+    name_or_path: str, dtype: torch.dtype, quantisation: str | None = None, device: torch.device | None = None
+) -> Any:
+    """Load QWen, or another language model, its weights in this dtype; or quantised (4bit, 8bit), on a device."""
     config = read_language_config(name_or_path)  # a wrong name is an error before weights are downloaded
+    load: Any = None
+    if quantisation is not None:
+        from ..scaling.quantised import quantised_loader
+
+        load = quantised_loader(quantisation, device)
     with _named_errors(name_or_path):
-        if isinstance(config, QWenConfig):
-            return MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
-        return load_causal_lm(name_or_path, dtype)
+        if not isinstance(config, QWenConfig):
+            return load_causal_lm(name_or_path, dtype, load)
+        model_class = MultimodalQWenLMHeadModel
+        return (load(model_class) if load else model_class.from_pretrained)(name_or_path, dtype=dtype)
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
@@ -110,6 +119,11 @@ def read_language_config(name_or_path: str) -> PreTrainedConfig:
         values = PreTrainedConfig.get_config_dict(name_or_path)[0]
         if not values:
             raise ValueError("no config.json in this folder; give a language model's, or a hub name")
+        if how := values.get("quantization_config"):
+            raise ValueError(
+                f"its files are quantised already ({shorten(how)}); give the model that they were made from, with "
+                "--load_in_4bit or --load_in_8bit to quantise it while it is loaded"
+            )
         kind = values.get("model_type")
         if kind != QWenConfig.model_type and kind not in CONFIG_MAPPING:
             raise ValueError(

@@ -1,0 +1,1 @@
+"""Side room: models that are larger than one GPU, or than the memory at hand."""
