@@ -46,8 +46,11 @@ def add_lora(language_model: PreTrainedModel, settings: LoraSettings) -> PeftMod
     """Wrap the language model with freshly initialised LoRA layers; they are fp32, whatever the base is.
 
     Raises:
+        ValueError: if it has such layers already.
         LoraTargetError: if a target name matches no linear layer of the model; the message lists what exists.
     """
+    if isinstance(language_model, PeftModel):
+        raise ValueError("the language model has LoRA layers already; train or merge those")
     targets = settings.target_modules
     if targets is None:
         targets = default_targets(language_model)

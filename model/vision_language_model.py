@@ -25,18 +25,19 @@ from qwen.loss import head_loss
 from visual import build_vision_tower
 from visual.base import VisionTower
 
-from .checkpoints.base_models import base_fingerprints, base_models, load_language_model
-from .checkpoints.checkpoint import check_bases, load_lora, load_projector, read_checkpoint, tower_settings
+from .checkpoints.base_models import base_fingerprints, load_language_model
+from .checkpoints.checkpoint import base_models, check_bases, load_lora, load_projector, read_checkpoint, tower_settings
 from .checkpoints.previous import restore_weights
 from .checkpoints.saving import multimodal_config, save_checkpoint
 from .device import pick_device, pick_dtype
-from .language_models.causal_lm import check_window
+from .language_models.causal_lm import check_image_length
+from .language_models.wrapping import WrapsLanguageModel
 from .lora import LoraSettings, add_lora, merge_lora
-from .pixel_shuffle import check_pixel_shuffle, shuffle_pixels
+from .pixel_shuffle import shuffle_pixels
 from .projector import build_projector
 
 
-class VisionLanguageModel(nn.Module):
+class VisionLanguageModel(WrapsLanguageModel):
     """Vision tower → projector → language model.
 
     Attributes:
@@ -106,43 +107,46 @@ class VisionLanguageModel(nn.Module):
             quantisation: 4bit or 8bit: what the language model's layers take while frozen; see `model/scaling`.
 
         Raises:
-            CheckpointError: if the checkpoint is incomplete, broken, or was trained for other base models, or if
-                neither it nor an argument names a base model.
-            ValueError: if `pixel_shuffle` does not divide the tower's grid of patches.
+            CheckpointError: if the checkpoint is incomplete, broken, or was trained for other base models.
+            ValueError: if neither it nor an argument names a base model, or `pixel_shuffle` does not divide the tower's
+                grid of patches.
         """
         device = torch.device(device) if device is not None else pick_device()
         dtype = dtype or pick_dtype(device)
-        checkpoint = read_checkpoint(model_weights) if model_weights is not None else None
-        language_name, vision_name = base_models(base_language_model, base_value_model, checkpoint)
+
+        # A checkpoint says which base models it was trained for, and how.
+        checkpoint, settings = None, {}
+        if model_weights is not None:
+            checkpoint = read_checkpoint(model_weights)
+            base_language_model, base_value_model = base_models(base_language_model, base_value_model, checkpoint)
+            settings = tower_settings(checkpoint, base_value_model)
+            projector_layers, pixel_shuffle = checkpoint.projector_layers, checkpoint.pixel_shuffle
+        elif base_language_model is None or base_value_model is None:
+            raise ValueError("give base_language_model and base_value_model, or model_weights, which name both")
         train_only = train_only or (checkpoint.train_only if checkpoint is not None else "lora")
         trains_all = trainable and train_only == "all"
 
         # The frozen half, in the dtype that autocast computes in.
-        settings = {} if checkpoint is None else tower_settings(checkpoint, vision_name)
-        tower = build_vision_tower(vision_name, dtype, **settings)
+        tower = build_vision_tower(base_value_model, dtype, **settings)
         language_dtype = torch.float32 if trains_all else dtype
-        language_model: Any = load_language_model(language_name, language_dtype, quantisation, device)
+        language_model: Any = load_language_model(base_language_model, language_dtype, quantisation, device)
         language_model.requires_grad_(trains_all)
         fingerprints = base_fingerprints(tower, language_model)
 
         # The trained half, in fp32: steps of a small learning rate would be lost in bf16's 8 bits.
         if checkpoint is not None:
             check_bases(checkpoint, tower, language_model, fingerprints)
-            projector_layers, pixel_shuffle = checkpoint.projector_layers, checkpoint.pixel_shuffle
-        if pixel_shuffle != 1:
-            check_pixel_shuffle(pixel_shuffle, tower.num_image_tokens)
-        if getattr(language_model.config, "sliding_window", None):  # QWen has none
-            check_window(language_name, language_model.config, tower.num_image_tokens // pixel_shuffle**2)
+        if pixel_shuffle != 1 or getattr(language_model.config, "sliding_window", None):  # QWen has none
+            check_image_length(base_language_model, language_model.config, tower.num_image_tokens, pixel_shuffle)
         width = tower.hidden_size * pixel_shuffle**2
         projector = build_projector(width, language_model.config.hidden_size, projector_layers)
         if checkpoint is not None:
             load_projector(projector, checkpoint.folder)
-            if checkpoint.lora_config is not None:
-                language_model = load_lora(language_model, checkpoint, trainable=trainable, dropout=lora_dropout)
+            language_model = load_lora(language_model, checkpoint, trainable=trainable, dropout=lora_dropout)
 
-        model = cls(tower, projector, language_model, language_name, fingerprints, pixel_shuffle, train_only).to(device)
+        model = cls(tower, projector, language_model, base_language_model, fingerprints, pixel_shuffle, train_only)
         model.projector.requires_grad_(trainable)
-        return model.train(trainable)
+        return model.to(device).train(trainable)
 
     # ---- What it computes
 
@@ -194,10 +198,8 @@ class VisionLanguageModel(nn.Module):
             ValueError: if image tokens and images differ in number, in the whole batch or within a row.
         """
         if pixel_values is not None and vision_features is not None:
-            raise ValueError(
-                f"got pixel_values {tuple(pixel_values.shape)} and vision_features {tuple(vision_features.shape)}; all "
-                "images of a batch come as pixels, or all as features of the tower: give one of them"
-            )
+            shapes = f"pixel_values {tuple(pixel_values.shape)} and vision_features {tuple(vision_features.shape)}"
+            raise ValueError(f"got {shapes}: give one of them, for all images of the batch")
         kwargs.pop("ids", None)  # the collator names samples by them, for messages
         images = pixel_values if vision_features is None else vision_features
         num_images = 0 if images is None else len(images)
@@ -261,15 +263,9 @@ class VisionLanguageModel(nn.Module):
     # ---- LoRA
 
     def add_lora(self, settings: LoraSettings) -> None:
-        """Give the language model freshly initialised LoRA layers and make projector and LoRA trainable.
-
-        Raises:
-            ValueError: if it has LoRA layers already, or no linear layer of one of the target names.
-        """
-        if self.has_lora:
-            raise ValueError("the language model has LoRA layers already; train or merge those")
-        self.train_only = "lora"
+        """Give the language model fresh LoRA layers, trained with the projector; raises as `lora.add_lora`."""
         self.language_model = add_lora(self.language_model, settings)
+        self.train_only = "lora"
         self.projector.requires_grad_(True)
         self.train(self.training)  # PEFT creates its layers, their dropout too, in training mode
 
@@ -281,13 +277,7 @@ class VisionLanguageModel(nn.Module):
     # ---- Checkpoints
 
     def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
-        """Write what is trained (LoRA, say, and the projector) and a note of the base models.
-
-        Raises:
-            ValueError: if LoRA is trained, and the language model has no LoRA layers.
-        """
-        if self.train_only == "lora" and not self.has_lora:
-            raise ValueError("there are no LoRA layers to save; call add_lora first")
+        """Write what is trained (LoRA, say, and the projector) and a note of the base models; raises as `saving.py`."""
         save_checkpoint(folder, self.language_model, self.projector, multimodal_config(self))
 
     def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
@@ -298,7 +288,7 @@ class VisionLanguageModel(nn.Module):
         """
         restore_weights(self, folder)
 
-    # ---- What others ask it
+    # ---- The language model inside
 
     @property
     def qwen(self) -> MultimodalQWenLMHeadModel:
@@ -309,25 +299,3 @@ class VisionLanguageModel(nn.Module):
     def has_lora(self) -> bool:
         """Whether there are LoRA layers in the language model."""
         return isinstance(self.language_model, PeftModel)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self.get_input_embeddings().weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the language model."""
-        return self.get_input_embeddings().weight.dtype
-
-    def get_input_embeddings(self) -> Any:
-        """Return the language model's token embedding, to which `--neftune_noise_alpha` adds noise."""
-        return self.qwen.get_input_embeddings()
-
-    def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Recompute the language model's activations in the backward pass; Trainer asks for it by this name."""
-        self.qwen.activation_checkpointing_enable(**options)
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Do the same under the name that transformers before 5.23 uses."""
-        self.qwen.gradient_checkpointing_enable(**options)

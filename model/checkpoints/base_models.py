@@ -31,8 +31,7 @@ from ..language_models.causal_lm import (
     load_chat_tokenizer,
     multimodal_class,
 )
-from .folder import CheckpointError, reading
-from .readers import Checkpoint
+from .folder import reading
 
 logger = logging.getLogger(__name__)
 
@@ -49,41 +48,6 @@ _IMAGE_SETTINGS = (
 )
 
 
-def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint | None) -> tuple[str, str]:
-    """Return the names of the base models: those given, else those that the checkpoint was trained on.
-
-    A checkpoint of `--train_only all` brings its language model; one that is given as well must be the same, or the one
-    that its training started from.
-    """
-    if checkpoint is not None and checkpoint.config is not None:
-        if checkpoint.train_only == "all":
-            if language is not None:
-                _check_same_origin(language, checkpoint)
-            language = checkpoint.language_model
-        language = language or checkpoint.config.base_language_model
-        vision = vision or checkpoint.config.base_value_model
-    if language is None or vision is None:
-        flags = {"--base_language_model": language, "--base_value_model": vision}
-        missing = " and ".join(flag for flag, name in flags.items() if name is None)
-        raise CheckpointError(f"give {missing}: there is no checkpoint whose multimodal_config.json says what it is")
-    logger.info("base language model: %s; base vision model: %s", language, vision)
-    return language, vision
-
-
-def _check_same_origin(name: str, checkpoint: Checkpoint) -> None:
-    """Check that a language model is the one in a checkpoint, or the one that its training started from."""
-    config: Any = checkpoint.config
-    known = {config.base_language_model, str(Path(checkpoint.language_model).resolve())}
-    if name in known or str(Path(name).absolute()) in known or str(Path(name).resolve()) in known:
-        return
-    found = language_fingerprint(name, read_language_config(name))
-    if found != config.language_model_fingerprint or not comparable(found, found):
-        raise CheckpointError(
-            f"--base_language_model {name}: checkpoint {checkpoint.folder} brings its own language model, which was "
-            f"trained from {config.base_language_model}; give {checkpoint.language_model} or that"
-        )
-
-
 # ---- The language model: what is wrong with one is a ValueError in one line
 
 
@@ -92,6 +56,7 @@ def load_language_model(
 ) -> Any:
     """Load QWen, or another language model, its weights in this dtype; or quantised (4bit, 8bit), on a device."""
     config = read_language_config(name_or_path)  # a wrong name is an error before weights are downloaded
+    logger.info("language model %s (%s), %s", name_or_path, config.model_type, dtype)
     load: Any = None
     if quantisation is not None:
         from ..scaling.quantised import quantised_loader

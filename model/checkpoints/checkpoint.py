@@ -22,7 +22,7 @@ from visual import tower_class_of
 from visual.base import VisionTower
 
 from ..lora import make_lean
-from .base_models import comparable
+from .base_models import comparable, language_fingerprint, read_language_config
 from .folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -86,6 +86,40 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 # ---- Does it fit the base models?
 
 
+def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint) -> tuple[str, str]:
+    """Return the names of the base models: those given, else those that the checkpoint was trained on.
+
+    A checkpoint of `--train_only all` brings its language model; one that is given as well must be the same, or the one
+    that its training started from.
+    """
+    if checkpoint.config is not None:
+        if checkpoint.train_only == "all":
+            if language is not None:
+                _check_same_origin(language, checkpoint)
+            language = checkpoint.language_model
+        language = language or checkpoint.config.base_language_model
+        vision = vision or checkpoint.config.base_value_model
+    if language is None or vision is None:
+        flags = {"--base_language_model": language, "--base_value_model": vision}
+        missing = " and ".join(flag for flag, name in flags.items() if name is None)
+        raise CheckpointError(f"give {missing}: checkpoint {checkpoint.folder} has no {MULTIMODAL_CONFIG} that says it")
+    return language, vision
+
+
+def _check_same_origin(name: str, checkpoint: Checkpoint) -> None:
+    """Check that a language model is the one in a checkpoint, or the one that its training started from."""
+    config: Any = checkpoint.config
+    known = {config.base_language_model, str(Path(checkpoint.language_model).resolve())}
+    if name in known or str(Path(name).absolute()) in known or str(Path(name).resolve()) in known:
+        return
+    found = language_fingerprint(name, read_language_config(name))
+    if found != config.language_model_fingerprint or not comparable(found, found):
+        raise CheckpointError(
+            f"--base_language_model {name}: checkpoint {checkpoint.folder} brings its own language model, which was "
+            f"trained from {config.base_language_model}; give {checkpoint.language_model} or that"
+        )
+
+
 def tower_settings(checkpoint: Checkpoint, vision_name: str) -> dict[str, Any]:
     """Return how `build_vision_tower` reads the tower for a checkpoint.
 
@@ -143,9 +177,10 @@ def check_bases(
 
 def load_lora(
     language_model: PreTrainedModel, checkpoint: Checkpoint, *, trainable: bool, dropout: float | None = None
-) -> PeftModel:
-    """Wrap the language model with the LoRA layers of a checkpoint, in fp32; `dropout` replaces the checkpoint's."""
-    assert checkpoint.lora_config is not None
+) -> Any:
+    """Wrap the language model with a checkpoint's LoRA layers, if it has any, in fp32; `dropout` replaces its own."""
+    if checkpoint.lora_config is None:
+        return language_model
     config = copy(checkpoint.lora_config)
     config.inference_mode = not trainable
     config.base_model_name_or_path = language_model.name_or_path  # or PEFT warns that it is another

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..arguments import ModelArguments
 from ..lora import LoraSettings
-from .base_models import base_models, load_language_model
-from .checkpoint import check_bases, check_weights, load_projector, read_adapter, read_checkpoint
+from .base_models import load_language_model
+from .checkpoint import base_models, check_bases, check_weights, load_projector, read_adapter, read_checkpoint
 from .folder import LANGUAGE_MODEL, CheckpointError
 from .readers import Checkpoint
 

@@ -65,8 +65,11 @@ def save_checkpoint(
     """Write a checkpoint's weights and configuration into a folder, which is created if need be.
 
     Raises:
+        ValueError: if LoRA is trained, and the language model has no LoRA layers.
         OSError: if they can't be written; files that were there before are then unchanged.
     """
+    if config.train_only == "lora" and not isinstance(language_model, PeftModel):
+        raise ValueError("there are no LoRA layers to save; call add_lora first")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     values = {name: value for name, value in asdict(config).items() if name not in OPTIONAL or value != OPTIONAL[name]}

@@ -18,9 +18,8 @@ from ..checkpoints.base_models import read_language_config
 from ..checkpoints.checkpoint import tower_settings
 from ..checkpoints.previous import read_previous
 from ..export.from_llava import llava_feature_layer
-from ..language_models.causal_lm import check_window, multimodal_class
+from ..language_models.causal_lm import check_image_length, multimodal_class
 from ..lora import LoraSettings, check_targets, default_targets
-from ..pixel_shuffle import check_pixel_shuffle
 from ..projector import build_projector
 from .memory_estimate import ModelShape, Setting
 
@@ -69,8 +68,7 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
     if asked.from_llava is not None:
         settings = {"feature_layer": llava_feature_layer(asked.from_llava, asked.base_value_model, config.hidden_size)}
     tower = read_tower_shape(asked.base_value_model, **settings)
-    check_pixel_shuffle(factor, tower.num_image_tokens)
-    check_window(asked.base_language_model, config, tower.num_image_tokens // factor**2)
+    check_image_length(asked.base_language_model, config, tower.num_image_tokens, factor)
     return model_shape(config, tower, lora, layers, factor, asked.train_only, asked.quantisation), lora
 
 

@@ -25,8 +25,15 @@ from qwen import MultimodalQWenLMHeadModel, QWenConfig
 from visual import TowerShape, read_tower_shape, tower_class_of
 from visual.loading import load_config
 
-from ..checkpoints.base_models import base_fingerprints, base_models, read_language_config
-from ..checkpoints.checkpoint import check_bases, load_lora, load_projector, read_checkpoint, tower_settings
+from ..checkpoints.base_models import base_fingerprints, read_language_config
+from ..checkpoints.checkpoint import (
+    base_models,
+    check_bases,
+    load_lora,
+    load_projector,
+    read_checkpoint,
+    tower_settings,
+)
 from ..checkpoints.folder import reading
 from ..checkpoints.readers import Checkpoint
 from ..device import parse_dtype

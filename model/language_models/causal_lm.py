@@ -25,6 +25,8 @@ from dataset.chat_template import ChatTemplateError, ChatTokenizer
 from qwen.cache import GrowingCache
 from qwen.multimodal_generation import GeneratesWithImages, check_counts
 
+from ..pixel_shuffle import check_pixel_shuffle
+
 _SETTINGS = (
     *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act"),
     *("sliding_window", "tie_word_embeddings"),
@@ -150,6 +152,16 @@ def multimodal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     # By its name and module, transformers knows what to rename in published files, and what to call it in its own.
     members = {"image_token_id": int(config.vocab_size), "__module__": base.__module__}
     return type(base.__name__, (MultimodalCausalLM, base), members)
+
+
+def check_image_length(name: str, config: PreTrainedConfig, num_patches: int, pixel_shuffle: int = 1) -> None:
+    """Check that an image's patches can be joined as `--pixel_shuffle` says, and that attention sees a whole image.
+
+    Raises:
+        ValueError: if not; the message says what fits.
+    """
+    check_pixel_shuffle(pixel_shuffle, num_patches)
+    check_window(name, config, num_patches // pixel_shuffle**2)
 
 
 def check_window(name: str, config: PreTrainedConfig, num_image_tokens: int) -> None:
