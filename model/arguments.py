@@ -26,12 +26,13 @@ from .errors import OneLineErrors
 from .help_page import HelpFormatter, ShortHelp
 from .lora import LoraSettings
 from .runs.global_batch import accumulation
+from .scaling.flags import ScalingFlags
 
 flag: Any = HfArg  # Any: a field is of its value's type for type checkers
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(ScalingFlags):
     """Which models are put together, and what of them is trained."""
 
     base_language_model: str = flag(
@@ -70,17 +71,8 @@ class ModelArguments:
         metadata={"choices": ["projector", "all"]},
     )
     from_llava: str | None = flag(
-        default=None,
-        help="LLaVA folder (Hugging Face's layout) whose projector training starts from; with the same vision tower.",
+        default=None, help="LLaVA folder (Hugging Face's layout) with this tower, whose projector training starts from."
     )
-
-    load_in_4bit: bool = flag(default=False, help="Keep the frozen language model in 4 bits (NF4), as QLoRA does.")
-    load_in_8bit: bool = flag(default=False, help="Keep the frozen language model in 8 bits (LLM.int8).")
-
-    @property
-    def quantisation(self) -> str | None:
-        """Return 4bit, 8bit, or None where the language model is whole."""
-        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
 
     @property
     def lora_settings(self) -> LoraSettings:
@@ -287,10 +279,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
             f"{' and '.join(f'--{name}' for name in of_lora)} (train.sh gives some of them: call train.py), or "
             "--train_only"
         )
-    if model_args.quantisation is not None:
-        from .scaling.quantised import check_training_flags
-
-        check_training_flags(model_args, args)
+    model_args.check_scaling(args)
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     strategy: Any = args.eval_strategy

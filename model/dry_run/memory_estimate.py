@@ -37,6 +37,7 @@ keep what they multiply their weights with, (B, T, D) fp32 each. Positions are n
 
 Quantised layers (`--load_in_4bit`, `--load_in_8bit`) take `quantised_bytes` in place of s x their weights, and one of
 them at a time is dequantised, into s x its weights. In 8 bits they keep their inputs, as LoRA does without dropout.
+PEFT's own LoRA is over them; under autocast on the CPU it takes its inputs in fp32 and keeps a copy for each layer.
 
 What exists at one moment only, on top of the above:
 
@@ -190,16 +191,17 @@ def _kept_by_layer(shape: ModelShape, setting: Setting, tokens: int, after: int)
     """Count the bytes that autograd keeps of one block of `tokens` positions, `after` of them after the attention."""
     s, d, w, i = setting.dtype_bytes, shape.width, shape.attention_width, shape.inner
     channels = {"attention": d, "attention output": w, "MLP": d, "product": i}
-    mask = 0 if not setting.dropout else s if setting.device == "cpu" else 1
+    copies = bool(shape.quantised_parameters) and setting.device == "cpu" and s < FP32
+    mask = 0 if not setting.dropout else 1 if setting.device != "cpu" else FP32 if copies else s
     lora = dict.fromkeys(channels, 0)  # bytes by input
     casts = shape.trains_language and s < FP32
     for name in shape.lora_inputs:
         known = lora[name] and not (casts and channels[name] == d)
-        shared = not setting.dropout and (known or name == "attention output")  # inputs are kept as they are, once
+        shared = not (setting.dropout or copies) and (known or name == "attention output")  # kept as they are, once
         lora[name] += s * setting.rank + (0 if shared else channels[name] * (s + mask))
     if shape.keeps_inputs:
         for name in ("attention", "MLP", "product"):  # the output projection's input is counted with the attention
-            lora[name] += s * channels[name] * (setting.dropout > 0 or not lora[name])
+            lora[name] += s * channels[name] * (setting.dropout > 0 or copies or not lora[name])
     norms = FP32 * (2 if shape.trains_language else 1)
     before = norms * (d + shape.normed_width) + FP32 * shape.heads + 2 * s * (w + shape.key_width)
     before += lora.pop("attention")
