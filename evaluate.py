@@ -25,6 +25,7 @@ from model.console import use_utf8
 from model.errors import OneLineErrors, in_one_line, is_out_of_memory, one_line, out_of_memory
 from model.evaluation.answers import read_answers
 from model.evaluation.compare import compare, comparison_rows, write_comparison
+from model.evaluation.flags import check_flags, make_folder
 from model.evaluation.items import QuestionSet, gather
 from model.evaluation.metrics import check_families, choose_families, score
 from model.evaluation.processes import enter_process
@@ -56,29 +57,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--max_new_tokens", type=int, help="length limit of an answer, in tokens; default: the model's")
     add("--system", help="system prompt; default: as test.py has it")
     add("--seed", type=int, default=42, help="seed of the intervals (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.compare is None:
-        check(args)
-    return args
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse an evaluation without questions, answers or output, or with two of them."""
-    if (args.questions is None) == (args.image_map is None) or (args.image_map is None) != (args.captions_file is None):
-        raise ValueError("give either --questions FILE, or --image_map FILE with --captions_file FILE")
-    unused = [name for name in ("annotations", "image_folder", "prompt") if getattr(args, name) is not None]
-    if args.image_map is not None and unused:
-        raise ValueError(f"--{unused[0]} belongs to --questions; --image_map brings its own; leave it out")
-    if (args.model_weights is None) == (args.answers is None):
-        raise ValueError("give either --model_weights FOLDER, to ask a model, or --answers FILE, to score answers")
-    if args.answers is not None and args.blind:
-        raise ValueError("--blind asks a model; give --model_weights in place of --answers")
-    if args.image_folder is not None and not args.image_folder.is_dir():
-        raise ValueError(f"--image_folder {args.image_folder}: there is no such folder")
-    if args.output is None:
-        raise ValueError("--output is missing: give a folder for the results")
-    if any(path.absolute() == (args.output / "answers.jsonl").absolute() for path in args.answers or []):
-        raise ValueError(f"--answers {args.output / 'answers.jsonl'} would be overwritten; give another --output")
+    return check_flags(parser.parse_args(argv), argv)
 
 
 def read_questions(args: argparse.Namespace) -> list[QuestionSet]:
@@ -96,7 +75,7 @@ def run(args: argparse.Namespace, rank: int, world_size: int) -> int:
     if args.compare is not None:
         result, changed = compare(*args.compare, args.seed)
         if args.output is not None:
-            args.output.mkdir(parents=True, exist_ok=True)
+            make_folder(args.output)
             write_comparison(args.output, result, changed)
         print(markdown([comparison_rows(result)]))
         return 0
@@ -110,7 +89,7 @@ def run(args: argparse.Namespace, rank: int, world_size: int) -> int:
     check_families(items, families)
 
     # Take the answers from a file, or ask the model; under torchrun each process asks its share, the first one reports.
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output)
     blind, errors = None, []
     if args.answers is not None:
         if rank > 0:

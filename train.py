@@ -27,12 +27,13 @@ from model.dry_run.report import dry_run
 from model.export.from_llava import start_from_llava
 from model.feature_caching.fill import complete_feature_cache
 from model.runs.callbacks import WatchBadSamples
-from model.runs.deleting import overwriting
+from model.runs.deleting import is_overwriting, overwriting
 from model.runs.evaluating import WatchBadEvalSamples
 from model.runs.failures import report_failure
 from model.runs.program import finish, in_epoch_order, run_identity
 from model.runs.resuming import check_identity, checkpoint_to_resume
-from model.runs.run_folder import hold_run_folder, is_overwriting, run_config
+from model.runs.run_folder import hold_run_folder, run_config
+from model.runs.run_report import ReportRun
 from model.trainer import VLMTrainer
 from model.vision_language_model import VisionLanguageModel
 
@@ -97,13 +98,14 @@ def build_trainer(
     set_up_logging(args.process_index, args.world_size)
 
     # One run, one folder: take it, and find the checkpoint to resume from, or an old run to overwrite.
-    lock.enter_context(hold_run_folder(args))
+    is_new = lock.enter_context(hold_run_folder(args))
     resume = checkpoint_to_resume(args) if args.resume_from_checkpoint is not None else None
-    overwrites = is_overwriting(args, resume)
+    overwrites = not is_new and is_overwriting(args, resume)
 
     # Put tower, projector and language model together; the seed decides the first weights of what is trained.
     set_seed(args.seed)
-    read_previous(model_args)
+    if model_args.previous_lora_weights is not None or model_args.from_llava is not None:
+        read_previous(model_args)
     tokenizer = load_tokenizer(model_args.base_language_model)
     model = build_model(model_args, args)
 
@@ -124,6 +126,7 @@ def build_trainer(
         data_collator=VLMCollator(tokenizer.pad_token_id),
         callbacks=[WatchBadSamples(train_set), *([WatchBadEvalSamples(eval_set)] if eval_set is not None else [])],
     )
+    trainer.add_callback(ReportRun(trainer))
     trainer.create_optimizer()  # a wrong --optim is found before anything is written
 
     # Let the tower see every image once, if its features are to be stored.

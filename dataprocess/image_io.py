@@ -17,6 +17,7 @@ without checksums (JPEG, BMP), and a progressive JPEG that lacks its last scans,
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -107,16 +108,20 @@ def resolve_image_path(root: str | os.PathLike[str], name: str, allow_links: boo
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Open a picture completely and convert it to RGB; the module's docstring says how. No file stays open.
+    """Open a picture completely and convert it to RGB; the module's docstring says how.
+
+    No file stays open, except shards: `path` may also be the place of a picture in a tar file, as `shards.py` names it.
 
     Raises:
         ImageError: the file is missing, a directory or no regular file, empty, unreadable, not a picture of a known
             format, cut short or damaged, or too large.
     """
     path = os.fspath(path)
-    _check_file(path)
+    stored = _read_from_shard(path)
+    if stored is None:
+        _check_file(path)
     try:
-        with Image.open(_read_jpeg(path) or path, formats=FORMATS) as image:
+        with Image.open(_open_file(path, stored), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{width} × {height} pixels")
@@ -133,6 +138,44 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         raise
     except Exception as exc:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
         raise _error(path, "image cut short or damaged", f"{exc}" or type(exc).__name__) from None
+
+
+def read_image(path: str | os.PathLike[str]) -> bytes:
+    """Read a picture's bytes as they are stored, within the limits of `load_image`; they may be of no picture.
+
+    Raises:
+        ImageError: the file is missing, a directory or no regular file, empty, unreadable, or too large.
+    """
+    path = os.fspath(path)
+    stored = _read_from_shard(path)
+    if stored is not None:
+        return stored
+    _check_file(path)
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            return file.read()
+    except OSError as exc:
+        raise _error(path, "unreadable", exc.strerror or str(exc)) from None
+
+
+def content_key(path: str | os.PathLike[str]) -> bytes | None:
+    """Return the SHA-256 of a picture's bytes; None if they cannot be read, and `load_image` says why."""
+    try:
+        return hashlib.sha256(read_image(path)).digest()
+    except ImageError:
+        return None
+
+
+def _read_from_shard(path: str) -> bytes | None:
+    """Read a picture that is stored in a tar shard; None for one that has a file of its own."""
+    if ".tar/" not in path:
+        return None
+    from .shards import ShardError, read_member
+
+    try:
+        return read_member(path, MAX_BYTES)
+    except ShardError as exc:
+        raise _error(path, exc.reason, exc.detail) from None
 
 
 def _check_file(path: str) -> None:
@@ -152,15 +195,15 @@ def _check_file(path: str) -> None:
         raise _error(path, "image too large", f"{status.st_size:,} bytes; at most {MAX_BYTES:,} are accepted")
 
 
-def _read_jpeg(path: str) -> io.BytesIO | None:
-    """Read a JPEG file so that missing data are an error; return None for other formats.
+def _open_file(path: str, stored: bytes | None) -> io.BytesIO | str:
+    """Return a picture as Pillow takes it, a JPEG file so that missing data are an error.
 
     If the end marker comes too early, libjpeg fills the rest of the picture with grey. Without the marker, Pillow calls
     the file cut short unless it has decoded all rows. The zeros in its place are for the decoder, which looks ahead.
     """
-    with open(path, "rb") as file:  # noqa: PTH123
+    with open(path, "rb") if stored is None else io.BytesIO(stored) as file:  # noqa: PTH123
         if file.read(3) != b"\xff\xd8\xff":
-            return None
+            return path if stored is None else io.BytesIO(stored)
         data = b"\xff\xd8\xff" + file.read()
     at, kinds = 2, bytearray()  # where to look for the next marker; the markers so far
     while (marker := _JPEG_MARKER.search(data, at)) and marker[1] != b"\xd9":  # up to the end marker

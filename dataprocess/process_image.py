@@ -1,6 +1,6 @@
 """Turn annotation files into the two files that training reads.
 
-    python dataprocess/process_image.py [--config FILE] [--check_images] [--allow_links]
+    python dataprocess/process_image.py [--config FILE] [--check_images] [--allow_links] [--shards DIR]
 
 Runs from any folder. Without `--config` it reads the `config.yaml` next to this script; relative paths in a
 configuration start from the configuration's own folder. A table of what was written and what was left out goes to
@@ -29,6 +29,7 @@ from dataprocess.config import Config, Source, load_config
 from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from dataprocess.messages import shorten
 from dataprocess.records import DataError, Record, RecordError, Sample, read_records
+from dataprocess.shard_writing import SHARD_BYTES, ShardWriter
 from dataprocess.writing import Counts, open_outputs, table
 
 log = logging.getLogger("process_image")
@@ -36,7 +37,13 @@ _BATCH = 256  # records whose images are opened together, and between two steps 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}]"
 
 
-def process(config: Config, check_images: bool = False, allow_links: bool = False) -> list[Counts]:
+def process(
+    config: Config,
+    check_images: bool = False,
+    allow_links: bool = False,
+    shards: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Counts]:
     """Read all sources and write the outputs, whole or not at all; return the counts of each source.
 
     IDs count all records of all sources from 0, rejected ones included, so that leaving one out renumbers no other.
@@ -44,7 +51,9 @@ def process(config: Config, check_images: bool = False, allow_links: bool = Fals
     Args:
         config: what to read and write.
         check_images: open every image, and leave out samples whose images cannot be used.
-        allow_links: with `check_images`, accept links that lead out of the image folder.
+        allow_links: with `check_images` or `shards`, accept links that lead out of the image folder.
+        shards: a folder; copy the pictures into tar files there, and leave out samples whose pictures cannot be read.
+        shard_bytes: the size of the largest of these.
 
     Raises:
         DataError: a label file is unusable as a whole, an output cannot be written, or no sample would be left.
@@ -53,6 +62,7 @@ def process(config: Config, check_images: bool = False, allow_links: bool = Fals
     next_id = 0
     with open_outputs(config) as outputs, ThreadPoolExecutor(os.cpu_count()) as threads:
         checker = ImageChecker(threads, allow_links)
+        writer = ShardWriter(outputs, shards, shard_bytes, allow_links) if shards is not None else None
         for counts in all_counts:
             source = counts.source
             records = read_records(source.label_file)
@@ -61,6 +71,8 @@ def process(config: Config, check_images: bool = False, allow_links: bool = Fals
                     outcomes = [_parse(source, record, config.seed) for record in batch]
                     if check_images:
                         outcomes = checker.check(source.image_path, outcomes)
+                    if writer is not None:
+                        outcomes = writer.store(source.image_path, outcomes)
                     for record, outcome in zip(batch, outcomes, strict=True):
                         outputs.write(record, next_id, outcome, counts)
                         next_id += 1
@@ -69,6 +81,10 @@ def process(config: Config, check_images: bool = False, allow_links: bool = Fals
                 progress.update(1.0 - progress.n)
         if not outputs.num_samples:
             raise DataError(f"no sample is left, so nothing was written:\n{table(all_counts)}".rstrip())
+        if writer is not None:
+            writer.finish()
+    if writer is not None:
+        log.info("shards:    %s", writer)
     return all_counts
 
 
@@ -116,15 +132,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = Path(__file__).resolve().parent / "config.yaml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE", help=f"YAML (default: {default})")
     parser.add_argument("--check_images", action="store_true", help="open every image; leave out and list bad ones")
-    parser.add_argument("--allow_links", action="store_true", help="let checked images be links out of their folder")
+    parser.add_argument("--allow_links", action="store_true", help="let images be links out of their folder")
+    parser.add_argument("--shards", type=Path, metavar="DIR", help="copy the pictures into tar files in this folder")
+    parser.add_argument("--shard_bytes", type=int, metavar="N", help=f"size of the largest (default: {SHARD_BYTES:,})")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
-        config = load_config(args.config, need_images=args.check_images)
+        if args.shard_bytes is not None and (args.shards is None or args.shard_bytes < 1):
+            raise DataError(f"--shard_bytes {args.shard_bytes}: at least 1, and together with --shards")
+        config = load_config(args.config, need_images=args.check_images or args.shards is not None)
         for folder in sorted({source.image_path for source in config.sources}):
             if not Path(folder).is_dir():
                 log.warning("%s: no such folder yet; training will look for the images there", folder)
-        counts = process(config, args.check_images, args.allow_links)
+        shards = (args.shards, args.shard_bytes or SHARD_BYTES)
+        counts = process(config, args.check_images, args.allow_links, *shards)
     except DataError as error:
         sys.stderr.write(f"process_image: error: {error}\n")
         return 2

@@ -42,6 +42,8 @@ class Sample:
     """(question, answer) pairs; a list holds alternative answers to the same question."""
     left_out: tuple[tuple[int, RecordError], ...] = ()
     """Alternatives that are not usable: position in the record's list of captions, from 0, and the reason."""
+    copies: tuple[str, tuple[str, ...]] | None = None
+    """A folder and names in it, if the images were copied there."""
 
 
 def check_text(value: object, what: str) -> str:

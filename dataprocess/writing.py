@@ -45,26 +45,26 @@ def open_outputs(config: Config) -> Iterator[Outputs]:
     Raises:
         DataError: a file can't be written, or another process is writing it.
     """
-    with (
-        _new_file(config.output_captions) as captions,
-        _new_file(config.output_image_map) as image_map,
-        _new_file(config.output_rejects) as rejects,
-    ):
-        outputs = Outputs(captions, image_map, rejects)
+    with contextlib.ExitStack() as stack:
+        outputs = Outputs(stack)
+        for target in (config.output_captions, config.output_image_map, config.output_rejects):
+            outputs.lock(target)
+            outputs.new_file(target)
         yield outputs
         end = b"\n}\n" if outputs.num_samples else b"{}\n"
-        image_map.write(end)
-        captions.write(end)
-        for file in (captions, image_map, rejects):
-            with _naming(file.target):
-                file.stream.flush()
-                os.fsync(file.stream.fileno())
-        _put_in_place((captions, image_map, rejects))
+        outputs.image_map.write(end)
+        outputs.captions.write(end)
+        for file in outputs.files:
+            file.close()
+        _put_in_place(outputs.files)
+        for path in outputs.surplus:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 @dataclass
 class Outputs:
-    """The three files, written one entry a line while the records come in.
+    """The three files, written one entry a line while the records come in, and further ones that appear with them.
 
     image map: `{key: {"image_file": name | [names] | null, "ID": int, "path": folder}}`
     captions: `{ID: {"q": …, "a": text | [texts]}}`, of several turns `{ID: {"turns": [{"q", "a"}, …]}}`
@@ -72,10 +72,50 @@ class Outputs:
     `"caption"` (index from 0) where only one of a record's captions was left out
     """
 
-    captions: _NewFile
-    image_map: _NewFile
-    rejects: _NewFile
+    stack: contextlib.ExitStack
+    """Ends with the writing."""
+    files: list[NewFile] = field(default_factory=list)
+    """All files: captions, image map, rejects, then others."""
+    surplus: list[Path] = field(default_factory=list)
+    """Files of an earlier run, to be deleted once those of this one are in place."""
     num_samples: int = 0
+
+    @property
+    def captions(self) -> NewFile:
+        """The file of questions and answers."""
+        return self.files[0]
+
+    @property
+    def image_map(self) -> NewFile:
+        """The file that names each sample's images."""
+        return self.files[1]
+
+    @property
+    def rejects(self) -> NewFile:
+        """The list of what was left out."""
+        return self.files[2]
+
+    def lock(self, path: Path) -> None:
+        """Keep other processes out of an output file, or of a folder, as long as this one is writing; make its folder.
+
+        Raises:
+            DataError: another process holds it, or it cannot be made.
+        """
+        target = Path(os.path.realpath(path))
+        with naming(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.stack.enter_context(hold(target))
+
+    def take_folder(self, folder: Path) -> None:
+        """Make a folder of outputs, and keep other processes out of it."""
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.lock(folder)
+
+    def new_file(self, path: Path) -> NewFile:
+        """Open one more output, in a folder that exists and from which other processes are kept out."""
+        self.files.append(self.stack.enter_context(_new_file(path)))
+        return self.files[-1]
 
     def write(self, record: Record, sample_id: int, outcome: Sample | RecordError, counts: Counts) -> None:
         """Write the sample made of a record under an ID unique over all sources, or why there is none, and count it."""
@@ -90,11 +130,11 @@ class Outputs:
         for position, error in outcome.left_out:
             counts.left_out[error.reason] += 1
             self._reject(source, record, error, position)
-        images = outcome.images
-        image_file: Any = None if not images else images[0] if len(images) == 1 else images
+        folder, names = outcome.copies or (source.image_path, outcome.images)
+        image_file: Any = None if not names else names[0] if len(names) == 1 else names
         # Source and record make the key unique; the file's name is there for people who search.
-        key = f"{source.name}/{record.index:06d}" + (f"/{images[0][-100:]}" if images else "")
-        entry = {"image_file": image_file, "ID": sample_id, "path": source.image_path}
+        key = f"{source.name}/{record.index:06d}" + (f"/{outcome.images[0][-100:]}" if names else "")
+        entry = {"image_file": image_file, "ID": sample_id, "path": folder}
         turns: list[dict[str, Any]] = [{"q": question, "a": answer} for question, answer in outcome.turns]
         caption = turns[0] if len(turns) == 1 else {"turns": turns}
         start = ",\n" if self.num_samples else "{\n"
@@ -118,7 +158,7 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
-class _NewFile:
+class NewFile:
     """An output that is being written; the earlier one has the name `earlier` while the new ones are put in place."""
 
     target: Path
@@ -127,31 +167,38 @@ class _NewFile:
     stream: BinaryIO
 
     def write(self, data: bytes) -> None:
-        with _naming(self.target):
+        """Add bytes at the end."""
+        with naming(self.target):
             self.stream.write(data)
+
+    def close(self) -> None:
+        """See to it that everything is on the disk; once is enough."""
+        with naming(self.target):
+            if not self.stream.closed:
+                self.stream.flush()
+                os.fsync(self.stream.fileno())
+                self.stream.close()
 
 
 @contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[_NewFile]:
-    """Lock an output and open its temporary file, which is deleted at the end if it was not put in place."""
+def _new_file(path: Path) -> Iterator[NewFile]:
+    """Open the temporary file of an output; it is deleted at the end if it was not put in place."""
     target = Path(os.path.realpath(path))  # a link stays a link, and the file that it points to is replaced
     stem = f".{target.name[:100]}.{secrets.token_hex(4)}"
     temporary = target.with_name(stem + ".new")
     with contextlib.ExitStack() as stack:
-        with _naming(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(hold(target))
+        with naming(target):
             stream = temporary.open("xb", buffering=1 << 20)
         stack.callback(temporary.unlink, missing_ok=True)
         try:
-            yield _NewFile(target, temporary, target.with_name(stem + ".old"), stream)
+            yield NewFile(target, temporary, target.with_name(stem + ".old"), stream)
         finally:
             with contextlib.suppress(OSError):  # on a full disk, what is still buffered does not fit either
                 stream.close()
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Name the output in an error while it is written."""
     try:
         yield
@@ -161,7 +208,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: cannot be written: {exc.strerror}; earlier output files are unchanged") from None
 
 
-def _put_in_place(files: Sequence[_NewFile]) -> None:
+def _put_in_place(files: Sequence[NewFile]) -> None:
     """Replace all files or none.
 
     The captions (the first file) are moved away before, and put in place after, everything else: new captions next to
@@ -170,11 +217,11 @@ def _put_in_place(files: Sequence[_NewFile]) -> None:
     with contextlib.ExitStack() as undo:
         for file in files:
             if file.target.is_file():
-                with _naming(file.target):
+                with naming(file.target):
                     os.replace(file.target, file.earlier)  # noqa: PTH105
                 undo.callback(os.replace, file.earlier, file.target)
         for file in reversed(files):
-            with _naming(file.target):
+            with naming(file.target):
                 os.replace(file.temporary, file.target)  # noqa: PTH105
             undo.callback(file.target.unlink)
         undo.pop_all()  # the commit point: from here on the new files are the outputs

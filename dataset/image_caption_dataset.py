@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataprocess.image_io import ImageError, load_image, resolve_image_path
+from dataprocess.image_io import ImageError, content_key, load_image, resolve_image_path
 from qwen import IGNORE_INDEX
 
 from .annotations import Annotations, Sample
@@ -157,7 +157,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
 
     def _features(self, path: Path) -> Tensor:
         """Read the features (P, D) of an image from the cache."""
-        key = self.feature_cache.key_of(path)
+        key = content_key(path)
         features = None if key is None else self.feature_cache.read(key)
         if features is None:
             load_image(path)  # raises if something is wrong with the picture itself

@@ -28,6 +28,7 @@ from .lora import LoraSettings
 from .runs.global_batch import accumulation
 from .scaling.flags import ScalingFlags
 
+BASE_LANGUAGE_MODEL = "Qwen/Qwen-7B-Chat"
 flag: Any = HfArg  # Any: a field is of its value's type for type checkers
 
 
@@ -36,7 +37,7 @@ class ModelArguments(ScalingFlags):
     """Which models are put together, and what of them is trained."""
 
     base_language_model: str = flag(
-        default=None, help="Hub name or folder. Default: Qwen/Qwen-7B-Chat, or that of --previous_lora_weights."
+        default=None, help=f"Hub name or folder. Default: {BASE_LANGUAGE_MODEL}, or that of --previous_lora_weights."
     )
     base_value_model: str = flag(
         default="openai/clip-vit-large-patch14",
@@ -222,6 +223,8 @@ def parse_arguments(
         parser.set_defaults(report_to="tensorboard")
     if flags.eval_image_map is not None:
         parser.set_defaults(eval_strategy="epoch")
+    if flags.previous_lora_weights is None:
+        parser.set_defaults(base_language_model=BASE_LANGUAGE_MODEL)
     parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     data_args, model_args, training_args = parsed[:3]
     check_arguments(model_args, data_args, training_args)

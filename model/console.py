@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 
-OUR_LOGGERS = ("dataset", "evaluate", "export", "model", "qwen", "test", "train", "visual")
+OUR_LOGGERS = ("dataset", "evaluate", "export", "model", "qwen", "test", "train", "visual", "web_demo")
 
 
 def use_utf8() -> None:

@@ -117,7 +117,8 @@ class VLMTrainer(LoadingTrainer):
         """Compute loss and gradients as Trainer does; the language head runs at supervised positions only."""
         ids = inputs.pop("ids", None)
         loss = super().training_step(model, {**inputs, "return_logits": False}, num_items_in_batch)
-        self._finite.remember(loss, ids)
+        self._finite.losses.append(loss)  # detached by Trainer
+        self._finite.ids += ids or []
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -185,13 +186,6 @@ class VLMTrainer(LoadingTrainer):
         """Write what is trained to `output_dir`, on the first process only."""
         if self.args.should_save:
             self.model.save_checkpoint(output_dir or str(self.run_folder))
-
-    def save_training_state(self, folder: str) -> None:
-        """Write what Trainer itself needs to resume."""
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(folder)
-            self._save_scaler(folder)
-            self._save_rng_state(folder)  # every process has its own
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()

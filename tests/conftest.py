@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked as slow too")
+    parser.addoption("--machines", action="store_true", help="run the tests of several machines alone (as root)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave slow tests out, unless --all, a -m expression or a test's own name (file::test) asks for them."""
-    if config.getoption("--all") or config.option.markexpr or any("::" in arg for arg in config.args):
+    if config.option.markexpr or any("::" in arg for arg in config.args):
         return
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    if config.getoption("--machines"):
+        _keep(config, items, lambda item: item.get_closest_marker("machines"))
+        return
+    _keep(config, items, lambda item: not item.get_closest_marker("machines"))
+    if not config.getoption("--all"):
+        _keep(config, items, lambda item: not item.get_closest_marker("slow"))
+
+
+def _keep(config: pytest.Config, items: list[pytest.Item], is_wanted: Callable[[pytest.Item], object]) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
+    items[:] = [item for item in items if is_wanted(item)]
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 # Set up a virtual environment on the first call, then run the linters and the tests:
 #     sh tests/run.sh              the core tier: under 6 minutes on two cores
 #     sh tests/run.sh --all        with the slow tests: benchmarks, parts of the demo, hostile files, kills
+#     sh tests/run.sh --machines   those of several machines alone, in network namespaces: as root on Linux, before a release
 #     sh tests/run.sh --lowest     with the lowest supported version of each dependency, in .venv-lowest
 # Any other argument goes to pytest, for instance -k NAME, or --cov for the lines that no test reaches.
 set -eu

@@ -16,8 +16,8 @@ from dataset.epoch_order import EpochOrder
 from dataset.grouped_order import GroupedOrder
 from model import VLMTrainer, VLMTrainingArguments
 from model.checkpoints.folder import CheckpointError
+from model.runs.deleting import clear_leftovers
 from model.runs.resuming import check_resumable, newest_resumable
-from model.runs.run_folder import clear_leftovers
 from qwen import IGNORE_INDEX
 
 WEIGHTS = {

@@ -154,6 +154,13 @@ def trained_weights(folder: Path) -> dict[str, Tensor]:
     return {**load_file(folder / "adapter_model.safetensors"), **load_file(folder / "projector.safetensors")}
 
 
+def weights_differ(a: Path, b: Path) -> float:
+    """The largest difference between the weights of two checkpoints."""
+    first, second = trained_weights(a), trained_weights(b)
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
 def write_as_the_original(checkpoint: Path, folder: Path) -> Path:
     """Write a checkpoint as the original project did: pickled tensors, and no note of the base models."""
     folder.mkdir(parents=True)

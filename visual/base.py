@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .loading import load_config, load_image_processor, load_model
+from .strips import cut_strip
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +42,8 @@ class ImageTransform:
         """
         if image.mode != "RGB":
             raise ValueError(f"the image transform takes RGB images, got mode {image.mode!r}: convert the image first")
-        width, height = image.size
-        x, y = (max(0, (long - 256 * short) // 2) for long, short in ((width, height), (height, width)))
-        if x or y:
-            # CLIP's processor enlarges the whole strip, then keeps its middle: gigabytes for 1 × 5000 pixels.
-            settings = self.processor.to_dict()
-            if settings.get("do_center_crop") and "shortest_edge" in (settings.get("size") or {}):
-                image = image.crop((x, y, width - x, height - y))
+        if max(image.size) > 256 * min(image.size):
+            image = cut_strip(image, self.processor)
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]  # (3, S, S)
         return pixels.to(torch.float32)
 

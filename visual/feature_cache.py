@@ -37,8 +37,6 @@ NOTE = "tower.json"
 
 _FORMAT = 2
 """Raised when the stored bytes change: the files' form, or what `load_image` and `ImageTransform` make of a picture."""
-_LARGEST_IMAGE_FILE = 1 << 30
-"""Bytes. Hashing a larger file would take longer than finding out that it is no picture."""
 _TOWER_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 _IMAGE_SETTINGS = (
     *("image_processor_type", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
@@ -58,21 +56,6 @@ class FeatureCache:
         self.dtype = dtype
         self.file_bytes = len(self._serialise(b"", torch.zeros(shape, dtype=dtype)))
         """Size of every file."""
-
-    @staticmethod
-    def key_of(path: str | os.PathLike[str]) -> bytes | None:
-        """Hash a file's content; None if the file cannot be read, and `load_image` says why."""
-        digest = hashlib.sha256()
-        try:
-            status = os.stat(path)  # noqa: PTH116 - once per sample
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_IMAGE_FILE:
-                return None
-            with open(path, "rb") as file:  # noqa: PTH123
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except (OSError, ValueError):  # ValueError: characters that no file name can hold
-            return None
-        return digest.digest()
 
     def path_of(self, key: bytes) -> Path:
         """Return the file of a picture's features, whether or not it exists."""

@@ -67,7 +67,12 @@ def table(found: dict[str, dict[str, float]]) -> str:
     """Return the figures, and the perplexity's change from the whole model's."""
     whole = found["whole, float32"]["perplexity"]
     rows = [
-        [name, f"{one['perplexity']:.3f}", f"{100 * (one['perplexity'] / whole - 1):+.1f}%", f"{one['bytes'] / 1e6:.0f}"]
+        [
+            name,
+            f"{one['perplexity']:.3f}",
+            f"{100 * (one['perplexity'] / whole - 1):+.1f}%",
+            f"{one['bytes'] / 1e6:.0f}",
+        ]
         for name, one in found.items()
     ]
     return text_table(["", "perplexity", "change", "weights, MB"], rows)

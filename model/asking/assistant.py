@@ -134,22 +134,35 @@ class Assistant:
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image]) -> Tensor | None:
         """Run the vision tower and the projector over images; return (N, P, D), or None if there are no images."""
-        if not images:
-            return None
         transform = self.model.vision_tower.image_transform
-        return self.model.encode_images(torch.stack([transform(image) for image in images]))
+        return self.encode([transform(image) for image in images])
+
+    @torch.inference_mode()
+    def encode(self, pixels: Sequence[Tensor]) -> Tensor | None:
+        """Run the vision tower and the projector over what `image_transform` made of N images; see `features`."""
+        return self.model.encode_images(torch.stack(list(pixels))) if pixels else None
 
     def answer(self, prompt: str, features: Tensor | None, name: str = "") -> str:
         """Return the whole answer; warnings begin with the name."""
-        ids, inputs = self._inputs(prompt, features, (), name)
+        ids, inputs = self._inputs(self.prompt_ids(prompt, (), name), features)
         return answer_ids(self.model.qwen, self.tokenizer, ids, **inputs)
 
     def stream(
         self, prompt: str, features: Tensor | None, history: Sequence[Turn] = (), cache: PromptCache | None = None
     ) -> Iterator[str]:
         """Yield the growing answer; nothing is computed before the first text is asked for."""
-        ids, inputs = self._inputs(prompt, features, history)
-        yield from stream_ids(self.model.qwen, self.tokenizer, ids, prompt_cache=cache, **inputs)
+        yield from self.stream_row(self.prompt_ids(prompt, history), features, cache)
+
+    def stream_row(
+        self,
+        prompt: list[int],
+        features: Tensor | None,
+        cache: PromptCache | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Iterator[str]:
+        """Yield the growing answer to a prompt (see `prompt_ids`); `options` come before the assistant's own."""
+        ids, inputs = self._inputs(prompt, features)
+        yield from stream_ids(self.model.qwen, self.tokenizer, ids, prompt_cache=cache, **{**inputs, **(options or {})})
 
     def answer_rows(self, prompts: Sequence[list[int]], features: Sequence[Tensor | None], seed: int) -> list[str]:
         """Answer prompts (see `prompt_ids`) with their features, each as it would be answered alone under this seed."""
@@ -161,10 +174,8 @@ class Assistant:
         ids, num_dropped = encode_prompt(*how)
         return ids if num_dropped == 0 and len(ids) <= self.max_window_size else fit_prompt(*how, name)
 
-    def _inputs(
-        self, prompt: str, features: Tensor | None, history: Sequence[Turn], name: str = ""
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def _inputs(self, prompt: list[int], features: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """Return the prompt (1, T), and the generation settings with the image features."""
-        ids = torch.tensor([self.prompt_ids(prompt, history, name)])  # (1, T)
+        ids = torch.tensor([prompt])  # (1, T)
         images = {} if features is None else {"image_features": (features.flatten(0, 1),)}  # (N * P, D)
         return ids, {**self.options, **images}

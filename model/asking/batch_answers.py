@@ -57,7 +57,9 @@ def complete_answers(
     load: Callable[[], Assistant],
     title: str | None = None,
 ) -> dict[str | int, dict[str, Any]]:
-    """Answer the questions that have no line in an output yet; return all lines by id.
+    """Answer the questions that have no line in an output yet, or an error about a picture that has changed since.
+
+    All lines are returned, by id.
 
     Args:
         args: the flags of test.py, checked.
@@ -68,8 +70,7 @@ def complete_answers(
     """
     args.model_weights = resolve_checkpoint(args.model_weights)  # a run may save a newer one meanwhile
     made_with = {
-        "questions": digest([(question.id, question.images, question.prompt) for question in questions]),
-        "pictures": digest([[picture_stamp(path) for path in question.images] for question in questions]),
+        "questions": digest([(question.id, len(question.images), question.prompt) for question in questions]),
         "checkpoint": trained_digest(args.model_weights),
         "settings": {
             "system": SYSTEM_PROMPT if args.system is None else args.system,
@@ -79,8 +80,9 @@ def complete_answers(
             **args.options,
         },
     }
+    pictures = {question.id: digest([picture_stamp(path) for path in question.images]) for question in questions}
     with hold(output):
-        answers = AnswerFile(output, {question.id for question in questions}, made_with)
+        answers = AnswerFile(output, pictures, made_with)
         left = [question for question in questions if question.id not in answers.lines]
         if answers.lines:
             logger.info("%s: %d of %d answered already", output, len(answers.lines), len(questions))

@@ -1,4 +1,7 @@
-"""Files of questions, one JSON object a line: `{"id": …, "image": "PATH" | ["PATH", …] | null, "prompt": "…"}`."""
+"""Files of questions, a JSON object each: `{"id": …, "image": "PATH" | ["PATH", …] | null, "prompt": "…"}`.
+
+One is on each line, or all are in a JSON array.
+"""
 
 from __future__ import annotations
 
@@ -26,36 +29,46 @@ class Question:
 
 
 def read_questions(path: Path, flag: str = "--batch", image_folder: Path | None = None) -> list[Question]:
-    """Read a file of questions; empty lines are skipped, other lines that are no question refused with their number.
+    """Read a file of questions; empty lines are skipped, what is no question is refused with its number.
 
     Relative image paths count from the image folder; without one, from the current folder, or from the file's own if
     nothing is there.
     """
+    name, content = f"{flag} {path}", path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if content.lstrip().startswith(b"["):
+        records = [(f"{name}, record {at}", value) for at, value in enumerate(_parse(content, name), start=1)]
+    else:
+        lines = ((f"{name}, line {at}", raw) for at, raw in enumerate(content.split(b"\n"), start=1) if raw.strip())
+        records = [(place, _parse(raw, place)) for place, raw in lines]
     questions: list[Question] = []
-    line_of: dict[str | int, int] = {}
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not raw.strip():
-            continue
+    place_of: dict[str | int, str] = {}
+    for place, value in records:
         try:
-            question = _question(raw, path.parent, image_folder)
-            if question.id in line_of:
-                raise ValueError(f"the id {question.id!r} is that of line {line_of[question.id]} too; ids must differ")
+            question = _question(value, path.parent, image_folder)
+            if question.id in place_of:
+                before = place_of[question.id]
+                raise ValueError(f"the id {shorten(question.id)} is that of {before} too; ids must differ")
         except ValueError as error:
-            raise ValueError(f"{flag} {path}, line {number}: {error}") from error
-        line_of[question.id] = number
+            raise ValueError(f"{place}: {error}") from error
+        place_of[question.id] = place.removeprefix(f"{name}, ")
         questions.append(question)
     if not questions:
-        raise ValueError(f"{flag} {path}: there is no question in it; {_EXPECTED} on each line")
+        raise ValueError(f"{name}: there is no question in it; {_EXPECTED} on each line")
     return questions
 
 
-def _question(raw: bytes, folder: Path, image_folder: Path | None) -> Question:
+def _parse(raw: bytes, name: str) -> Any:
     try:
-        values = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
+        raise ValueError(f"{name}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON ({str(error)[:80]}); {_EXPECTED}") from error
+        raise ValueError(f"{name}: not JSON ({str(error)[:80]}); {_EXPECTED}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _question(values: Any, folder: Path, image_folder: Path | None) -> Question:
     if not isinstance(values, dict):
         raise ValueError(f"got {shorten(values, 40)}; {_EXPECTED}")
     index: Any = values.get("id")
@@ -76,7 +89,8 @@ def _question(raw: bytes, folder: Path, image_folder: Path | None) -> Question:
     return Question(index, paths, prompt, further)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's values; refuse a key that is there twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         ((key, _),) = Counter(key for key, _ in pairs).most_common(1)

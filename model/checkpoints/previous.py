@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from ..arguments import ModelArguments
+from ..arguments import BASE_LANGUAGE_MODEL, ModelArguments
 from ..lora import LoraSettings
 from .base_models import load_language_model
 from .checkpoint import base_models, check_bases, check_weights, load_projector, read_adapter, read_checkpoint
@@ -34,7 +34,7 @@ def read_previous(asked: ModelArguments) -> Checkpoint | None:
     if checkpoint is not None:
         _compare(asked, checkpoint)
     if checkpoint is None or checkpoint.config is None:
-        asked.base_language_model = asked.base_language_model or "Qwen/Qwen-7B-Chat"
+        asked.base_language_model = asked.base_language_model or BASE_LANGUAGE_MODEL
     elif asked.base_language_model is None or checkpoint.train_only == "all":
         asked.base_language_model = base_models(asked.base_language_model, asked.base_value_model, checkpoint)[0]
     return checkpoint

@@ -94,11 +94,10 @@ def save_checkpoint(
         for name in (*files, CHECKSUMS, *names):
             flush_to_disk(new / name)
         # The folder is no checkpoint until the last of them is in its place.
-        for name in (MULTIMODAL_CONFIG, CHECKSUMS, *(set(WEIGHTS) - set(names))):
-            _remove(path / name)
-        for name in (*names[:-1], CHECKSUMS, MULTIMODAL_CONFIG):
-            if name == LANGUAGE_MODEL:  # unlike a file, a folder is not replaced
+        for name in (MULTIMODAL_CONFIG, CHECKSUMS, LANGUAGE_MODEL, *(set(WEIGHTS) - set(names))):
+            if os.path.lexists(path / name):
                 _remove(path / name)
+        for name in (*names[:-1], CHECKSUMS, MULTIMODAL_CONFIG):
             (new / name).replace(path / name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -121,7 +120,7 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        path.unlink()
 
 
 def write_checksums(folder: Path, names: Iterable[str]) -> None:

@@ -31,41 +31,61 @@ def read_answers(paths: Sequence[Path], sets: Sequence[QuestionSet], items: Sequ
         ValueError: for a file that is not of that form, an id that is there twice, or a question without a line.
     """
     if len(paths) == 1:
-        return _pick(paths[0], [item.question.id for item in items])
+        return _pick(paths[0], items)
     if len(paths) != len(sets):
         given = f"{len(paths)} files for {format_count(len(sets), 'file')} of questions"
         raise ValueError(f"--answers: {given}; give one file, or one for each")
-    pairs = zip(paths, sets, strict=True)
-    return [answer for path, one in pairs for answer in _pick(path, [item.question.id for item in one.items])]
+    return [answer for path, one in zip(paths, sets, strict=True) for answer in _pick(path, one.items)]
 
 
-def _pick(path: Path, ids: Sequence[str | int]) -> list[str | None]:
-    answers = _read(path)
-    missing = [index for index in ids if str(index) not in answers]
+def _pick(path: Path, items: Sequence[Item]) -> list[str | None]:
+    value = read_json(path, "--answers")
+    records: list[Any] = value if isinstance(value, list) else [value]
+    if all(isinstance(record, dict) and "question" in record and not record.keys() & set(_ID) for record in records):
+        return _in_order(path, records, items)
+    answers: dict[str, str | None] = {}
+    for number, record in enumerate(records, start=1):
+        index = next((record[name] for name in _ID if name in record), None) if isinstance(record, dict) else None
+        if isinstance(index, bool) or not isinstance(index, str | int):
+            raise _refusal(path, number, record)
+        if str(index) in answers:
+            raise ValueError(f"--answers {path}, record {number}: the id {shorten(index, 40)} occurs twice")
+        answers[str(index)] = _answer(path, number, record)
+    # AI Challenger's questions name a picture with its extension, its results without.
+    ids = [item.question.id for item in items]
+    keys = [str(index) if str(index) in answers else str(index).removesuffix(".jpg") for index in ids]
+    missing = [index for index, key in zip(ids, keys, strict=True) if key not in answers]
     if missing:
         lack = f"{format_count(len(missing), 'question')} of {len(ids):,} without an answer"
         raise ValueError(f"--answers {path}: {lack}, the first has the id {shorten(missing[0], 40)}; complete the file")
     if len(answers) > len(ids):
         surplus = format_count(len(answers) - len(ids), "answer belongs", "answers belong")
         logger.warning("%s: %s to no question", path, surplus)
-    return [answers[str(index)] for index in ids]
+    return [answers[key] for key in keys]
 
 
-def _read(path: Path) -> dict[str, str | None]:
-    value = read_json(path, "--answers")
-    records: list[Any] = value if isinstance(value, list) else [value]
-    answers: dict[str, str | None] = {}
-    for number, record in enumerate(records, start=1):
-        keys = record.keys() if isinstance(record, dict) else ()
-        index = next((record[name] for name in _ID if name in keys), None)
-        answer = next((record[name] for name in _ANSWER if name in keys), None)
-        answer = None if "error" in keys and not answer else answer
-        is_answer = isinstance(answer, str) or "error" in keys
-        if isinstance(index, bool) or not isinstance(index, str | int) or not is_answer:
-            raise ValueError(
-                f'--answers {path}, record {number}: got {shorten(record, 60)}; expected {{"id": …, "answer": "…"}}'
-            )
-        if str(index) in answers:
-            raise ValueError(f"--answers {path}, record {number}: the id {shorten(index, 40)} occurs twice")
-        answers[str(index)] = answer
-    return answers
+def _in_order(path: Path, records: Sequence[Any], items: Sequence[Item]) -> list[str | None]:
+    """Return the answers of a file in POPE's form, which has no ids: line for line, in the order of the questions."""
+    if len(records) != len(items):
+        raise ValueError(f"--answers {path}: {len(records):,} answers without ids, for {len(items):,} questions")
+    for number, (record, item) in enumerate(zip(records, items, strict=True), start=1):
+        asked = str(record["question"]).strip()
+        if not item.question.prompt.lower().startswith(asked.lower()):
+            got = f"{shorten(asked, 60)}, expected {shorten(item.question.prompt, 60)}"
+            raise ValueError(f"--answers {path}, record {number}: got the question {got}; the order must be the same")
+    return [_answer(path, number, record) for number, record in enumerate(records, start=1)]
+
+
+def _answer(path: Path, number: int, record: Any) -> str | None:
+    answer = next((record[name] for name in _ANSWER if name in record), None)
+    if "error" in record and not answer:
+        return None
+    if not isinstance(answer, str):
+        raise _refusal(path, number, record)
+    return answer
+
+
+def _refusal(path: Path, number: int, record: Any) -> ValueError:
+    return ValueError(
+        f'--answers {path}, record {number}: got {shorten(record, 60)}; expected {{"id": …, "answer": "…"}}'
+    )

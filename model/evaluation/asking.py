@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from typing import Any
 import torch
 from torch import distributed
 
+from ..asking.answer_file import digest, picture_stamp
 from ..asking.assistant import Assistant, check_flags, load_assistant
 from ..asking.batch_answers import complete_answers
 from ..asking.question_file import Question
 from ..device import has_accelerator
 from .items import Item
+
+logger = logging.getLogger(__name__)
 
 PARTS = "parts"
 """Folder in the output folder; it holds the answers of each process, and is what a run resumes from."""
@@ -74,6 +78,8 @@ def ask(args: argparse.Namespace, items: Sequence[Item], output: Path, rank: int
     load = functools.cache(functools.partial(load_assistant, flags))  # once for both passes
     parts = output / PARTS
     parts.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and any(_parts_of_others(parts, world_size)):
+        logger.warning("%s: has answers of another number of processes; start as many to resume them", parts)
     with _meeting(world_size):
         for name, questions in passes.items():
             _answer_share(flags, questions[rank::world_size], _part(parts, name, rank, world_size), load, name)
@@ -82,6 +88,8 @@ def ask(args: argparse.Namespace, items: Sequence[Item], output: Path, rank: int
     lines = {name: _read_parts(parts, name, world_size) for name in passes}
     answers = {name: [lines[name][item.question.id].get("answer") for item in items] for name in passes}
     note = json.loads(_part(parts, "seeing", 0, world_size).with_suffix(".jsonl.made_with.json").read_text("utf-8"))
+    del note["questions"]  # those of this process; evaluate.py has the whole files'
+    note["pictures"] = digest([picture_stamp(path) for item in items for path in item.question.images])
     errors = [
         f"{index}: {line['error']}" for found in lines.values() for index, line in found.items() if "error" in line
     ]
@@ -115,6 +123,10 @@ def _answer_share(
 ) -> None:
     if share:  # there may be more processes than questions
         complete_answers(flags, share, output, load, title)
+
+
+def _parts_of_others(parts: Path, world_size: int) -> Iterator[Path]:
+    return (path for path in parts.glob("*-of-*.jsonl") if not path.name.endswith(f"-of-{world_size}.jsonl"))
 
 
 def _part(parts: Path, name: str, rank: int, world_size: int) -> Path:

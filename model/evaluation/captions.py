@@ -35,8 +35,10 @@ def is_chinese(text: str) -> bool:
     return re.search(r"[\u3400-\u9fff\uf900-\ufaff]", text) is not None
 
 
-def check_packages(references: Sequence[str]) -> None:
-    """Refuse if a package that captions in the references' language need is missing."""
+def check_captions(references: Sequence[str]) -> None:
+    """Refuse references without a word, and a missing package that captions in their language need."""
+    if not any(re.search(r"\w", text) for text in references):
+        raise ValueError("--metrics: captions need words, and no reference has one; choose another metric")
     _import("pycocoevalcap.bleu.bleu_scorer")
     if _are_chinese(references):
         _import("jieba")
@@ -50,6 +52,9 @@ def caption_statistics(
     references: Sequence[Sequence[str]], answers: Sequence[str], families: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return what `Scored` needs for each family: of words, and for Chinese of characters as well.
+
+    An answer without a word, such as "..." or a missing one, scores 0 in ROUGE-L and CIDEr-D; in BLEU it adds nothing
+    but its references' length.
 
     Raises:
         ModuleNotFoundError: if pycocoevalcap or jieba is missing.
@@ -154,7 +159,7 @@ def bleu_values(prefix: str, sums: Array) -> dict[str, Array]:
 def _rouge_l(prefix: str, answers: list[str], references: list[list[str]]) -> dict[str, Any]:
     scorer = _import("pycocoevalcap.rouge.rouge").Rouge()
     pairs = zip(answers, references, strict=True)
-    scores = [scorer.calc_score([answer], known) for answer, known in pairs]
+    scores = [scorer.calc_score([answer], known) if answer else 0.0 for answer, known in pairs]
     return _mean(f"{prefix}rouge_l", scores, "ROUGE-L, F with beta 1.2, best reference (pycocoevalcap)")
 
 

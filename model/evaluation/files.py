@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from dataprocess.messages import shorten
+from ..asking.question_file import unique_keys
 
 
 def read_json(path: Path, flag: str) -> Any:
@@ -21,7 +21,12 @@ def read_json(path: Path, flag: str) -> Any:
         ValueError: if it can't be read, or is neither.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if path.exists() and not path.is_file():  # a pipe can be read only once
+            raise ValueError(f"{flag} {path}: not a regular file; give one that holds JSON")
+        raw = path.read_bytes()
+        if raw.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+            raise ValueError(f"{flag} {path}: the file is compressed; unpack it first")
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{flag} {path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -30,19 +35,25 @@ def read_json(path: Path, flag: str) -> Any:
     if not lines:
         raise ValueError(f"{flag} {path}: the file is empty")
     try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"{flag} {path}: its JSON is nested too deeply") from error
-    except ValueError as error:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as error:
         whole = error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{flag} {path}: {_reason(error)}") from error
     values = []
     for number, line in lines:
         try:
-            values.append(json.loads(line))
+            values.append(json.loads(line, object_pairs_hook=unique_keys))
         except (ValueError, RecursionError) as error:
             where, why = (f", line {number}", error) if values else ("", whole)
-            raise ValueError(f"{flag} {path}{where}: not JSON ({shorten(str(why))})") from error
+            raise ValueError(f"{flag} {path}{where}: {_reason(why)}") from error
     return values
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "its JSON is nested too deeply"
+    return f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -17,18 +19,27 @@ from .captions import is_chinese
 
 Table = tuple[list[str], list[list[str]]]
 
+_EMPTY = "<i>empty</i>"
+_UNSEEN = (*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+_ESCAPES = {code: f"\\u{code:04x}" for code in _UNSEEN if chr(code) not in "\t\n"}
+"""Characters that HTML may not hold, or that turn the direction of what follows."""
 _MOST_SHOWN = 300  # questions
 _SIDE = 240  # pixels of a picture
 _BARS = 20
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222;background:#fff}
-table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}
-td:first-child,th:first-child{text-align:left}.cards{display:flex;flex-wrap:wrap;gap:1em}
-.card{border:1px solid #ccc;border-left:6px solid #2a7;padding:.7em;width:20em;overflow-wrap:anywhere}
-.card.low{border-left-color:#c43}.card img{max-width:100%;display:block;margin-bottom:.4em}
-.bar{background:#48b;height:1em;display:inline-block}.small{color:#666;font-size:.85em}
-.row{display:flex;gap:.6em;align-items:center}.row span:first-child{width:7em;text-align:right}
+*{box-sizing:border-box}
+body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222;background:#fff;
+overflow-wrap:anywhere}
+.table{overflow-x:auto;margin:1em 0}table{border-collapse:collapse}
+td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right;overflow-wrap:normal}
+td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere;min-width:8em}
+.cards{display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start}select,input{max-width:100%;font:inherit}
+.card{border:1px solid #ccc;border-left:6px solid #2a7;padding:.7em;width:20em;max-width:100%;white-space:pre-line}
+.card.low{border-left-color:#c43}.card.unscored{border-left-color:#bbb}.card[hidden]{display:none}
+.card img{max-width:100%;display:block;margin-bottom:.4em}.small{color:#666;font-size:.85em}
+.row{display:flex;gap:.6em;align-items:center}.row span:first-child{flex:none;width:7em;text-align:right}
+.track{flex:0 1 40em;min-width:0}.bar{background:#48b;height:1em;display:block}
 """
 _SCRIPT = """
 const kind=document.getElementById("kind"),text=document.getElementById("text");
@@ -42,14 +53,14 @@ kind.addEventListener("change",show);text.addEventListener("input",show);
 def html_report(results: dict[str, Any], lines: Sequence[dict[str, Any]], tables: Sequence[Table]) -> str:
     """Return the page: at most 300 questions with their pictures, the worst of each kind first."""
     chosen = _worst(lines)
-    kinds = sorted({str(line.get("kind", "")) for line in chosen})
-    options = "".join(f'<option value="{escape(kind)}">{escape(kind) or "(none)"}</option>' for kind in kinds)
-    variants = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in results["variants"].items())
+    kinds = sorted({_kind(line) for line in chosen})
+    options = "".join(f'<option value="{_text(kind)}">{_text(kind) or "(none)"}</option>' for kind in kinds)
+    variants = "".join(f"<li><b>{_text(name)}</b>: {_text(text)}</li>" for name, text in results["variants"].items())
     counts = results["counts"]
     missing = f", {counts['without_answer']:,} of them without an answer" if counts["without_answer"] else ""
     parts = [
         "<!DOCTYPE html><html><head><meta charset='utf-8'><title>Evaluation</title>",
-        "<meta name='viewport' content='width=device-width'>",
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>",
         # The page shows what a model and a data set wrote: nothing in it may load anything from anywhere.
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">",
@@ -62,28 +73,42 @@ def html_report(results: dict[str, Any], lines: Sequence[dict[str, Any]], tables
         f"<h2>Questions, worst first</h2><p>{len(chosen):,} of {len(lines):,} are shown. Kind: <select id='kind'>",
         f"<option value='*'>all</option>{options}</select> Text: <input id='text' type='search'></p>",
         f"<div class='cards'>{''.join(map(_card, chosen))}</div>",
-        f"<p class='small'>{escape(' '.join(results['command']))}</p><script>{_SCRIPT}</script></body></html>\n",
+        f"<p class='small'>{_text(shlex.join(results['command']))}</p><script>{_SCRIPT}</script></body></html>\n",
     ]
     return "\n".join(parts)
 
 
 def _worst(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Choose the questions with the lowest score, from all kinds in turn, and return them with the lowest first."""
+    """Choose the questions with the lowest score, from every kind as many, and return them with the lowest first.
+
+    Questions that no metric is defined for come last.
+    """
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for line in sorted(lines, key=_score_of):
-        by_kind.setdefault(str(line.get("kind", "")), []).append(line)
+        by_kind.setdefault(_kind(line), []).append(line)
     share = max(1, _MOST_SHOWN // len(by_kind))
     chosen = [line for of_kind in by_kind.values() for line in of_kind[:share]]
     return sorted(chosen[:_MOST_SHOWN], key=_score_of)
 
 
 def _score_of(line: dict[str, Any]) -> float:
-    return next(iter(line["scores"].values()), 0.0)
+    return next(iter(line["scores"].values()), math.inf)
+
+
+def _kind(line: dict[str, Any]) -> str:
+    return str(line.get("kind") or "")
+
+
+def _text(value: object) -> str:
+    """Write a text for HTML; control characters become visible escapes."""
+    return escape(str(value).translate(_ESCAPES))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>{lines}</table>"
+    lines = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f"<div class='table'><table><tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head)}</tr>{lines}</table></div>"
+    )
 
 
 def _histogram(answers: Sequence[str]) -> str:
@@ -96,26 +121,25 @@ def _histogram(answers: Sequence[str]) -> str:
     rows = []
     for bar in range(max(counts) + 1):
         name = f"{bar * width}" if width == 1 else f"{bar * width}-{bar * width + width - 1}"
-        size = 100 * counts[bar] / most
         rows.append(
-            f"<div class='row'><span>{name}</span><span class='bar' style='width:{0.4 * size:.2f}em'></span>"
-            f"<span>{counts[bar]:,}</span></div>"
+            f"<div class='row'><span>{name}</span><span class='track'><span class='bar' "
+            f"style='width:{100 * counts[bar] / most:.1f}%'></span></span><span>{counts[bar]:,}</span></div>"
         )
     return f"<p class='small'>In {'characters' if in_characters else 'words'}.</p>{''.join(rows)}"
 
 
 def _card(line: dict[str, Any]) -> str:
     images = line["image"] if isinstance(line["image"], list) else [line["image"]]
-    scores = ", ".join(f"{name} {value:.3f}" for name, value in line["scores"].items())
-    said = "<br>".join(escape(text) for text in dict.fromkeys(line["answers"]))
-    blind = f"<br><b>Blind:</b> {escape(line['blind_answer'])}" if "blind_answer" in line else ""
-    low = "low" if _score_of(line) < 0.5 else ""
+    kind = _text(_kind(line))
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in line["scores"].items()) or "no metric is defined for it"
+    said = "<br>".join(_text(text) or _EMPTY for text in dict.fromkeys(line["answers"]))
+    answer = "<i>none</i>" if "error" in line else _text(line["answer"]) or _EMPTY
+    blind = f"<br><b>Blind:</b> {_text(line['blind_answer']) or _EMPTY}" if "blind_answer" in line else ""
+    state = "low" if _score_of(line) < 0.5 else "" if line["scores"] else "unscored"
     return (
-        f"<div class='card {low}' data-kind=\"{escape(str(line.get('kind', '')))}\">"
-        f"{''.join(_picture(name) for name in images if name)}"
-        f"<b>{escape(line['prompt'])}</b><br><b>Answer:</b> {escape(line['answer']) or '<i>empty</i>'}{blind}"
-        f"<br><b>References:</b> {said}<div class='small'>{escape(str(line['id']))} · "
-        f"{escape(str(line.get('kind', '')))} · {scores}</div></div>"
+        f"<div class='card {state}' data-kind=\"{kind}\">{''.join(_picture(name) for name in images if name)}"
+        f"<b>{_text(line['prompt'])}</b><br><b>Answer:</b> {answer}{blind}<br><b>References:</b> {said}"
+        f"<div class='small'>{_text(line['id'])} · {kind} · {scores}</div></div>"
     )
 
 
@@ -123,7 +147,7 @@ def _picture(name: str) -> str:
     try:
         image = load_image(name)
     except ImageError as error:
-        return f"<p class='small'>{escape(error.reason)}: {escape(name)}</p>"
+        return f"<p class='small'>{_text(error.reason)}: {_text(name)}</p>"
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
     raw = io.BytesIO()
     image.save(raw, format="JPEG", quality=80)

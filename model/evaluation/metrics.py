@@ -19,7 +19,7 @@ from dataprocess.messages import format_count
 from .captions import (
     CAPTION_METRICS,
     caption_statistics,
-    check_packages,
+    check_captions,
     is_chinese,
     mean_rows,
     mean_values,
@@ -113,18 +113,35 @@ def _is_short(text: str) -> bool:
 
 
 def check_families(items: Sequence[Item], families: Sequence[str]) -> None:
-    """Refuse a family that is defined for none of the questions, or whose packages are missing.
+    """Refuse a family that is defined for none of the questions, or whose packages are missing; log what is left out.
 
     Raises:
         ValueError: if there is such a family.
         ModuleNotFoundError: if a package is missing.
     """
-    if "vqa_accuracy" in families and all(len(item.references) < 2 for item in items):
+    if "vqa_accuracy" in families and not _rows("vqa_accuracy", items):
         raise ValueError("--metrics vqa_accuracy: no question has several references; choose another metric")
-    if "pope" in families and all(_label(item) is None for item in items):
+    if "pope" in families and not _rows("pope", items):
         raise ValueError('--metrics pope: no question has the reference "yes" or "no"; choose another metric')
     if set(families) & set(CAPTION_METRICS):
-        check_packages([text for item in items for text in item.references])
+        check_captions([text for item in items for text in item.references])
+    for family in families:
+        number = len(_rows(family, items))
+        if number < len(items):
+            logger.warning("%s: over %s of %d", family, format_count(number, "question"), len(items))
+    few = sum(1 < len(item.references) < 4 for item in items)
+    if "vqa_accuracy" in families and few:
+        said = format_count(few, "question has", "questions have")
+        logger.warning("vqa_accuracy: %s fewer than four references, so that no answer reaches 1", said)
+
+
+def _rows(family: str, items: Sequence[Item]) -> list[int]:
+    """Return the positions of the questions that a family is defined for."""
+    if family == "vqa_accuracy":
+        return [at for at, item in enumerate(items) if len(item.references) > 1]
+    if family == "pope":
+        return [at for at, item in enumerate(items) if _label(item) is not None]
+    return list(range(len(items)))
 
 
 def score(items: Sequence[Item], answers: Sequence[str | None], families: Sequence[str]) -> list[Scored]:
@@ -139,18 +156,11 @@ def score(items: Sequence[Item], answers: Sequence[str | None], families: Sequen
         texts = [item.references for item in items]
         for statistics in caption_statistics(texts, [answer or "" for answer in answers], captions):
             found.append(Scored(rows=list(range(len(items))), **statistics))
-    for one in found:
-        if len(one.rows) < len(items):
-            logger.warning("%s: over %s of %d", one.family, format_count(len(one.rows), "question"), len(items))
     return found
 
 
 def _vqa(items: Sequence[Item], answers: Sequence[str | None]) -> Scored:
-    rows = [at for at, item in enumerate(items) if len(item.references) > 1]
-    few = sum(len(items[at].references) < 4 for at in rows)
-    if few:
-        said = format_count(few, "question has", "questions have")
-        logger.warning("vqa_accuracy: %s fewer than four references, so that no answer reaches 1", said)
+    rows = _rows("vqa_accuracy", items)
     pairs = [(answers[at], items[at].references) for at in rows]
     scores = [0.0 if answer is None else vqa_accuracy(answer, references) for answer, references in pairs]
     return _mean("vqa_accuracy", rows, scores)
@@ -160,7 +170,7 @@ def _exact(items: Sequence[Item], answers: Sequence[str | None]) -> Scored:
     hits = []
     for item, answer in zip(items, answers, strict=True):
         hits.append(float(answer is not None and answer.strip() in {text.strip() for text in item.references}))
-    return _mean("exact_match", list(range(len(items))), hits)
+    return _mean("exact_match", _rows("exact_match", items), hits)
 
 
 def _mean(family: str, rows: list[int], scores: list[float]) -> Scored:
@@ -180,7 +190,7 @@ def _label(item: Item) -> str | None:
 
 
 def _pope(items: Sequence[Item], answers: Sequence[str | None]) -> Scored:
-    rows = [at for at, item in enumerate(items) if _label(item) is not None]
+    rows = _rows("pope", items)
     splits = sorted({items[at].split for at in rows})
     statistics = np.zeros((len(rows), len(splits), 4))  # true and false yes, true and false no
     for number, at in enumerate(rows):

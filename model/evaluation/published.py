@@ -10,6 +10,7 @@ AI Challenger  [{"image_id": file name, "caption": [five sentences]}, …]
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def read_file(path: Path, reading: Reading) -> QuestionSet:
     """
     value = read_json(path, "--questions")
     source, records = _tell(value, path)
+    if reading.prompt is not None and source not in ("coco", "ai_challenger"):
+        raise ValueError(f"--prompt: {path} brings its own questions; leave it out, or use --prompt_suffix")
     if (source == "vqav2") != (reading.annotations is not None):
         raise ValueError(
             f"--questions {path}: VQAv2 needs --annotations FILE, which holds its answers"
@@ -68,11 +71,15 @@ def read_file(path: Path, reading: Reading) -> QuestionSet:
                 Path(folder, image) if reading.image_folder else resolve_picture(str(image), folder)
                 for image in item.question.images
             )
-            question = Question(item.question.id, images, item.question.prompt, item.question.further)
-            items.append(with_suffix(Item(question, item.references, item.kind, item.split), reading.suffix))
+            question = dataclasses.replace(item.question, id=_id(item.question.id), images=images)
+            _text(question.prompt)
+            if not item.references:
+                raise TypeError("there is no answer")
+            items.append(with_suffix(dataclasses.replace(item, question=question), reading.suffix))
     except (KeyError, TypeError, AttributeError) as error:
         number = len(items) + 1
-        raise ValueError(f"--questions {path}: record {number} is not as {source} has them ({error!r})") from error
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"--questions {path}: record {number} is not as {source} has them: {why}") from error
     if not items:
         raise ValueError(f"--questions {path}: there is no question with an answer in it")
     return QuestionSet(source, path.stem, items)
@@ -103,20 +110,33 @@ def _tell(value: Any, path: Path) -> tuple[str, Any]:
 
 
 def _vqav2(value: Any, path: Path, reading: Reading) -> Iterator[Item]:
-    annotations = read_json(reading.annotations or path, "--annotations")
-    if not isinstance(annotations, dict) or not isinstance(annotations.get("annotations"), list):
-        raise ValueError(f'--annotations {reading.annotations}: expected VQAv2\'s {{"annotations": [...]}}')
-    answers = {record["question_id"]: record for record in annotations["annotations"]}
+    answers = _vqav2_answers(reading.annotations or path)
     missing = [record["question_id"] for record in value["questions"] if record["question_id"] not in answers]
     if missing:
         lack = format_count(len(missing), "question has", "questions have")
-        raise ValueError(f"--annotations {reading.annotations}: {lack} no answers there, the first is {missing[0]}")
+        first = shorten(missing[0], 40)
+        raise ValueError(f"--annotations {reading.annotations}: {lack} no answers there, the first is {first}")
     for record in value["questions"]:
         found = answers[record["question_id"]]
-        image = Path(f"COCO_{value['data_subtype']}_{record['image_id']:012d}.jpg")
+        image = Path(f"COCO_{value['data_subtype']}_{record['image_id']!s:0>12}.jpg")
         further = {key: found.get(key, "") for key in ("question_type", "answer_type")}
         question = Question(record["question_id"], (image,), record["question"], further)
-        yield Item(question, tuple(_text(answer["answer"]) for answer in found["answers"]), further["answer_type"])
+        yield Item(question, tuple(_text(answer["answer"]) for answer in found["answers"]), str(further["answer_type"]))
+
+
+def _vqav2_answers(path: Path) -> dict[Any, Any]:
+    value = read_json(path, "--annotations")
+    if not isinstance(value, dict) or not isinstance(value.get("annotations"), list):
+        raise ValueError(f'--annotations {path}: expected VQAv2\'s {{"annotations": [...]}}')
+    answers: dict[Any, Any] = {}
+    for number, record in enumerate(value["annotations"], start=1):
+        index = record.get("question_id") if isinstance(record, dict) else None
+        if not isinstance(index, str | int):
+            raise ValueError(f"--annotations {path}, record {number}: no question_id in {shorten(record, 60)}")
+        if index in answers:
+            raise ValueError(f"--annotations {path}, record {number}: the id {shorten(index, 40)} occurs twice")
+        answers[index] = record
+    return answers
 
 
 def _pope(records: Any, path: Path, reading: Reading) -> Iterator[Item]:
@@ -130,7 +150,7 @@ def _gqa(value: Any, path: Path, reading: Reading) -> Iterator[Item]:
     for index, record in value.items():
         types = record.get("types") or {}
         question = Question(index, (Path(f"{record['imageId']}.jpg"),), _text(record["question"]), {"types": types})
-        yield Item(question, (_text(record["answer"]),), types.get("structural") or "")
+        yield Item(question, (_text(record["answer"]),), str(types.get("structural") or ""))
 
 
 def _coco(value: Any, path: Path, reading: Reading) -> Iterator[Item]:
@@ -149,6 +169,8 @@ def _ai_challenger(records: Any, path: Path, reading: Reading) -> Iterator[Item]
 def _captioned(pictures: Iterable[tuple[Any, str, list[str]]], prompt: str, path: Path) -> Iterator[Item]:
     without = 0
     for index, name, captions in pictures:
+        if not isinstance(captions, list):
+            raise TypeError(f"expected a list of captions, got {shorten(captions, 40)}")
         usable = tuple(caption for caption in map(_text, captions) if caption.strip())
         without += not usable
         if usable:
@@ -157,6 +179,12 @@ def _captioned(pictures: Iterable[tuple[Any, str, list[str]]], prompt: str, path
         logger.warning(
             "%s: %s no caption and are left out", path, format_count(without, "picture has", "pictures have")
         )
+
+
+def _id(value: Any) -> str | int:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError(f"expected an id, got {shorten(value, 40)}")
+    return value
 
 
 def _text(value: Any) -> str:

@@ -169,13 +169,18 @@ def _cell(values: dict[str, float], name: str) -> str:
 
 
 def markdown(tables: Sequence[tuple[list[str], list[list[str]]]]) -> str:
-    """Write tables in Markdown; bars and line breaks in cells are escaped."""
+    """Write tables in Markdown; bars and line breaks in cells are escaped, control characters replaced."""
     texts = []
     for head, rows in tables:
         lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-        cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+        cells = [[_markdown_cell(cell) for cell in line] for line in lines]
         texts.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
     return "\n\n".join(texts)
+
+
+def _markdown_cell(text: str) -> str:
+    plain = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+    return plain.replace("|", "\\|")
 
 
 def read_results(path: Path) -> tuple[list[Item], list[str | None], list[str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dataprocess.image_io import content_key
 from dataprocess.messages import format_count
 from visual.base import VisionTower
 from visual.feature_cache import DTYPES, NOTE, FeatureCache
@@ -63,7 +64,7 @@ def lack_of_space(cache: FeatureCache, tower: VisionTower, paths: Sequence[Path]
         )
     missing = len(paths)
     if of_this_tower and missing * per_image > free:
-        keys = (cache.key_of(path) for path in tqdm(paths, desc="looking for stored images", mininterval=0.5))
+        keys = (content_key(path) for path in tqdm(paths, desc="looking for stored images", mininterval=0.5))
         missing = sum(key is None or not cache.path_of(key).is_file() for key in keys)
     needed = missing * per_image
     if needed <= free:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataprocess.image_io import ImageError, load_image, resolve_image_path
+from dataprocess.image_io import ImageError, content_key, load_image, resolve_image_path
 from dataset import ImageCaptionDataset
 from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
@@ -149,14 +149,14 @@ class MissingPictures(Dataset[Opened]):
 
     def __getitem__(self, index: int) -> Opened:
         path = self.paths[index]
-        key = self.cache.key_of(path)
+        key = content_key(path)
         if key is not None and self.cache.read(key) is not None:
             return Opened(path)
         try:
             pixels = self.transform(load_image(path))  # (3, H, W)
         except ImageError as error:
             return Opened(path, problem=str(error))
-        if key is None or key != self.cache.key_of(path):  # else the pixels could belong to another key
+        if key is None or key != content_key(path):  # else the pixels could belong to another key
             return Opened(path, problem=f"'{path}': it changed while it was read, or is too large to be looked up")
         return Opened(path, key, pixels.numpy())
 

@@ -5,8 +5,6 @@ All processes of a run stop at the same step, so what they tell each other comes
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import os
 import signal
@@ -17,21 +15,19 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather, gather_object
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dataprocess.messages import format_count
-
 from ..errors import in_one_line
-from .failures import MOST_SKIPPED, check_bad_samples, not_finite
-
-logger = logging.getLogger(__name__)
+from .bad_sample_list import list_bad_samples
+from .failures import MOST_SKIPPED, not_finite
 
 RUN_CONFIG = "train_config.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 BAD_EVAL_SAMPLES = "bad_eval_samples.jsonl"
+LOSS_FIGURE = "loss.png"
+MODEL_CARD = "MODEL_CARD.md"
 
 
 # ---- What processes tell each other
@@ -132,24 +128,21 @@ class StopOnNonFinite(TrainerCallback):
     def __init__(self) -> None:
         self.gradient_norm: Any = 0.0
         """Norm of the step's gradient before it was clipped; one that is too large for fp32 is not finite either."""
-        self._losses: list[Tensor] = []
-        self._ids: list[int] = []
+        self.losses: list[Tensor] = []
+        """Detached, one for each batch of the step."""
+        self.ids: list[int] = []
+        """The step's samples."""
         self._num_skipped = 0
-
-    def remember(self, loss: Tensor, ids: list[int] | None) -> None:
-        """Note loss and samples of a batch of the step."""
-        self._losses.append(loss)  # detached by Trainer
-        self._ids += ids or []
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """Check the step; raises `NotFiniteError`."""
-        finite = bool(torch.stack([loss.isfinite().all() for loss in self._losses]).all())
+        finite = bool(torch.stack([loss.isfinite().all() for loss in self.losses]).all())
         finite_gradient = bool(torch.as_tensor(self.gradient_norm).isfinite().all())
         # The norm tells, and not accelerate: a fused optimizer is called in skipped steps, too.
         self._num_skipped = 0 if finite_gradient else self._num_skipped + 1
         may_continue = finite_gradient or (args.fp16 and self._num_skipped < MOST_SKIPPED)
         rows = gather_rows([finite, may_continue], args)
-        ids, self._ids, self._losses = self._ids, [], []
+        ids, self.ids, self.losses = self.ids, [], []
         if not rows.all():
             what = "gradient" if rows[:, 0].all() else "loss"
             raise not_finite(what, state.global_step + 1, sorted(set(gather_object(ids))), args)
@@ -179,29 +172,8 @@ class WatchBadSamples(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
         """Look for new ones; raises `TooManyBadSamplesError`."""
         counts = gather_rows([len(self.dataset.bad)], args)  # (processes, 1)
-        if (counts == self._known).all():
-            return
-        if args.world_size > 1:
-            flags = self.dataset.bad.flags.to(args.device)
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-            self.dataset.bad.flags.copy_(flags)
-        self._known = len(self.dataset.bad)
-        path = Path(str(args.output_dir), self.list_name)
-        if args.process_index == 0:
-            try:
-                self._append_new(path)
-            except OSError as error:  # a full disk, say; that is no reason to lose the run
-                logger.error("%s could not be written: %s", path, error)
-            verb = "was" if self._known == 1 else "were"
-            logger.warning("%s %s left out so far; see %s", format_count(self._known, "bad sample"), verb, path)
-        check_bad_samples(self.dataset.bad, str(path))
+        if (counts != self._known).any():
+            list_bad_samples(self.dataset, Path(str(args.output_dir), self.list_name), self._listed, args)
+            self._known = len(self.dataset.bad)
 
     on_evaluate = on_step_end  # a loss over what is left of an evaluation set may mean little
-
-    def _append_new(self, path: Path) -> None:
-        new = [message for message in self.dataset.bad.all_messages(self.dataset) if message not in self._listed]
-        self._listed.update(new)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link may have come since
-        with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps({"reason": message}, ensure_ascii=False) + "\n" for message in new)

@@ -1,4 +1,4 @@
-"""Delete what is no longer wanted: checkpoints beyond `--save_total_limit`, and a run that is overwritten.
+"""Delete what is no longer wanted: old checkpoints, a killed run's unfinished work, and a run that is overwritten.
 
 A folder is renamed before it is deleted, so that a kill leaves no part of it under a name that means something.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +15,23 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..arguments import VLMTrainingArguments
 from ..checkpoints.folder import CHECKSUMS, TRAINED, CheckpointError, numbered_checkpoints
 from ..checkpoints.readers import weights_in
-from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, RUN_CONFIG, first_problem
+from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, LOSS_FIGURE, MODEL_CARD, RUN_CONFIG, first_problem
 
 logger = logging.getLogger(__name__)
 
 OVERWRITTEN = "tmp-overwritten"
 """Folder for the files of a run that is overwritten. While it exists, the new run has not taken a step, and whatever
 belongs to a run counts as the old one's, even if a kill left it in its place."""
+REPLACED = "tmp-replaced-"
+"""How the name of a folder begins while a new one takes its place."""
 _DELETED = "tmp-deleted-"
+_LEFTOVER = re.compile(
+    r"tmp-(weights|deleted-run|(train_config\.json|loss\.png|MODEL_CARD\.md).*"
+    r"|((replaced|deleted)-)?checkpoint-\d+(-\w{8})?)"
+)
 
 
 def remove(path: Path) -> None:
@@ -56,7 +64,41 @@ def delete_old_checkpoints(run: Path, limit: int, keep: set[Path]) -> None:
         remove(doomed)
 
 
+def clear_leftovers(run: Path) -> None:
+    """Finish what a run was renaming when it was killed, and delete its other unfinished work."""
+    for replaced in run.glob(f"{REPLACED}checkpoint-*"):
+        target = run / replaced.name.removeprefix(REPLACED)
+        if not target.exists():
+            replaced.rename(target)
+    for path in run.glob("tmp-*"):
+        if _LEFTOVER.fullmatch(path.name):
+            remove(path)
+    if (run / OVERWRITTEN).exists():
+        set_aside(run)
+
+
 # ---- Runs that are overwritten
+
+
+def is_overwriting(args: VLMTrainingArguments, resume: str | None) -> bool:
+    """Return whether `--output_dir` holds another run, which is to be overwritten.
+
+    Raises:
+        CheckpointError: if there is a run that is neither resumed nor to be overwritten.
+    """
+    folder = Path(str(args.output_dir))
+    weights = [folder / name for name in TRAINED["lora"] if (folder / name).exists()]  # one of them is in every kind
+    old = [*numbered_checkpoints(folder), *weights] if folder.is_dir() else []
+    if resume is None:
+        continues = args.resume_from_checkpoint is not None  # `auto`, and no checkpoint yet
+    else:
+        continues = Path(resume).resolve().parent == folder.resolve()
+    if old and not continues and not args.overwrite_output_dir:
+        raise CheckpointError(
+            f"--output_dir {folder} holds a run ({old[0].name}, …); resume it with --resume_from_checkpoint auto, "
+            "delete it with --overwrite_output_dir, or give another folder"
+        )
+    return (bool(old) and not continues) or (folder / OVERWRITTEN).exists()
 
 
 def set_aside(run: Path) -> None:
@@ -78,7 +120,7 @@ def set_aside(run: Path) -> None:
 
 def _of_run(run: Path) -> list[Path]:
     names = (*TRAINED["lora"], *weights_in(run), CHECKSUMS, RUN_CONFIG, BAD_SAMPLES, BAD_EVAL_SAMPLES, "runs")
-    return [*numbered_checkpoints(run), *(run / name for name in names)]
+    return [*numbered_checkpoints(run), *(run / name for name in (*names, LOSS_FIGURE, MODEL_CARD))]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from dataprocess.image_io import ImageError
@@ -34,11 +35,17 @@ _LESS_MEMORY = (
 )
 _AFTER_TORCHRUN = """
 import os, select, sys
+torchrun, message, next_attempt = sys.argv[1:]
 try:
-    select.select([os.pidfd_open(int(sys.argv[1]))], [], [], 60)
+    ended = os.pidfd_open(int(torchrun))
+    for second in range(600):
+        if os.path.exists(next_attempt):
+            sys.exit()  # it has started the processes again
+        if select.select([ended], [], [], 1)[0]:
+            break
 except ProcessLookupError:
     pass
-os.write(2, os.fsencode(sys.argv[2] + chr(10)))
+os.write(2, os.fsencode(message + chr(10)))
 """
 
 
@@ -91,12 +98,26 @@ def report_failure(error: BaseException, *, has_begun: bool) -> int:
         return fail(out_of_memory(error, _LESS_MEMORY), 1)
     if isinstance(error, NotFiniteError):
         return fail(in_one_line(error), 1)
+    if lost := lost_connection(error):
+        return fail(
+            f"lost the connection to another process ({lost}); if torchrun does not restart, {HOW_TO_RESUME}", 1
+        )
     if isinstance(error, OSError) and has_begun:
         return fail(f"{in_one_line(error)}; fix that, and {HOW_TO_RESUME}", 1)
     of_data = (SampleError, ImageError, TooManyBadSamplesError, CheckpointError, ImportError)
     if isinstance(error, of_data if has_begun else (ValueError, OSError, ImportError)):
         return fail(in_one_line(error), 2)
     raise error
+
+
+def lost_connection(error: BaseException) -> str:
+    """Return how the connection to another process was lost, or an empty string if that is not what happened."""
+    if not isinstance(error, RuntimeError) or not torch.distributed.is_initialized():
+        return ""
+    said = " ".join(str(error).split())
+    # Gloo has no class of its own for its errors; NCCL's are DistBackendError.
+    is_lost = isinstance(error, torch.distributed.DistError) or "gloo/transport" in said
+    return said.split("] ", 1)[-1].split(". ")[0][:200] if is_lost else ""
 
 
 def fail(message: str, status: int) -> int:
@@ -115,7 +136,9 @@ def _tell_torchrun(message: str, error_file: Path) -> None:
         error_file.write_text(json.dumps({"message": note}), encoding="utf-8")
         (error_file.parent.parent / "said").touch(exist_ok=False)  # once for all ranks
         if hasattr(os, "pidfd_open"):  # Linux
-            command = [sys.executable, "-S", "-c", _AFTER_TORCHRUN, str(os.getppid()), message]
+            attempt = error_file.parent.parent  # …/attempt_0
+            next_attempt = attempt.with_name(f"attempt_{int(attempt.name.rpartition('_')[2]) + 1}")
+            command = [sys.executable, "-S", "-c", _AFTER_TORCHRUN, str(os.getppid()), message, str(next_attempt)]
             quiet = subprocess.DEVNULL
             subprocess.Popen(command, stdin=quiet, stdout=quiet, start_new_session=True)
     except OSError as error:

@@ -47,6 +47,10 @@ def checkpoint_to_resume(args: VLMTrainingArguments) -> str | None:
     wanted = args.resume_from_checkpoint
     if wanted is None:
         return None
+    if args.overwrite_output_dir:
+        raise CheckpointError(
+            f"--resume_from_checkpoint {wanted} continues a run and --overwrite_output_dir deletes it; give one of them"
+        )
     automatic = wanted.lower() in ("auto", "true")
     folder = Path(str(args.output_dir if automatic else wanted))
     if not folder.is_dir():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,20 +19,19 @@ from accelerate.utils import gather_object
 from dataprocess.file_lock import FileLockError, hold
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
-from ..checkpoints.folder import TRAINED, CheckpointError, numbered_checkpoints
 from ..checkpoints.saving import PACKAGE_VERSIONS, flush_to_disk
 from .callbacks import RUN_CONFIG
-from .deleting import OVERWRITTEN, remove, set_aside
-
-_REPLACED = "tmp-replaced-"
-_LEFTOVER = re.compile(r"tmp-(weights|deleted-run|train_config\.json.*|((replaced|deleted)-)?checkpoint-\d+(-\w{8})?)")
+from .deleting import REPLACED, clear_leftovers, remove
 
 
 @contextlib.contextmanager
-def hold_run_folder(args: VLMTrainingArguments) -> Iterator[None]:
+def hold_run_folder(args: VLMTrainingArguments) -> Iterator[bool]:
     """Keep other runs out of `--output_dir` while the block runs, and clear away what a killed run left there.
 
     The first process holds the lock for all. After the launcher alone is killed, it goes on training and holding it.
+
+    Yields:
+        Whether there was nothing in the folder.
 
     Raises:
         FileLockError: on every process, if another run holds it.
@@ -42,34 +40,24 @@ def hold_run_folder(args: VLMTrainingArguments) -> Iterator[None]:
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with contextlib.ExitStack() as lock:
-            problem = ""
+            problem, is_empty = "", True
             if args.process_index == 0:
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
                     lock.enter_context(hold(folder))
-                    clear_leftovers(folder)
+                    is_empty = {path.name for path in folder.iterdir()} == {".lock"}
+                    if not is_empty:
+                        clear_leftovers(folder)
                 except (OSError, FileLockError) as error:
                     problem = f"--output_dir {error}"
-            if problem := gather_object([problem])[0]:
+            problem, is_empty = gather_object([(problem, is_empty)])[0]
+            if problem:
                 raise FileLockError(problem)
-            yield
+            yield is_empty
     finally:
         with contextlib.suppress(OSError):  # a run that was refused leaves no empty folder
             for path in new:
                 path.rmdir()
-
-
-def clear_leftovers(run: Path) -> None:
-    """Finish what a run was renaming when it was killed, and delete its other unfinished work."""
-    for replaced in run.glob(f"{_REPLACED}checkpoint-*"):
-        target = run / replaced.name.removeprefix(_REPLACED)
-        if not target.exists():
-            replaced.rename(target)
-    for path in run.glob("tmp-*"):
-        if _LEFTOVER.fullmatch(path.name):
-            remove(path)
-    if (run / OVERWRITTEN).exists():
-        set_aside(run)
 
 
 def put_in_place(staging: Path, target: Path) -> None:
@@ -80,7 +68,7 @@ def put_in_place(staging: Path, target: Path) -> None:
     """
     for path in [*staging.iterdir(), staging]:
         flush_to_disk(path)
-    replaced = target.with_name(_REPLACED + target.name)
+    replaced = target.with_name(REPLACED + target.name)
     replaces = target.exists() or target.is_symlink()
     if replaces:
         remove(replaced)
@@ -96,32 +84,6 @@ def put_in_place(staging: Path, target: Path) -> None:
         remove(replaced)
 
 
-def is_overwriting(args: VLMTrainingArguments, resume: str | None) -> bool:
-    """Return whether `--output_dir` holds another run, which is to be overwritten.
-
-    Raises:
-        CheckpointError: if there is a run that is neither resumed nor to be overwritten.
-    """
-    folder = Path(str(args.output_dir))
-    if args.resume_from_checkpoint is not None and args.overwrite_output_dir:
-        raise CheckpointError(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint} continues a run and --overwrite_output_dir "
-            "deletes it; give one of them"
-        )
-    weights = [folder / name for name in TRAINED["lora"] if (folder / name).exists()]  # one of them is in every kind
-    old = [*numbered_checkpoints(folder), *weights] if folder.is_dir() else []
-    if resume is None:
-        continues = args.resume_from_checkpoint is not None  # `auto`, and no checkpoint yet
-    else:
-        continues = Path(resume).resolve().parent == folder.resolve()
-    if old and not continues and not args.overwrite_output_dir:
-        raise CheckpointError(
-            f"--output_dir {folder} holds a run ({old[0].name}, …); resume it with --resume_from_checkpoint auto, "
-            "delete it with --overwrite_output_dir, or give another folder"
-        )
-    return (bool(old) and not continues) or (folder / OVERWRITTEN).exists()
-
-
 def run_config(model_args: ModelArguments, data_args: DataArguments, args: VLMTrainingArguments) -> dict[str, Any]:
     """Return every flag as it was understood, for `train_config.json`."""
     resolved = {
@@ -135,9 +97,14 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: VLMTr
 
 
 def write_run_config(run: Path, config: dict[str, Any]) -> None:
-    """Write `train_config.json`, which may be a link, under another name and rename it."""
+    """Write `train_config.json`."""
     run.mkdir(parents=True, exist_ok=True)
-    whole = run / f"tmp-{RUN_CONFIG}-{secrets.token_hex(4)}"
-    with whole.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    whole.replace(run / RUN_CONFIG)
+    replace_file(run / RUN_CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file of a run, which may be a link, under another name and rename it."""
+    whole = path.with_name(f"tmp-{path.name}-{secrets.token_hex(4)}")
+    with whole.open("xb") as file:
+        file.write(content)
+    whole.replace(path)

@@ -123,7 +123,10 @@ def write_checkpoint(trainer: Any) -> str:
 
     def write() -> None:
         trainer.save_model(str(staging), _internal_call=True)
-        trainer.save_training_state(str(staging))
+        if not trainer.args.save_only_model:  # what Trainer itself needs to resume
+            trainer._save_optimizer_and_scheduler(str(staging))
+            trainer._save_scaler(str(staging))
+            trainer._save_rng_state(str(staging))  # every process has its own
 
     def finish() -> None:
         parts = (*trainer.callback_handler.callbacks, trainer.control)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from dataprocess.image_io import content_key
 from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, image_caption_dataset
 from dataset.annotations import Annotations, _refuse_repeated_keys
 from dataset.image_caption_dataset import draw_alternative
@@ -247,13 +248,10 @@ def test_links_may_leave_the_folder_only_if_allowed(make, images, tmp_path):
 
 
 class Cache:
-    """Features of the images in it, by name."""
+    """Features of the images in it."""
 
-    def __init__(self, *names):
-        self.features = {name.encode(): torch.full((2, 4), float(place)) for place, name in enumerate(names)}
-
-    def key_of(self, path):
-        return path.name.encode() if path.exists() else None
+    def __init__(self, *paths):
+        self.features = {content_key(path): torch.full((2, 4), float(place)) for place, path in enumerate(paths)}
 
     def read(self, key):
         return self.features.get(key)
@@ -263,7 +261,7 @@ def test_stored_features_take_the_place_of_pixels(make, images, monkeypatch):
     monkeypatch.setattr(image_caption_dataset, "load_image", None)  # nothing is opened
     entries = {"k": one(images, ["blue.png", "red.png"]), "text": {"image_file": None, "ID": 1}}
     captions = {"0": {"q": "<|extra_0|><|extra_0|>", "a": "B"}, "1": TEXT_ONLY}
-    dataset = make(entries, captions, feature_cache=Cache("red.png", "blue.png"))
+    dataset = make(entries, captions, feature_cache=Cache(images / "red.png", images / "blue.png"))
     assert dataset[0]["vision_features"][:, 0, 0].tolist() == [1, 0]
     assert dataset[0]["vision_features"].shape == (2, 2, 4)
     assert "pixel_values" not in dataset[0]
@@ -272,7 +270,7 @@ def test_stored_features_take_the_place_of_pixels(make, images, monkeypatch):
 
 @pytest.mark.parametrize(("name", "reason"), [("green.png", "feature cache"), ("missing.png", "missing")])
 def test_an_image_without_stored_features_is_bad(make, images, name, reason):
-    dataset = make({"k": one(images, name, 3)}, {"3": ASK}, feature_cache=Cache("red.png"))
+    dataset = make({"k": one(images, name, 3)}, {"3": ASK}, feature_cache=Cache(images / "red.png"))
     with pytest.raises(ImageError, match=f"sample 3: .*{name}.*{reason}"):
         dataset[0]
 

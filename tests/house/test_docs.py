@@ -135,9 +135,16 @@ def test_other_flags_and_defaults(name: str, parse) -> None:
 def test_flags_exist(name: str) -> None:
     """Every flag in tables, text and commands is one that the programs, the tests or the benchmarks take."""
     known = {f"--{field.name}" for field in dataclasses.fields(VLMTrainingArguments)}
-    known |= {f"--{flag}" for flag in train_fields()} | {"--help", "--help_all", "--all", "--lowest", "--real"}
+    known |= {f"--{flag}" for flag in train_fields()} | {
+        "--help",
+        "--help_all",
+        "--all",
+        "--lowest",
+        "--real",
+        "--machines",
+    }
     known |= {"--model", "--image", "--model_args", "--tasks"}  # of other projects, in docs/serving.md
-    known |= {"--mmproj", "--jinja", "--host", "--port"}  # of llama.cpp
+    known |= {"--mmproj", "--jinja", "--host", "--port", "--nproc_per_node"}  # of llama.cpp, and of torchrun
     for parse in PROGRAMS.values():
         known |= {option for action in parser_actions(parse) for option in action.option_strings}
     for script in (ROOT / "benchmarks").rglob("*.py"):

@@ -116,6 +116,32 @@ def test_results_answers_and_report(call, files, tmp_path):
     assert page.index("多少") < page.index("Blue?") < page.index("How many?")  # worst first
 
 
+def test_questions_without_a_score_are_last_and_no_control_character_is_in_the_report(call, tmp_path):
+    questions = [
+        {"id": 1, "prompt": "a colour\0?", "answers": ["red"], "kind": None},
+        {"id": 2, "prompt": "is\x1b it?", "answers": ["yes"], "kind": "a|b\x1b[31m\u202e"},
+        {"id": 3, "prompt": "is it not\u009b?", "answers": ["no"]},
+        {"id": 4, "prompt": "lost?", "answers": ["yes"]},
+    ]
+    answers = [
+        {"id": 1, "answer": "red"},
+        {"id": 2, "answer": "yes"},
+        {"id": 3, "answer": "\r"},
+        {"id": 4, "error": "x"},
+    ]
+    flags = ["--questions", write(tmp_path / "q.jsonl", questions), "--answers", write(tmp_path / "a.jsonl", answers)]
+    out, _ = call(*flags, "--metrics", "pope", "--output", tmp_path / "out")
+    assert "| a\\|b\ufffd[31m\ufffd | 1 |" in out
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert not [character for character in page if ord(character) < 32 and character != "\n"]
+    assert "\u009b" not in page
+    assert "\u202e" not in page
+    places = [page.index(text) for text in ("is it not\\u009b?", "lost?", "is\\u001b it?", "a colour\\u0000?")]
+    assert places == sorted(places)
+    assert "<i>none</i>" in page
+    assert "None" not in page
+
+
 def test_the_bound_of_the_report_leaves_every_kind_in(call, tmp_path):
     questions = [
         {"id": n, "prompt": "?", "answers": ["a"], "kind": "rare" if n == 500 else "often"} for n in range(501)
@@ -198,7 +224,16 @@ def test_other_questions_are_not_compared(call, files, tmp_path):
             (["--image_map", "m", "--captions_file", "c", "--answers", "{first}", "--output", "{out}", flag, "."], flag)
             for flag in ("--annotations", "--image_folder", "--prompt")
         ),
-        (["--questions", "{questions}", "--answers", "{first}", "--output", "{first}"], "first.jsonl"),
+        (["--questions", "{questions}", "--answers", "{first}", "--output", "{first}"], "is a file"),
+        (["--questions", "{questions}", "--answers", "{first}", "--output", "{first}/in"], "can't be created"),
+        (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--seed", "-1"], "--seed -1"),
+        *(
+            (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", *flags], flags[0])
+            for flags in (["--batch_size", "0"], ["--max_new_tokens=-3"], ["--system", "x"], ["--batch_size", "8"])
+        ),
+        (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--prompt", "?"], "--prompt"),
+        (["--compare", "a", "b", "--metrics", "pope", "--batch_size=8"], "--batch_size, --metrics"),
+        (["--compare", "a", "b", "--questions", "{questions}"], "--questions"),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--no_such_flag"], "no_such_flag"),
         (["--questions", "{questions}", "--model_weights", "{none}", "--output", "{out}"], "none.jsonl"),
     ],
@@ -323,6 +358,22 @@ def test_a_question_without_an_answer_is_said_and_counts_as_wrong(call, asked, t
     assert "nowhere.png" in one_line_error(err, "evaluate.py")
     assert results(tmp_path / "out")["counts"]["without_answer"] == 1
     assert read(tmp_path / "out" / "answers.jsonl")[0]["answer"] == ""
+
+
+def test_pictures_that_are_fixed_later_complete_an_evaluation(call, asked, trained, loaded_once, pictures, tmp_path):
+    late = tmp_path / "late.png"
+    asked[0]["image"] = "late.png"
+    file = write(tmp_path / "q.jsonl", asked)
+    flags = ("--model_weights", trained, "--questions", file, "--device", "cpu", "--max_new_tokens", 3, "--blind")
+    call(*flags, "--output", tmp_path / "out", status=2)
+    shutil.copy(pictures["green"], late)
+    err = call(*flags, "--output", tmp_path / "out")[1]
+    assert err.count("6 of 7 answered already") == 2
+    call(*flags, "--output", tmp_path / "fresh")
+    for name in ("answers.jsonl", "report.html"):
+        pages = [(tmp_path / folder / name).read_text().replace("/fresh", "/out") for folder in ("out", "fresh")]
+        assert pages[0] == pages[1]
+    assert len({str(results(tmp_path / folder)["fingerprints"]["model"]) for folder in ("out", "fresh")}) == 1
 
 
 @pytest.mark.slow

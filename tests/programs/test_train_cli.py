@@ -24,6 +24,7 @@ from tiny_run import (
     start,
     too_much_memory,
     trained_weights,
+    weights_differ,
     write_as_the_original,
     write_data,
 )
@@ -78,13 +79,6 @@ def run(tmp_path_factory, bases, data) -> tuple[Path, str, str]:
 def quick_run(*flags: object) -> int:
     """Train in this process; under a second where a new one takes ten."""
     return train.main([*QUICK, "--report_to", "none", "--disable_tqdm", "true", *(str(flag) for flag in flags)])
-
-
-def weights_differ(a: Path, b: Path) -> float:
-    """The largest difference between the weights of two checkpoints."""
-    first, second = trained_weights(a), trained_weights(b)
-    assert first.keys() == second.keys()
-    return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
 # ---- What a run prints and writes
@@ -362,7 +356,7 @@ MISTAKES = {
     "dispatching": ('--accelerator_config {{"dispatch_batches":true}}', "--accelerator_config"),
     "order": ("--train_sampling_strategy batch_rebalance", "--train_sampling_strategy"),
     "GaLore": ("--optim galore_adamw --optim_target_modules c_attn", "--optim galore_adamw is not supported"),
-    "optimizer that is not installed": ("--optim adamw_bnb_8bit", "bitsandbytes"),
+    "optimizer that is not installed": ("--optim schedule_free_adamw", "schedulefree"),
     "smoothing": ("--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1 is not supported"),
     "output": ("--output_dir {wrong}/a_file", "a_file is a file"),
     "no checkpoint": ("--resume_from_checkpoint nowhere", "nowhere"),

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import make_pictures
 
+from dataprocess.image_io import content_key
 from model.feature_caching.disk import lack_of_space, pictures_stored
 from visual import build_vision_tower
 from visual.feature_cache import DTYPES, FeatureCache, open_feature_cache, published_weights, tower_key
@@ -70,14 +71,14 @@ def test_files_of_an_earlier_version_are_read(tmp_path):
 def test_the_key_of_an_image_is_its_content(tmp_path):
     pictures = make_pictures(tmp_path / "pictures")
     copy = shutil.copy(pictures["red"], tmp_path / "other name.jpg")
-    assert FeatureCache.key_of(pictures["red"]) == FeatureCache.key_of(copy)
-    assert FeatureCache.key_of(pictures["red"]) != FeatureCache.key_of(pictures["blue"])
-    before, times = FeatureCache.key_of(copy), Path(copy).stat()
+    assert content_key(pictures["red"]) == content_key(copy)
+    assert content_key(pictures["red"]) != content_key(pictures["blue"])
+    before, times = content_key(copy), Path(copy).stat()
     data = bytearray(Path(copy).read_bytes())
     data[-20] ^= 1
     Path(copy).write_bytes(data)
     os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert FeatureCache.key_of(copy) != before, "same name, size and time, other content"
+    assert content_key(copy) != before, "same name, size and time, other content"
 
 
 def test_what_is_no_file_has_no_key(tmp_path):
@@ -85,7 +86,7 @@ def test_what_is_no_file_has_no_key(tmp_path):
     with (tmp_path / "huge").open("wb") as file:
         file.truncate((1 << 30) + 1)
     for name in ("missing", "pipe", "huge", ".", "nul\0", "\udcff"):
-        assert FeatureCache.key_of(f"{tmp_path}/{name}") is None
+        assert content_key(f"{tmp_path}/{name}") is None
 
 
 # ---- Never stale

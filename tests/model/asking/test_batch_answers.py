@@ -318,13 +318,51 @@ def test_a_picture_that_was_replaced_is_noticed(call, pictures, tmp_path):
     assert "pictures" in one_line_error(call(*flags, status=2)[1], "test.py")
 
 
+def test_pictures_that_are_fixed_later_are_asked_about_by_the_same_command(call, pictures, tmp_path, monkeypatch):
+    """One was missing, next to the file of questions; one was damaged. What has an answer is not asked again."""
+    (tmp_path / "broken.png").write_text("no picture")
+    asked = [
+        {"id": "late", "image": "late.png", "prompt": "Colour?"},
+        {"id": "good", "image": str(pictures["red"]), "prompt": "Colour?"},
+        {"id": "broken", "image": "broken.png", "prompt": "Colour?"},
+        {"id": "never", "image": "never.png", "prompt": "Colour?"},
+    ]
+    file, output = write(tmp_path / "q.jsonl", asked), tmp_path / "a.jsonl"
+    flags = ["--batch", file, "--output", output, "--greedy"]
+    call(*flags, status=2)
+    before = read(output)
+    assert ["answer" in line for line in before] == [False, True, False, False]
+    note = tmp_path / "a.jsonl.made_with.json"
+    kept = output.read_bytes(), note.read_bytes()
+    shutil.copy(pictures["blue"], tmp_path / "late.png")
+    shutil.copy(pictures["green"], tmp_path / "broken.png")
+    added: list[dict] = []
+    add = AnswerFile.add
+    monkeypatch.setattr(AnswerFile, "add", lambda self, line: added.append(line) or add(self, line))
+    assert "never.png" in call(*flags, status=2)[1]
+    assert [line["id"] for line in added] == ["late", "broken"]
+    assert read(output) == [before[1], before[3], *added]
+    call("--batch", file, "--output", tmp_path / "fresh.jsonl", "--greedy", status=2)
+    by_id = {line["id"]: line for line in read(tmp_path / "fresh.jsonl")}
+    assert by_id == {line["id"]: line for line in read(output)}
+    # What was answered is never mixed with answers about other pictures.
+    shutil.copy(pictures["red"], tmp_path / "late.png")
+    assert "pictures" in one_line_error(call(*flags, status=2)[1], "test.py")
+    # A kill after the lines of the errors were dropped, and before the note was replaced, is resumed likewise.
+    output.write_bytes(b"".join(line for line in kept[0].splitlines(keepends=True) if b'"good"' in line))
+    note.write_bytes(kept[1])
+    added.clear()
+    call(*flags, status=2)
+    assert [line["id"] for line in added] == ["late", "broken", "never"]
+
+
 def test_a_second_writer_is_refused(again, tmp_path):
     with hold(tmp_path / "copy" / "a.jsonl"):
         assert f"process {os.getpid()}" in again()
 
 
 def test_lines_that_are_no_answers_to_the_questions_are_refused(tmp_path):
-    output, ids = tmp_path / "a.jsonl", ["a", "\ud800"]
+    output, ids = tmp_path / "a.jsonl", {"a": "0", "\ud800": "0"}
     answers = AnswerFile(output, ids, {"x": 1})
     answers.begin({"y": 2})
     answers.add({"id": "a", "answer": "one\n"})
@@ -341,7 +379,7 @@ def test_lines_that_are_no_answers_to_the_questions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="line 2"):
         AnswerFile(output, ids, {"x": 1})
     output.write_bytes(b"")
-    AnswerFile(output, ["b"], {"x": 2}).begin({})  # an empty output may become anything
+    AnswerFile(output, {"b": "0"}, {"x": 2}).begin({})  # an empty output may become anything
 
 
 # ---- The file of questions

@@ -35,9 +35,9 @@ import model.trainer
 import train
 from model import CheckpointError, VisionLanguageModel, read_checkpoint
 from model.checkpoints.readers import read_tensors
-from model.runs.deleting import delete_old_checkpoints
+from model.runs.deleting import clear_leftovers, delete_old_checkpoints
 from model.runs.resuming import check_resumable, newest_resumable
-from model.runs.run_folder import clear_leftovers, put_in_place
+from model.runs.run_folder import put_in_place
 
 
 class Faults:

@@ -46,6 +46,24 @@ def test_bleu_and_rouge_by_hand(no_java):
     assert found["rouge_l"] == pytest.approx(f / 2)
 
 
+@pytest.mark.parametrize("java", [True, False])
+@pytest.mark.parametrize("references", [["A dog runs.", "..."], ["一只狗在跑。", "。"]])
+def test_an_answer_without_a_word_scores_nothing(monkeypatch, java, references):
+    """Missing, empty, or punctuation alone; even for a reference that is nothing else."""
+    if not java:
+        monkeypatch.setattr(captions.shutil, "which", lambda name: None)
+    known = [references, references[:1]]
+    found = [scored(known, [answer, references[0]]) for answer in (None, "", references[1])]
+    for one in found:
+        for family, result in one.items():
+            assert result.total == pytest.approx(found[0][family].total)
+            if family.endswith("rouge_l"):
+                assert result.each == [0, 1]
+            assert result.each[0] == 0
+    # In BLEU the reference that is closest in length to no word is "...", which has none either.
+    assert found[0]["bleu"].total["bleu_1"] == pytest.approx(1)
+
+
 def test_cider_of_the_references_themselves_is_10(no_java):
     references = [["a man rides a horse"], ["two dogs run in snow"]]
     assert values(references, [group[0] for group in references])["cider_d"] == pytest.approx(10)

@@ -33,6 +33,11 @@ def metrics(items, answers, *families: str) -> dict[str, float]:
         ("Nothing", True),
         ("no\n", True),  # words are split at spaces alone
         (",no", False),
+        ("no,", False),
+        ("No!", True),  # only commas and what follows a full stop are taken away
+        ("There isn't a dog", True),  # a contraction is another word
+        ("Zero dogs", True),
+        ("A no", False),
     ],
 )
 def test_pope_reads_an_answer_as_the_official_program(answer, expected):
@@ -46,6 +51,11 @@ def test_pope_by_hand():
     found = metrics(items, answers, "pope")
     expected = {"accuracy": 0.7, "precision": 3 / 5, "recall": 3 / 4, "f1": 2 / 3, "yes_share": 0.5}
     assert found == pytest.approx({f"pope_{name}": value for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("references", [["yes", "no"], list("abcdefghij"), ["yes", "yes", "maybe"]])
+def test_pope_needs_references_that_agree(references):
+    assert score([item(0, *references), item(1, "Yes", " yes")], ["yes", "yes"], ["pope"])[0].rows == [1]
 
 
 def test_pope_of_several_splits_is_their_mean():
@@ -73,8 +83,10 @@ def test_a_missing_answer_is_wrong_in_every_metric(label):
 
 
 def test_each_metric_counts_the_questions_that_it_is_defined_for(caplog):
-    items = [item(0, "yes"), item(1, "two", "2", "2", "2"), item(2, "red")]
-    vqa, exact, pope = score(items, ["no", "2", " red\n"], ["vqa_accuracy", "exact_match", "pope"])
+    items = [item(0, "yes"), item(1, "two", "2", "2", "2"), item(2, "red")]  # "yes" alone is POPE's
+    families = ["vqa_accuracy", "exact_match", "pope"]
+    check_families(items, families)
+    vqa, exact, pope = score(items, ["no", "2", " red\n"], families)
     assert (vqa.rows, exact.rows, pope.rows) == ([1], [0, 1, 2], [0])
     assert vqa.total["vqa_accuracy"] == pytest.approx((1 + 3 * 2 / 3) / 4)
     assert exact.total["exact_match"] == pytest.approx(2 / 3)

@@ -80,6 +80,9 @@ def test_vqav2(tmp_path):
     assert (item.references, item.kind) == (("down",) * 10, "other")
     with pytest.raises(ValueError, match="--annotations"):
         read_file(tmp_path / "questions.json", Reading())
+    write(tmp_path / "annotations.json", {"annotations": VQA_ANSWERS["annotations"] * 2})
+    with pytest.raises(ValueError, match="record 2: the id 262148000 occurs twice"):
+        read_file(tmp_path / "questions.json", reading)
     write(tmp_path / "annotations.json", {"annotations": []})
     with pytest.raises(ValueError, match="262148000"):
         read_file(tmp_path / "questions.json", reading)
@@ -115,6 +118,17 @@ def test_our_own_keep_further_keys(tmp_path):
     split = {"id": "b", "prompt": "?", "answers": "no", "category": "adversarial"}
     (item,) = read_file(write(tmp_path / "q.jsonl", (split,)), Reading()).items
     assert (item.references, item.kind, item.split) == (("no",), "adversarial", "adversarial")
+
+
+def test_our_own_may_be_in_an_array(tmp_path):
+    lines = [{"id": n, "prompt": "1 + 1?", "answers": ["2"]} for n in range(3)]
+    path = tmp_path / "q.json"
+    for text in (json.dumps(lines), "\n " + json.dumps(lines, indent=1)):
+        path.write_text(text, encoding="utf-8-sig")
+        assert [item.question.id for item in read_file(path, Reading()).items] == [0, 1, 2]
+    lines[2]["id"] = 0
+    with pytest.raises(ValueError, match=r"record 3: the id 0 is that of record 1"):
+        read_file(write(path, lines), Reading())
 
 
 def test_pictures_of_our_own_questions_are_in_the_folder_that_is_given(tmp_path):
@@ -155,6 +169,11 @@ def test_the_two_files_of_training(tmp_path, mixed_data):
         ('{"id": 1, "prompt": "?", "answers": ["a"]}\n{"id": 2,', "line 2"),
         ("[1, 2]", "not a known form"),
         ("[" * 100_000, "nested"),
+        ('{"id": 1, "id": 1, "prompt": "?", "answers": ["a"]}', "'id' is there twice"),
+        ('{"1": {"imageId": "1", "question": "?", "answer": "a"}, "1": {}}', "'1' is there twice"),
+        ('[{"image_id": "1.jpg", "caption": "one text"}]', "list of captions"),
+        ('[{"image_id": ["1.jpg"], "caption": ["one text"]}]', "record 1"),
+        ('{"question_id": 1.5, "image": "1.jpg", "text": "?", "label": "yes"}', "expected an id, got 1.5"),
         ('{"id": 1, "prompt": "?"}', "missing"),
         ('{"id": 1, "prompt": "?", "answers": []}', "the answers are"),
         ('{"id": 1, "prompt": "?", "answers": [2]}', "the answers are"),
@@ -170,6 +189,39 @@ def test_other_files_are_refused_in_a_line(tmp_path, content, words):
         read_file(path, Reading())
     assert "\n" not in str(error.value)
     assert "--questions" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"question": None}, "expected text"),
+        ({"answers": []}, "no answer"),
+        ({"answers": [{"answer": 2}]}, "expected text"),
+        ({"answers": None}, "record 1"),
+    ],
+)
+def test_damaged_records_of_vqav2_are_refused(tmp_path, change, words):
+    question, answers = {**VQA_QUESTIONS["questions"][0]}, {**VQA_ANSWERS["annotations"][0]}
+    (question if "question" in change else answers).update(change)
+    reading = Reading(write(tmp_path / "a.json", {"annotations": [answers]}))
+    with pytest.raises(ValueError, match=words):
+        read_file(write(tmp_path / "q.json", {"data_subtype": "val2014", "questions": [question]}), reading)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"\x1f\x8b\x08", "unpack"), (b"PK\x03\x04", "unpack"), (b"\xff", "UTF-8")]
+)
+def test_files_that_are_no_text_are_refused(tmp_path, content, words):
+    path = tmp_path / "q.json"
+    path.write_bytes(content)
+    for flag, read in (
+        ("--questions", lambda: read_file(path, Reading())),
+        ("--answers", lambda: read_answers([path], [], [])),
+    ):
+        with pytest.raises(ValueError, match=f"{flag}.*{words}"):
+            read()
+    with pytest.raises(ValueError, match="regular file"):
+        read_file(tmp_path, Reading())
 
 
 def test_ids_of_several_files_get_the_split_in_front(tmp_path):
@@ -220,6 +272,26 @@ def test_answers_that_do_not_fit_are_refused(tmp_path, records, words):
     one = read_file(write(tmp_path / "coco_pope_random.json", POPE), Reading())
     with pytest.raises(ValueError, match=words):
         read_answers([write(tmp_path / "a.json", records)], [one], one.items)
+
+
+def test_answers_to_ai_challenger_need_no_extension(tmp_path):
+    one = read_file(write(tmp_path / "captions.json", AI_CHALLENGER), Reading())
+    for index in ("3cd3", "3cd3.jpg"):
+        answers = write(tmp_path / "a.json", [{"image_id": index, "caption": "一个人"}])
+        assert read_answers([answers], [one], one.items) == ["一个人"]
+
+
+def test_answers_in_popes_form_are_in_the_order_of_the_questions(tmp_path):
+    one = read_file(write(tmp_path / "coco_pope_random.json", POPE), Reading(suffix="One word."))
+    records = (
+        {"question": "is there a snowboard?", "answer": "yes"},
+        {"question": "Is there a dining table?", "answer": "No"},
+    )
+    assert read_answers([write(tmp_path / "a.json", records)], [one], one.items) == ["yes", "No"]
+    with pytest.raises(ValueError, match=r"record 1.*order"):
+        read_answers([write(tmp_path / "a.json", records[::-1])], [one], one.items)
+    with pytest.raises(ValueError, match="1 answers without ids, for 2"):
+        read_answers([write(tmp_path / "a.json", records[:1])], [one], one.items)
 
 
 def test_a_question_that_could_not_be_answered_has_no_answer(tmp_path, caplog):

@@ -26,6 +26,10 @@ from model.evaluation.vqa_rules import plain_words, vqa_accuracy, without_punctu
         ("no", ["yes"] * 6 + ["no"] * 4, 1.0),
         ("c", list("abcdefghij"), 9 * (1 / 3) / 10),
         ("z", list("abcdefghij"), 0.0),
+        ("No, there is not", ["no"] * 9 + ["yes"], 0.0),  # the whole answer counts, unlike in POPE
+        ("No, there is not", ["no there is not"] * 9 + ["no"], 1.0),
+        ("", list("abcdefghij"), 0.0),
+        ("", [""] * 3 + ["a"] * 7, (3 * 2 / 3 + 7 * 1) / 10),
         # Digits and articles on the answer alone: what it says is looked for as it stands in the references.
         ("two", ["2"] * 9 + ["3"], 1.0),
         ("two", ["two"] * 9 + ["3"], 0.0),

@@ -262,7 +262,7 @@ def test_a_run_that_can_not_begin_takes_nothing_away(command, run, tmp_path, mis
     flags = {
         "flag": ["--lora_rnak", "4"],
         "tower": ["--base_value_model", "no/such/folder"],
-        "optimizer": ["--optim", "adamw_bnb_8bit"],
+        "optimizer": ["--optim", "schedule_free_adamw"],
         "first sample": [*absent, "--on_bad_sample", "error"],
     }
     before = contents(run)
@@ -272,6 +272,8 @@ def test_a_run_that_can_not_begin_takes_nothing_away(command, run, tmp_path, mis
 
 def test_nothing_of_an_overwritten_run_is_left(command, run):
     (run / "notes.txt").write_text("mine")
+    (run / "MODEL_CARD.md").write_text("edited")
+    (run / "loss.png").write_text("old")
     (run / "runs").mkdir()
     (run / "runs/events.out.tfevents.1").write_text("old")
     (run / "bad_samples.jsonl").write_text("old")
@@ -280,6 +282,8 @@ def test_nothing_of_an_overwritten_run_is_left(command, run):
     assert checkpoints(run) == ["checkpoint-3"]
     assert (run / "notes.txt").read_text() == "mine"
     assert not (run / "bad_samples.jsonl").exists()
+    assert "Step 3 of 3" in (run / "MODEL_CARD.md").read_text()
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     (events,) = (run / "runs").rglob("events.out.tfevents.*")
     assert events.stat().st_size > 10
     assert json.loads((run / "train_config.json").read_text())["training"]["num_train_epochs"] == 1

@@ -1,0 +1,154 @@
+"""The door: lets in what the page itself asks for, within limits, and notices who leaves.
+
+Gradio serves more than this page needs: an API, a proxy, tools of its developers. All that is closed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import secrets
+from collections import Counter
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+
+from .limits import Limits, RateLimiter
+from .uploads import UploadFolder
+from .visitors import Visitors
+
+API = "/gradio_api"
+_GET = re.compile(
+    rf"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|logout)/?|/(assets|static)/.*"
+    rf"|{API}/(app_id|startup-events|theme\.css|user|login_check|queue/data|upload_progress|heartbeat/[^/]+|file=.+)/?"
+)
+_POST = re.compile(rf"/login/?|{API}/(queue/join|cancel|reset|upload)/?")
+_MOST_JSON = 1_000_000
+_LOGINS_PER_MINUTE = 10
+_COOKIE = "web_demo_page"
+_SELF = "'self' blob: data:"
+_HEADERS = {
+    # Whatever an answer holds, the browser asks no other host for anything. Gradio's page needs inline code.
+    "content-security-policy": f"default-src {_SELF}; script-src {_SELF} 'unsafe-inline' 'unsafe-eval'; style-src "
+    f"{_SELF} 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+class Guard:
+    """ASGI middleware in front of Gradio."""
+
+    def __init__(self, app: Any, limits: Limits, visitors: Visitors, uploads: UploadFolder) -> None:
+        self._app, self._limits, self._visitors, self._uploads = app, limits, visitors, uploads
+        self._open_pages: Counter[str] = Counter()  # by browser
+        self._logins = RateLimiter()
+        self._uploading = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request, or hand it on."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return  # a web socket, which the page has none of
+        refused = self._refuse(scope)
+        if refused is not None:
+            await _reply(send, *refused)
+            return
+        path, browser = scope["path"], self._browser(scope)
+        new = browser is None
+        browser = browser or secrets.token_urlsafe(16)
+
+        async def send_on(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+                if new and path == "/":
+                    cookie = f"{_COOKIE}={browser}; HttpOnly; SameSite=Lax; Path=/"
+                    headers.append((b"set-cookie", cookie.encode()))
+                message = {**message, "headers": [*message["headers"], *headers]}
+            await send(message)
+
+        if path.startswith(f"{API}/heartbeat/"):
+            await self._watch(path.split("/")[3], browser, self._app(scope, receive, send_on))
+        elif path.rstrip("/") == f"{API}/upload":
+            await self._upload(scope, receive, send_on, browser)
+        else:
+            await self._app(scope, receive, send_on)
+
+    def _refuse(self, scope: Any) -> tuple[int, str] | None:
+        """Return status and reason for a request that is not answered."""
+        path, method, headers = scope["path"], scope["method"], dict(scope["headers"])
+        routes = {"GET": _GET, "HEAD": _GET, "POST": _POST}.get(method)
+        if routes is None or not routes.fullmatch(path):
+            return 404, "not found"
+        if path.startswith(f"{API}/file=") and self._uploads.find(path.removeprefix(f"{API}/file=")) is None:
+            return 404, "not found"
+        if method != "POST":
+            return None
+        try:
+            length = int(headers.get(b"content-length", b""))
+        except ValueError:
+            return 411, "a request needs its length"
+        if path.rstrip("/") == f"{API}/upload":
+            if length > self._limits.max_pictures * (self._limits.max_picture_bytes + 10_000):
+                return 413, "too large"
+            return None if self._uploads.has_room(length) else (507, "no room for uploads, try again later")
+        if length > _MOST_JSON:
+            return 413, "too large"
+        address = (scope.get("client") or ("?",))[0]
+        if path.startswith("/login") and self._logins.take((address, _LOGINS_PER_MINUTE)) > 0:
+            return 429, "too many attempts, wait a minute"
+        return None
+
+    def _browser(self, scope: Any) -> str | None:
+        """Return what this browser is called, by its cookie; a name for its uploads, no proof of anything."""
+        cookie = SimpleCookie()
+        try:
+            cookie.load(dict(scope["headers"]).get(b"cookie", b"").decode("latin-1"))
+        except CookieError:
+            return None
+        return cookie[_COOKIE].value[:64] if _COOKIE in cookie else None
+
+    async def _watch(self, key: str, browser: str, serving: Any) -> None:
+        """Serve the connection that a page keeps open; when it ends, the visitor has left."""
+        self._visitors.connect(key)
+        self._open_pages[browser] += 1
+        try:
+            await serving
+        finally:
+            self._visitors.leave(key)
+            self._open_pages[browser] -= 1
+            if self._open_pages[browser] <= 0:
+                del self._open_pages[browser]
+                self._uploads.delete_of(browser)
+
+    async def _upload(self, scope: Any, receive: Any, send: Any, browser: str) -> None:
+        """Take uploads in; the answer names them by paths of ours."""
+        started: dict[str, Any] = {}
+        body = bytearray()
+
+        async def collect(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                started.update(message)
+            else:
+                body.extend(message.get("body", b""))
+
+        self._uploading += 1
+        try:
+            await self._app(scope, receive, collect)
+            with contextlib.suppress(ValueError):  # it was refused, and says so
+                paths = [self._uploads.adopt(path, browser) for path in json.loads(bytes(body))]
+                body = bytearray(json.dumps(paths).encode())
+        finally:
+            self._uploading -= 1
+            if self._uploading == 0:
+                self._uploads.clear_shared()
+        headers = [pair for pair in started["headers"] if pair[0] != b"content-length"]
+        await send({**started, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await send({"type": "http.response.body", "body": bytes(body)})
+
+
+async def _reply(send: Any, status: int, text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})

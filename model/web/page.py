@@ -1,0 +1,195 @@
+"""The page, in Gradio: what is on it, and which part of `Talk` each thing calls.
+
+No function of the server takes a file from the page: the question box is handed over as text, and `Talk` opens what it
+names only if that is an upload. So a program that calls the server directly gets no further than the page does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from .limits import SAMPLING
+from .questions import page_settings
+from .talk import Talk, View, Who
+from .uploads import thumbnail
+from .words import WORDS, language_of, say
+
+CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+_TO_TEXT = "(box) => JSON.stringify(box)"
+_SHOW_CAMERA = "() => { document.querySelector('#camera').classList.toggle('open'); }"
+_ADD_PHOTO = """(photo, box) => {
+    if (photo) document.querySelector('#camera').classList.remove('open');
+    const old = box || {text: "", files: []};
+    return photo ? [null, {text: old.text || "", files: [...(old.files || []), photo]}] : [photo, box];
+}"""
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+_SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang SC", "Microsoft YaHei", "sans-serif"]
+
+
+def make_theme() -> gr.themes.Base:
+    """Return colours and fonts; the fonts are those of the visitor's system, none is loaded."""
+    mono = ["ui-monospace", "SF Mono", "Consolas", "monospace"]
+    return gr.themes.Soft(
+        primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=_SYSTEM_FONTS, font_mono=mono
+    )
+
+
+def translations() -> gr.I18n:
+    """Return the page's fixed texts for Gradio, which picks by the browser's language."""
+    chinese = dict.fromkeys(("zh", "zh-CN", "zh-TW", "zh-HK"), WORDS["zh"])
+    return gr.I18n(en=WORDS["en"], **chinese)
+
+
+def who_asks(request: gr.Request) -> Who:
+    """Return who is behind a request."""
+    address = request.username or (request.client.host if request.client else "?")
+    return Who(str(request.session_hash), address, language_of(request.headers.get("accept-language", "")))
+
+
+def build_page(talk: Talk, model_lines: dict[str, str]) -> gr.Blocks:
+    """Put the page together."""
+    i18n = translations()
+    start = page_settings(talk.assistant, talk.limits)
+    with gr.Blocks(title="Vision-language model", analytics_enabled=False, fill_height=True) as page:
+        gr.Markdown(i18n("title"), elem_id="heading")
+        about = gr.Markdown(model_lines["en"], elem_id="model_line")
+        conversation = gr.Chatbot(
+            elem_id="conversation",
+            label=i18n("conversation"),
+            show_label=False,
+            editable="user",
+            buttons=["copy"],
+            layout="bubble",
+            sanitize_html=True,
+            allow_tags=False,
+            allow_file_downloads=False,
+            group_consecutive_messages=True,
+            placeholder=" ",
+        )
+        status = gr.HTML("", elem_id="status", container=False)
+        question = gr.MultimodalTextbox(
+            elem_id="question",
+            label=i18n("question"),
+            show_label=False,
+            placeholder=str(i18n("write")),
+            sources=["upload"],
+            file_types=["image"],
+            file_count="multiple",
+            autofocus=True,
+            max_plain_text_length=talk.limits.max_characters + 1,  # longer pasted text would become a file
+        )
+        with gr.Row(elem_id="below"):
+            clear = gr.Button(i18n("new"), elem_id="clear", size="sm", min_width=80)
+            camera_open = gr.Button(i18n("camera"), elem_id="camera_open", size="sm", min_width=80)
+        camera = gr.Image(sources=["webcam"], elem_id="camera", show_label=False, height=260)
+        with gr.Sidebar(position="right", open=False, elem_id="settings"):
+            settings = _settings(i18n, start, talk.limits.max_new_tokens)
+        packet = gr.Textbox(visible="hidden")
+        _connect(talk, settings, conversation, status, question, clear, packet)
+
+        def enter(request: gr.Request) -> list[Any]:
+            who = who_asks(request)
+            empty, status_line = _empty_conversation(talk, who.language), talk.enter(who).status
+            return [model_lines[who.language], empty, status_line]
+
+        def leave(request: gr.Request) -> None:
+            talk.visitors.leave(str(request.session_hash))  # the page has Gradio's heartbeat for this alone
+
+        page.unload(leave)
+        page.load(enter, None, [about, conversation, status], **_QUIET)
+        camera_open.click(None, js=_SHOW_CAMERA)
+        camera.input(None, [camera, question], [camera, question], js=_ADD_PHOTO)
+    return page
+
+
+def _settings(i18n: gr.I18n, start: dict[str, Any], most_tokens: int) -> list[Any]:
+    """Put the settings into the drawer; return their components in the order of `_NAMES`."""
+    gr.Markdown(i18n("settings"), elem_id="settings_title")
+    gr.Markdown(i18n("about_settings"))
+    parts: list[Any] = [gr.Checkbox(start["do_sample"], label=i18n("do_sample"), elem_id="do_sample")]
+    for name, (least, most) in SAMPLING.items():
+        step = 1 if name == "top_k" else 0.05
+        about = i18n(f"about_{name}")
+        parts.append(gr.Slider(least, most, start[name], step=step, label=i18n(name), info=about, elem_id=name))
+    longest = i18n("max_new_tokens")
+    value = start["max_new_tokens"]
+    parts.append(gr.Slider(1, most_tokens, value, step=1, label=longest, elem_id="max_new_tokens"))
+    return parts
+
+
+_NAMES = ("do_sample", *SAMPLING, "max_new_tokens")
+
+
+def _connect(
+    talk: Talk,
+    settings: list[Any],
+    conversation: gr.Chatbot,
+    status: gr.HTML,
+    question: gr.MultimodalTextbox,
+    clear: gr.Button,
+    packet: gr.Textbox,
+) -> None:
+    """Say what happens when."""
+
+    def named(values: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip(_NAMES, values, strict=True))
+
+    async def ask(request: gr.Request, text: Any, *values: Any) -> AsyncIterator[list[Any]]:
+        async for view in talk.ask(who_asks(request), text, named(values)):
+            yield show(view)
+
+    async def retry(request: gr.Request, *values: Any) -> AsyncIterator[list[Any]]:
+        async for view in talk.retry(who_asks(request), named(values)):
+            yield show(view)
+
+    async def edit(request: gr.Request, event: gr.EventData, *values: Any) -> AsyncIterator[list[Any]]:
+        data = event._data if isinstance(event._data, dict) else {}
+        async for view in talk.edit(who_asks(request), data.get("index"), data.get("value"), named(values)):
+            yield show(view)
+
+    async def example(request: gr.Request, event: gr.EventData, *values: Any) -> AsyncIterator[list[Any]]:
+        data = event._data if isinstance(event._data, dict) else {}
+        async for view in talk.ask_example(who_asks(request), data.get("index"), named(values)):
+            yield show(view)
+
+    def stop(request: gr.Request) -> None:
+        talk.stop(who_asks(request))
+
+    def begin_again(request: gr.Request) -> list[Any]:
+        return show(talk.clear(who_asks(request)))
+
+    shown, quiet = [conversation, status, question], _QUIET
+    question.submit(None, question, packet, js=_TO_TEXT).then(ask, [packet, *settings], shown, **quiet)
+    conversation.retry(retry, settings, shown, **quiet)
+    conversation.edit(edit, settings, shown, **quiet)
+    conversation.example_select(example, settings, shown, **quiet)
+    question.stop(stop, None, None, **quiet)
+    gr.on([clear.click, conversation.clear], begin_again, None, shown, **quiet)
+
+
+def show(view: View) -> list[Any]:
+    """Return what a view changes: the conversation, the line below it, the question box."""
+    box: dict[str, Any] = {"submit_btn": not view.running, "stop_btn": view.running}
+    if view.box is not None:
+        box["value"] = view.box
+    messages = gr.skip() if view.messages is None else view.messages
+    return [messages, view.status, gr.MultimodalTextbox(**box)]
+
+
+def _empty_conversation(talk: Talk, language: str) -> Any:
+    """Return the chatbot with its examples and invitation in a language."""
+    placeholder = f"### {say(language, 'placeholder')}\n{say(language, 'no_picture_needed')}"
+    return gr.Chatbot(value=[], placeholder=placeholder, examples=_examples(talk, language))
+
+
+def _examples(talk: Talk, language: str) -> list[Any]:
+    examples = []
+    for example in talk.examples:
+        icon = thumbnail(example.icon())
+        text = example.question(language)
+        examples.append({"text": text, "display_text": text, "icon": {"path": icon, "url": icon}})
+    return examples

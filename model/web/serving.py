@@ -1,0 +1,143 @@
+"""From a loaded model to a page that is there until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .limits import Limits
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_SECONDS = 60
+_PRIVATE = {  # before Gradio is imported: it asks its maker for news, and keeps uploads, unless told otherwise
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_RUN_HISTORY": "False",
+    "GRADIO_MCP_SERVER": "False",
+    "GRADIO_SHARE": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def check_installed() -> None:
+    """Refuse to start without Gradio.
+
+    Raises:
+        ValueError: with the command that installs it.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("gradio is missing; install it: pip install -r web-requirements.txt")
+
+
+def check_port(host: str, port: int) -> int:
+    """Return the port, or a free one for 0.
+
+    Raises:
+        ValueError: if another program listens there, or there is no such address.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"--host {host} --port {port}: {reason}; give another --port, or 0 for a free one") from None
+
+
+def read_login(text: str) -> Callable[[str, str], bool]:
+    """Return what checks a user and a password against `USER:PASSWORD_FILE`.
+
+    Raises:
+        ValueError: if the user is missing, or the file is unreadable or has no password in its first line.
+    """
+    user, colon, file = text.partition(":")
+    if not user or not colon or not file:
+        raise ValueError("--auth: expected USER:PASSWORD_FILE, the password in the first line of a file")
+    try:
+        password = Path(file).read_text(encoding="utf-8").split("\n", 1)[0].rstrip("\r")
+        if Path(file).stat().st_mode & 0o044:
+            logger.warning("--auth: others on this machine may read %s; chmod 600 it", file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--auth: {file} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if not password.strip():
+        raise ValueError(f"--auth: the first line of {file} is empty; write a password there")
+
+    def is_right(given_user: str, given_password: str) -> bool:
+        right_user = hmac.compare_digest(given_user.encode(), user.encode())
+        return hmac.compare_digest(given_password.encode(), password.encode()) and right_user
+
+    return is_right
+
+
+def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
+    """Show the page until the program is told to end; delete what visitors left, however that comes."""
+    from .talk import Talk
+    from .uploads import UploadFolder
+
+    uploads = UploadFolder()
+    drawn = tempfile.TemporaryDirectory(prefix="web_demo_examples_")
+    os.environ.update(_PRIVATE, GRADIO_TEMP_DIR=str(uploads.path))
+    talk: Talk | None = None
+    page: Any = None
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        from starlette.middleware import Middleware
+
+        from .about_model import model_line
+        from .examples import make_examples
+        from .guard import Guard
+        from .page import CSS, build_page, make_theme, translations
+
+        talk = Talk(assistant, limits, uploads, make_examples(Path(drawn.name)))
+        lines = {language: model_line(assistant, args.model_weights, language) for language in ("en", "zh")}
+        page = build_page(talk, lines)
+        page.queue(max_size=None, default_concurrency_limit=None, api_open=False)
+        _, local, shared = page.launch(
+            server_name=args.host,
+            server_port=args.port,
+            share=args.share,
+            auth=args.login,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=False,
+            ssr_mode=False,
+            run_history=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            footer_links=[],
+            max_file_size=limits.max_picture_bytes,
+            max_threads=2 * limits.max_visitors + 20,
+            state_session_capacity=2 * limits.max_visitors + 20,
+            app_kwargs={"middleware": [Middleware(Guard, limits=limits, visitors=talk.visitors, uploads=uploads)]},
+            theme=make_theme(),
+            css=CSS,
+            i18n=translations(),
+        )
+        logger.info("web_demo.py: ready: %s", shared or local)
+        while True:
+            threading.Event().wait(_SWEEP_SECONDS)
+            talk.sweep()
+    finally:
+        if page is not None:
+            page.close(verbose=False)
+        if talk is not None:
+            talk.close()
+        uploads.close()
+        drawn.cleanup()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
