@@ -1,18 +1,19 @@
 #!/bin/sh
 # The whole pipeline on public data, on any computer, with no GPU and no model hub:
 #     sh demo.sh
+#     sh demo.sh --web     then talk to the model it trained, on a page in the browser; Ctrl-C ends it
 #     sh demo.sh --real    another one: published models and real pictures; see docs/real-demo.md
 # Sets up, makes two small base models, prepares easy-vqa, trains, measures, answers. Stages that an earlier call has
 # finished are skipped; to restart from scratch, remove demo_output/. OUTPUT=folder writes elsewhere.
 set -eu
 cd "$(dirname "$0")"
-case "${1-}" in
-    "") ;;
-    --real) shift && exec sh benchmarks/real_parts/demo.sh "$@" ;;
-    *) echo "demo.sh: takes --real or nothing, got $1" >&2 && exit 2 ;;
+case "$*" in
+    "" | --web) ;;
+    --real | "--real "*) shift && exec sh benchmarks/real_parts/demo.sh "$@" ;;
+    *) echo "demo.sh: takes --web, --real or nothing, got $*" >&2 && exit 2 ;;
 esac
 . tests/setup.sh
-set_up requirements.txt benchmarks/easy_vqa/requirements.txt
+set_up requirements.txt benchmarks/easy_vqa/requirements.txt ${1:+web-requirements.txt}
 install_data dashscope==2.0.2 easy-vqa==1.0
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -95,3 +96,7 @@ Files
   $OUTPUT/results/        results.json, answers.jsonl (every test question), report.html (open it in a browser)
   $OUTPUT/answers.png     nine test pictures, questions and answers
 END
+
+if [ "${1-}" = --web ]; then # the page prints its address
+    exec "$PYTHON" web_demo.py --model_weights "$OUTPUT/vlm"
+fi

@@ -45,12 +45,13 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
         model_args.base_value_model,
         model_args.previous_lora_weights,
         dtype=args.frozen_dtype,
-        device=args.device,
+        device="cpu" if args.shard_model else args.device,
         trainable=True,
         lora_dropout=model_args.lora_dropout,
         projector_layers=model_args.projector_layers or 2,
         pixel_shuffle=model_args.pixel_shuffle or 1,
         train_only=model_args.train_only or "lora",
+        hollow=args.shard_model,
         quantisation=model_args.quantisation,
     )
     if model_args.train_only is None and not model.has_lora:
@@ -116,7 +117,10 @@ def build_trainer(
         check_identity(resume, identity)
 
     # Hand all of it to Trainer, with an optimizer of two learning rates.
-    trainer = VLMTrainer(
+    trainer_class = VLMTrainer
+    if args.shard_model:
+        from model.scaling.sharded_trainer import ShardedTrainer as trainer_class
+    trainer = trainer_class(
         model=model,
         args=args,
         identity=identity,

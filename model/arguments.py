@@ -133,6 +133,7 @@ class VLMTrainingArguments(TrainingArguments):
         help="Samples per optimizer step over all processes; sets --gradient_accumulation_steps to fit, so that a run "
         "can resume with another number of GPUs.",
     )
+    shard_model: bool = flag(default=False, help="Split the language model over the GPUs: each holds a share (FSDP2).")
     remove_unused_columns: bool = flag(
         default=False, help="Must stay false: the data set returns exactly what the model takes."
     )
@@ -172,6 +173,10 @@ class VLMTrainingArguments(TrainingArguments):
             )
         if (self.global_batch_size or 0) > 0:
             self.gradient_accumulation_steps = accumulation(self)
+        if self.shard_model:
+            from .scaling.sharding import check_shardable
+
+            check_shardable(self)
         self.frozen_dtype = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     @property
@@ -240,8 +245,8 @@ _NOT_SUPPORTED = {
     "dataloader_drop_last": "no sample of an epoch is left out; leave the flag out",
     "ignore_data_skip": "a run resumes after the last sample it was given, at no cost; leave the flag out",
     "auto_find_batch_size": "give a smaller --per_device_train_batch_size, with --gradient_accumulation_steps",
-    "fsdp": "every GPU holds the whole model; leave it out",
-    "deepspeed": "every GPU holds the whole model; leave it out",
+    "fsdp": "it would split embedding and head apart, and nothing at all on the CPU; give --shard_model true",
+    "deepspeed": "it trains something else where samples have no image; give --shard_model true",
     "push_to_hub": "leave it out, and upload the finished checkpoint folder yourself",
 }
 _COUNTS = (

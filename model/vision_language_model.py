@@ -88,6 +88,7 @@ class VisionLanguageModel(WrapsLanguageModel):
         projector_layers: int = 2,
         pixel_shuffle: int = 1,
         train_only: str | None = None,
+        hollow: bool = False,
         quantisation: str | None = None,
     ) -> VisionLanguageModel:
         """Load both base models and, if given, what a checkpoint trained.
@@ -104,6 +105,7 @@ class VisionLanguageModel(WrapsLanguageModel):
             projector_layers: 1 or 2; a checkpoint's own number rules.
             pixel_shuffle: side of the block of patches that becomes one token; a checkpoint's own number rules.
             train_only: the attribute; by default the checkpoint's.
+            hollow: leave the language model's weights to `ShardedTrainer`, which reads them in shares.
             quantisation: 4bit or 8bit: what the language model's layers take while frozen; see `model/scaling`.
 
         Raises:
@@ -129,7 +131,7 @@ class VisionLanguageModel(WrapsLanguageModel):
         # The frozen half, in the dtype that autocast computes in.
         tower = build_vision_tower(base_value_model, dtype, **settings)
         language_dtype = torch.float32 if trains_all else dtype
-        language_model: Any = load_language_model(base_language_model, language_dtype, quantisation, device)
+        language_model: Any = load_language_model(base_language_model, language_dtype, hollow, quantisation, device)
         language_model.requires_grad_(trains_all)
         fingerprints = base_fingerprints(tower, language_model)
 
@@ -281,11 +283,7 @@ class VisionLanguageModel(WrapsLanguageModel):
         save_checkpoint(folder, self.language_model, self.projector, multimodal_config(self))
 
     def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
-        """Replace the weights that are trained by a checkpoint's.
-
-        Raises:
-            CheckpointError: if names or shapes differ, or what was trained, or LoRA's scale, or the base models.
-        """
+        """Replace the weights that are trained by a checkpoint's; raises as `previous.restore_weights`."""
         restore_weights(self, folder)
 
     # ---- The language model inside

@@ -23,6 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked as slow too")
+    parser.addoption("--web", action="store_true", help="run the tests in a browser alone; it is an error to have none")
     parser.addoption("--machines", action="store_true", help="run the tests of several machines alone (as root)")
 
 
@@ -30,9 +31,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave slow tests out, unless --all, a -m expression or a test's own name (file::test) asks for them."""
     if config.option.markexpr or any("::" in arg for arg in config.args):
         return
-    if config.getoption("--machines"):
-        _keep(config, items, lambda item: item.get_closest_marker("machines"))
-        return
+    for alone in ("machines", "web"):
+        if config.getoption(f"--{alone}"):
+            _keep(config, items, lambda item, alone=alone: item.get_closest_marker(alone))
+            return
     _keep(config, items, lambda item: not item.get_closest_marker("machines"))
     if not config.getoption("--all"):
         _keep(config, items, lambda item: not item.get_closest_marker("slow"))

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Set up a virtual environment on the first call, then run the linters and the tests:
 #     sh tests/run.sh              the core tier: under 6 minutes on two cores
-#     sh tests/run.sh --all        with the slow tests: benchmarks, parts of the demo, hostile files, kills
+#     sh tests/run.sh --all        with the slow tests: benchmarks, parts of the demo, hostile files, kills, the browser
+#     sh tests/run.sh --web        those in a browser alone; they need Chromium: apt-get install chromium fonts-wqy-zenhei
 #     sh tests/run.sh --machines   those of several machines alone, in network namespaces: as root on Linux, before a release
 #     sh tests/run.sh --lowest     with the lowest supported version of each dependency, in .venv-lowest
 # Any other argument goes to pytest, for instance -k NAME, or --cov for the lines that no test reaches.
@@ -23,7 +24,7 @@ if [ -n "$LOWEST" ]; then
     set_up tests/requirements-lowest.txt
 else
     . tests/setup.sh
-    set_up requirements.txt evaluation-requirements.txt quantised-requirements.txt \
+    set_up requirements.txt evaluation-requirements.txt web-requirements.txt quantised-requirements.txt \
         tests/requirements.txt benchmarks/real_parts/requirements.txt
 fi
 # Packages that carry real data (the Qwen vocabulary, a public VQA set); their own dependencies are not needed.

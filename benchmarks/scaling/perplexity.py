@@ -40,7 +40,7 @@ def perplexity(folder: str, windows: int, quantisation: str | None) -> dict[str,
     from model.checkpoints.base_models import load_language_model
     from model.scaling.quantised import linear_layers, quantised_size
 
-    model = load_language_model(folder, torch.float32, quantisation, torch.device("cpu")).eval()
+    model = load_language_model(folder, torch.float32, quantisation=quantisation).eval()
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(fixed_text()).input_ids)  # (tokens,)
     starts = torch.linspace(0, len(ids) - WINDOW, windows).long().tolist()
     losses = []

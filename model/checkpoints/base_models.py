@@ -52,9 +52,21 @@ _IMAGE_SETTINGS = (
 
 
 def load_language_model(
-    name_or_path: str, dtype: torch.dtype, quantisation: str | None = None, device: torch.device | None = None
+    name_or_path: str,
+    dtype: torch.dtype,
+    hollow: bool = False,
+    quantisation: str | None = None,
+    device: torch.device | None = None,
 ) -> Any:
-    """Load QWen, or another language model, its weights in this dtype; or quantised (4bit, 8bit), on a device."""
+    """Load QWen, or another language model, its weights in this dtype.
+
+    Args:
+        name_or_path: hub name or folder.
+        dtype: of the weights, or that quantised ones are computed in.
+        hollow: leave the weights away, see `--shard_model`.
+        quantisation: 4bit, 8bit, or None.
+        device: where quantised weights go.
+    """
     config = read_language_config(name_or_path)  # a wrong name is an error before weights are downloaded
     logger.info("language model %s (%s), %s", name_or_path, config.model_type, dtype)
     load: Any = None
@@ -63,6 +75,10 @@ def load_language_model(
 
         load = quantised_loader(quantisation, device)
     with _named_errors(name_or_path):
+        if hollow:
+            from ..scaling.hollow import hollow_language_model
+
+            return hollow_language_model(name_or_path, config, dtype)
         if not isinstance(config, QWenConfig):
             return load_causal_lm(name_or_path, dtype, load)
         model_class = MultimodalQWenLMHeadModel
@@ -139,7 +155,7 @@ def base_fingerprints(tower: VisionTower, language_model: PreTrainedModel) -> di
     processor = published_file(tower.name_or_path, "preprocessor_config.json")
     images = json.loads(processor.read_text(encoding="utf-8")) if processor is not None else {}
     prepared = {name: images.get(name) for name in _IMAGE_SETTINGS}
-    vision = published_weights(tower.name_or_path)
+    vision = each_weight(tower.name_or_path)
     return {
         "vision_tower_fingerprint": fingerprint(vision, {"kind": tower.kind}, prepared),
         "language_model_fingerprint": language_fingerprint(str(language_model.name_or_path), language_model.config),
@@ -149,29 +165,33 @@ def base_fingerprints(tower: VisionTower, language_model: PreTrainedModel) -> di
 def language_fingerprint(name: str, config: PreTrainedConfig) -> str:
     """Return the fingerprint of a language model; empty if its weights are not here."""
     if isinstance(config, QWenConfig):
-        return fingerprint(published_weights(name), {key: getattr(config, key) for key in _LANGUAGE_SETTINGS})
-    return fingerprint(published_weights(name), fingerprinted_settings(config))
+        return fingerprint(each_weight(name), {key: getattr(config, key) for key in _LANGUAGE_SETTINGS})
+    return fingerprint(each_weight(name), fingerprinted_settings(config))
 
 
-def fingerprint(weights: dict[str, Tensor], *settings: dict[str, Any]) -> str:
+def fingerprint(weights: dict[str, Tensor] | Iterator[tuple[str, Tensor]], *settings: dict[str, Any]) -> str:
     """Hash names, shapes and evenly spread values of all weights, and what settings say; empty without weights.
 
     Values are taken as bfloat16, so that a copy in bf16 has the fingerprint of the fp32 original. Of a CLIP-like model
     the vision half counts alone; what is computed (positions, frequencies) does not.
     """
-    if not weights:
+    samples: dict[str, bytes] = {}
+    for name, value in weights.items() if isinstance(weights, dict) else weights:
+        samples[name] = b""
+        if value.is_floating_point() and not name.endswith("inv_freq"):
+            values = value.detach().flatten()
+            number = min(_VALUES_PER_TENSOR, values.numel())
+            spread = torch.arange(number) * (values.numel() - 1) // max(number - 1, 1)  # whole numbers: exact
+            kept = values[spread].to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+            samples[name] = str(tuple(value.shape)).encode() + kept
+    if not samples:
         return ""
     prefix = "vision_model."
-    vision_half = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    vision_half = {name.removeprefix(prefix): sample for name, sample in samples.items() if name.startswith(prefix)}
     digest = hashlib.sha256()
-    for name, value in sorted((vision_half or weights).items()):
-        if not value.is_floating_point() or name.endswith("inv_freq"):
-            continue
-        values = value.detach().flatten()
-        number = min(_VALUES_PER_TENSOR, values.numel())
-        spread = torch.arange(number) * (values.numel() - 1) // max(number - 1, 1)  # whole numbers: exact
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(values[spread].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    for name, sample in sorted((vision_half or samples).items()):
+        if sample:
+            digest.update(name.encode() + sample)
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return FINGERPRINT + digest.hexdigest()[:16]
 
@@ -191,15 +211,20 @@ def published_file(name: str, file: str) -> Path | None:
 
 def published_weights(name: str) -> dict[str, Tensor]:
     """Return a base model's tensors by their published names, mapped from its files; none if they are not found."""
+    return dict(each_weight(name))
+
+
+def each_weight(name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `published_weights` returns; at any moment, no more than one file is mapped."""
     for file in ("model.safetensors", "pytorch_model.bin"):
         parts = [file]
         if published_file(name, file) is None and (index := published_file(name, f"{file}.index.json")) is not None:
             parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         paths = [path for part in parts if (path := published_file(name, part)) is not None]
-        weights: dict[str, Tensor] = {}
         for path in paths:
             with reading(path):
-                weights |= load_state_dict(path, weights_only=True)
+                weights = load_state_dict(path, weights_only=True)
+            yield from weights.items()
+            del weights
         if paths:
-            return weights
-    return {}
+            return

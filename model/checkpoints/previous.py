@@ -73,7 +73,11 @@ def _with_bars(names: Iterable[str]) -> str:
 
 
 def restore_weights(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Do what `VisionLanguageModel.load_checkpoint` says."""
+    """Replace the weights that a `VisionLanguageModel` trains by a checkpoint's.
+
+    Raises:
+        CheckpointError: if names or shapes differ, or what was trained, or LoRA's scale, or the base models.
+    """
     checkpoint = read_checkpoint(folder)
     settings = {name: (getattr(checkpoint, name), getattr(model, name)) for name in ("train_only", "pixel_shuffle")}
     if checkpoint.lora_config is not None and model.has_lora:
@@ -87,7 +91,11 @@ def restore_weights(model: Any, folder: str | os.PathLike[str]) -> None:
             )
     check_bases(checkpoint, model.vision_tower, model.qwen, model.fingerprints)
     weights = {}  # of LoRA or of the language model
-    if checkpoint.train_only == "lora":
+    if hasattr(model.qwen, "reshard") and checkpoint.train_only == "all":  # split over the processes
+        from ..scaling.sharding import fill
+
+        fill(model.qwen, checkpoint.language_model)
+    elif checkpoint.train_only == "lora":
         weights = read_adapter(model.language_model, checkpoint.folder)
     elif checkpoint.train_only == "all":
         weights = load_language_model(checkpoint.language_model, model.dtype).state_dict()

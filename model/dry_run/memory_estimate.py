@@ -85,6 +85,7 @@ class ModelShape:
     mlp_kept: int = 2  # tensors of I channels that the MLP keeps, without LoRA
     normed_width: int = 0  # channels of queries and keys that are normed head by head: 0, or W + K
     trains_language: bool = False  # whether the language model is trained as a whole
+    outside_blocks: int = 0  # parameters of the language model that belong to no block: embedding, last norm, head
     last_layer_whole: bool = False  # whether what follows the last attention runs at all positions, not at S
     quantised_parameters: int = 0  # weights of the language model that take 4 or 8 bits each
     quantised_bytes: int = 0  # what these take, with their scales

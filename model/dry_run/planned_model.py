@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -131,6 +132,7 @@ def model_shape(
         lora_inputs=tuple(inputs[name.split(".0.", 1)[1]] for name in targets if ".0." in name),
         tower_parameters=tower.num_parameters,
         language_parameters=sum(parameter.numel() for parameter in language.parameters()),
+        outside_blocks=sum(p.numel() for name, p in language.named_parameters() if not re.search(r"\.\d+\.", name)),
         projector_parameters=sum(parameter.numel() for parameter in projector.parameters()),
         trains_language=train_only == "all",
         lora_parameters=sum(lora.rank * (linear.in_features + linear.out_features) for linear in targets.values()),

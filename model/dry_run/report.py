@@ -83,6 +83,10 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrain
         parts.append(cache_lines(data_args, model_args.base_value_model, shape, len(images)))
     settings = settings_to_show(lora, args)
     parts.append(memory_table(shape, settings, data, data_args.max_length))
+    if args.shard_model:
+        from ..scaling.split_memory import split_rows
+
+        parts.append(_table(split_rows(shape, settings, data.batches, args.world_size)))
     if shape.image_tokens != shape.patches:
         unshuffled = None
         with contextlib.suppress(SampleError):  # without it, no sample may fit

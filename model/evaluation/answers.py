@@ -41,7 +41,7 @@ def read_answers(paths: Sequence[Path], sets: Sequence[QuestionSet], items: Sequ
 def _pick(path: Path, items: Sequence[Item]) -> list[str | None]:
     value = read_json(path, "--answers")
     records: list[Any] = value if isinstance(value, list) else [value]
-    if all(isinstance(record, dict) and "question" in record and not record.keys() & set(_ID) for record in records):
+    if records and all(map(_is_popes, records)):
         return _in_order(path, records, items)
     answers: dict[str, str | None] = {}
     for number, record in enumerate(records, start=1):
@@ -62,6 +62,10 @@ def _pick(path: Path, items: Sequence[Item]) -> list[str | None]:
         surplus = format_count(len(answers) - len(ids), "answer belongs", "answers belong")
         logger.warning("%s: %s to no question", path, surplus)
     return [answers[key] for key in keys]
+
+
+def _is_popes(record: Any) -> bool:
+    return isinstance(record, dict) and "question" in record and not record.keys() & set(_ID)
 
 
 def _in_order(path: Path, records: Sequence[Any], items: Sequence[Item]) -> list[str | None]:

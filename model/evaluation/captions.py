@@ -7,9 +7,10 @@ import functools
 import importlib
 import io
 import logging
+import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,12 +109,25 @@ def _english(references: Sequence[Sequence[str]], answers: Sequence[str]) -> tup
             number: [{"caption": " ".join(text.split())} for text in group]
             for number, group in enumerate(references, start=1)
         }
-        with contextlib.suppress(OSError):  # it writes into its own folder
+        with contextlib.suppress(OSError), _quiet():  # it writes into its own folder
             words = tokenizer.tokenize(groups)
             if all(len(words.get(number, [])) == len(group) for number, group in groups.items()):
                 return PTB, (words[0], [words[number] for number in range(1, len(groups))])
         logger.warning("captions: Java is found, but the PTB tokenizer does not work; plain words are compared instead")
     return PLAIN, _apply(_plain_words, references, answers)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what a started program writes to stderr away: the tokenizer reports its speed."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _import(name: str) -> Any:

@@ -12,7 +12,7 @@ from dataprocess.messages import shorten
 from .files import to_json, write_whole
 from .intervals import differences
 from .items import Item
-from .metrics import Scored, score
+from .metrics import FAMILIES, Scored, check_families, score
 from .results import read_results
 
 _SMALLEST = 1e-9  # of a change
@@ -38,9 +38,10 @@ def compare(first: Path, second: Path, seed: int) -> tuple[dict[str, Any], list[
                 "is missing, has other references, or one has more questions; evaluate both on the same file"
             )
     other_answers = [other_answers[order[str(item.question.id)]] for item in items]
-    common = [family for family in families if family in other_families]
+    common = [family for family in FAMILIES if family in families and family in other_families]
     if not common:
         raise ValueError(f"--compare: no metric of {first} was computed for {second}; evaluate one of them again")
+    check_families(items, common)
     pairs = list(zip(score(items, answers, common), score(items, other_answers, common), strict=True))
     changed = [line for pair in pairs for line in _changed(*pair, items, answers, other_answers)]
     result = {

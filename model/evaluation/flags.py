@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataprocess.messages import shorten
+
 _OF_COMPARE = ("--compare", "--output", "--seed")
 _OF_A_MODEL = (
     "--base_language_model",
@@ -36,8 +38,8 @@ def check_flags(args: argparse.Namespace, argv: Sequence[str]) -> argparse.Names
     given = sorted({word.split("=")[0] for word in argv if word.startswith("--") and word != "--"})
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed}: must be at least 0 and below 2**32")
-    if args.output is not None and args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"--output {args.output}: is a file; give a folder for the results")
+    if args.output is not None:
+        _check_output(args.output)
     if args.compare is not None:
         _refuse([flag for flag in given if flag not in _OF_COMPARE], "--compare", "takes --output and --seed alone")
         return args
@@ -66,6 +68,15 @@ def _refuse(flags: Sequence[str], by: str, reason: str) -> None:
         raise ValueError(f"{by} {reason}; leave out {', '.join(flags)}")
 
 
+def _check_output(path: Path) -> None:
+    try:
+        is_something_else = path.exists() and not path.is_dir()
+    except OSError as error:
+        raise ValueError(f"--output {shorten(str(path))}: {error.strerror}; give a folder for the results") from error
+    if is_something_else:
+        raise ValueError(f"--output {path}: is a file; give a folder for the results")
+
+
 def make_folder(path: Path) -> None:
     """Create the output folder.
 
@@ -74,5 +85,6 @@ def make_folder(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {path}: the folder can't be created: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: characters that no file name can hold
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"--output {shorten(str(path))}: the folder can't be created: {why}") from error

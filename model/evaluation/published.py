@@ -106,7 +106,8 @@ def _tell(value: Any, path: Path) -> tuple[str, Any]:
             return "pope", value
         if {"image_id", "caption"} <= first.keys():
             return "ai_challenger", value
-    raise ValueError(f"--questions {path}: not a known form, it begins with {shorten(first, 60)}; expected {_KNOWN}")
+    begin = shorten(first if value and isinstance(value, list) else value, 60)
+    raise ValueError(f"--questions {path}: not a known form, it begins with {begin}; expected {_KNOWN}")
 
 
 def _vqav2(value: Any, path: Path, reading: Reading) -> Iterator[Item]:

@@ -62,6 +62,7 @@ def summarise(done: Evaluation) -> dict[str, Any]:
         pairs = list(zip(done.blind, done.scored, strict=True))
         compared = {name: found for pair in pairs for name, found in differences(*pair, done.seed).items()}
         results["blind"] = {
+            "without_answer": sum(answer is None for answer in done.blind_answers or ()),
             "metrics": {name: found["first"] for name, found in compared.items()},
             "seeing_minus_blind": {name: found["difference"] for name, found in compared.items()},
             "intervals": {name: found["interval"] for name, found in compared.items()},

@@ -1,1 +1,1 @@
-"""Side room: models that are larger than one GPU, or than the memory at hand."""
+"""Side room: models and runs that are larger than one GPU."""

@@ -60,6 +60,11 @@ def check_training_flags(model_args: Any, args: Any) -> None:
     """
     if model_args.load_in_4bit and model_args.load_in_8bit:
         raise ValueError("--load_in_4bit and --load_in_8bit: weights take one of both; leave one out")
+    if args.shard_model:
+        raise ValueError(
+            f"--shard_model and --load_in_{model_args.quantisation}: quantised weights are not split over processes; "
+            "leave one of them out"
+        )
     if model_args.train_only == "all":
         raise ValueError(
             f"--train_only all trains the language model, and --load_in_{model_args.quantisation} freezes it in a few "

@@ -67,7 +67,7 @@ def build_page(talk: Talk, model_lines: dict[str, str]) -> gr.Blocks:
             sanitize_html=True,
             allow_tags=False,
             allow_file_downloads=False,
-            group_consecutive_messages=True,
+            group_consecutive_messages=False,  # in groups, Gradio 6.31 fails to edit a question with pictures
             placeholder=" ",
         )
         status = gr.HTML("", elem_id="status", container=False)

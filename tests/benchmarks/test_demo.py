@@ -2,9 +2,13 @@
 
 import json
 import random
+import re
+import shutil
+import subprocess
 
 import pytest
 import torch
+from tiny_run import ROOT
 
 import evaluate
 from benchmarks.easy_vqa import figure, measure, prepare_data, pretrain_clip, pretrain_qwen
@@ -112,3 +116,25 @@ def test_the_figure_is_drawn_from_the_answers(tmp_path):
     assert len({line["image"] for line in chosen}) == 9
     figure.draw(chosen, tmp_path / "answers.png")
     assert (tmp_path / "answers.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("words", [(), ("--web",)])
+def test_the_page_is_started_after_a_finished_demo(tmp_path, words):
+    """A copy of the scripts, a demo whose stages are done, and a Python that only notes what it is called with."""
+    sources = ("demo.sh", "tests/setup.sh", "benchmarks/stages.sh", "requirements.txt", "web-requirements.txt")
+    for name in (*sources, "benchmarks/easy_vqa/requirements.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n')
+    python.chmod(0o755)
+    (tmp_path / "demo_output").mkdir()
+    for stage in re.findall(r"^stage (\w+)", (ROOT / "demo.sh").read_text(), re.M):
+        (tmp_path / f"demo_output/.done-{stage}").write_text("1\n")
+    done = subprocess.run(["sh", "demo.sh", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *installed, last = (tmp_path / "called").read_text().splitlines()
+    page = "web_demo.py --model_weights demo_output/vlm"
+    assert (last == page) is ("-m pip install -q -r web-requirements.txt" in installed) is bool(words)
+    assert not any("benchmarks" in line and "pip" not in line for line in installed)

@@ -52,7 +52,13 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    [("--wrong",), ("--real", "--pictures"), ("--real", "--pictures", ""), ("--real", "--pictures", "/", "extra")],
+    [
+        ("--wrong",),
+        ("--web", "extra"),
+        ("--real", "--pictures"),
+        ("--real", "--pictures", ""),
+        ("--real", "--pictures", "/", "extra"),
+    ],
 )
 def test_what_the_demonstrations_do_not_take_is_one_line(words, tmp_path):
     environment = {"PATH": os.environ["PATH"], "OUTPUT": str(tmp_path / "out"), "VENV": str(tmp_path / "venv")}

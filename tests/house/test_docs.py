@@ -139,6 +139,7 @@ def test_flags_exist(name: str) -> None:
         "--help",
         "--help_all",
         "--all",
+        "--web",
         "--lowest",
         "--real",
         "--machines",

@@ -199,6 +199,12 @@ def test_other_questions_are_not_compared(call, files, tmp_path):
     assert "same questions" in one_line_error(err, "evaluate.py")
     err = call("--compare", tmp_path / "first", tmp_path, status=2)[1]
     assert "results.json" in one_line_error(err, "evaluate.py")
+    shutil.copytree(tmp_path / "first", tmp_path / "odd")
+    for variants, words in ({"no_such": ""}, "no metric"), ({"pope": ""}, "pope"):
+        (tmp_path / "odd" / "results.json").write_text(json.dumps({"variants": variants}))
+        write(tmp_path / "odd" / "answers.jsonl", [{"id": 1, "prompt": "?", "answers": ["red"], "answer": "x"}])
+        err = call("--compare", tmp_path / "odd", tmp_path / "odd", status=2)[1]
+        assert words in one_line_error(err, "evaluate.py")
 
 
 @pytest.mark.parametrize(
@@ -229,9 +235,13 @@ def test_other_questions_are_not_compared(call, files, tmp_path):
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--seed", "-1"], "--seed -1"),
         *(
             (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", *flags], flags[0])
-            for flags in (["--batch_size", "0"], ["--max_new_tokens=-3"], ["--system", "x"], ["--batch_size", "8"])
+            for flags in (["--batch_size", "0"], ["--max_new_tokens", "-3"], ["--system", "x"], ["--batch_size", "8"])
         ),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--prompt", "?"], "--prompt"),
+        *(
+            (["--questions", "{questions}", "--answers", "{first}", "--output", name], "--output")
+            for name in ("x" * 300, "x\0y")
+        ),
         (["--compare", "a", "b", "--metrics", "pope", "--batch_size=8"], "--batch_size, --metrics"),
         (["--compare", "a", "b", "--questions", "{questions}"], "--questions"),
         (["--questions", "{questions}", "--answers", "{first}", "--output", "{out}", "--no_such_flag"], "no_such_flag"),

@@ -25,7 +25,7 @@ SOURCES = (
     *(f"docs/{name}.md" for name in ("asking", "language-models", "resuming", "feature-cache", "memory")),
 )
 ELSEWHERE = (  # installing, downloading, tests and benchmarks have tests of their own or need a network
-    r"curl|unzip|mkdir|python3 -m venv|pip install|\. \.venv|sh demo\.sh|sh tests/run\.sh|weights/original"
+    r"curl|unzip|mkdir|python3 -m venv|pip install|\. \.venv|sh demo\.sh|sh tests/run\.sh|web_demo\.py|weights/original"
 )
 SHORTER = " --max_steps 2 --use_cpu true"  # a reader has a GPU and an hour
 
@@ -73,8 +73,9 @@ def checkout(tmp_path_factory, qwen_tiktoken):
     shuffled = make_siglip_checkpoint(folder / "siglip2", image_size=42)  # a grid of 3 × 3 patches
     hub(folder / "home", "google/siglip2-so400m-patch14-384", shuffled)
     questions = [
-        {"id": 1, "image": "test_img/1.jpg", "prompt": "Which colour?"},
-        {"id": 2, "image": None, "prompt": "?"},
+        {"id": 1, "image": "test_img/1.jpg", "prompt": "Which colour?", "answers": ["red"]},
+        {"id": 2, "image": f"data/coco/train2017/{next(iter(COLOURS))}.jpg", "prompt": "Which?", "answers": ["blue"]},
+        {"id": 3, "image": None, "prompt": "?", "answers": ["two"]},
     ]
     (copy / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -141,4 +142,5 @@ def test_every_command_runs(checkout):
     kinds = {"aligned": "projector", "qwen3-lora": "lora", "qwen3-all": "all"}  # of the README's two stages
     assert {name: read_checkpoint(folder / "weights" / name).train_only for name in kinds} == kinds
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [sorted(answer) for answer in answers] == [["answer", "id"]] * 2
+    assert [sorted(answer) for answer in answers] == [["answer", "id"]] * 3
+    assert (folder / "results/mine/report.html").is_file()

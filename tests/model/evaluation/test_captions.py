@@ -100,7 +100,7 @@ def test_values_are_those_of_the_package_itself(no_java):
     assert found["cider_d"] == pytest.approx(Cider().compute_score(known, given)[0])
 
 
-def test_the_report_says_how_words_were_found(monkeypatch):
+def test_the_report_says_how_words_were_found(monkeypatch, capfd):
     references, answers = [["It isn't a dog.", "x"], ["A cat"]], ["A\u2028dog", ""]
     monkeypatch.setattr(captions.shutil, "which", lambda name: None)
     assert "not comparable" in scored(references, answers)["bleu"].variant
@@ -109,6 +109,7 @@ def test_the_report_says_how_words_were_found(monkeypatch):
         pytest.skip("Java is not installed")
     words, (given, known) = captions._english(references, answers)
     assert words == captions.PTB
+    assert capfd.readouterr().err == ""
     assert (given, known) == (["a dog", ""], [["it is n't a dog", "x"], ["a cat"]])
 
 

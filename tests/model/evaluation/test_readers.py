@@ -168,6 +168,7 @@ def test_the_two_files_of_training(tmp_path, mixed_data):
         ("{", "not JSON"),
         ('{"id": 1, "prompt": "?", "answers": ["a"]}\n{"id": 2,', "line 2"),
         ("[1, 2]", "not a known form"),
+        ("[]", r"begins with \[\]"),
         ("[" * 100_000, "nested"),
         ('{"id": 1, "id": 1, "prompt": "?", "answers": ["a"]}', "'id' is there twice"),
         ('{"1": {"imageId": "1", "question": "?", "answer": "a"}, "1": {}}', "'1' is there twice"),
@@ -266,6 +267,7 @@ def test_answers_in_published_forms(tmp_path, records):
         (({"id": 1, "answer": 5}, {"id": 2, "answer": "a"}), "record 1"),
         (({"answer": "a"}, {"id": 2, "answer": "a"}), "record 1"),
         ((5, 6), "record 1"),
+        ([], "the id 1"),
     ],
 )
 def test_answers_that_do_not_fit_are_refused(tmp_path, records, words):

@@ -362,6 +362,10 @@ def test_flags_that_do_not_go_together(inputs, tmp_path, capsys, monkeypatch, dr
     said = refused([*common, "--train_only", "all", "--load_in_4bit", "true"], capsys)
     assert "--train_only all" in said
     assert "--load_in_4bit" in said
+    if not dry:
+        said = refused([*common, "--shard_model", "true", "--load_in_8bit", "true"], capsys)
+        assert "--shard_model" in said
+        assert "--load_in_8bit" in said
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert "quantised-requirements.txt" in refused([*common, "--load_in_8bit", "true"], capsys)
     assert not (tmp_path / "run").exists()
@@ -395,7 +399,7 @@ def test_a_base_model_whose_files_are_quantised_is_refused(inputs, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": how}))
     for kind in (None, "4bit"):
         with pytest.raises(ValueError, match=r"quantised already.*bitsandbytes"):
-            load_language_model(str(tmp_path / "base"), torch.float32, kind)
+            load_language_model(str(tmp_path / "base"), torch.float32, quantisation=kind)
 
 
 # ---- How much memory it takes

@@ -1,0 +1,45 @@
+"""Build a language model hollow, as shapes without memory, for `--shard_model`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from qwen import MultimodalQWenLMHeadModel, QWenConfig
+
+from ..language_models.causal_lm import multimodal_class
+
+
+def hollow_language_model(name_or_path: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """Build a language model whose weights have shapes but no memory; what is computed (rotary frequencies) is real.
+
+    Raises:
+        ValueError: if its weights are stored in another form than that of its parameters.
+    """
+    if get_checkpoint_conversion_mapping(config.model_type):
+        raise ValueError(
+            f"--shard_model: weights of model_type {config.model_type!r} are stored in another form than that of the "
+            "model's parameters, and are not read in shares; leave --shard_model out, or give another language model"
+        )
+    config.name_or_path, config.dtype = name_or_path, dtype
+    model_class: Any = MultimodalQWenLMHeadModel if isinstance(config, QWenConfig) else multimodal_class(config)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as transformers loads
+    try:
+        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(default)
+    # One number that is seen as all numbers of a weight: unlike a meta tensor it has a device, so that whatever is
+    # built next to it (LoRA) has real values.
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(hollow))
+    model.tie_weights()
+    return model.eval()

@@ -1,0 +1,247 @@
+"""`--shard_model`: the language model is split over the processes, and nothing else changes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tiny_families import make_family
+from tiny_qwen import tiny_model
+from tiny_run import ROOT, losses, one_line_error, start, trained_weights
+from tiny_towers import make_clip_checkpoint
+
+import train
+from model import CheckpointError, LoraSettings, VisionLanguageModel
+from model.runs.resuming import newest_resumable
+from model.scaling.sharding import shard
+
+SCRIPT = ROOT / "tests" / "several_runs.py"
+SMALL_STEPS = ["--learning_rate", "1e-3", "--feature_proj_lr", "1e-3"]
+"""Large ones multiply rounding."""
+QUICK = [
+    *("--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "1", *SMALL_STEPS),
+    *("--per_device_train_batch_size", "4", "--lr_scheduler_type", "constant"),
+]
+LORA = ["--lora_rank", "4", "--lora_dropout", "0"]
+ALL_SORTS = [
+    *(
+        "--max_steps",
+        "20",
+        "--save_steps",
+        "10",
+        "--gradient_checkpointing",
+        "true",
+        "--load_best_model_at_end",
+        "true",
+    ),
+    *("--eval_strategy", "steps", "--eval_steps", "10", "--train_sampling_strategy", "group_by_length", *LORA),
+]
+SHORT = ["--max_steps", "4", "--save_steps", "2"]
+HALF = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--shard_model", "true"]
+"""What makes of `QUICK`'s steps those of two processes; in some of them one sees no image."""
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Leave no process group behind: without torchrun, a sharded run makes one of its own process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def with_eval(data: list[str]) -> list[str]:
+    return [*data, "--eval_image_map", data[1], "--eval_captions_file", data[3]]
+
+
+def assert_same(ours: Path, theirs: Path, step: int) -> None:
+    """Losses within 1e-5, weights within 1e-6, and files of the same names, shapes and sizes."""
+    one, other = (folder / f"checkpoint-{step}" for folder in (ours, theirs))
+    assert losses(one) == pytest.approx(losses(other), abs=1e-5)
+    assert len(losses(one)) == step
+    histories = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, other)]
+    evaluated = [[entry["eval_loss"] for entry in history if "eval_loss" in entry] for history in histories]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
+    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (one, other)]
+    assert {name for name in names[0] ^ names[1] if not name.startswith("rng_state")} == set()
+    for name in (name for name in names[1] if name.endswith(".safetensors")):
+        mine, yours = load_file(one / name), load_file(other / name)
+        assert {key: value.dtype for key, value in mine.items()} == {key: value.dtype for key, value in yours.items()}
+        for key, value in yours.items():
+            torch.testing.assert_close(mine[key], value, rtol=0, atol=1e-6)
+    states = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (one, other)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    for number, state in states[1]["state"].items():
+        for key, value in state.items():
+            mine = states[0]["state"][number][key]
+            assert type(mine) is type(value)
+            torch.testing.assert_close(mine, value, rtol=0, atol=1e-5)
+
+
+# ---- One process
+
+
+def test_a_single_process_trains_as_without(base_flags, mixed_data, tmp_path, alone):
+    """Also what it saves and resumes from; the rest of this file asks two processes."""
+    command = [*base_flags, *mixed_data, *QUICK, *LORA, *SHORT]
+    assert train.main([*command, "--output_dir", str(tmp_path / "whole")]) == 0
+    split = [*command, "--shard_model", "true", "--output_dir", str(tmp_path / "split")]
+    assert train.main(split) == 0
+    assert_same(tmp_path / "split", tmp_path / "whole", 4)
+    shutil.rmtree(tmp_path / "split" / "checkpoint-4")
+    assert train.main([*split, "--resume_from_checkpoint", "auto"]) == 0
+    assert_same(tmp_path / "split", tmp_path / "whole", 4)
+
+
+def test_a_hollow_model_has_shapes_and_no_memory(tiny_bases):
+    torch.manual_seed(5)
+    hollow = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu", trainable=True, hollow=True)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    whole = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu", trainable=True)
+    assert torch.equal(torch.rand(1), drawn)  # so LoRA and projector are those of a run without the flag
+    ours, theirs = (dict(model.language_model.named_parameters()) for model in (hollow, whole))
+    assert {name: (p.shape, p.dtype) for name, p in ours.items()} == {
+        name: (p.shape, p.dtype) for name, p in theirs.items()
+    }
+    assert all(parameter.untyped_storage().nbytes() <= 8 for parameter in ours.values())
+    assert hollow.fingerprints == whole.fingerprints
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--fsdp", "full_shard"], "--shard_model"),
+        (["--deepspeed", "zero.json"], "--shard_model"),
+        (["--shard_model", "true", "--optim", "adafactor"], "adamw_torch"),
+        (["--shard_model", "true", "--fp16", "true"], "--bf16 true"),
+        (["--shard_model", "true", "--torch_compile", "true"], "--torch_compile"),
+    ],
+)
+def test_what_it_does_not_go_with_is_refused(base_flags, mixed_data, tmp_path, capsys, flags, named):
+    command = [*base_flags, *mixed_data, *QUICK, *flags, "--output_dir", str(tmp_path / "run")]
+    assert train.main(command) == 2
+    line = one_line_error(capsys.readouterr().err, "train.py")
+    assert flags[-2] in line
+    assert named in line
+
+
+def test_a_weight_that_is_missing_is_named(tiny_bases, tmp_path, alone):
+    folder = shutil.copytree(tiny_bases[0], tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("transformer.ln_f.weight")
+    weights["transformer.h.0.mlp.w1.weight"] = torch.zeros(3, 2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model = VisionLanguageModel.from_pretrained(str(folder), tiny_bases[1], device="cpu", trainable=True, hollow=True)
+    model.add_lora(LoraSettings(rank=2))
+    with pytest.raises(ValueError, match=r"h\.0\.mlp\.w1\.weight: \(3, 2\).*ln_f\.weight: missing"):
+        shard(model, torch.device("cpu"))
+
+
+def test_a_dry_run_tells_the_memory_by_the_number_of_processes(base_flags, mixed_data, tmp_path, capsys):
+    command = [*base_flags, *mixed_data, *QUICK, *LORA, "--dry_run", "--output_dir", str(tmp_path / "run")]
+    assert train.main(command) == 0
+    assert "--shard_model" not in capsys.readouterr().out
+    assert train.main([*command, "--shard_model", "true"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " process" in line and "step" not in line]
+    peaks = {line.split()[0]: [float(cell) for cell in line.split()[2:]] for line in lines if line[0].isdigit()}
+    assert list(peaks) == ["1", "2", "4", "8", "16", "32", "64"]
+    for one, other in itertools.pairwise(list(peaks.values())[1:]):
+        assert all(more >= fewer for more, fewer in zip(one, other, strict=True))
+
+
+# ---- Two processes
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory, base_flags, mixed_data) -> dict[str, list[str]]:
+    """Runs, less their output folders."""
+    family = make_family(tmp_path_factory.mktemp("family") / "qwen3", "qwen3", tie_word_embeddings=True)
+    other = ["--base_language_model", family, *base_flags[2:]]
+    return {
+        "lora": [*base_flags, *with_eval(mixed_data), *QUICK, *ALL_SORTS],
+        "all": [*base_flags, *mixed_data, *QUICK, *SHORT, "--train_only", "all"],
+        "family": [*other, *mixed_data, *QUICK, *SHORT, *LORA],
+        "full": [*base_flags, *mixed_data, *QUICK, *SHORT, *LORA],
+    }
+
+
+def torchrun(folder: Path, **asked: object):
+    (folder / "asked.json").write_text(json.dumps(asked))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return start("torchrun", "--standalone", "--nproc_per_node=2", SCRIPT, folder / "asked.json", PYTHONPATH=path)
+
+
+@pytest.fixture(scope="module")
+def two(commands, tmp_path_factory) -> Path:
+    """The folder in which two processes ran all of them, and loaded a model of 120 MB in files of at most 15 MB."""
+    out = tmp_path_factory.mktemp("two")
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "kv_channels": 64, "intermediate_size": 2816}
+    model = tiny_model(vocab_size=4000, num_hidden_layers=8, **sizes)
+    model.save_pretrained(str(out / "qwen"), max_shard_size="15MB")
+    measured = [str(out / "qwen"), make_clip_checkpoint(out / "clip")]
+    runs = [[*words, *HALF, "--output_dir", str(out / name)] for name, words in commands.items()]
+    done = torchrun(out, runs=runs[:-1], full=0, measure=measured, **{"full run": runs[-1]})
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "step"), [("lora", 20), ("all", 4), ("family", 4)])
+def test_two_processes_train_as_one(two, commands, name, step, tmp_path):
+    assert train.main([*commands[name], "--output_dir", str(tmp_path)]) == 0
+    assert_same(two / name, tmp_path, step)
+    final = [folder / name for folder in (two / name, tmp_path) for name in ("language_model", "")][name != "all" :: 2]
+    for path in final[0].glob("*.safetensors"):
+        for key, value in load_file(final[1] / path.name).items():
+            torch.testing.assert_close(load_file(path)[key], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "step"), [("lora", 20), ("all", 4)])
+def test_what_two_began_one_ends(two, commands, name, step, tmp_path, alone):
+    """With the flag and without it: the files are the same, so two can read what one wrote as well."""
+    flags = ["--resume_from_checkpoint", "auto", "--output_dir"]
+    for folder, is_split in (("whole", "false"), ("split", "true")):
+        shutil.copytree(two / name / f"checkpoint-{step // 2}", tmp_path / folder / f"checkpoint-{step // 2}")
+        assert train.main([*commands[name], "--shard_model", is_split, *flags, str(tmp_path / folder)]) == 0
+        assert_same(tmp_path / folder, two / name, step)
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_process_that_writes_stops_none(two):
+    assert not list((two / "full").glob("checkpoint-*"))
+    with pytest.raises(CheckpointError):
+        VisionLanguageModel.from_pretrained(model_weights=two / "full")
+    assert newest_resumable(two / "full") is None
+
+
+@pytest.mark.slow
+def test_loading_holds_a_share_and_one_file(two):
+    """LoRA, tower and what Python allocates for the first time take some megabytes more."""
+    size = sum(path.stat().st_size for path in (two / "qwen").glob("*.safetensors"))
+    assert size > 110e6
+    for rank in range(2):
+        found = json.loads((two / f"loading-{rank}.json").read_text())
+        assert found["kept"] < size / 2 + 15e6
+        assert found["most"] < size / 2 + 15e6 + 15e6
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_all_and_is_named_last(commands, tmp_path):
+    run = [*commands["full"], *HALF, "--output_dir", str(tmp_path / "run")]
+    began = time.monotonic()
+    done = torchrun(tmp_path, runs=[run], **{"break": 1})
+    assert done.returncode == 1
+    assert time.monotonic() - began < 300
+    assert "Input/output error" in done.stderr.rstrip().splitlines()[-1]
+    assert trained_weights(tmp_path / "run" / "checkpoint-2")

@@ -1,0 +1,79 @@
+"""Processes of tests/model/scaling/test_sharded_runs.py: `torchrun --nproc_per_node=2 … several_runs.py FILE`.
+
+FILE is a JSON object: `runs` are command lines of train.py, one after another; `measure` names two base models, whose
+loading is measured: each process writes `loading-RANK.json` next to FILE. `break` is a rank whose third step fails,
+`full` one whose disk is full at every checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import train
+from model import LoraSettings, VisionLanguageModel, VLMTrainer
+from model.scaling.sharding import shard
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process: now, the most so far, and what no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    values = dict(line.split(":", 1) for line in lines)
+    return {name: int(values[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssAnon")}
+
+
+def measure(bases: list[str]) -> dict[str, int]:
+    """Load a model in shares; return what the process holds more, and held more at the most."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = memory()
+    model = VisionLanguageModel.from_pretrained(*bases, device="cpu", trainable=True, hollow=True)
+    model.add_lora(LoraSettings(rank=4))
+    shard(model, torch.device("cpu"))
+    after = memory()
+    return {"kept": after["RssAnon"] - before["RssAnon"], "most": after["VmHWM"] - before["VmRSS"]}
+
+
+def break_at_third_step(rank: int) -> None:
+    own, calls = VLMTrainer.training_step, []
+
+    def step(self: VLMTrainer, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if int(os.environ["RANK"]) == rank and len(calls) == 3:
+            raise OSError(5, "Input/output error", "image.png")
+        return own(self, *args, **kwargs)
+
+    VLMTrainer.training_step = step  # type: ignore[method-assign]
+
+
+def fill_disk(rank: int) -> None:
+    from model.checkpoints import saving
+
+    def write(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if int(os.environ["RANK"]) == rank:
+        saving._save_tensors = write
+
+
+if __name__ == "__main__":
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    own_rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    if "break" in asked:
+        break_at_third_step(asked["break"])
+    statuses = [train.main(words) for words in asked["runs"]]
+    if "full" in asked:
+        fill_disk(asked["full"])
+        statuses.append(int(train.main(asked["full run"]) != 1))
+    if "measure" in asked:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        found = json.dumps(measure(asked["measure"]))
+        (Path(sys.argv[1]).parent / f"loading-{own_rank}.json").write_text(found)
+    sys.exit(max(statuses, default=0))

@@ -1,0 +1,205 @@
+"""The page in a real browser: questions, pictures, answers that grow, and what a visitor can do with them."""
+
+from __future__ import annotations
+
+import base64
+import re
+
+import pytest
+from tiny_trained import HOSTILE, SONG
+from web_page import Server, expect, hosts, hosts_in_net_log
+
+pytestmark = [pytest.mark.slow, pytest.mark.web]
+
+CHINESE = re.compile("[\u4e00-\u9fff]")
+LONGER_THAN_ANY_TEST = 100_000
+
+
+@pytest.fixture(scope="module")
+def server(told, tmp_path_factory):
+    flags = ["--max_new_tokens", LONGER_THAN_ANY_TEST, "--questions_per_minute", 1000]
+    started = Server(tmp_path_factory.mktemp("web") / "disk", "--model_weights", told, *flags)
+    yield started
+    started.stop()
+
+
+def test_a_picture_is_asked_about_and_then_asked_about_again(server, visit, colours):
+    visitor = visit(server)
+    visitor.ask("Which colour?", colours["green"])
+    visitor.hear("It is green.")
+    expect(visitor.part("#conversation img.picture")).to_have_count(1)
+    visitor.ask("Again?")
+    visitor.hear("green!")
+    expect(visitor.answers).to_have_count(2)
+    assert visitor.question.input_value() == ""
+
+
+def test_two_pictures_in_their_order(server, visit, colours):
+    visitor = visit(server)
+    for first, second, answer in (("red", "blue", "Red, then blue."), ("blue", "red", "Blue, then red.")):
+        visitor.ask("Both?", colours[first], colours[second])
+        visitor.hear(answer)
+        visitor.part("#clear").click()
+        expect(visitor.questions).to_have_count(0)
+
+
+def test_an_answer_grows_until_it_is_stopped(server, visit):
+    """What was said stays, and the model is free at once, for others and for the same visitor."""
+    visitor, other = visit(server), visit(server)
+    visitor.ask(SONG)
+    visitor.hear_growing()
+    other.ask("Hello")
+    assert other.place() == 1
+    visitor.stop.click()
+    other.hear("Hello, visitor.")
+    expect(visitor.stop).to_be_hidden()
+    assert re.fullmatch(r"(la ?)+", visitor.answers.last.inner_text().strip())
+    visitor.part("#clear").click()
+    visitor.ask("Hello")
+    visitor.hear("Hello, visitor.")
+
+
+def test_in_chinese(server, visit, colours):
+    """The browser's language is the page's; questions and answers may be in any."""
+    visitor, english = visit(server, locale="zh-CN"), visit(server)
+    assert CHINESE.search(visitor.question.get_attribute("placeholder"))
+    assert not CHINESE.search(english.question.get_attribute("placeholder"))
+    for selector in ("#clear", "#camera_open", "#settings"):
+        assert CHINESE.search(visitor.part(selector).inner_text())
+        assert not CHINESE.search(english.part(selector).inner_text())
+    visitor.ask("这是什么颜色？", colours["blue"])
+    visitor.hear("蓝色。")
+
+
+def test_retry_and_clear(server, visit, colours):
+    visitor = visit(server)
+    visitor.ask("Which colour?", colours["red"])
+    visitor.hear("It is red.")
+    visitor.part("#conversation button[aria-label=Retry]").last.click()
+    visitor.hear("It is red.")
+    expect(visitor.answers).to_have_count(1)
+    visitor.part("#clear").click()
+    expect(visitor.questions).to_have_count(0)
+    visitor.ask("Again?")  # nothing is left of the picture
+    visitor.hear(re.compile("^(?!red!)"))
+
+
+@pytest.mark.parametrize("colour", [None, "red"])
+def test_an_edited_question_is_asked_anew(server, visit, colours, colour):
+    """Of the same pictures; what came after it is gone."""
+    visitor = visit(server)
+    visitor.ask("Which colour?", *([colours[colour]] if colour else []))
+    expect(visitor.answers).to_have_count(1)
+    expect(visitor.stop).to_be_hidden()
+    visitor.part("#conversation button[aria-label=Edit]").first.click()
+    visitor.part("#conversation textarea").last.fill("这是什么颜色？" if colour else "Hello")
+    visitor.part("#conversation button[aria-label=Submit]").last.click()
+    visitor.hear("红色。" if colour else "Hello, visitor.")
+    expect(visitor.answers).to_have_count(1)
+
+
+def test_settings_are_those_of_the_next_answer(server, visit):
+    visitor = visit(server)
+    visitor.part(".toggle-button").click()
+    limit = visitor.part("#max_new_tokens input[type=number]")
+    limit.fill("5")
+    limit.press("Enter")
+    visitor.part("#settings .toggle-button").click()
+    visitor.ask(SONG)
+    visitor.hear("la la la la la")
+
+
+def test_what_is_typed_is_text(server, visit, colours):
+    """Neither the model's control tokens nor a browser's markup mean anything in a question or an answer."""
+    visitor = visit(server)
+    visitor.ask("Hello<|im_end|><|extra_0|>")  # there is no picture for it
+    expect(visitor.questions.last).to_contain_text("Hello<|im_end|><|extra_0|>")
+    expect(visitor.answers.last).to_have_text(re.compile(r"\S"))
+    expect(visitor.error).to_have_count(0)
+    if visitor.stop.is_visible():
+        visitor.stop.click()
+    visitor.part("#clear").click()
+
+    marked = '<script>hacked = 1</script><img src=x onerror="hacked = 1">![x](http://elsewhere.example/x.png)'
+    visitor.ask(marked)
+    expect(visitor.questions.last).to_contain_text("<script>hacked = 1</script>")
+    if visitor.stop.is_visible():
+        visitor.stop.click()
+    visitor.part("#clear").click()
+    visitor.ask(HOSTILE)
+    expect(visitor.answers.last).to_contain_text("onerror")
+    expect(visitor.stop).to_be_hidden()
+    assert visitor.page.evaluate("typeof hacked") == "undefined"
+
+
+def picture_event(visitor, kind: str, file, target: str) -> None:
+    """Paste or drop a picture, as a browser tells a page about it."""
+    script = """([selector, kind, content]) => {
+        const bytes = Uint8Array.from(atob(content), character => character.charCodeAt(0));
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([bytes], "picture.png", {type: "image/png"}));
+        const event = kind === "paste"
+            ? new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true, cancelable: true})
+            : new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true});
+        document.querySelector(selector).dispatchEvent(event);
+    }"""
+    visitor.page.evaluate(script, [target, kind, base64.b64encode(file.read_bytes()).decode()])
+
+
+@pytest.mark.parametrize("kind", ["paste", "drop"])
+def test_a_picture_can_be_pasted_or_dropped(server, visit, colours, kind):
+    visitor = visit(server)
+    picture_event(visitor, kind, colours["blue"], "#question textarea")
+    expect(visitor.part("#question .thumbnail-item")).to_have_count(1)
+    visitor.ask("Which colour?")
+    visitor.hear("It is blue.")
+
+
+@pytest.mark.parametrize("locale", ["en-GB", "zh-CN"])
+def test_on_a_phone(server, visit, colours, locale):
+    """Nothing has to be scrolled sideways, and one can ask again after an answer."""
+    visitor = visit(server, locale=locale, viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True)
+    for number, colour in enumerate(("red", "blue"), 1):
+        assert visitor.page.evaluate("document.scrollingElement.scrollWidth") <= 390
+        for part in (visitor.question, visitor.send):
+            box = part.bounding_box()
+            assert 0 <= box["x"] <= box["x"] + box["width"] <= 390
+            expect(part).to_be_in_viewport()
+        visitor.ask("Which colour?", colours[colour])
+        expect(visitor.answers).to_have_count(number)
+        expect(visitor.stop).to_be_hidden()
+        visitor.part("#clear").scroll_into_view_if_needed()
+        expect(visitor.part("#clear")).to_be_in_viewport()
+        visitor.question.scroll_into_view_if_needed()
+
+
+def test_reloading_begins_a_new_conversation(server, visit):
+    visitor = visit(server)
+    visitor.ask(SONG)
+    visitor.hear_growing()
+    visitor.page.reload()
+    visitor.ask("Hello")  # the answer that was under way has been given up
+    visitor.hear("Hello, visitor.")
+    expect(visitor.questions).to_have_count(1)
+
+
+def test_no_request_leaves_the_machine_by_the_browsers_own_log(server, launch, visit, colours, tmp_path):
+    from web_page import Visitor
+
+    opened = launch(f"--log-net-log={tmp_path / 'net.json'}")
+    visitor = Visitor(opened.new_context(locale="en-GB"), server.url)
+    visitor.ask("Which colour?", colours["red"])
+    visitor.hear("It is red.")
+    opened.close()
+    assert hosts_in_net_log(tmp_path / "net.json") == hosts([server.url])
+
+
+def test_the_log_shows_a_request_to_another_host(server, launch, tmp_path):
+    """The log would tell; and the page's own policy keeps even a part of it that asks for a font from doing so."""
+    opened = launch(f"--log-net-log={tmp_path / 'net.json'}")
+    page = opened.new_page()
+    for url, host in (("about:blank", "fonts.example"), (server.url, "blocked.example")):
+        page.goto(url)
+        page.evaluate("host => new FontFace('other', `url(https://${host}/a.woff)`).load().catch(() => {})", host)
+    opened.close()
+    assert hosts_in_net_log(tmp_path / "net.json") == {*hosts([server.url]), "fonts.example"}

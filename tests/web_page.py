@@ -1,0 +1,165 @@
+"""web_demo.py as a process of its own, visitors of its page in a browser, and which hosts the browser asked."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import pytest
+from tiny_run import ROOT, environment
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext, Locator, Page
+
+expect = pytest.importorskip("playwright.sync_api").expect
+PATIENCE = 120.0
+"""Seconds until something that must happen is taken not to; nothing waits so long unless it is broken."""
+expect.set_options(timeout=PATIENCE * 1000)
+
+
+class Server:
+    """The program on a free port; what it writes lies in `folder`, which is its home, temporary and current folder."""
+
+    def __init__(self, folder: Path, *flags: object) -> None:
+        self.folder = folder
+        self.folder.mkdir(parents=True)
+        self._log = folder.with_suffix(".log")
+        words = [sys.executable, ROOT / "web_demo.py", "--port", 0, "--device", "cpu", *flags]
+        places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(folder))
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [str(word) for word in words], cwd=folder, env=environment(**places), stdout=log, stderr=log
+            )
+        try:
+            wait_for(lambda: self.process.poll() is not None or "ready: " in self.log, "web_demo.py to be ready")
+            self.url = re.search(r"ready: (http://\S+)", self.log)[1]
+        except BaseException:
+            self.process.kill()
+            raise
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def files(self) -> list[Path]:
+        """Whatever it has written and not deleted."""
+        return [path for path in self.folder.rglob("*") if path.is_file() or path.is_symlink()]
+
+    def stop(self) -> None:
+        """Send SIGTERM, upon which it ends quietly."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            assert self.process.wait(PATIENCE) == 143, self.log
+        finally:
+            self.process.kill()
+        assert "Traceback" not in self.log, self.log
+
+
+class Visitor:
+    """A page of the demo in a browser profile of its own."""
+
+    def __init__(self, context: BrowserContext, url: str) -> None:
+        self.context, self.url = context, url
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        context.on("request", lambda request: self.requests.append(request.url))
+        context.on("weberror", lambda error: self.errors.append(str(error.error)))
+        self.page: Page = context.new_page()
+        self.page.goto(url)
+        expect(self.part("#question textarea, input[type=password]").first).to_be_visible()
+
+    def part(self, selector: str) -> Locator:
+        return self.page.locator(selector)
+
+    @property
+    def question(self) -> Locator:
+        return self.part("#question textarea")
+
+    @property
+    def send(self) -> Locator:
+        return self.part("#question .submit-button")
+
+    @property
+    def stop(self) -> Locator:
+        return self.part("#question .stop-button")
+
+    @property
+    def questions(self) -> Locator:
+        return self.part("#conversation .user .message-content")
+
+    @property
+    def answers(self) -> Locator:
+        return self.part("#conversation [data-testid=bot]")
+
+    @property
+    def waiting(self) -> Locator:
+        return self.part("#status .waiting")
+
+    @property
+    def error(self) -> Locator:
+        return self.part("#status .error")
+
+    def attach(self, *pictures: Path) -> None:
+        """Give pictures to the next question, as the file dialog does."""
+        self.part("#question input[type=file]").first.set_input_files([str(path) for path in pictures])
+        expect(self.part("#question .thumbnail-item")).to_have_count(len(pictures))
+
+    def ask(self, text: str, *pictures: Path) -> None:
+        """Send a question; do not wait for its answer."""
+        if pictures:
+            self.attach(*pictures)
+        self.question.fill(text)
+        expect(self.send).to_be_enabled()
+        self.send.click()
+
+    def hear(self, answer: str | re.Pattern[str]) -> None:
+        """Wait for the last answer to be complete and this one."""
+        expect(self.answers.last).to_have_text(answer)
+        expect(self.stop).to_be_hidden()
+
+    def hear_growing(self) -> int:
+        """Wait for an answer that grows; return its length in characters."""
+        expect(self.answers.last).to_have_text(re.compile(r"\w"))
+        before = len(self.answers.last.inner_text())
+        wait_for(lambda: len(self.answers.last.inner_text()) > before, "the answer to grow")
+        return len(self.answers.last.inner_text())
+
+    def place(self) -> int:
+        """Wait for the position in the queue, and return it."""
+        expect(self.waiting).to_have_text(re.compile(r"\d"))
+        return int(re.search(r"\d+", self.waiting.inner_text())[0])
+
+    def leave(self) -> None:
+        self.context.close()
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    """Ask again and again until it is so; fail after a long time."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"waited {PATIENCE:.0f} s for {what}"
+        time.sleep(0.05)
+
+
+def hosts(urls: list[str]) -> set[str]:
+    """The hosts of addresses; those of `data:` and `blob:` have none."""
+    return {urlsplit(url).netloc for url in urls} - {""}
+
+
+def hosts_in_net_log(file: Path) -> set[str]:
+    """The hosts that pages made the browser ask, by its own log; its own errands (updates, accounts) are left out."""
+    log = json.loads(file.read_text())
+    start = log["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
+    requests = [
+        event["params"] for event in log["events"] if event["type"] == start and "url" in event.get("params", {})
+    ]
+    by_pages = [r["url"] for r in requests if r["initiator"] != "not an origin" or r["request_type"] == "main frame"]
+    return hosts(by_pages)
