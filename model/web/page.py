@@ -20,22 +20,27 @@ from .words import WORDS, language_of, say
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 _TO_TEXT = "(box) => JSON.stringify(box)"
+# Or a browser would not hand over the same file again: it tells of changes only.
+_FORGET_FILES = """() => document.addEventListener("change", (event) => {
+    if (event.target.matches("input[type=file]")) setTimeout(() => { event.target.value = ""; }, 0);
+})"""
 _SHOW_CAMERA = "() => { document.querySelector('#camera').classList.toggle('open'); }"
+_SHOW_SETTINGS = "() => { document.querySelector('#settings .toggle-button').click(); }"
 _ADD_PHOTO = """(photo, box) => {
     if (photo) document.querySelector('#camera').classList.remove('open');
     const old = box || {text: "", files: []};
     return photo ? [null, {text: old.text || "", files: [...(old.files || []), photo]}] : [photo, box];
 }"""
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-_SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang SC", "Microsoft YaHei", "sans-serif"]
+_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang SC", "Microsoft YaHei", "sans-serif"]
 
 
 def make_theme() -> gr.themes.Base:
     """Return colours and fonts; the fonts are those of the visitor's system, none is loaded."""
     mono = ["ui-monospace", "SF Mono", "Consolas", "monospace"]
-    return gr.themes.Soft(
-        primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=_SYSTEM_FONTS, font_mono=mono
-    )
+    theme = gr.themes.Soft(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=mono)
+    plain = {"block_title_background_fill": "transparent", "block_title_text_color": "*body_text_color"}
+    return theme.set(**plain, block_title_padding="0", block_title_text_weight="500")
 
 
 def translations() -> gr.I18n:
@@ -84,6 +89,7 @@ def build_page(talk: Talk, model_lines: dict[str, str]) -> gr.Blocks:
         )
         with gr.Row(elem_id="below"):
             clear = gr.Button(i18n("new"), elem_id="clear", size="sm", min_width=80)
+            settings_open = gr.Button(i18n("settings"), elem_id="settings_open", size="sm", min_width=80)
             camera_open = gr.Button(i18n("camera"), elem_id="camera_open", size="sm", min_width=80)
         camera = gr.Image(sources=["webcam"], elem_id="camera", show_label=False, height=260)
         with gr.Sidebar(position="right", open=False, elem_id="settings"):
@@ -100,7 +106,9 @@ def build_page(talk: Talk, model_lines: dict[str, str]) -> gr.Blocks:
             talk.visitors.leave(str(request.session_hash))  # the page has Gradio's heartbeat for this alone
 
         page.unload(leave)
+        page.load(None, js=_FORGET_FILES)
         page.load(enter, None, [about, conversation, status], **_QUIET)
+        settings_open.click(None, js=_SHOW_SETTINGS)
         camera_open.click(None, js=_SHOW_CAMERA)
         camera.input(None, [camera, question], [camera, question], js=_ADD_PHOTO)
     return page
@@ -182,7 +190,7 @@ def show(view: View) -> list[Any]:
 
 def _empty_conversation(talk: Talk, language: str) -> Any:
     """Return the chatbot with its examples and invitation in a language."""
-    placeholder = f"### {say(language, 'placeholder')}\n{say(language, 'no_picture_needed')}"
+    placeholder = f"### {say(language, 'placeholder')}\n{say(language, 'ways')}"
     return gr.Chatbot(value=[], placeholder=placeholder, examples=_examples(talk, language))
 
 

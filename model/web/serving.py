@@ -118,7 +118,6 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
             enable_monitoring=False,
             mcp_server=False,
             footer_links=[],
-            max_file_size=limits.max_picture_bytes,
             max_threads=2 * limits.max_visitors + 20,
             state_session_capacity=2 * limits.max_visitors + 20,
             app_kwargs={"middleware": [Middleware(Guard, limits=limits, visitors=talk.visitors, uploads=uploads)]},

@@ -118,7 +118,7 @@ class UploadFolder:
         total = 0
         for file in self.path.rglob("*"):
             with contextlib.suppress(OSError):
-                total += file.stat().st_size
+                total += file.stat().st_size if file.is_file() else 0
         return total + size <= MOST_BYTES and size < shutil.disk_usage(self.path).free
 
 

@@ -1,0 +1,196 @@
+"""The door in front of Gradio: what it lets in, and whom it sees leaving."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from PIL import Image
+
+from model.web.engine import Engine
+from model.web.guard import Guard
+from model.web.limits import Limits
+from model.web.uploads import UploadFolder
+from model.web.visitors import Visitors
+
+
+class Door:
+    """A guard before an application that says yes to everything, or stores an upload."""
+
+    def __init__(self) -> None:
+        self.limits = Limits(max_pictures=2, max_picture_bytes=1000)
+        self.engine, self.uploads = Engine(), UploadFolder()
+        self.visitors = Visitors(self.limits, self.engine)
+        self.guard = Guard(self.app, self.limits, self.visitors, self.uploads)
+        self.hang_up = asyncio.Event()
+        self.stored = b"[]"
+
+    async def app(self, scope, receive, send):
+        if "/heartbeat/" in scope["path"]:
+            await self.hang_up.wait()
+        body = self.stored if scope["path"].endswith("/upload") else b"yes"
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def open(self, path, method="GET", cookie="", **headers):
+        scope = {"type": "http", "path": path, "method": method, "client": ("10.0.0.1", 5)}
+        headers = {"content_length": "10", "cookie": cookie, **headers}
+        scope["headers"] = [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items() if v]
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        await self.guard(scope, None, send)
+        return sent
+
+    def ask(self, *args, **kwargs):
+        """Return status, headers and body."""
+        start, body = asyncio.run(self.open(*args, **kwargs))
+        return start["status"], dict(start["headers"]), body["body"]
+
+
+@pytest.fixture
+def door():
+    door = Door()
+    yield door
+    door.engine.close()
+    door.uploads.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *[("GET", path) for path in ("/", "/config", "/theme.css", "/assets/a.js", "/gradio_api/queue/data")],
+        ("HEAD", "/"),
+        *[("POST", f"/gradio_api/{name}") for name in ("queue/join", "cancel", "reset")],
+        ("POST", "/login"),
+    ],
+)
+def test_what_the_page_asks_for_is_let_in(door, method, path):
+    assert door.ask(path, method)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *[("POST", f"/gradio_api/{name}") for name in ("call/ask", "run/predict", "api/predict", "component_server")],
+        *[("POST", f"/gradio_api/{name}") for name in ("process_recording", "vibe-edit", "stream/x", "queue/join/x")],
+        *[
+            ("GET", f"/gradio_api/{name}")
+            for name in ("info", "openapi.json", "runs", "proxy=http://localhost/", "token")
+        ],
+        *[("GET", f"/gradio_api/file={name}") for name in ("/etc/passwd", "http://localhost/", "x", "//etc/passwd")],
+        *[("GET", path) for path in ("/monitoring", "/gradio_api/deep_link", "/gradio_api/file/etc/passwd", "//")],
+        *[(method, "/") for method in ("PUT", "DELETE", "OPTIONS", "TRACE")],
+        ("POST", "/"),
+    ],
+)
+def test_everything_else_is_closed(door, method, path):
+    assert door.ask(path, method)[0] == 404
+
+
+def test_only_uploads_are_served(door):
+    folder = door.uploads.path / "hash"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "a.png")
+    path = door.uploads.adopt(str(folder / "a.png"), "me")
+    assert door.ask(f"/gradio_api/file={path}")[0] == 200
+    assert door.ask(f"/gradio_api/file={folder / 'a.png'}")[0] == 404
+    assert door.ask(f"/gradio_api/file={path}/../../../x")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "length", "status"),
+    [
+        ("/gradio_api/queue/join", "1000000", 200),
+        ("/gradio_api/queue/join", "1000001", 413),
+        ("/gradio_api/queue/join", "", 411),
+        ("/gradio_api/queue/join", "x", 411),
+        ("/gradio_api/upload", "22000", 200),
+        ("/gradio_api/upload", "22001", 413),
+        ("/gradio_api/upload", "", 411),
+    ],
+)
+def test_requests_have_a_length_and_a_limit(door, path, length, status):
+    assert door.ask(path, "POST", content_length=length)[0] == status
+
+
+def test_passwords_cannot_be_tried_out(door):
+    statuses = [door.ask("/login", "POST")[0] for _ in range(12)]
+    assert statuses == [200] * 10 + [429] * 2
+
+
+def test_the_browser_may_ask_no_other_host(door):
+    policy = door.ask("/")[1][b"content-security-policy"].decode()
+    assert "http" not in policy
+    assert "*" not in policy
+    assert policy.startswith("default-src 'self'")
+
+
+def test_an_upload_gets_a_path_that_cannot_be_guessed(door):
+    folder = door.uploads.path / "hash"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "a.png")
+    door.stored = json.dumps([str(folder / "a.png")]).encode()
+    status, headers, body = door.ask("/gradio_api/upload", "POST")
+    assert status == 200
+    assert int(headers[b"content-length"]) == len(body)
+    (path,) = json.loads(body)
+    assert path.endswith("/a.png")
+    assert not folder.exists()
+    assert door.uploads.find(path) is not None
+
+
+def test_an_upload_that_gradio_refuses_is_passed_on(door):
+    door.stored = b"too large"
+    assert door.ask("/gradio_api/upload", "POST")[2] == b"too large"
+
+
+def test_a_page_that_closes_is_noticed(door):
+    door.visitors.enter("k1")
+    cookie = door.ask("/")[1][b"set-cookie"].decode().split(";")[0]
+    browser = cookie.split("=")[1]
+    for name in ("mine", "theirs"):
+        (door.uploads.path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(door.uploads.path / name / "a.png")
+    mine = door.uploads.adopt(str(door.uploads.path / "mine/a.png"), browser)
+    theirs = door.uploads.adopt(str(door.uploads.path / "theirs/a.png"), "another")
+
+    async def open_and_close():
+        task = asyncio.ensure_future(door.open("/gradio_api/heartbeat/k1", cookie=cookie))
+        await asyncio.sleep(0.05)
+        assert door.visitors.find("k1") is not None
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(open_and_close())
+    assert door.visitors.find("k1") is None
+    assert door.uploads.find(mine) is None
+    assert door.uploads.find(theirs) is not None
+
+
+def test_two_pages_of_one_browser(door):
+    async def open_two_close_one():
+        tasks = [
+            asyncio.ensure_future(door.open(f"/gradio_api/heartbeat/{key}", cookie="web_demo_page=b")) for key in "xy"
+        ]
+        await asyncio.sleep(0.05)
+        (door.uploads.path / "h").mkdir()
+        Image.new("RGB", (4, 4)).save(door.uploads.path / "h/a.png")
+        path = door.uploads.adopt(str(door.uploads.path / "h/a.png"), "b")
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        assert door.uploads.find(path) is not None, "the other page may still ask about it"
+        tasks[1].cancel()
+        await asyncio.wait(tasks)
+        assert door.uploads.find(path) is None
+
+    asyncio.run(open_two_close_one())
+
+
+@pytest.mark.parametrize("cookie", ["web_demo_page=" + "x" * 5000, "=;;;", "web_demo_page", 'a="\\'])
+def test_odd_cookies(door, cookie):
+    assert door.ask("/", cookie=cookie)[0] == 200

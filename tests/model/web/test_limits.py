@@ -1,0 +1,118 @@
+"""How often a visitor may ask, and how many visitors there may be."""
+
+from __future__ import annotations
+
+import pytest
+
+from model.web.engine import Engine, Job
+from model.web.limits import PAGES_PER_ADDRESS, Limits, RateLimiter
+from model.web.visitors import IDLE_SECONDS, LONGEST_SECONDS, Visitors
+from model.web.words import Refusal
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def visitors(clock):
+    engine = Engine()
+    yield Visitors(Limits(max_visitors=3, questions_per_minute=2), engine, clock)
+    engine.close()
+
+
+def test_events_of_the_last_minute_count(clock):
+    limiter = RateLimiter(clock)
+    assert limiter.take(("a", 2)) == 0
+    clock.now += 10
+    assert limiter.take(("a", 2)) == 0
+    assert limiter.take(("a", 2)) == pytest.approx(50)
+    assert limiter.take(("b", 2)) == 0
+    clock.now += 50
+    assert limiter.take(("a", 2)) == 0, "the first one is a minute old"
+    assert limiter.take(("a", 2)) == pytest.approx(10)
+
+
+def test_what_is_refused_counts_nowhere(clock):
+    limiter = RateLimiter(clock)
+    assert limiter.take(("page", 5), ("address", 1)) == 0
+    for _ in range(10):
+        assert limiter.take(("page", 5), ("address", 1)) > 0
+    clock.now += 60
+    for _ in range(5):
+        assert limiter.take(("page", 5)) == 0
+
+
+def test_the_limiter_forgets_who_has_gone(clock):
+    limiter = RateLimiter(clock)
+    for number in range(100):
+        limiter.take((str(number), 1))
+    clock.now += 61
+    limiter.take(("new", 1))
+    assert len(limiter._times) == 1
+
+
+def test_more_pages_do_not_make_more_questions_than_an_address_has(visitors):
+    def ask(number: int) -> None:  # a program that makes up a new page each time
+        visitor = visitors.enter(str(number))
+        try:
+            visitors.check_rate(visitor, "10.0.0.1")
+        finally:
+            visitors.leave(visitor.key)
+
+    for number in range(2 * PAGES_PER_ADDRESS):
+        ask(number)
+    with pytest.raises(Refusal) as refusal:
+        ask(-1)
+    assert refusal.value.key == "too_fast"
+    visitors.check_rate(visitors.enter("elsewhere"), "10.0.0.2")
+
+
+def test_places_are_limited_and_free_again_when_somebody_leaves(visitors):
+    for key in "abc":
+        visitors.connect(key)
+        visitors.enter(key)
+    with pytest.raises(Refusal) as refusal:
+        visitors.enter("d")
+    assert refusal.value.key == "full"
+    assert visitors.enter("a").key == "a", "who is in stays in"
+    visitors.leave("b")
+    visitors.enter("d")
+
+
+@pytest.mark.parametrize(("is_open", "seconds"), [(False, IDLE_SECONDS), (True, LONGEST_SECONDS)])
+def test_an_idle_place_is_free_again(visitors, clock, is_open, seconds):
+    for key in "abc":
+        if is_open:
+            visitors.connect(key)
+        visitors.enter(key)
+    clock.now += seconds
+    with pytest.raises(Refusal):
+        visitors.enter("d")
+    clock.now += 1
+    visitors.enter("a").busy = True
+    visitors.enter("d")
+    assert visitors.find("a") is not None
+    assert visitors.find("b") is None
+
+
+def test_leaving_ends_the_answer_and_forgets_the_conversation(visitors):
+    visitor = visitors.enter("a")
+    visitor.job = Job("a", lambda cache: iter(()))
+    visitor.conversation = ["something"]
+    visitors.leave("a")
+    assert visitor.job.cancelled
+    assert visitor.conversation == []
+    assert visitor.round == 1
+    assert visitors.enter("a") is not visitor
+    visitors.leave("nobody")
