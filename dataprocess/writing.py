@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from .config import Config, Source
 from .file_lock import FileLockError, hold
 from .messages import format_count, shorten
+from .output_forms import Form, form_of
 from .records import DataError, Record, RecordError, Sample
 
 
@@ -50,10 +51,13 @@ def open_outputs(config: Config) -> Iterator[Outputs]:
         for target in (config.output_captions, config.output_image_map, config.output_rejects):
             outputs.lock(target)
             outputs.new_file(target)
+        captions, image_map, _ = outputs.files
+        outputs.captions = outputs.form(captions, config.output_captions.suffix, "ID")
+        outputs.image_map = outputs.form(image_map, config.output_image_map.suffix, "key")
         yield outputs
-        end = b"\n}\n" if outputs.num_samples else b"{}\n"
-        outputs.image_map.write(end)
-        outputs.captions.write(end)
+        for file, form in ((captions, outputs.captions), (image_map, outputs.image_map)):
+            with naming(file.target):
+                form.finish()
         for file in outputs.files:
             file.close()
         _put_in_place(outputs.files)
@@ -68,6 +72,7 @@ class Outputs:
 
     image map: `{key: {"image_file": name | [names] | null, "ID": int, "path": folder}}`
     captions: `{ID: {"q": …, "a": text | [texts]}}`, of several turns `{ID: {"turns": [{"q", "a"}, …]}}`
+    both also as JSON lines or Parquet, see `output_forms.py`
     rejects (JSON lines): `{"source", "label_file", "record": index from 0, "image", "reason", "detail"}`, with
     `"caption"` (index from 0) where only one of a record's captions was left out
     """
@@ -79,16 +84,10 @@ class Outputs:
     surplus: list[Path] = field(default_factory=list)
     """Files of an earlier run, to be deleted once those of this one are in place."""
     num_samples: int = 0
-
-    @property
-    def captions(self) -> NewFile:
-        """The file of questions and answers."""
-        return self.files[0]
-
-    @property
-    def image_map(self) -> NewFile:
-        """The file that names each sample's images."""
-        return self.files[1]
+    captions: Form = field(init=False)
+    """Questions and answers, by ID; the first file."""
+    image_map: Form = field(init=False)
+    """Each sample's images, by key; the second."""
 
     @property
     def rejects(self) -> NewFile:
@@ -117,6 +116,12 @@ class Outputs:
         self.files.append(self.stack.enter_context(_new_file(path)))
         return self.files[-1]
 
+    def form(self, file: NewFile, suffix: str, key: str) -> Form:
+        """Return what writes entries into a file in the form that an ending stands for."""
+        form = form_of(suffix)(file.stream, key)
+        self.stack.callback(form.close)
+        return form
+
     def write(self, record: Record, sample_id: int, outcome: Sample | RecordError, counts: Counts) -> None:
         """Write the sample made of a record under an ID unique over all sources, or why there is none, and count it."""
         source = counts.source
@@ -137,9 +142,10 @@ class Outputs:
         entry = {"image_file": image_file, "ID": sample_id, "path": folder}
         turns: list[dict[str, Any]] = [{"q": question, "a": answer} for question, answer in outcome.turns]
         caption = turns[0] if len(turns) == 1 else {"turns": turns}
-        start = ",\n" if self.num_samples else "{\n"
-        self.image_map.write(f"{start}{_encode(key)}: {_encode(entry)}".encode())
-        self.captions.write(f'{start}"{sample_id}": {_encode(caption)}'.encode())
+        with naming(self.files[1].target):
+            self.image_map.add(key, entry)
+        with naming(self.files[0].target):
+            self.captions.add(sample_id, caption)
         self.num_samples += 1
 
     def _reject(self, source: Source, record: Record, error: RecordError, caption: int | None = None) -> None:

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _abridged = reprlib.Repr()
 _abridged.maxstring = _abridged.maxother = 100
-_short = _abridged.repr  # a value as messages show it: a key of a megabyte must not fill them
+short = _abridged.repr  # a value as messages show it: a key of a megabyte must not fill them
 
 
 @dataclass(frozen=True)
@@ -90,28 +90,33 @@ class Annotations:
         key_of_id: dict[int, str] = {}
         for key, entry in islice(entries.items(), max_samples):
             try:
-                sample = _parse_entry(key, entry, captions, folder_of)
+                sample = parse_entry(key, entry, captions, folder_of)
                 if sample.id in key_of_id:
-                    keys = f"{_short(key_of_id[sample.id])} and {_short(key)}"
+                    keys = f"{short(key_of_id[sample.id])} and {short(key)}"
                     raise SampleError(f"sample {sample.id}: {keys} both have this ID")
             except SampleError as error:
                 self.errors.append(str(error))
                 continue
             key_of_id[sample.id] = key
-            digest.update(repr((sample.id, sample.image_files, sample.turns)).encode("utf-8", "surrogatepass"))
+            digest_sample(digest, sample)
             record = [sample.id, sample.image_folder, sample.image_files, sample.turns]
             packed += encode(record).encode("utf-8", "surrogatepass")
             ends.append(len(packed))
-        if self.errors and not (skip_bad and key_of_id):
-            bad, first = format_count(len(self.errors), "bad sample"), "; ".join(self.errors[:3])
-            more = f"; and {len(self.errors) - 3} more" if len(self.errors) > 3 else ""
-            raise SampleError(f"{bad} in {image_map} and {captions_file}: {first}{more}")
-        if max_samples is None and len(captions) > len(entries):
-            surplus = format_count(len(captions) - len(entries), "entry has", "entries have")
-            logger.warning("%s: %s no image_map entry", captions_file, surplus)
+        surplus = len(captions) - len(entries) if max_samples is None else 0
+        self.check_counts(image_map, captions_file, skip_bad and bool(key_of_id), surplus)
         self.fingerprint = digest.hexdigest()[:16]
         self._packed = torch.frombuffer(packed, dtype=torch.uint8)  # (bytes,)
         self._ends = torch.tensor(ends)  # (samples + 1,)
+
+    def check_counts(self, image_map: str | Path, captions_file: str | Path, skip: bool, surplus: int) -> None:
+        """Refuse bad samples, unless they are to be skipped; warn of `surplus` captions without an entry."""
+        if self.errors and not skip:
+            bad, first = format_count(len(self.errors), "bad sample"), "; ".join(self.errors[:3])
+            more = f"; and {len(self.errors) - 3} more" if len(self.errors) > 3 else ""
+            raise SampleError(f"{bad} in {image_map} and {captions_file}: {first}{more}")
+        if surplus > 0:
+            counted = format_count(surplus, "entry has", "entries have")
+            logger.warning("%s: %s no image_map entry", captions_file, counted)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -128,6 +133,11 @@ class Annotations:
         return (self[index] for index in range(len(self)))
 
 
+def digest_sample(digest: Any, sample: Sample) -> None:
+    """Add a sample to a fingerprint."""
+    digest.update(repr((sample.id, sample.image_files, sample.turns)).encode("utf-8", "surrogatepass"))
+
+
 def find_folder(image_map: Path, must_exist: bool, written: str) -> str:
     """Return the absolute folder for a `path` of the image map.
 
@@ -137,7 +147,7 @@ def find_folder(image_map: Path, must_exist: bool, written: str) -> str:
         if os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name of 5,000 characters
             return str(folder)
     if must_exist:
-        raise SampleError(f"image folder {_short(written)} does not exist; correct `path` in {image_map}")
+        raise SampleError(f"image folder {short(written)} does not exist; correct `path` in {image_map}")
     return written
 
 
@@ -145,7 +155,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     """Read a file that holds one JSON object; refuse any other."""
     try:
         with Path(path).open(encoding="utf-8-sig") as file:
-            value = json.load(file, object_pairs_hook=_refuse_repeated_keys)
+            value = json.load(file, object_pairs_hook=refuse_repeated_keys)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -155,21 +165,27 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON; the ValueError names a key that stands twice."""
     # JSON readers keep the last of two equal keys: a sample would be lost silently.
     result = dict(pairs)
     if len(result) != len(pairs):
         repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {_short(repeated)} stands twice in one object")
+        raise ValueError(f"the key {short(repeated)} stands twice in one object")
     return result
 
 
-def _parse_entry(key: str, entry: Any, captions: dict[str, Any], folder_of: Callable[[str], str]) -> Sample:
+def parse_entry(key: str, entry: Any, captions: Any, folder_of: Callable[[str], str]) -> Sample:
+    """Check one entry, and join it with its caption; `captions.get` finds that by ID, as text.
+
+    Raises:
+        SampleError: the sample cannot be used; the message names it.
+    """
     if not isinstance(entry, dict):
-        raise SampleError(f"entry {_short(key)} must be an object, got {type(entry).__name__}")
+        raise SampleError(f"entry {short(key)} must be an object, got {type(entry).__name__}")
     sample_id = entry.get("ID")
     if type(sample_id) is not int or not -(2**63) <= sample_id < 2**63:  # True is an int, too
-        raise SampleError(f"entry {_short(key)}: ID must be an integer of at most 64 bits, got {_short(sample_id)}")
+        raise SampleError(f"entry {short(key)}: ID must be an integer of at most 64 bits, got {short(sample_id)}")
     try:
         folder, files = folder_and_files(entry, folder_of)
         turns = _turns(captions.get(str(sample_id)))
@@ -195,14 +211,14 @@ def folder_and_files(entry: Any, folder_of: Callable[[str], str]) -> tuple[str, 
     files = [] if value is None else value if isinstance(value, list) else [value]
     for file in files:
         if not isinstance(file, str):
-            raise SampleError(f"`{field}` must be a file name, a list of them or null, got {_short(value)}")
+            raise SampleError(f"`{field}` must be a file name, a list of them or null, got {short(value)}")
         if reason := check_image_name(file):
-            raise SampleError(f"{reason}: {_short(file)}")
+            raise SampleError(f"{reason}: {short(file)}")
     if not files:
         return "", []
     path = entry.get("path")
     if not isinstance(path, str) or not path:  # an empty one would be the current folder
-        raise SampleError(f"`path` must be the image folder, got {_short(path)}")
+        raise SampleError(f"`path` must be the image folder, got {short(path)}")
     return folder_of(path), files
 
 
@@ -211,16 +227,16 @@ def _turns(caption: Any) -> list[tuple[str, list[str]]]:
     if caption is None:
         raise SampleError("has no entry in the captions file")
     if not isinstance(caption, dict) or ("turns" in caption) == ("q" in caption or "a" in caption):
-        raise SampleError(f'its caption must be either {{"q", "a"}} or {{"turns"}}, got {_short(caption)}')
+        raise SampleError(f'its caption must be either {{"q", "a"}} or {{"turns"}}, got {short(caption)}')
     turns = caption.get("turns", [caption])
     if not isinstance(turns, list) or not turns:
-        raise SampleError(f'"turns" must be a list of {{"q", "a"}} objects, got {_short(turns)}')
+        raise SampleError(f'"turns" must be a list of {{"q", "a"}} objects, got {short(turns)}')
     checked = []
     for number, turn in enumerate(turns, start=1):
         question, answer = (turn.get("q"), turn.get("a")) if isinstance(turn, dict) else (None, None)
         answers: list[Any] = answer if isinstance(answer, list) else [answer]
         if not isinstance(question, str) or not answers or not all(isinstance(text, str) for text in answers):
-            raise SampleError(f'turn {number} must be {{"q": text, "a": text or list of texts}}, got {_short(turn)}')
+            raise SampleError(f'turn {number} must be {{"q": text, "a": text or list of texts}}, got {short(turn)}')
         if not all(text.strip() for text in answers):
             raise SampleError(f"turn {number}: an answer is empty")
         checked.append((question, answers))

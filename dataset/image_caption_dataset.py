@@ -35,6 +35,15 @@ def draw_alternative(seed: int, epoch: int, sample_id: int, turn: int, num_alter
     return int.from_bytes(digest, "big") % num_alternatives
 
 
+def open_annotations(image_map: str | Path, captions_file: str | Path, *args: Any, **options: Any) -> Annotations:
+    """Read the two files; those of millions of samples, JSON lines or Parquet, stay on the disk."""
+    if {Path(file).suffix.lower() for file in (image_map, captions_file)} & {".jsonl", ".parquet"}:
+        from .large_annotations import LargeAnnotations
+
+        return LargeAnnotations(image_map, captions_file, *args, **options)
+    return Annotations(image_map, captions_file, *args, **options)
+
+
 class ImageCaptionDataset(Dataset[dict[str, Any]]):
     """Samples of an image map and a captions file.
 
@@ -43,8 +52,8 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
     `feature_cache`, `vision_features` (n, P, D) take the place of pixels, and no image is opened.
 
     Args:
-        image_map: path of `image_map.json`.
-        captions_file: path of `captions.json`.
+        image_map: path of `image_map.json`, or `.jsonl`, or `.parquet`.
+        captions_file: path of `captions.json`, likewise.
         tokenizer: QWen's tokenizer.
         image_transform: the vision tower's own, PIL RGB -> float tensor (3, H, W).
         num_image_tokens: the tower's features per image.
@@ -96,7 +105,7 @@ class ImageCaptionDataset(Dataset[dict[str, Any]]):
         if on_bad_sample not in ("error", "skip"):
             raise ValueError(f"on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
         self.skips_bad = on_bad_sample == "skip"
-        self.annotations = Annotations(
+        self.annotations = open_annotations(
             image_map, captions_file, max_samples, skip_bad=self.skips_bad, need_folders=need_folders
         )
         self.bad = BadSamples(len(self), self.annotations.errors, max_bad_fraction)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataprocess.image_io import ImageError, resolve_image_path
 from dataprocess.messages import format_count, shorten
 from dataset.annotations import find_folder, folder_and_files, read_object
+from dataset.large_annotations import entries_by_key
 from dataset.prompt import SampleError
 from model.checkpoints.checkpoint import read_checkpoint, tower_settings
 from model.console import set_up_logging
@@ -77,7 +78,8 @@ def list_images(image_maps: Sequence[str], allow_links: bool) -> tuple[list[Path
     paths, bad_images, bad_entries = [], [], []
     for image_map in image_maps:
         folder_of = functools.cache(functools.partial(find_folder, Path(image_map), True))
-        for key, entry in read_object(image_map).items():
+        is_large = Path(image_map).suffix.lower() in (".jsonl", ".parquet")
+        for key, entry in entries_by_key(image_map) if is_large else read_object(image_map).items():
             try:
                 folder, names = folder_and_files(entry, folder_of)
                 images.update(dict.fromkeys((folder, name) for name in names))

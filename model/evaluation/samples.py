@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dataprocess.image_io import resolve_image_path
 from dataprocess.messages import format_count
-from dataset.annotations import Annotations
+from dataset.image_caption_dataset import open_annotations
 from qwen.tokenization_qwen import IMAGE_TOKEN
 
 from ..asking.question_file import Question
@@ -22,7 +22,7 @@ def read_samples(image_map: Path, captions_file: Path, suffix: str = "") -> Ques
     Samples whose later questions bring pictures are left out, with a warning.
     """
     items, left_out = [], 0
-    for sample in Annotations(image_map, captions_file):
+    for sample in open_annotations(image_map, captions_file):
         prompt, references = sample.turns[0]
         if prompt.count(IMAGE_TOKEN) != len(sample.image_files):
             left_out += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -393,3 +394,60 @@ def test_written_bytes_are_stable(project):
     assert outputs["captions.json"].decode() == (
         '{\n"0": {"q": "<|extra_0|>问", "a": "答"},\n"1": {"turns": [{"q": "q", "a": "a"}, {"q": "q", "a": "b"}]}\n}\n'
     )
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_other_forms_hold_the_same(project, ending):
+    project.ali([ai(f"{index}.jpg") for index in range(1001)])  # more than a row group of Parquet
+    project.coco([llava(["a.jpg", "b.jpg"], "<image><image>", "x", "C", "c"), llava(None, "q", "a")])
+    assert project.run() == 0
+    expected = project.read("output_image_map"), project.read("output_captions")
+    project.config |= {"output_image_map": f"out/map.{ending}", "output_captions": f"out/texts.{ending}"}
+    assert project.run() == 0
+    first = project.outputs()
+    assert project.run() == 0
+    assert project.outputs() == first
+    files = [project.folder / "out" / f"{name}.{ending}" for name in ("map", "texts")]
+    if ending == "jsonl":
+        entries, captions = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        assert [parquet.ParquetFile(file).metadata.row_group(0).num_rows for file in files] == [1000, 1000]
+        entries, captions = (parquet.read_table(file).to_pylist() for file in files)
+        for entry in entries:
+            names = entry["image_file"] or [None]
+            entry["image_file"] = names if len(names) > 1 else names[0]
+        for caption in captions:
+            turns = caption.pop("turns")
+            turns = [{"q": turn["q"], "a": turn["a"] if len(turn["a"]) > 1 else turn["a"][0]} for turn in turns]
+            caption |= turns[0] if len(turns) == 1 else {"turns": turns}
+    assert {entry.pop("key"): entry for entry in entries} == expected[0]
+    assert {str(caption.pop("ID")): caption for caption in captions} == expected[1]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_failure_leaves_earlier_outputs_of_other_forms(project, ending, capfd):
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    project.config |= {"output_image_map": f"out/map.{ending}", "output_captions": f"out/texts.{ending}"}
+    assert project.ali([ai("old.jpg", ["old"])]).run() == 0
+    before = project.outputs()
+    assert project.ali([ai("1.jpg", [])]).run() == 2
+    assert project.ali(b"[" + json.dumps(ai("1.jpg")).encode()).run() == 2
+    drawn = random.Random(0)  # does not compress
+    project.ali([ai(f"{index}.jpg", [drawn.randbytes(100).hex()]) for index in range(9000)])
+    assert "Exception ignored" not in capfd.readouterr().err
+    (project.folder / "config.yaml").write_text(json.dumps(project.config))
+    limited = f'ulimit -f 200; exec "{sys.executable}" "{SCRIPT}" --config "{project.folder}/config.yaml"'
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert project.outputs() == before
+
+
+def test_a_missing_pyarrow_is_one_line(project, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    project.config["output_image_map"] = "out/map.parquet"
+    assert project.ali([ai("1.jpg")]).run() == 2
+    assert "pip install -r parquet-requirements.txt" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dataprocess.image_io import content_key
 from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, image_caption_dataset
-from dataset.annotations import Annotations, _refuse_repeated_keys
+from dataset.annotations import Annotations, refuse_repeated_keys
 from dataset.image_caption_dataset import draw_alternative
 from model.feature_caching.fill import image_files
 
@@ -291,9 +291,9 @@ def test_a_repeated_key_is_found_in_linear_time():
             return str.__eq__(self, other)
 
     pairs = [(Key(number), {}) for number in range(2000)]
-    assert len(_refuse_repeated_keys(pairs)) == 2000
+    assert len(refuse_repeated_keys(pairs)) == 2000
     with pytest.raises(ValueError, match="'1999'"):
-        _refuse_repeated_keys([*pairs, (Key(1999), {})])
+        refuse_repeated_keys([*pairs, (Key(1999), {})])
     assert len(compared) < 100_000
 
 

@@ -1,4 +1,4 @@
-"""Training on pictures in tar shards is training on their files: losses, order, resuming, grouping, stored features."""
+"""Training on tar shards, JSON lines and Parquet is training on files and JSON: losses, order, resuming, grouping."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TALKS = [
 ]
 
 
-def prepare(folder: Path, pictures: Path, *flags: object) -> list[str]:
+def prepare(folder: Path, pictures: Path, *flags: object, ending: str = "json") -> list[str]:
     """Prepare twelve samples of all kinds; returns the flags that name them."""
     folder.mkdir()
     talks = []
@@ -47,24 +47,27 @@ def prepare(folder: Path, pictures: Path, *flags: object) -> list[str]:
         "ali_image_path": str(pictures),
         "ali_image_path_label_file": "photos.json",
         "llava_sources": [{"image_path": str(pictures), "label_file": "talks.json"}],
-        "output_image_map": "image_map.json",
-        "output_captions": "captions.json",
+        "output_image_map": f"image_map.{ending}",
+        "output_captions": f"captions.{ending}",
     }
     for name, content in {"photos.json": photos, "talks.json": talks, "config.yaml": config}.items():
         (folder / name).write_text(json.dumps(content))
     assert process_image.main(["--config", str(folder / "config.yaml"), *map(str, flags)]) == 0
-    return ["--image_map", str(folder / "image_map.json"), "--captions_file", str(folder / "captions.json")]
+    return ["--image_map", str(folder / f"image_map.{ending}"), "--captions_file", str(folder / f"captions.{ending}")]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, list[str]]:
-    """The same samples over files and over shards; the files of the second are gone."""
+    """The same samples over files, also named by JSON lines and Parquet, and over shards, whose files are gone."""
+    pytest.importorskip("pyarrow")
     folder = tmp_path_factory.mktemp("sharded")
     plain, others = folder / "pictures", folder / "others"
     make_pictures(plain)
     shutil.copytree(plain, others)
     shards = ("--shards", folder / "shards", "--shard_bytes", 2500, "--check_images")
     found = {"files": prepare(folder / "files", plain), "shards": prepare(folder / "packed", others, *shards)}
+    for ending in ("jsonl", "parquet"):
+        found[ending] = prepare(folder / ending, plain, ending=ending)
     shutil.rmtree(others)
     assert len(list((folder / "shards").glob("*.tar"))) > 2
     return found
@@ -72,7 +75,7 @@ def data(tmp_path_factory) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def run(base_flags, data, tmp_path_factory):
-    """Train in this process on one of the two, the same only once; gives the last checkpoint."""
+    """Train in this process on one of these, the same only once; gives the last checkpoint."""
 
     @functools.cache
     def train_on(which: str, *flags: object) -> Path:
@@ -96,16 +99,31 @@ def test_losses_and_weights_are_those_of_files(run):
     assert_same(run("files"), of_shards)
 
 
+@pytest.mark.parametrize("ending", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
+def test_losses_and_weights_are_those_of_json(run, ending):
+    assert_same(run(ending, "--dataloader_num_workers", "2"), run("files"))
+
+
 @pytest.mark.slow
-def test_groups_by_length_are_those_of_files(run):
+@pytest.mark.parametrize("which", ["shards", "jsonl"])
+def test_groups_by_length_are_those_of_files(run, which):
     flags = ("--train_sampling_strategy", "group_by_length")
-    assert_same(run("files", *flags), run("shards", *flags))
+    assert_same(run(which, *flags), run("files", *flags))
 
 
-def test_a_run_on_shards_is_resumed_exactly(run, data, base_flags, tmp_path):
-    whole = run("shards", "--dataloader_num_workers", "2")
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_the_features_of_all_pictures_are_found(data, ending):
+    found, expected = (cache_features.list_images([data[which][1]], False) for which in (ending, "files"))
+    assert found == expected
+    assert len(found[0]) == 6
+
+
+@pytest.mark.parametrize(("begun", "resumed"), [("shards", "shards"), ("files", "jsonl")])
+def test_a_run_is_resumed_exactly(run, data, base_flags, tmp_path, begun, resumed):
+    """Also on the same samples in another form: their fingerprint is the same."""
+    whole = run(begun, *(("--dataloader_num_workers", "2") if begun == "shards" else ()))
     shutil.copytree(whole.with_name("checkpoint-3"), tmp_path / "half/checkpoint-3")
-    flags = [*base_flags, *data["shards"], *QUICK, "--output_dir", str(tmp_path / "half")]
+    flags = [*base_flags, *data[resumed], *QUICK, "--output_dir", str(tmp_path / "half")]
     assert train.main([*flags, "--resume_from_checkpoint", "auto"]) == 0
     assert_same(tmp_path / "half/checkpoint-6", whole)
 
