@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from dataprocess.messages import format_count
+
 from ..asking.answer_file import digest, picture_stamp
 from ..asking.assistant import Assistant, check_flags, load_assistant
 from ..asking.batch_answers import complete_answers
@@ -69,6 +71,9 @@ def ask(args: argparse.Namespace, items: Sequence[Item], output: Path, rank: int
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if world_size > 1 and args.device is None and has_accelerator():
+        if local_rank >= torch.accelerator.device_count():
+            found = format_count(torch.accelerator.device_count(), "GPU")
+            raise ValueError(f"--device: {found} for {world_size} processes; start as many as GPUs, or name a device")
         torch.accelerator.set_device_index(local_rank)  # what `pick_device` then takes
     flags = argparse.Namespace(**{**vars(args), **_FLAGS_OF_TEST_PY, "output": str(output)})
     check_flags(flags)
@@ -108,9 +113,10 @@ def blind_questions(questions: Sequence[Question]) -> list[Question]:
     for question in questions:
         places = distinct.setdefault(len(question.images), {})
         places.setdefault(question.images, len(places))
+    shown = {number: list(places) for number, places in distinct.items()}
     swapped = []
     for question in questions:
-        pictures = list(distinct[len(question.images)])
+        pictures = shown[len(question.images)]
         if question.images and len(pictures) == 1:
             raise ValueError(f"--blind: {question.images[0]} is the only picture, so that no question can get another")
         at = distinct[len(question.images)][question.images] + len(pictures) // 2

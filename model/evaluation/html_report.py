@@ -79,7 +79,7 @@ def html_report(results: dict[str, Any], lines: Sequence[dict[str, Any]], tables
 
 
 def _worst(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Choose the questions with the lowest score, from every kind as many, and return them with the lowest first.
+    """Choose the questions with the lowest score, at first from every kind as many; return them with the lowest first.
 
     Questions that no metric is defined for come last.
     """
@@ -88,6 +88,8 @@ def _worst(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         by_kind.setdefault(_kind(line), []).append(line)
     share = max(1, _MOST_SHOWN // len(by_kind))
     chosen = [line for of_kind in by_kind.values() for line in of_kind[:share]]
+    others = [line for of_kind in by_kind.values() for line in of_kind[share:]]
+    chosen += sorted(others, key=_score_of)[: max(0, _MOST_SHOWN - len(chosen))]
     return sorted(chosen[:_MOST_SHOWN], key=_score_of)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -150,7 +151,7 @@ def test_the_bound_of_the_report_leaves_every_kind_in(call, tmp_path):
     flags = ["--questions", write(tmp_path / "q.jsonl", questions), "--answers", write(tmp_path / "a.jsonl", answers)]
     call(*flags, "--output", tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("class='card ") == 151
+    assert page.count("class='card ") == 300
     assert page.count('data-kind="rare"') == 1
 
 
@@ -384,6 +385,16 @@ def test_pictures_that_are_fixed_later_complete_an_evaluation(call, asked, train
         pages = [(tmp_path / folder / name).read_text().replace("/fresh", "/out") for folder in ("out", "fresh")]
         assert pages[0] == pages[1]
     assert len({str(results(tmp_path / folder)["fingerprints"]["model"]) for folder in ("out", "fresh")}) == 1
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
+    from model.evaluation import asking
+
+    monkeypatch.setattr(asking, "has_accelerator", lambda: True)
+    monkeypatch.setattr(asking.torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="1 GPU for 2 processes"):
+        asking.ask(argparse.Namespace(device=None), [], tmp_path, 1, 2)
 
 
 @pytest.mark.slow

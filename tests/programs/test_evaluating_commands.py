@@ -13,6 +13,8 @@ from tiny_run import ROOT, make_pictures
 
 import evaluate
 
+pytestmark = pytest.mark.slow
+
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.S | re.M)
 COCO_NAME = "COCO_val2014_000000000009.jpg"
 
