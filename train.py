@@ -24,6 +24,7 @@ from model.checkpoints.base_models import load_tokenizer
 from model.checkpoints.previous import read_previous
 from model.console import set_up_logging
 from model.dry_run.report import dry_run
+from model.evaluation.answering_samples import AnswerSamples
 from model.export.from_llava import start_from_llava
 from model.feature_caching.fill import complete_feature_cache
 from model.runs.callbacks import WatchBadSamples
@@ -131,6 +132,8 @@ def build_trainer(
         callbacks=[WatchBadSamples(train_set), *([WatchBadEvalSamples(eval_set)] if eval_set is not None else [])],
     )
     trainer.add_callback(ReportRun(trainer))
+    if data_args.eval_generate is not None and eval_set is not None:
+        trainer.answer_samples = AnswerSamples(trainer, tokenizer, eval_set, data_args)
     trainer.create_optimizer()  # a wrong --optim is found before anything is written
 
     # Let the tower see every image once, if its features are to be stored.

@@ -98,23 +98,19 @@ class DataArguments:
     max_length: int = flag(default=2048, help="Tokens per sample, image tokens included; longer answers are cut.")
     eval_image_map: str | None = flag(default=None, help="Like --image_map, for evaluation.")
     eval_captions_file: str | None = flag(default=None, help="Like --captions_file, for evaluation.")
+    eval_generate: int | None = flag(default=None, help="Answer so many samples at each evaluation; log metrics.")
+    eval_max_new_tokens: int = flag(default=64, help="Length limit of these answers, in tokens.")
     on_bad_sample: str = flag(
         default="skip", help="What a sample that cannot be used does.", metadata={"choices": ["error", "skip"]}
     )
-    max_bad_fraction: float = flag(
-        default=0.01, help="With --on_bad_sample skip: a larger share of bad samples stops the run."
-    )
+    max_bad_fraction: float = flag(default=0.01, help="With --on_bad_sample skip: a larger share stops the run.")
     allow_links: bool = flag(default=False, help="Follow links in the image folder that lead out of it.")
-    dry_run: bool = flag(
-        default=False, help="Print parameters, tokens, steps and expected memory, then stop. No weights are needed."
-    )
+    dry_run: bool = flag(default=False, help="Print parameters, tokens, steps and expected memory, then stop.")
     feature_cache: str | None = flag(
         default=None, help="Folder that stores the tower's features, so that it sees every image only once."
     )
     feature_cache_dtype: str = flag(
-        default="bfloat16",
-        help="Dtype of the stored features; float32 changes no result.",
-        metadata={"choices": [*DTYPES]},
+        default="bfloat16", help="Dtype of the features; float32 changes no result.", metadata={"choices": [*DTYPES]}
     )
 
 
@@ -130,19 +126,12 @@ class VLMTrainingArguments(TrainingArguments):
     learning_rate: float = flag(default=3e-5, help="Learning rate of LoRA; of the whole model under --train_only all.")
     global_batch_size: int | None = flag(
         default=None,
-        help="Samples per optimizer step over all processes; sets --gradient_accumulation_steps to fit, so that a run "
-        "can resume with another number of GPUs.",
+        help="Samples per step over all processes; sets --gradient_accumulation_steps to fit, on any number of GPUs.",
     )
     shard_model: bool = flag(default=False, help="Split the language model over the GPUs: each holds a share (FSDP2).")
-    remove_unused_columns: bool = flag(
-        default=False, help="Must stay false: the data set returns exactly what the model takes."
-    )
-    overwrite_output_dir: bool = flag(
-        default=False, help="Delete the run that --output_dir holds, and start a new one."
-    )
-    ddp_find_unused_parameters: bool | None = flag(
-        default=False, help="Not needed: LoRA and projector get a gradient in every step, also without an image."
-    )
+    remove_unused_columns: bool = flag(default=False, help="Must stay false: the data set returns what is needed.")
+    overwrite_output_dir: bool = flag(default=False, help="Delete the run in --output_dir, and start a new one.")
+    ddp_find_unused_parameters: bool | None = flag(default=False, help="Not needed: all parts always get a gradient.")
 
     def __post_init__(self) -> None:
         """Refuse what Trainer accepts but would train something else than it says; derive accumulation and dtype.
@@ -252,6 +241,7 @@ _NOT_SUPPORTED = {
 _COUNTS = (
     *("lora_rank", "lora_alpha", "pixel_shuffle", "max_train_samples", "max_length", "per_device_train_batch_size"),
     *("per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+    *("eval_generate", "eval_max_new_tokens"),
 )
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 _RATES = ("learning_rate", "feature_proj_lr", "max_grad_norm", "weight_decay")
@@ -282,20 +272,22 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         raise ValueError("; ".join(wrong))
     of_lora = [name for name in _OF_LORA if getattr(model_args, name) != getattr(ModelArguments, name)]
     if model_args.train_only is not None and of_lora:
+        named = " and ".join(f"--{name}" for name in of_lora)
         raise ValueError(
-            f"--train_only {model_args.train_only} trains no LoRA: leave out "
-            f"{' and '.join(f'--{name}' for name in of_lora)} (train.sh gives some of them: call train.py), or "
-            "--train_only"
+            f"--train_only {model_args.train_only} trains no LoRA: leave out {named} (train.sh has some: call train.py)"
         )
     model_args.check_scaling(args)
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     strategy: Any = args.eval_strategy
     if strategy != "no" and data_args.eval_image_map is None:
-        raise ValueError(
-            f"--eval_strategy {strategy.value} needs --eval_image_map and --eval_captions_file; give both, or leave it "
-            "out"
-        )
+        raise ValueError(f"--eval_strategy {strategy.value} needs --eval_image_map and --eval_captions_file; give both")
+    if data_args.eval_generate is not None and (strategy == "no" or args.shard_model):
+        wanted = "no --shard_model" if args.shard_model else "--eval_image_map, --eval_captions_file and an evaluation"
+        raise ValueError(f"--eval_generate needs {wanted}; give that, or leave it out")
+    best = args.metric_for_best_model
+    if data_args.eval_generate is None and best not in (None, "loss", "eval_loss"):
+        raise ValueError(f"--metric_for_best_model {best}: only loss is measured without --eval_generate; give it too")
     for name in ("image_map", "captions_file", "eval_image_map", "eval_captions_file"):
         path = getattr(data_args, name)
         if path is not None and not Path(path).is_file():

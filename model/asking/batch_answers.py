@@ -89,7 +89,7 @@ def complete_answers(
         # A checkpoint knows its base models; if others are named, they are compared even if nothing is left to answer.
         if left or args.base_language_model or args.base_value_model:
             assistant = load()
-            _check_settings(assistant)
+            check_settings(assistant)
             generation = assistant.model.qwen.generation_config.to_diff_dict()
             generation.pop("transformers_version", None)
             answers.begin({"base models": assistant.model.fingerprints, "generation settings": generation})
@@ -103,7 +103,7 @@ def complete_answers(
     return answers.lines
 
 
-def _check_settings(assistant: Assistant) -> None:
+def check_settings(assistant: Assistant) -> None:
     """Refuse settings under which no question can be answered: `generate` gets ready for an answer, and draws none."""
     model = assistant.model.qwen
     try:

@@ -102,7 +102,7 @@ def base_models(language: str | None, vision: str | None, checkpoint: Checkpoint
     if language is None or vision is None:
         flags = {"--base_language_model": language, "--base_value_model": vision}
         missing = " and ".join(flag for flag, name in flags.items() if name is None)
-        raise CheckpointError(f"give {missing}: checkpoint {checkpoint.folder} has no {MULTIMODAL_CONFIG} that says it")
+        raise CheckpointError(f"give {missing}: checkpoint {checkpoint.folder} has no {MULTIMODAL_CONFIG} to name it")
     return language, vision
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dataprocess.image_io import resolve_image_path
 from dataprocess.messages import format_count
+from dataset.annotations import Sample
 from dataset.image_caption_dataset import open_annotations
 from qwen.tokenization_qwen import IMAGE_TOKEN
 
@@ -23,15 +24,29 @@ def read_samples(image_map: Path, captions_file: Path, suffix: str = "") -> Ques
     """
     items, left_out = [], 0
     for sample in open_annotations(image_map, captions_file):
-        prompt, references = sample.turns[0]
-        if prompt.count(IMAGE_TOKEN) != len(sample.image_files):
+        if has_all_pictures_first(sample):
+            items.append(with_suffix(first_question(sample), suffix))
+        else:
             left_out += 1
-            continue
-        images = tuple(resolve_image_path(sample.image_folder, name) for name in sample.image_files)
-        items.append(with_suffix(Item(Question(sample.id, images, prompt), tuple(references)), suffix))
     if left_out:
         said = format_count(left_out, "sample brings", "samples bring")
         logger.warning("%s: %s pictures in a later question; left out", captions_file, said)
     if not items:
         raise ValueError(f"{captions_file}: no sample has all its pictures in its first question")
     return QuestionSet("samples", image_map.stem, items)
+
+
+def has_all_pictures_first(sample: Sample) -> bool:
+    """Return whether the first question shows all pictures of a sample."""
+    return sample.turns[0][0].count(IMAGE_TOKEN) == len(sample.image_files)
+
+
+def first_question(sample: Sample, allow_links: bool = False) -> Item:
+    """Return the first question of a sample, with its alternative answers as references.
+
+    Raises:
+        ImageError: a picture leads out of the image folder.
+    """
+    prompt, references = sample.turns[0]
+    images = tuple(resolve_image_path(sample.image_folder, name, allow_links) for name in sample.image_files)
+    return Item(Question(sample.id, images, prompt), tuple(references))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class TokenMeanTrainer(Trainer):
     _evaluated: list[Tensor]
     """(2,) for each batch: the sum of its losses, and its supervised tokens."""
     _eval_samples: int
+    answer_samples: Callable[[], dict[str, float]] | None = None
+    """Answers samples and returns metrics by their names, see `--eval_generate`."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return Trainer's loader, whose workers leave signals to the process they work for."""
@@ -53,8 +56,12 @@ class TokenMeanTrainer(Trainer):
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         own = torch.stack(self._evaluated).cpu().double().sum(dim=0).tolist()
         total, tokens = (sum(column) for column in zip(*gather_object([own]), strict=True))
-        loss = {f"{kwargs.get('metric_key_prefix', 'eval')}_loss": total / tokens if tokens else float("nan")}
-        return output._replace(metrics={**(output.metrics or {}), **loss})
+        found = {"loss": total / tokens if tokens else float("nan")}
+        if self.answer_samples is not None:
+            found |= self.answer_samples()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics = {f"{prefix}_{name}": value for name, value in found.items()}
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
 
 
 class WatchBadEvalSamples(WatchBadSamples):
