@@ -202,7 +202,8 @@ def parse_arguments(
     parser.add_argument("--help_all", "--help-all", action="help", help="Explain every flag, and stop.")
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)}")
+        why = "; training keeps no block on CPU or disk, see --shard_model" if "--device_map" in unknown else ""
+        parser.error(f"unknown flags: {' '.join(unknown)}{why}")
 
     # Defaults that depend on the machine have to be there before `TrainingArguments` is built, because it sets up the
     # process group: two processes that learn later that they run on the CPU would each believe to be alone.
