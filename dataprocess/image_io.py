@@ -17,7 +17,6 @@ without checksums (JPEG, BMP), and a progressive JPEG that lacks its last scans,
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -63,7 +62,8 @@ class ImageError(ValueError):
     reason: str = "unusable image"
 
 
-def _error(path: str | os.PathLike[str], reason: str, detail: str = "") -> ImageError:
+def image_error(path: str | os.PathLike[str], reason: str, detail: str = "") -> ImageError:
+    """Describe what is wrong with a picture."""
     # Built from one string, so that it survives pickling and the re-raising in a data loader's parent process.
     error = ImageError(f"{os.fspath(path)!r}: {reason}" + (f" ({detail})" if detail else ""))
     error.reason = reason
@@ -94,16 +94,16 @@ def resolve_image_path(root: str | os.PathLike[str], name: str, allow_links: boo
     """
     reason = check_image_name(name)
     if reason:
-        raise _error(name, reason, f"it must be inside {os.fspath(root)!r}")
+        raise image_error(name, reason, f"it must be inside {os.fspath(root)!r}")
     path = Path(root, name)
     if not allow_links:
         try:
             real_root = os.path.realpath(root)
             real = os.path.realpath(os.path.join(real_root, name))  # noqa: PTH118 - once per sample: strings are quicker
         except ValueError as exc:  # characters that no file name can hold
-            raise _error(path, "unreadable", str(exc)) from None
+            raise image_error(path, "unreadable", str(exc)) from None
         if os.path.commonpath((real_root, real)) != real_root:
-            raise _error(path, "link leads out of its folder", f"to {real!r}; --allow_links accepts such links")
+            raise image_error(path, "link leads out of its folder", f"to {real!r}; --allow_links accepts such links")
     return path
 
 
@@ -117,9 +117,9 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
             format, cut short or damaged, or too large.
     """
     path = os.fspath(path)
-    stored = _read_from_shard(path)
+    stored = read_from_shard(path) if ".tar/" in path else None
     if stored is None:
-        _check_file(path)
+        check_file(path)
     try:
         with Image.open(_open_file(path, stored), formats=FORMATS) as image:
             width, height = image.size
@@ -129,70 +129,43 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
             return _upright_rgb(image)
     except (Image.DecompressionBombError, MemoryError) as exc:
         problem = str(exc) or "not enough memory to decode it"
-        raise _error(path, "image too large", f"{problem}; at most {MAX_PIXELS:,} pixels are accepted") from None
+        raise image_error(path, "image too large", f"{problem}; at most {MAX_PIXELS:,} pixels are accepted") from None
     except UnidentifiedImageError:
-        raise _error(path, "not an image", f"none of {', '.join(FORMATS)}") from None
+        raise image_error(path, "not an image", f"none of {', '.join(FORMATS)}") from None
     except PermissionError as exc:
-        raise _error(path, "unreadable", exc.strerror or str(exc)) from None
+        raise image_error(path, "unreadable", exc.strerror or str(exc)) from None
     except ImageError:
         raise
     except Exception as exc:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
-        raise _error(path, "image cut short or damaged", f"{exc}" or type(exc).__name__) from None
+        raise image_error(path, "image cut short or damaged", f"{exc}" or type(exc).__name__) from None
 
 
-def read_image(path: str | os.PathLike[str]) -> bytes:
-    """Read a picture's bytes as they are stored, within the limits of `load_image`; they may be of no picture.
-
-    Raises:
-        ImageError: the file is missing, a directory or no regular file, empty, unreadable, or too large.
-    """
-    path = os.fspath(path)
-    stored = _read_from_shard(path)
-    if stored is not None:
-        return stored
-    _check_file(path)
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123
-            return file.read()
-    except OSError as exc:
-        raise _error(path, "unreadable", exc.strerror or str(exc)) from None
-
-
-def content_key(path: str | os.PathLike[str]) -> bytes | None:
-    """Return the SHA-256 of a picture's bytes; None if they cannot be read, and `load_image` says why."""
-    try:
-        return hashlib.sha256(read_image(path)).digest()
-    except ImageError:
-        return None
-
-
-def _read_from_shard(path: str) -> bytes | None:
-    """Read a picture that is stored in a tar shard; None for one that has a file of its own."""
-    if ".tar/" not in path:
-        return None
+def read_from_shard(path: str) -> bytes | None:
+    """Read a picture that is stored in a tar shard; None if the path is not the name of such a place."""
     from .shards import ShardError, read_member
 
     try:
         return read_member(path, MAX_BYTES)
     except ShardError as exc:
-        raise _error(path, exc.reason, exc.detail) from None
+        raise image_error(path, exc.reason, exc.detail) from None
 
 
-def _check_file(path: str) -> None:
+def check_file(path: str) -> None:
+    """Refuse what is no regular file, is empty or too large."""
     try:
         status = os.stat(path)  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
-        raise _error(path, "missing", "no such file") from None
+        raise image_error(path, "missing", "no such file") from None
     except (OSError, ValueError) as exc:  # ValueError: NUL, or characters that no file name can hold
-        raise _error(path, "unreadable", getattr(exc, "strerror", None) or str(exc)) from None
+        raise image_error(path, "unreadable", getattr(exc, "strerror", None) or str(exc)) from None
     if stat.S_ISDIR(status.st_mode):
-        raise _error(path, "a directory, not a file")
+        raise image_error(path, "a directory, not a file")
     if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device could wait for ever
-        raise _error(path, "not a regular file")
+        raise image_error(path, "not a regular file")
     if status.st_size == 0:
-        raise _error(path, "empty file")
+        raise image_error(path, "empty file")
     if status.st_size > MAX_BYTES:
-        raise _error(path, "image too large", f"{status.st_size:,} bytes; at most {MAX_BYTES:,} are accepted")
+        raise image_error(path, "image too large", f"{status.st_size:,} bytes; at most {MAX_BYTES:,} are accepted")
 
 
 def _open_file(path: str, stored: bytes | None) -> io.BytesIO | str:
@@ -209,7 +182,7 @@ def _open_file(path: str, stored: bytes | None) -> io.BytesIO | str:
     while (marker := _JPEG_MARKER.search(data, at)) and marker[1] != b"\xd9":  # up to the end marker
         kinds += marker[1]
         if len(kinds) > MAX_SEGMENTS:
-            raise _error(path, "image too large", f"a JPEG of more than {MAX_SEGMENTS} segments")
+            raise image_error(path, "image too large", f"a JPEG of more than {MAX_SEGMENTS} segments")
         length = data[marker.end() : marker.end() + 2]
         at = marker.end() + int.from_bytes(length, "big")
     if marker and kinds.count(0xDA) == 1:  # several scans are decoded only when the end marker has come

@@ -17,7 +17,8 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from .image_io import ImageError, read_image, resolve_image_path
+from .image_bytes import read_image
+from .image_io import ImageError, resolve_image_path
 from .messages import format_count
 from .records import DataError, RecordError, Sample
 from .shards import name_of_place

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataprocess.image_io import ImageError, content_key, load_image, resolve_image_path
+from dataprocess.image_bytes import content_key
+from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from qwen import IGNORE_INDEX
 
 from .annotations import Annotations, Sample

@@ -24,15 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .annotations import (
-    Annotations,
-    Sample,
-    digest_sample,
-    find_folder,
-    parse_entry,
-    refuse_repeated_keys,
-    short,
-)
+from .annotations import Annotations, Sample, digest_sample, find_folder, parse_entry, refuse_repeated_keys, short
 from .prompt import SampleError
 
 MOST_GROUP_BYTES = 16 * 2**20

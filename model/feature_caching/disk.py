@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataprocess.image_io import content_key
+from dataprocess.image_bytes import content_key
 from dataprocess.messages import format_count
 from visual.base import VisionTower
 from visual.feature_cache import DTYPES, NOTE, FeatureCache

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataprocess.image_io import ImageError, content_key, load_image, resolve_image_path
+from dataprocess.image_bytes import content_key
+from dataprocess.image_io import ImageError, load_image, resolve_image_path
 from dataset import ImageCaptionDataset
 from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache

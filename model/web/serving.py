@@ -46,15 +46,19 @@ def check_port(host: str, port: int) -> int:
     Raises:
         ValueError: if another program listens there, or there is no such address.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port {port}: must be from 0, for a free one, to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             return int(probe.getsockname()[1])
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"--host {host} --port {port}: {reason}; give another --port, or 0 for a free one") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no such host"
+        raise ValueError(
+            f"--host {host} --port {port}: {reason}; give another --host, or another --port (0: a free one)"
+        ) from None
 
 
 def read_login(text: str) -> Callable[[str, str], bool]:

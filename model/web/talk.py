@@ -6,7 +6,7 @@ import asyncio
 import html
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class Talk:
         self.assistant, self.limits, self.uploads, self.examples = assistant, limits, uploads, examples
         self.engine = Engine()
         self.visitors = Visitors(limits, self.engine)
+        self._opening = asyncio.Lock()  # a large picture takes a gigabyte while it is opened
 
     # ---- What a visitor does
 
@@ -72,13 +73,13 @@ class Talk:
         """Ask what the question box holds."""
         text, files = files_of(box)
 
-        async def add(visitor: Visitor) -> Asked:
+        async def add(visitor: Visitor) -> list[Asked]:
             self._check_text(text)
             self._check_pictures(visitor, len(files))
             pictures = [await self._picture(file) for file in files]
             for file in files:
                 self.uploads.delete(file["path"])
-            return Asked(text, pictures)
+            return [*visitor.conversation, Asked(text, pictures)]
 
         async for view in self._round(who, settings, add, box={"text": text, "files": files}):
             yield view
@@ -86,13 +87,13 @@ class Talk:
     async def ask_example(self, who: Who, index: object, settings: dict[str, Any]) -> AsyncIterator[View]:
         """Ask one of the examples."""
 
-        async def add(visitor: Visitor) -> Asked:
+        async def add(visitor: Visitor) -> list[Asked]:
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.examples):
                 raise Refusal("gone")
             example = self.examples[index]
             self._check_pictures(visitor, len(example.pictures))
-            pictures = [await asyncio.to_thread(self._prepare, load_image, path) for path in example.pictures]
-            return Asked(example.question(who.language), pictures)
+            pictures = [await self._prepare(load_image, path) for path in example.pictures]
+            return [*visitor.conversation, Asked(example.question(who.language), pictures)]
 
         async for view in self._round(who, settings, add):
             yield view
@@ -100,11 +101,11 @@ class Talk:
     async def retry(self, who: Who, settings: dict[str, Any]) -> AsyncIterator[View]:
         """Ask the last question again."""
 
-        async def add(visitor: Visitor) -> Asked:
+        async def add(visitor: Visitor) -> list[Asked]:
             if not visitor.conversation:
                 raise Refusal("gone")
-            last = visitor.conversation.pop()
-            return Asked(last.text, last.pictures)
+            *earlier, last = visitor.conversation
+            return [*earlier, Asked(last.text, last.pictures)]
 
         async for view in self._round(who, settings, add):
             yield view
@@ -112,16 +113,14 @@ class Talk:
     async def edit(self, who: Who, index: object, text: object, settings: dict[str, Any]) -> AsyncIterator[View]:
         """Ask an earlier question in other words; what came after it is dropped."""
 
-        async def add(visitor: Visitor) -> Asked:
+        async def add(visitor: Visitor) -> list[Asked]:
             index_of = index[0] if isinstance(index, (list, tuple)) and index else index
             number = question_at(visitor.conversation, index_of)
             if number is None or not isinstance(text, str):
                 raise Refusal("gone")
             words = unescape(text)
             self._check_text(words)
-            old = visitor.conversation[number]
-            del visitor.conversation[number:]
-            return Asked(words, old.pictures)
+            return [*visitor.conversation[:number], Asked(words, visitor.conversation[number].pictures)]
 
         async for view in self._round(who, settings, add):
             yield view
@@ -167,16 +166,24 @@ class Talk:
 
     async def _picture(self, file: dict[str, Any]) -> Picture:
         most = self.limits.max_picture_bytes
-        return await asyncio.to_thread(self._prepare, self.uploads.load, file.get("path"), file.get("orig_name"), most)
+        return await self._prepare(self.uploads.load, file.get("path"), file.get("orig_name"), most)
 
-    def _prepare(self, load: Callable[..., Any], *how: Any) -> Picture:
-        image = load(*how)
-        return Picture(thumbnail(image), self.assistant.model.vision_tower.image_transform(image))
+    async def _prepare(self, load: Callable[..., Any], *how: Any) -> Picture:
+        def prepare() -> Picture:
+            image = load(*how)
+            return Picture(thumbnail(image), self.assistant.model.vision_tower.image_transform(image))
+
+        async with self._opening:
+            return await asyncio.to_thread(prepare)
 
     async def _round(
-        self, who: Who, settings: dict[str, Any], add: Callable[[Visitor], Any], box: dict[str, Any] | None = None
+        self,
+        who: Who,
+        settings: dict[str, Any],
+        add: Callable[[Visitor], Awaitable[list[Asked]]],
+        box: dict[str, Any] | None = None,
     ) -> AsyncIterator[View]:
-        """Check and add a question, and answer it; a refusal leaves the conversation as it was."""
+        """Answer the last question of the conversation that `add` makes of the old one, unless something is refused."""
         visitor: Visitor | None = None
         try:
             visitor = self.visitors.enter(who.key)
@@ -186,13 +193,13 @@ class Talk:
             visitor.busy = True
             options = check_settings(settings, self.limits)
             self.visitors.check_rate(visitor, who.address)
-            before, current = list(visitor.conversation), visitor.round
-            try:
-                visitor.conversation.append(await add(visitor))
-                prompt, shortened = await asyncio.to_thread(build_prompt, self.assistant, list(visitor.conversation))
-            except BaseException:
-                visitor.conversation = before
-                raise
+            current = visitor.round
+            conversation = await add(visitor)
+            prompt, shortened = await asyncio.to_thread(build_prompt, self.assistant, conversation)
+            if visitor.round != current:  # a new conversation has begun meanwhile
+                yield View(chat_messages(visitor.conversation, who.language))
+                return
+            visitor.conversation = conversation
             empty = None if box is None else {"text": "", "files": []}
             async for view in self._answer(visitor, who.language, current, prompt, options, shortened):
                 yield View(view.messages, view.status, view.running, empty)
@@ -217,10 +224,8 @@ class Talk:
         options: dict[str, Any],
         shortened: bool,
     ) -> AsyncIterator[View]:
-        conversation, asked = list(visitor.conversation), visitor.conversation[-1]
+        conversation, asked = visitor.conversation, visitor.conversation[-1]
         job = Job(visitor.key, lambda cache: stream_answer(self.assistant, conversation, prompt, options, cache))
-        if visitor.round != current:
-            return
         visitor.job = job
         self.engine.submit(job)
         shown: object = None

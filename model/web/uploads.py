@@ -9,7 +9,6 @@ import json
 import secrets
 import shutil
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ class UploadFolder:
         self._own = self.path / "own"  # a folder for each upload
         self._own.mkdir()
         self._owners: dict[Path, str] = {}
-        self._decoding = threading.Lock()  # a large picture takes a gigabyte while it is opened
 
     def close(self) -> None:
         """Delete the folder with all that is in it."""
@@ -85,8 +83,7 @@ class UploadFolder:
         try:
             if file.stat().st_size > most_bytes:
                 raise too_large(shown, most_bytes)
-            with self._decoding:
-                return load_image(file)
+            return load_image(file)
         except (ImageError, Refusal) as error:
             self.delete(file)
             if isinstance(error, Refusal) or error.reason == "image too large":

@@ -11,8 +11,8 @@ from .limits import PAGES_PER_ADDRESS, Limits, RateLimiter
 from .questions import Asked
 from .words import Refusal
 
-IDLE_SECONDS = 600
-"""A place without an open page (a program's, or one whose connection broke) is free again after so long."""
+IDLE_SECONDS = 30
+"""A place without an open page (a program's, say) is free again after so long: it must not keep others out."""
 LONGEST_SECONDS = 3600
 """A page that is open, and of which nothing is heard for so long, loses its conversation."""
 

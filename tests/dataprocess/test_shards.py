@@ -20,7 +20,8 @@ from PIL import Image
 
 from dataprocess import process_image, shards
 from dataprocess.file_lock import hold
-from dataprocess.image_io import MAX_BYTES, ImageError, content_key, load_image, resolve_image_path
+from dataprocess.image_bytes import content_key
+from dataprocess.image_io import MAX_BYTES, ImageError, load_image, resolve_image_path
 
 SIDES = [8, 40, 90, 60, 12, 30]
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataprocess.image_io import content_key
+from dataprocess.image_bytes import content_key
 from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, image_caption_dataset
 from dataset.annotations import Annotations, refuse_repeated_keys
 from dataset.image_caption_dataset import draw_alternative

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "visual": set(),
     "qwen": set(),
     "dataset": {
+        "dataprocess.image_bytes",
         "dataprocess.image_io",
         "dataprocess.messages",
         "qwen.tokenization_qwen",

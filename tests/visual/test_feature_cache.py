@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import make_pictures
 
-from dataprocess.image_io import content_key
+from dataprocess.image_bytes import content_key
 from model.feature_caching.disk import lack_of_space, pictures_stored
 from visual import build_vision_tower
 from visual.feature_cache import DTYPES, FeatureCache, open_feature_cache, published_weights, tower_key

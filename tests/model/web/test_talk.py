@@ -316,6 +316,21 @@ def test_one_visitor_has_one_question_at_a_time(open_page, monkeypatch):
     assert [asked.text for asked in page.conversation] == ["1"]
 
 
+def test_a_new_conversation_while_a_question_is_being_read(open_page, monkeypatch):
+    page = open_page()
+    build = talk_module.build_prompt
+
+    def slow(*args):
+        page.talk.clear(page.who)
+        return build(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(talk_module, "build_prompt", slow)
+        views = page.ask("Late?")
+    assert views[-1].messages == []
+    assert page.conversation == []
+
+
 def test_an_unanswered_question_hands_its_pictures_on(assistant):
     picture = Picture("data:", torch.zeros(3, 4, 4))
     asked = [Asked("stopped", [picture]), Asked("and?", []), Asked("now?", [picture])]
