@@ -89,11 +89,15 @@ def read_records(path: Path) -> Iterator[Record]:
     """Read a JSON array, one element at a time, so that only the file's text is held, not all its objects.
 
     Args:
-        path: a UTF-8 file, with or without a byte order mark.
+        path: a UTF-8 file, with or without a byte order mark. If its name ends in `.jsonl`, each line holds an element,
+            and one line at a time is held.
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, is not JSON (the position is named) or not an array.
     """
+    if path.suffix.lower() == ".jsonl":
+        yield from _lines(path)
+        return
     text = _read_text(path)
     try:
         yield from _array_elements(text)
@@ -108,6 +112,28 @@ def read_records(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: not an annotation file: its JSON is nested too deeply") from None
     except ValueError as exc:  # a number of more digits than Python converts
         raise DataError(f"{path}: not valid JSON: {exc}") from None
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    repeated: list[str] = []
+    decode = _decoder(repeated).decode
+    index, read = 0, 0
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                read += len(line)
+                if line.isspace():
+                    continue
+                try:
+                    value = decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except (ValueError, RecursionError) as exc:
+                    raise DataError(f"{path}: line {number}: not valid JSON in UTF-8: {exc}") from None
+                yield Record(index, value, repeated[0] if repeated else None, read / max(size, read))
+                repeated.clear()
+                index += 1
+    except OSError as exc:
+        raise DataError(f"{path}: cannot be read: {exc.strerror}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -127,8 +153,8 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 at byte {exc.start}; {hint}") from None
 
 
-def _array_elements(text: str) -> Iterator[Record]:
-    repeated: list[str] = []
+def _decoder(repeated: list[str]) -> json.JSONDecoder:
+    """Return a decoder that notes keys which one object has twice."""
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
@@ -136,10 +162,16 @@ def _array_elements(text: str) -> Iterator[Record]:
             repeated.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
         return fields
 
+    return json.JSONDecoder(object_pairs_hook=to_dict)
+
+
+def _array_elements(text: str) -> Iterator[Record]:
+    repeated: list[str] = []
+
     def skip_blanks(position: int) -> int:
         return _BLANKS.match(text, position).end()  # type: ignore[union-attr]
 
-    decode = json.JSONDecoder(object_pairs_hook=to_dict).raw_decode
+    decode = _decoder(repeated).raw_decode
     at = skip_blanks(0)
     if not text.startswith("[", at):
         value, _ = decode(text, at)  # raises if it is no JSON at all

@@ -1,7 +1,8 @@
 """Processes of tests/model/scaling/test_sharded_runs.py: `torchrun --nproc_per_node=2 … several_runs.py FILE`.
 
 FILE is a JSON object: `runs` are command lines of train.py, one after another; `measure` names two base models, whose
-loading is measured: each process writes `loading-RANK.json` next to FILE. `break` is a rank whose third step fails,
+loading is measured: each process writes `loading-RANK.json` next to FILE; `count` is a run whose messages are
+counted, in `sent-RANK.json`. `break` is a rank whose fifth batch fails,
 `full` one whose disk is full at every checkpoint.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tiny_run import build_trainer
 
 import train
 from model import LoraSettings, VisionLanguageModel, VLMTrainer
@@ -39,12 +41,34 @@ def measure(bases: list[str]) -> dict[str, int]:
     return {"kept": after["RssAnon"] - before["RssAnon"], "most": after["VmHWM"] - before["VmRSS"]}
 
 
-def break_at_third_step(rank: int) -> None:
+def count_sent(words: list[str]) -> int:
+    """Train one step of a split model; return the bytes that FSDP gathered and reduced, over all processes."""
+    sent: list[int] = []
+
+    def counting(name: str) -> None:
+        real = getattr(dist, name)
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            sent.append(max(tensor.nbytes for tensor in tensors))  # the whole, not the share
+            return real(*args, **kwargs)
+
+        setattr(dist, name, count)
+
+    counting("all_gather_single")
+    counting("reduce_scatter_single")
+    trainer = build_trainer(words)
+    sent.clear()
+    trainer.train()
+    return sum(sent)
+
+
+def break_at_fifth_batch(rank: int) -> None:
     own, calls = VLMTrainer.training_step, []
 
     def step(self: VLMTrainer, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if int(os.environ["RANK"]) == rank and len(calls) == 3:
+        if int(os.environ["RANK"]) == rank and len(calls) == 5:
             raise OSError(5, "Input/output error", "image.png")
         return own(self, *args, **kwargs)
 
@@ -66,8 +90,10 @@ if __name__ == "__main__":
     own_rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     if "break" in asked:
-        break_at_third_step(asked["break"])
+        break_at_fifth_batch(asked["break"])
     statuses = [train.main(words) for words in asked["runs"]]
+    if "count" in asked:
+        (Path(sys.argv[1]).parent / f"sent-{own_rank}.json").write_text(json.dumps(count_sent(asked["count"])))
     if "full" in asked:
         fill_disk(asked["full"])
         statuses.append(int(train.main(asked["full run"]) != 1))

@@ -216,3 +216,13 @@ def test_prepare_at_a_small_scale(tmp_path):
     assert printed.startswith("3,100 samples")
     assert results["figures"]["a tenth"]["samples"] == 310
     assert 0 < results["figures"]["whole"]["worker_bytes"] < 200e6
+
+
+@pytest.mark.slow
+def test_millions_at_a_small_scale(tmp_path):
+    pytest.importorskip("pyarrow")
+    printed, results = run("data.millions", tmp_path, "--samples", 500, "--folder", tmp_path)
+    figures = results["figures"]
+    assert [(one["samples"], one["seen"]) for one in figures.values()] == [(500, 500)] * 2
+    assert all(one["processes_bytes"] > one["start_bytes"] > 1e8 for one in figures.values())
+    assert printed.splitlines()[1].startswith("jsonl, 500")

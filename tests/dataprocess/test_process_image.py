@@ -451,3 +451,23 @@ def test_a_missing_pyarrow_is_one_line(project, monkeypatch, capsys):
     project.config["output_image_map"] = "out/map.parquet"
     assert project.ali([ai("1.jpg")]).run() == 2
     assert "pip install -r parquet-requirements.txt" in capsys.readouterr().err
+
+
+def test_records_in_json_lines_are_those_of_an_array(project, capsys):
+    records = [ai("1.jpg"), ai("2.jpg", []), 7, ai("3.jpg", ["三"])]
+    assert project.ali(records).run() == 0
+    expected = [project.read(key) for key in ("output_image_map", "output_captions")]
+    reasons = [line["reason"] for line in project.rejects()]
+    lines = "\ufeff" + "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (project.folder / "a.jsonl").write_text(lines, encoding="utf-8")
+    project.config["ali_image_path_label_file"] = "a.jsonl"
+    assert project.run() == 0
+    assert [project.read(key) for key in ("output_image_map", "output_captions")] == expected
+    assert [line["reason"] for line in project.rejects()] == reasons
+    (project.folder / "a.jsonl").write_text(lines + '\n{"image_id": "4.jpg", "caption": ["x"], "caption": ["y"]}')
+    assert project.run() == 0
+    assert project.rejects()[-1]["reason"] == "repeated key"
+    for broken in (b'{"image_id":\n', b'"\xff"\n'):
+        (project.folder / "a.jsonl").write_bytes(b"{}\n\n" + broken)
+        assert project.run() == 2
+        assert "line 3" in capsys.readouterr().err

@@ -20,9 +20,14 @@ from tiny_run import ROOT, losses, one_line_error, start, trained_weights
 from tiny_towers import make_clip_checkpoint
 
 import train
+from benchmarks.training import split_table
 from model import CheckpointError, LoraSettings, VisionLanguageModel
+from model.arguments import parse_arguments
+from model.dry_run.memory_estimate import BatchShape, Setting
+from model.dry_run.planned_model import planned_model
 from model.runs.resuming import newest_resumable
 from model.scaling.sharding import shard
+from model.scaling.split_memory import estimate_split
 
 SCRIPT = ROOT / "tests" / "several_runs.py"
 SMALL_STEPS = ["--learning_rate", "1e-3", "--feature_proj_lr", "1e-3"]
@@ -159,6 +164,11 @@ def test_a_dry_run_tells_the_memory_by_the_number_of_processes(base_flags, mixed
         assert all(more >= fewer for more, fewer in zip(one, other, strict=True))
 
 
+def test_the_table_of_the_documents_is_printed():
+    table = split_table.markdown()
+    assert table in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
 # ---- Two processes
 
 
@@ -190,7 +200,9 @@ def two(commands, tmp_path_factory) -> Path:
     model.save_pretrained(str(out / "qwen"), max_shard_size="15MB")
     measured = [str(out / "qwen"), make_clip_checkpoint(out / "clip")]
     runs = [[*words, *HALF, "--output_dir", str(out / name)] for name, words in commands.items()]
-    done = torchrun(out, runs=runs[:-1], full=0, measure=measured, **{"full run": runs[-1]})
+    counted = [*runs[-1], "--max_steps", "1", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
+    counted += ["--overwrite_output_dir", "true"]
+    done = torchrun(out, runs=runs[:-1], count=counted, full=0, measure=measured, **{"full run": runs[-1]})
     assert done.returncode == 0, done.stderr
     return out
 
@@ -234,6 +246,15 @@ def test_loading_holds_a_share_and_one_file(two):
         found = json.loads((two / f"loading-{rank}.json").read_text())
         assert found["kept"] < size / 2 + 15e6
         assert found["most"] < size / 2 + 15e6 + 15e6
+
+
+@pytest.mark.slow
+def test_what_a_step_sends_is_what_was_computed(two, commands):
+    """Everything that is gathered or reduced; each of P processes sends (P - 1) / P of that."""
+    shape, _ = planned_model(parse_arguments([*commands["full"], "--output_dir", str(two / "other")])[0])
+    expected = 2 * estimate_split(shape, Setting(dtype_bytes=4, processes=2), BatchShape(4, 64, 8, 4)).sent
+    for rank in range(2):  # the projector's gradients are summed by all, each of which sends them twice
+        assert int((two / f"sent-{rank}.json").read_text()) == expected - 2 * 4 * shape.projector_parameters
 
 
 @pytest.mark.slow
