@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Locator, Page
 
 expect = pytest.importorskip("playwright.sync_api").expect
-PATIENCE = 120.0
+PATIENCE = 240.0
 """Seconds until something that must happen is taken not to; nothing waits so long unless it is broken."""
 expect.set_options(timeout=PATIENCE * 1000)
 
