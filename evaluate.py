@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dataprocess.file_lock import hold
 from dataprocess.messages import format_count
+from model.asking.model_flags import add_model_flags
 from model.console import use_utf8
 from model.errors import OneLineErrors, in_one_line, is_out_of_memory, one_line, out_of_memory
 from model.evaluation.answers import read_answers
@@ -51,15 +52,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--compare", nargs=2, type=Path, metavar="FOLDER", help="compare two output folders of this program")
     add("--blind", action="store_true", help="ask everything again with another question's picture")
     add("--output", type=Path, help="folder for the results; if it has a part of the answers, the rest is added")
-    add("--model_weights", help="checkpoint folder, or a run folder (its newest complete checkpoint)")
-    add("--base_language_model", help="hub name or folder; default: what the checkpoint was trained on")
-    add("--base_value_model", help="hub name or folder of the vision tower; default: likewise")
+    add_model_flags(parser)
     add("--batch_size", type=int, default=8, help="questions that are answered together (%(default)s)")
     add("--max_new_tokens", type=int, help="length limit of an answer, in tokens; default: the model's")
     add("--system", help="system prompt; default: as test.py has it")
     add("--seed", type=int, default=42, help="seed of the intervals (%(default)s)")
-    add("--device", help="cpu, cuda, cuda:0, …; default: a GPU if there is one")
-    add("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on CUDA, float32 on CPU")
     return check_flags(parser.parse_args(argv), argv)
 
 

@@ -26,6 +26,7 @@ from model.asking.assistant import add_generation_flags, check_flags, load_assis
 from model.asking.batch_answers import answer_questions
 from model.asking.chat import chat, explain, show
 from model.asking.folder import ask_about_each, check_folder, pictures_in
+from model.asking.model_flags import add_model_flags
 from model.console import set_up_logging, use_utf8
 from model.errors import OneLineErrors, is_out_of_memory
 from qwen import IMAGE_TOKEN
@@ -38,9 +39,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineErrors(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("--model_weights", help="checkpoint folder, or a run folder (its newest complete checkpoint)")
-    add("--base_language_model", help="hub name or folder; default: what the checkpoint was trained on")
-    add("--base_value_model", help="hub name or folder of the vision tower; default: likewise")
+    add_model_flags(parser)
     add("--image_path", nargs="+", default=[], metavar="PATH", help="a picture, several, or a folder of pictures")
     add("--prompt", help=f"the question; {IMAGE_TOKEN} stands for an image. Without it: a chat")
     add("--batch", metavar="FILE", help='answer a file of questions, a line each: {"id": …, "image": …, "prompt": …}')
@@ -49,8 +48,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--system", help=f"system prompt; default for QWen: {SYSTEM_PROMPT}, for others that of their chat template")
     add("--stream", action="store_true", help="print the answer while it is generated, as a chat always does")
     add("--seed", type=int, default=42, help="seed of sampling (%(default)s)")
-    add("--device", help="cpu, cuda, cuda:0, …; default: a GPU if there is one")
-    add("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on CUDA, float32 on CPU")
     add_generation_flags(parser)
     args = check_flags(parser.parse_args(argv))
     if args.folder is not None:

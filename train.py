@@ -53,6 +53,7 @@ def build_model(model_args: ModelArguments, args: VLMTrainingArguments) -> Visio
         pixel_shuffle=model_args.pixel_shuffle or 1,
         train_only=model_args.train_only or "lora",
         hollow=args.shard_model,
+        quantisation=model_args.quantisation,
     )
     if model_args.train_only is None and not model.has_lora:
         model.add_lora(model_args.lora_settings)

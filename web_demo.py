@@ -15,6 +15,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from model.asking.model_flags import add_model_flags
 from model.console import set_up_logging, use_utf8
 from model.errors import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory
 from model.web.limits import Limits
@@ -30,9 +31,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineErrors(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add, limits = parser.add_argument, Limits()
-    add("--model_weights", help="checkpoint folder, or a run folder (its newest complete checkpoint)")
-    add("--base_language_model", help="hub name or folder; default: what the checkpoint was trained on")
-    add("--base_value_model", help="hub name or folder of the vision tower; default: likewise")
+    add_model_flags(parser)
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's (%(default)s)")
     add("--port", type=int, default=7860, help="port to listen on; 0: a free one (%(default)s)")
     add("--auth", metavar="USER:PASSWORD_FILE", help="ask for a login; the password is the first line of the file")
@@ -49,8 +48,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--max_characters", type=int, default=limits.max_characters, help="in one question (%(default)s)")
     add("--system", help="system prompt; default: as test.py has it")
     add("--seed", type=int, default=42, help="seed of sampling (%(default)s)")
-    add("--device", help="cpu, cuda, cuda:0, …; default: a GPU if there is one")
-    add("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on CUDA, float32 on CPU")
     add_generation_flags(parser)
     args = parser.parse_args(argv)
     for name in ("max_visitors", "questions_per_minute", "max_picture_bytes", "max_pictures", "max_characters"):

@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
         if args.shard_bytes is not None and (args.shards is None or args.shard_bytes < 1):
-            raise DataError(f"--shard_bytes {args.shard_bytes}: at least 1, and together with --shards")
+            raise DataError(f"--shard_bytes {args.shard_bytes}: must be at least 1, and needs --shards")
         config = load_config(args.config, need_images=args.check_images or args.shards is not None)
         for folder in sorted({source.image_path for source in config.sources}):
             if not Path(folder).is_dir():

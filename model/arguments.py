@@ -26,13 +26,14 @@ from .errors import OneLineErrors
 from .help_page import HelpFormatter, ShortHelp
 from .lora import LoraSettings
 from .runs.global_batch import accumulation
+from .scaling.flags import ScalingFlags
 
 BASE_LANGUAGE_MODEL = "Qwen/Qwen-7B-Chat"
 flag: Any = HfArg  # Any: a field is of its value's type for type checkers
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(ScalingFlags):
     """Which models are put together, and what of them is trained."""
 
     base_language_model: str = flag(
@@ -71,8 +72,7 @@ class ModelArguments:
         metadata={"choices": ["projector", "all"]},
     )
     from_llava: str | None = flag(
-        default=None,
-        help="LLaVA folder (Hugging Face's layout) whose projector training starts from; with the same vision tower.",
+        default=None, help="LLaVA folder (Hugging Face's layout) with this tower, whose projector training starts from."
     )
 
     @property
@@ -202,7 +202,8 @@ def parse_arguments(
     parser.add_argument("--help_all", "--help-all", action="help", help="Explain every flag, and stop.")
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)}")
+        why = "; training keeps no block on CPU or disk, see --shard_model" if "--device_map" in unknown else ""
+        parser.error(f"unknown flags: {' '.join(unknown)}{why}")
 
     # Defaults that depend on the machine have to be there before `TrainingArguments` is built, because it sets up the
     # process group: two processes that learn later that they run on the CPU would each believe to be alone.
@@ -276,6 +277,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         raise ValueError(
             f"--train_only {model_args.train_only} trains no LoRA: leave out {named} (train.sh has some: call train.py)"
         )
+    model_args.check_scaling(args)
     if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     strategy: Any = args.eval_strategy

@@ -15,6 +15,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+_LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
+"""Classes of linear layers: PyTorch's, and bitsandbytes' of a quantised model. PEFT's over these have their names."""
+
 
 class LoraTargetError(ValueError):
     """Names of target modules that the language model does not have."""
@@ -71,6 +74,10 @@ def merge_lora(language_model: PeftModel) -> Any:
     base: Any = language_model.get_base_model()
     embedding = base.get_input_embeddings()
     layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    if getattr(base, "is_quantized", False):
+        from .scaling.quantised import dequantise
+
+        dequantise(layers, embedding.weight.dtype)
     for layer in layers:
         if layer.get_base_layer().weight is embedding.weight:
             # A tied language head: the update is the head's alone, and the embedding keeps the old weights.
@@ -88,7 +95,9 @@ def default_targets(language_model: PreTrainedModel) -> tuple[str, ...]:
         return "c_attn", "w1", "w2"
     head = language_model.get_output_embeddings()
     layers = [
-        name for name, module in language_model.named_modules() if type(module) is nn.Linear and module is not head
+        name
+        for name, module in language_model.named_modules()
+        if type(module).__name__ in _LINEAR and module is not head
     ]
     return tuple(sorted({name.rsplit(".", 1)[-1] for name in layers}))
 
@@ -135,15 +144,15 @@ class LeanLoraLinear(LoraLinear):
 
 
 def make_lean(model: nn.Module) -> None:
-    """Turn PEFT's LoRA layers into lean ones, in place.
+    """Turn PEFT's LoRA layers into lean ones, in place; those over quantised layers stay PEFT's own.
 
     Raises:
-        ValueError: if one is over anything but a plain linear layer.
+        ValueError: if one is over anything but a linear layer.
     """
     for name, module in model.named_modules():
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = LeanLoraLinear
-        elif isinstance(module, LoraLayer) and not isinstance(module, LeanLoraLinear):
+        elif isinstance(module, LoraLayer) and type(module).__name__ not in ("LeanLoraLinear", *_LINEAR[1:]):
             kind = type(module.get_base_layer()).__name__
             raise ValueError(f"{name} is of class {kind}; LoRA is for linear layers: leave it out of target_modules")
 

@@ -89,6 +89,7 @@ class VisionLanguageModel(WrapsLanguageModel):
         pixel_shuffle: int = 1,
         train_only: str | None = None,
         hollow: bool = False,
+        quantisation: str | None = None,
     ) -> VisionLanguageModel:
         """Load both base models and, if given, what a checkpoint trained.
 
@@ -105,6 +106,7 @@ class VisionLanguageModel(WrapsLanguageModel):
             pixel_shuffle: side of the block of patches that becomes one token; a checkpoint's own number rules.
             train_only: the attribute; by default the checkpoint's.
             hollow: leave the language model's weights to `ShardedTrainer`, which reads them in shares.
+            quantisation: 4bit or 8bit: what the language model's layers take while frozen; see `model/scaling`.
 
         Raises:
             CheckpointError: if the checkpoint is incomplete, broken, or was trained for other base models.
@@ -128,7 +130,8 @@ class VisionLanguageModel(WrapsLanguageModel):
 
         # The frozen half, in the dtype that autocast computes in.
         tower = build_vision_tower(base_value_model, dtype, **settings)
-        language_model: Any = load_language_model(base_language_model, torch.float32 if trains_all else dtype, hollow)
+        language_dtype = torch.float32 if trains_all else dtype
+        language_model: Any = load_language_model(base_language_model, language_dtype, hollow, quantisation, device)
         language_model.requires_grad_(trains_all)
         fingerprints = base_fingerprints(tower, language_model)
 

@@ -24,8 +24,8 @@ if [ -n "$LOWEST" ]; then
     set_up tests/requirements-lowest.txt
 else
     . tests/setup.sh
-    set_up requirements.txt evaluation-requirements.txt web-requirements.txt tests/requirements.txt \
-        benchmarks/real_parts/requirements.txt
+    set_up requirements.txt evaluation-requirements.txt web-requirements.txt quantised-requirements.txt \
+        tests/requirements.txt benchmarks/real_parts/requirements.txt
 fi
 # Packages that carry real data (the Qwen vocabulary, a public VQA set); their own dependencies are not needed.
 install_data dashscope==2.0.2 easy-vqa==1.0

@@ -81,6 +81,14 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
     args.folder = next((path for path in args.image_path if path.is_dir()), None)
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.device) if args.dtype is None else parse_dtype(args.dtype)
+    if args.quantisation is not None:
+        from ..scaling.quantised import check_quantised
+
+        check_quantised(args.quantisation, args.device)
+    if args.device_map or args.max_memory or args.offload_folder:
+        from ..scaling.offload import check_offload
+
+        check_offload(args)
     args.options = {name: getattr(args, name) for name in _GENERATION if getattr(args, name) is not None}
     without_effect = [f"--{name}" for name in ("temperature", "top_p", "top_k") if name in args.options]
     if args.do_sample is False and without_effect:
@@ -108,10 +116,18 @@ def with_placeholders(prompt: str, num_images: int) -> str:
 
 def load_assistant(args: argparse.Namespace) -> Assistant:
     """Load model and tokenizer as the flags of test.py say; refuse a checkpoint or a base model that does not fit."""
+    bases = args.base_language_model, args.base_value_model
     model = VisionLanguageModel.from_pretrained(
-        args.base_language_model, args.base_value_model, args.model_weights, args.dtype, args.device
+        *bases,
+        *(args.model_weights, args.dtype, "cpu" if args.device_map else args.device),
+        quantisation=args.quantisation,
     )
-    model.merge_lora()  # W + BA, once: from here on LoRA costs nothing
+    if args.device_map is not None:
+        from ..scaling.offload import spread
+
+        spread(model, args.device, args.max_memory, args.offload_folder)
+    elif args.quantisation is None:  # W + BA in 4 bits would be rounded once more
+        model.merge_lora()  # once: from here on LoRA costs nothing
     return Assistant(model, load_tokenizer(model.base_language_model), args.system, args.options)
 
 

@@ -76,6 +76,7 @@ def complete_answers(
             "system": SYSTEM_PROMPT if args.system is None else args.system,
             "seed": args.seed,
             "dtype": str(args.dtype),
+            **({} if args.quantisation is None else {"quantisation": args.quantisation}),
             **args.options,
         },
     }

@@ -47,7 +47,7 @@ def read_questions(path: Path, flag: str = "--batch", image_folder: Path | None 
             question = _question(value, path.parent, image_folder)
             if question.id in place_of:
                 before = place_of[question.id]
-                raise ValueError(f"the id {shorten(question.id)} is that of {before} too; ids must differ")
+                raise ValueError(f"the id {shorten(question.id)} is that of {before}, too; ids must be unique")
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         place_of[question.id] = place.removeprefix(f"{name}, ")

@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
+from dataprocess.messages import shorten
 from dataset.prompt import Tokenizer
 from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenTokenizer
 from visual.base import VisionTower
@@ -50,18 +51,38 @@ _IMAGE_SETTINGS = (
 # ---- The language model: what is wrong with one is a ValueError in one line
 
 
-def load_language_model(name_or_path: str, dtype: torch.dtype, hollow: bool = False) -> Any:
-    """Load QWen, or another language model, its weights in this dtype; hollow: without them, see `--shard_model`."""
+def load_language_model(
+    name_or_path: str,
+    dtype: torch.dtype,
+    hollow: bool = False,
+    quantisation: str | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """Load QWen, or another language model, its weights in this dtype.
+
+    Args:
+        name_or_path: hub name or folder.
+        dtype: of the weights, or that quantised ones are computed in.
+        hollow: leave the weights away, see `--shard_model`.
+        quantisation: 4bit, 8bit, or None.
+        device: where quantised weights go.
+    """
     config = read_language_config(name_or_path)  # a wrong name is an error before weights are downloaded
     logger.info("language model %s (%s), %s", name_or_path, config.model_type, dtype)
+    load: Any = None
+    if quantisation is not None:
+        from ..scaling.quantised import quantised_loader
+
+        load = quantised_loader(quantisation, device)
     with _named_errors(name_or_path):
         if hollow:
             from ..scaling.hollow import hollow_language_model
 
             return hollow_language_model(name_or_path, config, dtype)
-        if isinstance(config, QWenConfig):
-            return MultimodalQWenLMHeadModel.from_pretrained(name_or_path, dtype=dtype)
-        return load_causal_lm(name_or_path, dtype)
+        if not isinstance(config, QWenConfig):
+            return load_causal_lm(name_or_path, dtype, load)
+        model_class = MultimodalQWenLMHeadModel
+        return (load(model_class) if load else model_class.from_pretrained)(name_or_path, dtype=dtype)
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
@@ -79,6 +100,11 @@ def read_language_config(name_or_path: str) -> PreTrainedConfig:
         values = PreTrainedConfig.get_config_dict(name_or_path)[0]
         if not values:
             raise ValueError("no config.json in this folder; give a language model's, or a hub name")
+        if how := values.get("quantization_config"):
+            raise ValueError(
+                f"its files are quantised already ({shorten(how)}); give the model that they were made from, with "
+                "--load_in_4bit or --load_in_8bit to quantise it while it is loaded"
+            )
         kind = values.get("model_type")
         if kind != QWenConfig.model_type and kind not in CONFIG_MAPPING:
             raise ValueError(

@@ -35,6 +35,10 @@ A language model that is trained (`--train_only all`) is fp32, and has no LoRA. 
 LoRA does without dropout; under autocast each of them its own copy, and 2 bytes a parameter as weights are cast. Norms
 keep what they multiply their weights with, (B, T, D) fp32 each. Positions are not taken in chunks by the head.
 
+Quantised layers (`--load_in_4bit`, `--load_in_8bit`) take `quantised_bytes` in place of s x their weights, and one of
+them at a time is dequantised, into s x its weights. In 8 bits they keep their inputs, as LoRA does without dropout.
+PEFT's own LoRA is over them; under autocast on the CPU it takes its inputs in fp32 and keeps a copy for each layer.
+
 What exists at one moment only, on top of the above:
 
     language head         (S, V) in fp32, three times, of as many positions as are taken at a time: logits, their
@@ -83,6 +87,10 @@ class ModelShape:
     trains_language: bool = False  # whether the language model is trained as a whole
     outside_blocks: int = 0  # parameters of the language model that belong to no block: embedding, last norm, head
     last_layer_whole: bool = False  # whether what follows the last attention runs at all positions, not at S
+    quantised_parameters: int = 0  # weights of the language model that take 4 or 8 bits each
+    quantised_bytes: int = 0  # what these take, with their scales
+    dequantised_parameters: int = 0  # weights of the largest of these layers
+    keeps_inputs: bool = False  # whether quantised layers keep what they take in, as those of 8 bits do
 
     @property
     def frozen(self) -> int:
@@ -137,7 +145,8 @@ class MemoryEstimate:
 def estimate_memory(shape: ModelShape, setting: Setting, batch: BatchShape) -> MemoryEstimate:
     """Estimate what one process takes while it trains; the module's docstring says what is counted."""
     s = setting.dtype_bytes
-    frozen, trained = s * shape.frozen, FP32 * shape.trained
+    frozen = s * (shape.frozen - shape.quantised_parameters) + shape.quantised_bytes
+    trained = FP32 * shape.trained
     buckets = trained if setting.processes > 1 else 0
     kept, backward = activations_of(shape, setting, batch)
     logits = batch.supervised * shape.vocabulary
@@ -175,7 +184,7 @@ def activations_of(shape: ModelShape, setting: Setting, batch: BatchShape) -> tu
         kept = (shape.layers - 1) * layer + _kept_by_layer(shape, setting, tokens, last)
     kept += FP32 * (last * (2 if shape.trains_language else 1) + batch.supervised) * shape.width
     kept += s * batch.images * (shape.patches * shape.tower_width + shape.image_tokens * 2 * shape.width)
-    backward = 4 * tokens * (shape.inner * s + shape.width * FP32)
+    backward = 4 * tokens * (shape.inner * s + shape.width * FP32) + s * shape.dequantised_parameters
     return kept, backward + (layer if setting.checkpointing else 0)
 
 
@@ -183,13 +192,17 @@ def _kept_by_layer(shape: ModelShape, setting: Setting, tokens: int, after: int)
     """Count the bytes that autograd keeps of one block of `tokens` positions, `after` of them after the attention."""
     s, d, w, i = setting.dtype_bytes, shape.width, shape.attention_width, shape.inner
     channels = {"attention": d, "attention output": w, "MLP": d, "product": i}
-    mask = 0 if not setting.dropout else s if setting.device == "cpu" else 1
+    copies = bool(shape.quantised_parameters) and setting.device == "cpu" and s < FP32
+    mask = 0 if not setting.dropout else 1 if setting.device != "cpu" else FP32 if copies else s
     lora = dict.fromkeys(channels, 0)  # bytes by input
     casts = shape.trains_language and s < FP32
     for name in shape.lora_inputs:
         known = lora[name] and not (casts and channels[name] == d)
-        shared = not setting.dropout and (known or name == "attention output")  # inputs are kept as they are, once
+        shared = not (setting.dropout or copies) and (known or name == "attention output")  # kept as they are, once
         lora[name] += s * setting.rank + (0 if shared else channels[name] * (s + mask))
+    if shape.keeps_inputs:
+        for name in ("attention", "MLP", "product"):  # the output projection's input is counted with the attention
+            lora[name] += s * channels[name] * (setting.dropout > 0 or copies or not lora[name])
     norms = FP32 * (2 if shape.trains_language else 1)
     before = norms * (d + shape.normed_width) + FP32 * shape.heads + 2 * s * (w + shape.key_width)
     before += lora.pop("attention")

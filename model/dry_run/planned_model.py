@@ -70,7 +70,7 @@ def planned_model(asked: ModelArguments) -> tuple[ModelShape, LoraSettings]:
         settings = {"feature_layer": llava_feature_layer(asked.from_llava, asked.base_value_model, config.hidden_size)}
     tower = read_tower_shape(asked.base_value_model, **settings)
     check_image_length(asked.base_language_model, config, tower.num_image_tokens, factor)
-    return model_shape(config, tower, lora, layers, factor, asked.train_only), lora
+    return model_shape(config, tower, lora, layers, factor, asked.train_only, asked.quantisation), lora
 
 
 def settings_to_show(lora: LoraSettings, args: VLMTrainingArguments) -> dict[str, Setting]:
@@ -98,6 +98,7 @@ def model_shape(
     projector_layers: int = 2,
     pixel_shuffle: int = 1,
     train_only: str | None = None,
+    quantisation: str | None = None,
 ) -> ModelShape:
     """Return the sizes of a model, its parameters counted without storage; refuse target modules that do not exist.
 
@@ -114,6 +115,10 @@ def model_shape(
         wanted = tuple(inputs) if train_only == "all" else ()
     else:
         check_targets(language, wanted)
+    if quantisation is not None:
+        from ..scaling.quantised import quantised_shape
+
+        block |= quantised_shape(quantisation, language)
     targets = {name: module for name, module in linears.items() if any(f".{name}".endswith(f".{t}") for t in wanted)}
     return ModelShape(
         layers=config.num_hidden_layers,

@@ -84,7 +84,7 @@ def ask(args: argparse.Namespace, items: Sequence[Item], output: Path, rank: int
     parts = output / PARTS
     parts.mkdir(parents=True, exist_ok=True)
     if rank == 0 and any(_parts_of_others(parts, world_size)):
-        logger.warning("%s: has answers of another number of processes; start as many to resume them", parts)
+        logger.warning("%s: holds answers of another number of processes; start that many to resume them", parts)
     with _meeting(world_size):
         for name, questions in passes.items():
             _answer_share(flags, questions[rank::world_size], _part(parts, name, rank, world_size), load, name)

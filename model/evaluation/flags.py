@@ -15,8 +15,13 @@ _OF_A_MODEL = (
     "--batch_size",
     "--blind",
     "--device",
+    "--device_map",
     "--dtype",
+    "--load_in_4bit",
+    "--load_in_8bit",
+    "--max_memory",
     "--max_new_tokens",
+    "--offload_folder",
     "--system",
 )
 _OF_QUESTIONS = ("--annotations", "--image_folder", "--prompt")

@@ -82,7 +82,7 @@ def gather(sets: Sequence[QuestionSet]) -> list[Item]:
     for one in sets:
         (name, times), *_ = Counter(str(item.question.id) for item in one.items).most_common(1)
         if times > 1:
-            raise ValueError(f"--questions {one.name}: the id {name} occurs {times} times; ids must differ")
+            raise ValueError(f"--questions {one.name}: the id {name} occurs {times} times; ids must be unique")
     items = [item for one in sets for item in one.items]
     if len({str(item.question.id) for item in items}) == len(items):
         return items

@@ -28,12 +28,12 @@ _CONTRACTIONS = """
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 
-
-def _without_one_apostrophe(word: str) -> list[str]:
-    return [word[:at] + word[at + 1 :] for at, letter in enumerate(word) if letter == "'"]
-
-
-_APOSTROPHES = {wrong: right for right in _CONTRACTIONS.split() for wrong in _without_one_apostrophe(right)}
+_APOSTROPHES = {
+    right[:at] + right[at + 1 :]: right
+    for right in _CONTRACTIONS.split()
+    for at, letter in enumerate(right)
+    if letter == "'"
+}
 _APOSTROPHES["somebody'd"] = "somebodyd"  # the other way round in the official table
 
 

@@ -205,16 +205,19 @@ def load_chat_tokenizer(name_or_path: str, vocab_size: int) -> ChatTokenizer:
         raise UnsuitableModelError(f"{error}; take an -Instruct or -Chat model with a plain chat template") from error
 
 
-def load_causal_lm(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(name_or_path: str, dtype: torch.dtype, load: Any = None) -> PreTrainedModel:
     """Load a language model's weights in this dtype, and check that it fits.
+
+    `load` makes a class's `from_pretrained`, see `model/scaling`; None: it is the class's own.
 
     Raises:
         UnsuitableModelError: if it can't be used, with the reason.
         OSError: if a file is missing.
     """
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    loaded: Any = multimodal_class(config).from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
-    model, info = loaded
+    model_class: Any = multimodal_class(config)
+    from_pretrained = load(model_class) if load else model_class.from_pretrained
+    model, info = from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
         raise UnsuitableModelError(

@@ -5,6 +5,7 @@ All processes of a run stop at the same step, so what they tell each other comes
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -62,7 +63,8 @@ def parameter_counts(model: Any) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         for part in ("lora" if "lora_" in name else name.split(".", 1)[0], "all"):
             total, trainable = counts[part]
-            counts[part] = (total + parameter.numel(), trainable + parameter.numel() * parameter.requires_grad)
+            number = math.prod(getattr(parameter, "quant_state", parameter).shape)  # two 4-bit weights are a byte
+            counts[part] = (total + number, trainable + number * parameter.requires_grad)
     return counts
 
 

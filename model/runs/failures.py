@@ -100,7 +100,7 @@ def report_failure(error: BaseException, *, has_begun: bool) -> int:
         return fail(in_one_line(error), 1)
     if lost := lost_connection(error):
         return fail(
-            f"lost the connection to another process ({lost}); if torchrun does not restart, {HOW_TO_RESUME}", 1
+            f"lost the connection to another process ({lost}); if torchrun does not restart the run, {HOW_TO_RESUME}", 1
         )
     if isinstance(error, OSError) and has_begun:
         return fail(f"{in_one_line(error)}; fix that, and {HOW_TO_RESUME}", 1)

@@ -30,7 +30,8 @@ MARK = "# train.py replaces this file at every checkpoint; delete this line to k
 _PANELS = {
     "loss (nats per token)": "(eval_)?loss",
     "learning rate": "learning_rate|feature_proj_lr",
-    "metric": r"eval_(?!loss|mem_|char_|.*(_time|runtime|_per_second)$).+",
+    "metric (0 to 1)": r"eval_(?!loss|cider_d|mem_|char_|.*(_time|runtime|_per_second)$).+",
+    "CIDEr-D (0 to 10)": "eval_cider_d",
 }
 """The panels of the figure, and the names that the log gives to what they show."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.utils import cached_file
 
 from qwen import MultimodalQWenLMHeadModel, QWenConfig
 
@@ -20,12 +23,14 @@ def hollow_language_model(name_or_path: str, config: PreTrainedConfig, dtype: to
 
     Raises:
         ValueError: if its weights are stored in another form than that of its parameters.
+        OSError: if they are neither here nor to be downloaded.
     """
     if get_checkpoint_conversion_mapping(config.model_type):
         raise ValueError(
             f"--shard_model: weights of model_type {config.model_type!r} are stored in another form than that of the "
             "model's parameters, and are not read in shares; leave --shard_model out, or give another language model"
         )
+    _download_weights(name_or_path)
     config.name_or_path, config.dtype = name_or_path, dtype
     model_class: Any = MultimodalQWenLMHeadModel if isinstance(config, QWenConfig) else multimodal_class(config)
     default = torch.get_default_dtype()
@@ -43,3 +48,16 @@ def hollow_language_model(name_or_path: str, config: PreTrainedConfig, dtype: to
             setattr(module, name, nn.Parameter(hollow))
     model.tie_weights()
     return model.eval()
+
+
+def _download_weights(name: str) -> None:
+    """Have the hub's cache hold a language model's weights, unless it is a folder."""
+    if Path(name).is_dir():
+        return
+    try:
+        index = Path(str(cached_file(name, "model.safetensors.index.json")))
+    except OSError:  # one file, or none at all, which the next line tells
+        cached_file(name, "model.safetensors")
+    else:
+        for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            cached_file(name, file)

@@ -21,11 +21,12 @@ from .limits import Limits
 logger = logging.getLogger(__name__)
 
 _SWEEP_SECONDS = 60
-_PRIVATE = {  # before Gradio is imported: it asks its maker for news, and keeps uploads, unless told otherwise
+_ENVIRONMENT = {  # before Gradio is imported: it asks its maker for news, and keeps records, unless told otherwise
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_RUN_HISTORY": "False",
     "GRADIO_MCP_SERVER": "False",
     "GRADIO_SHARE": "False",
+    "GRADIO_HEARTBEAT_INTERVAL": "2",  # seconds until an idle connection notices that the program ends
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
@@ -93,7 +94,7 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
 
     uploads = UploadFolder()
     drawn = tempfile.TemporaryDirectory(prefix="web_demo_examples_")
-    os.environ.update(_PRIVATE, GRADIO_TEMP_DIR=str(uploads.path))
+    os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=str(uploads.path))
     talk: Talk | None = None
     page: Any = None
     signal.signal(signal.SIGTERM, _end)
@@ -134,10 +135,10 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
             threading.Event().wait(_SWEEP_SECONDS)
             talk.sweep()
     finally:
+        if talk is not None:
+            talk.engine.close()
         if page is not None:
             page.close(verbose=False)
-        if talk is not None:
-            talk.close()
         uploads.close()
         drawn.cleanup()
 

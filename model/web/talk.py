@@ -145,11 +145,6 @@ class Talk:
         """Delete uploads that nobody has asked about; called now and then."""
         self.uploads.sweep()
 
-    def close(self) -> None:
-        """End all answers, and delete all uploads."""
-        self.engine.close()
-        self.uploads.close()
-
     # ---- How it is answered
 
     def _check_text(self, text: str) -> None:

@@ -68,7 +68,13 @@ def is_picture(path: Path) -> bool:
 LOG = [
     {"loss": 3.0, "learning_rate": 1e-3, "feature_proj_lr": 2e-3, "grad_norm": 1.0, "epoch": 0.5, "step": 1},
     {
-        **{"eval_loss": 2.5, "eval_exact_match": 0.5, "eval_char_bleu_4": 0.1, "eval_runtime": 1.0},
+        **{
+            "eval_loss": 2.5,
+            "eval_exact_match": 0.5,
+            "eval_cider_d": 2.0,
+            "eval_char_bleu_4": 0.1,
+            "eval_runtime": 1.0,
+        },
         **{"eval_samples_per_second": 3.0, "eval_model_preparation_time": 0.1, "epoch": 0.5, "step": 1},
     },
     {"loss": math.nan, "learning_rate": 0.0, "feature_proj_lr": 0.0, "epoch": 1.0, "step": 2},
@@ -78,7 +84,14 @@ LOG = [
 
 def test_curves_hold_what_was_learnt_and_not_how_fast():
     curves = read_curves(LOG)
-    assert curves.keys() == {"loss", "learning_rate", "feature_proj_lr", "eval_loss", "eval_exact_match"}
+    assert curves.keys() == {
+        "loss",
+        "learning_rate",
+        "feature_proj_lr",
+        "eval_loss",
+        "eval_exact_match",
+        "eval_cider_d",
+    }
     assert curves["learning_rate"] == [(1, 1e-3), (2, 0.0)]
     assert curves["eval_exact_match"] == [(1, 0.5)]
 

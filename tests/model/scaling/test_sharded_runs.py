@@ -26,6 +26,7 @@ from model.arguments import parse_arguments
 from model.dry_run.memory_estimate import BatchShape, Setting
 from model.dry_run.planned_model import planned_model
 from model.runs.resuming import newest_resumable
+from model.scaling import hollow
 from model.scaling.sharding import shard
 from model.scaling.split_memory import estimate_split
 
@@ -109,17 +110,33 @@ def test_a_single_process_trains_as_without(base_flags, mixed_data, tmp_path, al
 
 def test_a_hollow_model_has_shapes_and_no_memory(tiny_bases):
     torch.manual_seed(5)
-    hollow = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu", trainable=True, hollow=True)
+    light = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu", trainable=True, hollow=True)
     drawn = torch.rand(1)
     torch.manual_seed(5)
     whole = VisionLanguageModel.from_pretrained(*tiny_bases, device="cpu", trainable=True)
     assert torch.equal(torch.rand(1), drawn)  # so LoRA and projector are those of a run without the flag
-    ours, theirs = (dict(model.language_model.named_parameters()) for model in (hollow, whole))
+    ours, theirs = (dict(model.language_model.named_parameters()) for model in (light, whole))
     assert {name: (p.shape, p.dtype) for name, p in ours.items()} == {
         name: (p.shape, p.dtype) for name, p in theirs.items()
     }
     assert all(parameter.untyped_storage().nbytes() <= 8 for parameter in ours.values())
-    assert hollow.fingerprints == whole.fingerprints
+    assert light.fingerprints == whole.fingerprints
+
+
+def test_weights_of_a_hub_name_are_downloaded(tmp_path, monkeypatch):
+    """Nothing else would: what comes later reads the hub's cache alone."""
+    files = ["model-1.safetensors", "model-2.safetensors"]
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"weight_map": {"a": files[1], "b": files[0], "c": files[1]}}))
+    asked: list[str] = []
+
+    def cached_file(name, file):
+        asked.append(file)
+        return str(index)
+
+    monkeypatch.setattr(hollow, "cached_file", cached_file)
+    hollow._download_weights("Some/Model")
+    assert asked == ["model.safetensors.index.json", *files]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -83,14 +82,10 @@ def open_page(assistant, tmp_path):
 
     yield open_page
     for talk in talks:
-        talk.close()
+        talk.engine.close()
+        talk.uploads.close()
 
 
 @pytest.fixture
 def red() -> Image.Image:
     return Image.new("RGB", (40, 30), "red")
-
-
-def files_in(folder: Path) -> list[Path]:
-    """Return all files below a folder."""
-    return [path for path in folder.rglob("*") if path.is_file()]

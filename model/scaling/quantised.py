@@ -1,0 +1,166 @@
+"""A frozen language model whose linear layers take 4 or 8 bits a weight, by bitsandbytes.
+
+4 bits, as QLoRA has it (https://arxiv.org/abs/2305.14314): 64 weights share a scale and are rounded to the 16 values of
+NF4; the scales themselves take 8 bits each (double quantisation). A layer computes with W', its dequantised weights.
+8 bits are LLM.int8() (https://arxiv.org/abs/2208.07339): a scale for each row, and inputs in 8 bits too, but for
+outliers; training on the CPU leaves the inputs whole. Embedding, language head, tower, projector and LoRA stay whole.
+
+Nothing of it is in a checkpoint: LoRA and projector fit the plain base model as well as a quantised one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 64
+"""Weights that share a scale in 4 bits."""
+_SCALES = 256
+"""Scales that share one of their own."""
+_TABLES = 4 * (16 + 256 + 1)
+"""Bytes of a layer's tables: the values of NF4 and of the scales, and the scales' mean."""
+
+
+def check_quantised(kind: str, device: torch.device) -> None:
+    """Check that this machine can quantise to `kind`: 4bit or 8bit.
+
+    Raises:
+        ValueError: if bitsandbytes is missing, or does not run on the device.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each product's dtype
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"--load_in_{kind} needs bitsandbytes ({error}): pip install -r quantised-requirements.txt"
+        ) from error
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(
+            f"--load_in_{kind}: quantised weights are for CUDA GPUs and the CPU, not for {device.type}; choose one of "
+            "them, or leave the flag out"
+        )
+
+
+def check_training_flags(model_args: Any, args: Any) -> None:
+    """Check the flags of a run over a quantised language model, given the arguments of train.py.
+
+    Raises:
+        ValueError: if it can't be quantised, or would be trained itself.
+    """
+    if model_args.load_in_4bit and model_args.load_in_8bit:
+        raise ValueError("--load_in_4bit and --load_in_8bit: weights take one of both; leave one out")
+    if args.shard_model:
+        raise ValueError(
+            f"--shard_model and --load_in_{model_args.quantisation}: quantised weights are not split over processes; "
+            "leave one of them out"
+        )
+    if model_args.train_only == "all":
+        raise ValueError(
+            f"--train_only all trains the language model, and --load_in_{model_args.quantisation} freezes it in a few "
+            "bits; leave one of them out"
+        )
+    check_quantised(model_args.quantisation, args.device)
+
+
+def quantised_loader(kind: str, device: torch.device | None) -> Callable[[Any], Callable[..., Any]]:
+    """Return what makes of a model class a `from_pretrained` that quantises every weight as soon as it is read.
+
+    Layers compute in the `dtype` that it is called with, which all that stays whole has.
+
+    Args:
+        kind: 4bit or 8bit.
+        device: where the weights go; None: the CPU.
+
+    Raises:
+        ValueError: as `check_quantised`; when it is called, as `check_blocks`.
+    """
+    device = device or torch.device("cpu")
+    check_quantised(kind, device)
+    return lambda model_class: partial(_load, model_class, kind, device)
+
+
+def _load(model_class: Any, kind: str, device: torch.device, name: str, dtype: torch.dtype, **options: Any) -> Any:
+    in_4_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    how = BitsAndBytesConfig(**{f"load_in_{kind}": True}, **(in_4_bits if kind == "4bit" else {}))
+    options |= {"dtype": dtype, "quantization_config": how, "device_map": {"": device}}
+    loaded = model_class.from_pretrained(name, **options)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    layers = linear_layers(model)
+    check_blocks(kind, layers)
+    for layer in layers.values():
+        # bitsandbytes' own kernel for CPUs with AVX512-BF16 repacks the weights in `eval()`. It rounds to bf16, and has
+        # no gradient: training after an evaluation would fail.
+        layer.support_avx512bf16_for_cpu = False
+    number, size = quantised_size(kind, layers.values())
+    logger.info("language model: %s weights in %s, %.2f GB; the others whole", f"{number:,}", kind, size / 1e9)
+    return loaded
+
+
+def linear_layers(language_model: Any) -> dict[str, Any]:
+    """Return the layers that are quantised, or will be, by their names: all linear ones but the language head."""
+    head = language_model.get_output_embeddings()
+    modules = language_model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, nn.Linear) and module is not head}
+
+
+def check_blocks(kind: str, layers: dict[str, Any]) -> None:
+    """Refuse layers that bitsandbytes takes, and computes something else with: 4 bits of rows that share a block."""
+    for name, layer in layers.items():
+        if kind == "4bit" and layer.in_features % BLOCK:
+            raise ValueError(
+                f"--load_in_4bit: layer {name} has {layer.in_features} inputs, which must be a multiple of {BLOCK}; "
+                "give --load_in_8bit, or leave it out"
+            )
+
+
+def quantised_shape(kind: str, language_model: nn.Module) -> dict[str, Any]:
+    """Return what `ModelShape` says about a language model that will be quantised; it may be on the meta device.
+
+    Raises:
+        ValueError: as `check_blocks`.
+    """
+    layers = linear_layers(language_model)
+    check_blocks(kind, layers)
+    number, size = quantised_size(kind, layers.values())
+    return {
+        "quantised_parameters": number,
+        "quantised_bytes": size,
+        "dequantised_parameters": max(layer.in_features * layer.out_features for layer in layers.values()),
+        "keeps_inputs": kind == "8bit",
+    }
+
+
+def quantised_size(kind: str, layers: Iterable[Any]) -> tuple[int, int]:
+    """Return the number of weights in these layers, and the bytes that they take quantised, scales and tables too."""
+    number = size = 0
+    for layer in layers:
+        weights = layer.in_features * layer.out_features
+        scales = math.ceil(weights / BLOCK)
+        in_4_bits = math.ceil(weights / 2) + scales + 4 * math.ceil(scales / _SCALES) + _TABLES
+        number += weights
+        size += in_4_bits if kind == "4bit" else weights + 4 * layer.out_features
+    return number, size
+
+
+def dequantise(layers: Iterable[LoraLayer], dtype: torch.dtype) -> None:
+    """Replace the quantised layers under LoRA by plain ones of W', to which LoRA's update can be added."""
+    for layer in layers:
+        base: Any = layer.get_base_layer()
+        weight = dequantize_bnb_weight(base.weight, state=getattr(base, "state", None)).to(dtype)
+        with torch.device("meta"):
+            whole = nn.Linear(base.in_features, base.out_features, bias=False)
+        whole.weight = nn.Parameter(weight, requires_grad=False)
+        whole.bias = base.bias
+        layer.base_layer = whole
+    logger.info("the layers with LoRA are whole again, in %s: their weights dequantised, and the update added", dtype)
