@@ -67,12 +67,8 @@ def unusable(folder, kind):
 def test_a_picture_that_can_not_be_used(server, visit, colours, tmp_path, kind):
     """It is refused in a line that does not say where the server keeps it, and the next question is answered."""
     visitor = visit(server)
-    file = unusable(tmp_path, kind)
-    if kind == "bytes":  # not even sent
-        visitor.part("#question input[type=file]").first.set_input_files(str(file))
-    else:
-        visitor.ask("Which colour?", file)
-    expect(visitor.part("#status .error, .toast-body")).to_contain_text("picture.png")
+    visitor.ask("Which colour?", unusable(tmp_path, kind))
+    expect(visitor.error).to_contain_text("picture.png")
     assert str(server.folder) not in visitor.page.content()
     expect(visitor.answers).to_have_count(0)
     visitor.page.reload()
