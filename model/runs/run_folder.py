@@ -103,8 +103,12 @@ def write_run_config(run: Path, config: dict[str, Any]) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file of a run, which may be a link, under another name and rename it."""
+    """Write a file of a run, which may be a link, under another name and rename it; leave nothing if that fails."""
     whole = path.with_name(f"tmp-{path.name}-{secrets.token_hex(4)}")
-    with whole.open("xb") as file:
-        file.write(content)
-    whole.replace(path)
+    try:
+        with whole.open("xb") as file:
+            file.write(content)
+        whole.replace(path)
+    except OSError:
+        whole.unlink(missing_ok=True)  # on a full disk, a part of one would be left at each checkpoint
+        raise
