@@ -41,6 +41,7 @@ def launch(chromium):
     from playwright.sync_api import sync_playwright
 
     own = ["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+    own += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a camera that sees green
     with sync_playwright() as playwright:
         yield lambda *words: playwright.chromium.launch(executable_path=chromium, args=[*own, *words])
 

@@ -34,6 +34,32 @@ def test_a_picture_is_asked_about_and_then_asked_about_again(server, visit, colo
     assert visitor.question.input_value() == ""
 
 
+def test_the_same_picture_twice(server, visit, colours):
+    visitor = visit(server)
+
+    def choose() -> None:
+        with visitor.page.expect_file_chooser() as chooser:
+            visitor.part("#question .upload-button").click()
+        chooser.value.set_files(str(colours["red"]))
+        expect(visitor.part("#question .thumbnail-item")).to_have_count(1)
+
+    choose()
+    visitor.ask("Which colour?")
+    visitor.hear("It is red.")
+    choose()
+
+
+def test_a_photo_by_camera(server, visit):
+    visitor = visit(server, permissions=["camera"])
+    visitor.part("#camera_open").click()
+    visitor.part("#camera").get_by_role("button", name="Click to Access Webcam").click()
+    visitor.part("#camera").get_by_role("button", name="capture photo").click()
+    expect(visitor.part("#question .thumbnail-item")).to_have_count(1)
+    expect(visitor.part("#camera")).to_be_hidden()
+    visitor.ask("Which colour?")
+    expect(visitor.part("#conversation img.picture")).to_have_count(1)
+
+
 def test_two_pictures_in_their_order(server, visit, colours):
     visitor = visit(server)
     for first, second, answer in (("red", "blue", "Red, then blue."), ("blue", "red", "Blue, then red.")):
