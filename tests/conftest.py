@@ -24,6 +24,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked as slow too")
     parser.addoption("--web", action="store_true", help="run the tests in a browser alone; it is an error to have none")
+    parser.addoption("--release", action="store_true", help="run the slowest tests alone, which --all leaves out")
     parser.addoption("--machines", action="store_true", help="run the tests of several machines alone (as root)")
 
 
@@ -31,11 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave slow tests out, unless --all, a -m expression or a test's own name (file::test) asks for them."""
     if config.option.markexpr or any("::" in arg for arg in config.args):
         return
-    for alone in ("machines", "web"):
+    for alone in ("machines", "release", "web"):
         if config.getoption(f"--{alone}"):
             _keep(config, items, lambda item, alone=alone: item.get_closest_marker(alone))
             return
-    _keep(config, items, lambda item: not item.get_closest_marker("machines"))
+    _keep(config, items, lambda item: not (item.get_closest_marker("machines") or item.get_closest_marker("release")))
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)  # or they would be what all wait for
     if not config.getoption("--all"):
         _keep(config, items, lambda item: not item.get_closest_marker("slow"))
 

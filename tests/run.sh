@@ -3,6 +3,7 @@
 #     sh tests/run.sh              the core tier: under 6 minutes on two cores
 #     sh tests/run.sh --all        with the slow tests: benchmarks, parts of the demo, hostile files, kills, the browser
 #     sh tests/run.sh --web        those in a browser alone; they need Chromium: apt-get install chromium fonts-wqy-zenhei
+#     sh tests/run.sh --release    the slowest alone, before a release: memory of whole processes, commands of all documents
 #     sh tests/run.sh --machines   those of several machines alone, in network namespaces: as root on Linux, before a release
 #     sh tests/run.sh --lowest     with the lowest supported version of each dependency, in .venv-lowest
 # Any other argument goes to pytest, for instance -k NAME, or --cov for the lines that no test reaches.
@@ -37,4 +38,4 @@ if [ -z "$LOWEST" ]; then
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m mypy
 fi
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

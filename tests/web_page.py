@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -18,7 +19,8 @@ from tiny_run import ROOT, environment
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Locator, Page
 
-expect = pytest.importorskip("playwright.sync_api").expect
+playwright = pytest.importorskip("playwright.sync_api")
+expect = playwright.expect
 PATIENCE = 240.0
 """Seconds until something that must happen is taken not to; nothing waits so long unless it is broken."""
 expect.set_options(timeout=PATIENCE * 1000)
@@ -124,6 +126,11 @@ class Visitor:
         """Wait for the last answer to be complete and this one."""
         expect(self.answers.last).to_have_text(answer)
         expect(self.stop).to_be_hidden()
+
+    def hush(self) -> None:
+        """Stop the answer, unless it has ended by itself."""
+        with contextlib.suppress(playwright.TimeoutError):
+            self.stop.click(timeout=2000)
 
     def hear_growing(self) -> int:
         """Wait for an answer that grows; return its length in characters."""

@@ -144,6 +144,7 @@ def test_flags_exist(name: str) -> None:
         "--lowest",
         "--real",
         "--machines",
+        "--release",
     }
     known |= {"--model", "--image", "--model_args", "--tasks"}  # of other projects, in docs/serving.md
     known |= {"--mmproj", "--jinja", "--host", "--port", "--nproc_per_node"}  # of llama.cpp, and of torchrun

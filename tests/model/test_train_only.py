@@ -40,6 +40,7 @@ QUICK = [
 ]
 KINDS = ("projector", "all")
 PROJECTOR_FILES = {"projector.safetensors", "multimodal_config.json", "checksums.json"}
+RUN_FILES = {"train_config.json", "loss.png", "MODEL_CARD.md"}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_resumed_equals_never_stopped(command, runs, kind, tmp_path):
 
 def test_files_of_a_projector(runs):
     run = runs["projector"]
-    assert {path.name for path in run.iterdir() if path.is_file()} == PROJECTOR_FILES | {"train_config.json"}
+    assert {path.name for path in run.iterdir() if path.is_file()} == PROJECTOR_FILES | RUN_FILES
     assert json.loads((run / "multimodal_config.json").read_text())["train_only"] == "projector"
     checkpoint = read_checkpoint(run)
     assert checkpoint.lora_config is None
@@ -194,7 +195,7 @@ def test_files_of_a_whole_model_are_a_base_model(runs, bases, family):
     run = runs["all"]
     inside = run / "language_model"
     sums = json.loads((run / "checksums.json").read_text())
-    assert {path.name for path in run.iterdir() if path.is_file()} == PROJECTOR_FILES | {"train_config.json"}
+    assert {path.name for path in run.iterdir() if path.is_file()} == PROJECTOR_FILES | RUN_FILES
     assert {f"language_model/{path.name}" for path in inside.iterdir()} | PROJECTOR_FILES == {*sums, "checksums.json"}
     base = Path(bases[0])
     for name in ("generation_config.json", "tokenizer_config.json"):
@@ -303,7 +304,7 @@ def test_checkpointing_overwriting_and_few_checkpoints(command, runs, tmp_path):
     flags += ["--gradient_checkpointing", "true", "--overwrite_output_dir", "true"]
     assert train.main([*command, *flags, "--output_dir", str(tmp_path / "run")]) == 0
     assert losses(tmp_path / "run/checkpoint-6") == pytest.approx(losses(runs["all"] / "checkpoint-6"), abs=1e-5)
-    names = {"checkpoint-6", "language_model", "train_config.json", *PROJECTOR_FILES}
+    names = {"checkpoint-6", "language_model", *RUN_FILES, *PROJECTOR_FILES}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
 
 

@@ -13,7 +13,7 @@ from tiny_run import ROOT, make_pictures
 
 import evaluate
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.S | re.M)
 COCO_NAME = "COCO_val2014_000000000009.jpg"

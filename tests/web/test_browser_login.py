@@ -7,7 +7,7 @@ import re
 import pytest
 from web_page import Server, expect
 
-pytestmark = [pytest.mark.slow, pytest.mark.web]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.web]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_trained import SONG
 from web_page import Server, expect, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.web]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.web]
 
 MAX_BYTES = 50_000
 

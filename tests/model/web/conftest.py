@@ -18,9 +18,8 @@ def assistant(trained):
 
     options = {"do_sample": False, "max_new_tokens": 6}
     where = {"base_language_model": None, "base_value_model": None, "model_weights": trained}
-    return load_assistant(
-        argparse.Namespace(**where, dtype=torch.float32, device=torch.device("cpu"), system=None, options=options)
-    )
+    whole = {"quantisation": None, "device_map": None, "dtype": torch.float32, "device": torch.device("cpu")}
+    return load_assistant(argparse.Namespace(**where, **whole, system=None, options=options))
 
 
 class Page:
