@@ -132,6 +132,11 @@ class Visitor:
         with contextlib.suppress(playwright.TimeoutError):
             self.stop.click(timeout=2000)
 
+    def begin_again(self) -> None:
+        """Start a new conversation; the page empties the question box too, so that nothing may be typed before."""
+        self.part("#clear").click()
+        expect(self.questions).to_have_count(0)
+
     def hear_growing(self) -> int:
         """Wait for an answer that grows; return its length in characters."""
         expect(self.answers.last).to_have_text(re.compile(r"\w"))

@@ -65,8 +65,7 @@ def test_two_pictures_in_their_order(server, visit, colours):
     for first, second, answer in (("red", "blue", "Red, then blue."), ("blue", "red", "Blue, then red.")):
         visitor.ask("Both?", colours[first], colours[second])
         visitor.hear(answer)
-        visitor.part("#clear").click()
-        expect(visitor.questions).to_have_count(0)
+        visitor.begin_again()
 
 
 def test_an_answer_grows_until_it_is_stopped(server, visit):
@@ -80,7 +79,7 @@ def test_an_answer_grows_until_it_is_stopped(server, visit):
     other.hear("Hello, visitor.")
     expect(visitor.stop).to_be_hidden()
     assert re.fullmatch(r"(la ?)+", visitor.answers.last.inner_text().strip())
-    visitor.part("#clear").click()
+    visitor.begin_again()
     visitor.ask("Hello")
     visitor.hear("Hello, visitor.")
 
@@ -104,8 +103,7 @@ def test_retry_and_clear(server, visit, colours):
     visitor.part("#conversation button[aria-label=Retry]").last.click()
     visitor.hear("It is red.")
     expect(visitor.answers).to_have_count(1)
-    visitor.part("#clear").click()
-    expect(visitor.questions).to_have_count(0)
+    visitor.begin_again()
     visitor.ask("Again?")  # nothing is left of the picture
     visitor.hear(re.compile("^(?!red!)"))
 
@@ -143,13 +141,13 @@ def test_what_is_typed_is_text(server, visit, colours):
     expect(visitor.answers.last).to_have_text(re.compile(r"\S"))
     expect(visitor.error).to_have_count(0)
     visitor.hush()
-    visitor.part("#clear").click()
+    visitor.begin_again()
 
     marked = '<script>hacked = 1</script><img src=x onerror="hacked = 1">![x](http://elsewhere.example/x.png)'
     visitor.ask(marked)
     expect(visitor.questions.last).to_contain_text("<script>hacked = 1</script>")
     visitor.hush()
-    visitor.part("#clear").click()
+    visitor.begin_again()
     visitor.ask(HOSTILE)
     expect(visitor.answers.last).to_contain_text("onerror")
     expect(visitor.stop).to_be_hidden()
