@@ -22,7 +22,7 @@ from dataprocess.file_lock import hold
 from dataprocess.messages import format_count
 from model.asking.model_flags import add_model_flags
 from model.console import use_utf8
-from model.errors import OneLineErrors, in_one_line, is_out_of_memory, one_line, out_of_memory
+from model.errors import OneLineErrors, exit_status, one_line
 from model.evaluation.answers import read_answers
 from model.evaluation.compare import compare, comparison_rows, write_comparison
 from model.evaluation.flags import check_flags, make_folder
@@ -128,17 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rank, world_size = enter_process()
         return run(parse_arguments(sys.argv[1:] if argv is None else argv), rank, world_size)
-    except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
-        if is_out_of_memory(error):
-            logger.error("evaluate.py: %s", out_of_memory(error, "lower --batch_size or --max_new_tokens"))
-            return 1
-        if isinstance(error, RuntimeError):
-            raise
-        logger.error("evaluate.py: %s", in_one_line(error))
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("\n")
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        return exit_status(error, logger, "evaluate.py", "lower --batch_size or --max_new_tokens")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model.console import set_up_logging, use_utf8
 from model.device import parse_dtype
-from model.errors import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory
+from model.errors import OneLineErrors, exit_status
 from model.export.gguf_files import check_gguf, write_gguf
 from model.export.llama_server import verify_gguf
 from model.export.llava import check_llava, write_llava
@@ -115,17 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ExportMismatchError as error:
         logger.error("export.py: the export differs from the trained model; it stays in *%s: %s", UNFINISHED, error)
         return 1
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            logger.error("export.py: %s", out_of_memory(error, "give --no_verify, or a machine with more memory"))
-            return 1
-        if isinstance(error, RuntimeError):
-            raise
-        logger.error("export.py: %s", in_one_line(error))
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("\n")
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        return exit_status(error, logger, "export.py", "give --no_verify, or a machine with more memory")
 
 
 if __name__ == "__main__":

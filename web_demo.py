@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from model.asking.model_flags import add_model_flags
 from model.console import set_up_logging, use_utf8
-from model.errors import OneLineErrors, in_one_line, is_out_of_memory, out_of_memory
+from model.errors import OneLineErrors, exit_status
 from model.web.limits import Limits
 from model.web.serving import check_installed, check_port, read_login, serve
 
@@ -90,17 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     try:
         run(parse_arguments(sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            logger.error("web_demo.py: %s", out_of_memory(error, "load half the bytes with --dtype bfloat16"))
-            return 1
-        if isinstance(error, RuntimeError):
-            raise
-        logger.error("web_demo.py: %s", in_one_line(error))
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("\n")
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        return exit_status(error, logger, "web_demo.py", "load half the bytes with --dtype bfloat16")
     return 0
 
 

@@ -26,7 +26,7 @@ from .errors import OneLineErrors
 from .help_page import HelpFormatter, ShortHelp
 from .lora import LoraSettings
 from .runs.global_batch import accumulation
-from .scaling.flags import ScalingFlags
+from .scaling.flags import ScalingFlags, refusal_of
 
 BASE_LANGUAGE_MODEL = "Qwen/Qwen-7B-Chat"
 flag: Any = HfArg  # Any: a field is of its value's type for type checkers
@@ -202,8 +202,7 @@ def parse_arguments(
     parser.add_argument("--help_all", "--help-all", action="help", help="Explain every flag, and stop.")
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        why = "; training keeps no block on CPU or disk, see --shard_model" if "--device_map" in unknown else ""
-        parser.error(f"unknown flags: {' '.join(unknown)}{why}")
+        parser.error(refusal_of(unknown))
 
     # Defaults that depend on the machine have to be there before `TrainingArguments` is built, because it sets up the
     # process group: two processes that learn later that they run on the CPU would each believe to be alone.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
+import sys
 from typing import NoReturn
 
 _OUT_OF_MEMORY = (
@@ -55,3 +57,27 @@ def out_of_memory(error: BaseException, advice: str) -> str:
     """Return one line: the error without the allocator's own advice, then `advice`."""
     text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
     return f"out of memory ({text[:160] or type(error).__name__}): {advice}"
+
+
+def exit_status(error: BaseException, logger: logging.Logger, program: str, less_memory: str) -> int:
+    """Log an error that the user can do something about in one line; any other is raised again.
+
+    Args:
+        error: a program's end.
+        logger: the program's own.
+        program: its name, which begins the line.
+        less_memory: advice for when memory ran out.
+
+    Returns:
+        1 if memory ran out, 2 for what the user can fix, 130 after Ctrl-C.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("\n")
+        return 130
+    if is_out_of_memory(error):
+        logger.error("%s: %s", program, out_of_memory(error, less_memory))
+        return 1
+    if isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
+        logger.error("%s: %s", program, in_one_line(error))
+        return 2
+    raise error

@@ -32,3 +32,9 @@ class ScalingFlags:
             from .quantised import check_training_flags
 
             check_training_flags(self, args)
+
+
+def refusal_of(unknown: list[str]) -> str:
+    """Return what is wrong with words that are no flags of train.py, with the reason where other programs have one."""
+    why = "; training keeps no block on CPU or disk, see --shard_model" if "--device_map" in unknown else ""
+    return f"unknown flags: {' '.join(unknown)}{why}"
