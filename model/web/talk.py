@@ -136,6 +136,7 @@ class Talk:
         visitor = self.visitors.find(who.key)
         if visitor is not None:
             visitor.round += 1
+            visitor.given_up = True
             visitor.stop()
             visitor.conversation = []
             self.engine.forget(who.key)
@@ -181,14 +182,16 @@ class Talk:
         """Answer the last question of the conversation that `add` makes of the old one, unless something is refused."""
         visitor: Visitor | None = None
         try:
-            visitor = self.visitors.enter(who.key)
-            if visitor.busy:
-                visitor = None
-                raise Refusal("busy")
-            visitor.busy = True
+            entered = self.visitors.enter(who.key)
+            current = entered.round
+            while entered.busy:  # the model may be in the middle of a token that nobody waits for any more
+                if not entered.given_up:
+                    raise Refusal("busy")
+                await asyncio.sleep(_POLL_SECONDS)
+            visitor = entered
+            visitor.busy, visitor.given_up = True, False
             options = check_settings(settings, self.limits)
             self.visitors.check_rate(visitor, who.address)
-            current = visitor.round
             conversation = await add(visitor)
             prompt, shortened = await asyncio.to_thread(build_prompt, self.assistant, conversation)
             if visitor.round != current:  # a new conversation has begun meanwhile
@@ -226,6 +229,9 @@ class Talk:
         shown: object = None
         try:
             while not job.ended.is_set():
+                if job.cancelled and not job.started:  # the engine will pass it over once its turn comes
+                    job.stopped = True
+                    break
                 ahead = 0 if job.started else self.engine.ahead(job)
                 if (job.text, ahead) != shown:
                     shown, asked.answer = (job.text, ahead), job.text
@@ -234,7 +240,7 @@ class Talk:
                 await asyncio.sleep(_POLL_SECONDS)
         finally:
             job.cancel()
-            visitor.job = None
+            visitor.job, visitor.given_up = None, True
         if visitor.round != current:  # a new conversation has begun meanwhile
             yield View(chat_messages(visitor.conversation, language))
             return

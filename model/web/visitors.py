@@ -25,7 +25,9 @@ class Visitor:
         self.conversation: list[Asked] = []
         self.job: Job | None = None
         self.busy = False
-        """From the moment a question is accepted to the end of its answer."""
+        """From the moment a question is accepted until the model has let go of it."""
+        self.given_up = False
+        """Whether the visitor wants no more of the answer that keeps `busy`, and may ask the next question."""
         self.round = 0
         """Counts what makes a running answer pointless: a new conversation, leaving."""
         self.seen = now
@@ -34,6 +36,7 @@ class Visitor:
         """End the answer that is running or waiting, if any."""
         if self.job is not None:
             self.job.cancel()
+            self.given_up = True
 
 
 class Visitors:

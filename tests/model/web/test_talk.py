@@ -316,6 +316,65 @@ def test_one_visitor_has_one_question_at_a_time(open_page, monkeypatch):
     assert [asked.text for asked in page.conversation] == ["1"]
 
 
+@pytest.mark.parametrize("end", ["stop", "clear"])
+def test_who_has_given_up_an_answer_may_ask_at_once(open_page, monkeypatch, end):
+    """The model may still be in the middle of a token; the next question waits for that."""
+    page, release = open_page(), threading.Event()
+    answer = talk_module.stream_answer
+
+    def stuck(assistant, conversation, *further):
+        if conversation[-1].text != "Long?":
+            yield from answer(assistant, conversation, *further)
+            return
+        yield "word"
+        release.wait(60)
+        yield "word word"
+
+    async def rest(views):
+        return [view async for view in views]
+
+    async def give_up_and_ask():
+        first = page.talk.ask(page.who, '{"text": "Long?"}', page.settings)
+        async for view in first:
+            if view.messages[-1]["role"] == "assistant":
+                break
+        getattr(page.talk, end)(page.who)
+        both = asyncio.gather(rest(first), rest(page.talk.ask(page.who, '{"text": "Next?"}', page.settings)))
+        await asyncio.sleep(0)
+        release.set()
+        return (await both)[1]
+
+    monkeypatch.setattr(talk_module, "stream_answer", stuck)
+    views = asyncio.run(give_up_and_ask())
+    assert not views[-1].status, views[-1].status
+    assert [asked.text for asked in page.conversation] == (["Long?", "Next?"] if end == "stop" else ["Next?"])
+    assert page.conversation[-1].answer
+
+
+def test_who_waits_may_stop_without_waiting(open_page, monkeypatch):
+    first, second, release = open_page("first"), open_page("second"), threading.Event()
+    in_time = []
+
+    def stuck(*_):
+        yield "word"
+        in_time.append(release.wait(60))
+
+    async def wait_and_stop():
+        running = first.talk.ask(first.who, '{"text": "Long?"}', first.settings)
+        await anext(running)
+        views = []
+        async for view in second.talk.ask(second.who, '{"text": "Next?"}', second.settings):
+            views.append(view)
+            second.talk.stop(second.who)
+        release.set()
+        return views, [view async for view in running]
+
+    monkeypatch.setattr(talk_module, "stream_answer", stuck)
+    views, _ = asyncio.run(wait_and_stop())
+    assert say("en", "stopped") in views[-1].status
+    assert in_time == [True]
+
+
 def test_a_new_conversation_while_a_question_is_being_read(open_page, monkeypatch):
     page = open_page()
     build = talk_module.build_prompt
