@@ -53,6 +53,7 @@ def test_a_photo_by_camera(server, visit):
     visitor = visit(server, permissions=["camera"])
     visitor.part("#camera_open").click()
     visitor.part("#camera").get_by_role("button", name="Click to Access Webcam").click()
+    visitor.page.wait_for_function("document.querySelector('#camera video').videoWidth > 0")  # else none is taken
     visitor.part("#camera").get_by_role("button", name="capture photo").click()
     expect(visitor.part("#question .thumbnail-item")).to_have_count(1)
     expect(visitor.part("#camera")).to_be_hidden()
