@@ -140,11 +140,11 @@ class LeanLoraLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         if autocast:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _LoraProduct.apply(x, self.lora_dropout[name](x), base.weight, base.bias, A, B, self.scaling[name])
+        return LoraProduct.apply(x, self.lora_dropout[name](x), base.weight, base.bias, A, B, self.scaling[name])
 
 
 def make_lean(model: nn.Module) -> None:
-    """Turn PEFT's LoRA layers into lean ones, in place; those over quantised layers stay PEFT's own.
+    """Turn PEFT's LoRA layers into lean ones, in place.
 
     Raises:
         ValueError: if one is over anything but a linear layer.
@@ -152,21 +152,26 @@ def make_lean(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = LeanLoraLinear
-        elif isinstance(module, LoraLayer) and type(module).__name__ not in ("LeanLoraLinear", *_LINEAR[1:]):
+        elif type(module).__name__ in _LINEAR[1:] and isinstance(module, LoraLayer):
+            from .scaling.quantised import lean_class
+
+            module.__class__ = lean_class(type(module))
+        elif isinstance(module, LoraLayer) and not type(module).__name__.startswith("Lean"):
             kind = type(module.get_base_layer()).__name__
             raise ValueError(f"{name} is of class {kind}; LoRA is for linear layers: leave it out of target_modules")
 
 
-class _LoraProduct(torch.autograd.Function):
+class LoraProduct(torch.autograd.Function):
     """Compute x @ W.T + bias + scale · dropped @ A.T @ B.T, with gradients of x, dropped, A and B.
 
     Shapes: x and dropped (..., K), which may be the same tensor; W (N, K); bias (N,) or None; A (R, K); B (N, R).
-    Computes in the dtype of x and dropped, to which the others are cast.
+    Computes in the dtype of x and dropped, to which the others are cast. W is frozen; it may be anything whose
+    `to(dtype)` is this matrix.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+        ctx: Any, x: Tensor, dropped: Tensor, W: Any, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
     ) -> Tensor:
         dtype = x.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -174,14 +179,14 @@ class _LoraProduct(torch.autograd.Function):
             out = nn.functional.linear(x, W.to(dtype), bias)  # (..., N)
             inner = dropped.flatten(0, -2) @ A.to(dtype).t()  # (rows, R)
             out.view(-1, out.shape[-1]).addmm_(inner, B.to(dtype).t(), alpha=scale)
-        ctx.scale, ctx.shape, ctx.same = scale, x.shape, dropped is x
-        ctx.save_for_backward(dropped, inner, W, A, B)
+        ctx.scale, ctx.shape, ctx.same, ctx.W = scale, x.shape, dropped is x, W
+        ctx.save_for_backward(dropped, inner, A, B)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, inner, W, A, B = ctx.saved_tensors
+        dropped, inner, A, B = ctx.saved_tensors
         dtype = dropped.dtype
         with torch.autocast(grad_out.device.type, enabled=False):
             grad_out = grad_out.to(dtype).flatten(0, -2)  # (rows, N)
@@ -190,7 +195,7 @@ class _LoraProduct(torch.autograd.Function):
             grad_A = (grad_inner.t() @ dropped.flatten(0, -2)).to(A.dtype)  # (R, K)
             grad_x = grad_dropped = None
             if ctx.needs_input_grad[0]:  # not in the first layer of a batch without images: nothing below is trained
-                grad_x = grad_out @ W.to(dtype)  # (rows, K)
+                grad_x = grad_out @ ctx.W.to(dtype)  # (rows, K)
                 if ctx.same:
                     grad_x.addmm_(grad_inner, A.to(dtype))
                 else:

@@ -36,8 +36,8 @@ LoRA does without dropout; under autocast each of them its own copy, and 2 bytes
 keep what they multiply their weights with, (B, T, D) fp32 each. Positions are not taken in chunks by the head.
 
 Quantised layers (`--load_in_4bit`, `--load_in_8bit`) take `quantised_bytes` in place of s x their weights, and one of
-them at a time is dequantised, into s x its weights. In 8 bits they keep their inputs, as LoRA does without dropout.
-PEFT's own LoRA is over them; under autocast on the CPU it takes its inputs in fp32 and keeps a copy for each layer.
+them at a time is dequantised, into s x its weights. In 8 bits those without LoRA keep their inputs, as LoRA does without
+dropout.
 
 What exists at one moment only, on top of the above:
 
@@ -90,7 +90,7 @@ class ModelShape:
     quantised_parameters: int = 0  # weights of the language model that take 4 or 8 bits each
     quantised_bytes: int = 0  # what these take, with their scales
     dequantised_parameters: int = 0  # weights of the largest of these layers
-    keeps_inputs: bool = False  # whether quantised layers keep what they take in, as those of 8 bits do
+    kept_inputs: tuple[str, ...] = ()  # that quantised layers without LoRA keep, as those of 8 bits do
 
     @property
     def frozen(self) -> int:
@@ -192,17 +192,16 @@ def _kept_by_layer(shape: ModelShape, setting: Setting, tokens: int, after: int)
     """Count the bytes that autograd keeps of one block of `tokens` positions, `after` of them after the attention."""
     s, d, w, i = setting.dtype_bytes, shape.width, shape.attention_width, shape.inner
     channels = {"attention": d, "attention output": w, "MLP": d, "product": i}
-    copies = bool(shape.quantised_parameters) and setting.device == "cpu" and s < FP32
-    mask = 0 if not setting.dropout else 1 if setting.device != "cpu" else FP32 if copies else s
+    mask = 0 if not setting.dropout else s if setting.device == "cpu" else 1
     lora = dict.fromkeys(channels, 0)  # bytes by input
     casts = shape.trains_language and s < FP32
     for name in shape.lora_inputs:
         known = lora[name] and not (casts and channels[name] == d)
-        shared = not (setting.dropout or copies) and (known or name == "attention output")  # kept as they are, once
+        shared = not setting.dropout and (known or name == "attention output")  # kept as they are, once
         lora[name] += s * setting.rank + (0 if shared else channels[name] * (s + mask))
-    if shape.keeps_inputs:
-        for name in ("attention", "MLP", "product"):  # the output projection's input is counted with the attention
-            lora[name] += s * channels[name] * (setting.dropout > 0 or copies or not lora[name])
+    for name in shape.kept_inputs:
+        if name != "attention output" and (setting.dropout or not lora[name]):  # that is counted with the attention
+            lora[name] += s * channels[name]
     norms = FP32 * (2 if shape.trains_language else 1)
     before = norms * (d + shape.normed_width) + FP32 * shape.heads + 2 * s * (w + shape.key_width)
     before += lora.pop("attention")

@@ -120,6 +120,9 @@ def model_shape(
 
         block |= quantised_shape(quantisation, language)
     targets = {name: module for name, module in linears.items() if any(f".{name}".endswith(f".{t}") for t in wanted)}
+    if quantisation == "8bit":
+        without = [name for name in linears if ".0." in name and name not in targets]
+        block["kept_inputs"] = tuple(sorted({inputs[name.split(".0.", 1)[1]] for name in without}))
     return ModelShape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,

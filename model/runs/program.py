@@ -40,6 +40,7 @@ def run_identity(
         lora = model.language_model.peft_config["default"]
         targets = "|".join(sorted(lora.target_modules))
         trained = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": targets}
+    how = getattr(model.qwen.config, "quantization_config", None)
     return {
         "training data": train_set.fingerprint,
         "number of samples": len(train_set),
@@ -49,6 +50,7 @@ def run_identity(
         **trained,
         "projector_layers": model.projector_layers,
         **({"pixel_shuffle": model.pixel_shuffle} if model.pixel_shuffle != 1 else {}),  # older runs have no such key
+        **({f"load_in_{4 if how.load_in_4bit else 8}bit": True} if how else {}),
         **({"vision_feature_layer": layer} if (layer := model.vision_tower.feature_layer) != -1 else {}),
         **{name.replace("_fingerprint", ""): value for name, value in model.fingerprints.items()},
         "order": args.train_sampling_strategy,

@@ -13,14 +13,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+
+from ..lora import LoraProduct
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,10 @@ def _load(model_class: Any, kind: str, device: torch.device, name: str, dtype: t
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     layers = linear_layers(model)
     check_blocks(kind, layers)
+    quantised = {id(layer.weight) for layer in layers.values()}
+    for parameter in model.parameters():
+        if device.type == "cpu" and id(parameter) not in quantised:
+            parameter.data = parameter.data.clone()  # or it would keep its whole file mapped, with what was quantised
     for layer in layers.values():
         # bitsandbytes' own kernel for CPUs with AVX512-BF16 repacks the weights in `eval()`. It rounds to bf16, and has
         # no gradient: training after an evaluation would fail.
@@ -137,7 +143,6 @@ def quantised_shape(kind: str, language_model: nn.Module) -> dict[str, Any]:
         "quantised_parameters": number,
         "quantised_bytes": size,
         "dequantised_parameters": max(layer.in_features * layer.out_features for layer in layers.values()),
-        "keeps_inputs": kind == "8bit",
     }
 
 
@@ -151,6 +156,49 @@ def quantised_size(kind: str, layers: Iterable[Any]) -> tuple[int, int]:
         number += weights
         size += in_4_bits if kind == "4bit" else weights + 4 * layer.out_features
     return number, size
+
+
+# ---- LoRA over quantised layers
+
+
+@cache
+def lean_class(lora_class: type) -> type:
+    """Return PEFT's class of LoRA layers over quantised ones, with the forward and backward pass of `LeanLoraLinear`.
+
+    PEFT's own copies its input in fp32 under autocast, and makes four more tensors of the output's size. On the CPU, the
+    holes that these leave among what the backward pass needs took half as much memory again as the activations.
+    """
+    return type(f"Lean{lora_class.__name__}", (_Lean, lora_class), {})
+
+
+class _Lean:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map (..., K) to (..., N); answers, which have kernels of their own, are left to PEFT and bitsandbytes."""
+        name, base = self.active_adapters[0], self.get_base_layer()
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        autocast = torch.is_autocast_enabled(x.device.type)
+        trains = torch.is_grad_enabled() and (autocast or x.dtype == A.dtype)
+        if args or kwargs or self.disable_adapters or not trains:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if autocast:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        W = _Dequantised(base)
+        return LoraProduct.apply(x, self.lora_dropout[name](x), W, base.bias, A, B, self.scaling[name])
+
+
+class _Dequantised:
+    """The weight of a quantised layer, dequantised whenever it is wanted: for the forward pass, and the backward pass."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """Return W' (N, K)."""
+        weight = self.layer.weight
+        if hasattr(weight, "quant_state"):
+            return dequantize_bnb_weight(weight).to(dtype)
+        scales = self.layer.state.SCB if weight.SCB is None else weight.SCB  # moved at the first product of its own
+        return weight.data.to(dtype).mul_(scales.unsqueeze(1) / 127)
 
 
 def dequantise(layers: Iterable[LoraLayer], dtype: torch.dtype) -> None:

@@ -97,6 +97,26 @@ def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing, dro
     assert head == 0  # the head's gradient is taken at once, chunk by chunk
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_activations_over_a_quantised_language_model(tmp_path, dtype, checkpointing, kind):
+    pytest.importorskip("bitsandbytes")
+    clip, lora = make_clip_checkpoint(tmp_path / "clip"), LoraSettings(RANK, target_modules=None)
+    base = make_family(tmp_path / "qwen3", "qwen3", **MEDIUM)
+    options = {"dtype": dtype, "device": "cpu", "trainable": True}
+    model = VisionLanguageModel.from_pretrained(base, clip, quantisation=kind, **options)
+    model.add_lora(lora)
+    if checkpointing:
+        model.gradient_checkpointing_enable()  # by the name that all supported versions have
+    head, others = kept_bytes(model.train(), dtype, padding=3)
+    shape = model_shape(read_language_config(base), read_tower_shape(clip), lora, quantisation=kind)
+    setting = Setting(dtype.itemsize, "cpu", RANK, lora.dropout, checkpointing)
+    expected, _ = activations_of(shape, setting, BatchShape(ROWS, TOKENS, ROWS * ANSWER, ROWS))
+    assert others == pytest.approx(expected, rel=0.05)
+    assert head == 0
+
+
 MEDIUM = {
     "hidden_size": 256,
     "intermediate_size": 704,
@@ -183,11 +203,12 @@ print("measured", resident("VmHWM"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "bf16", "checkpointing", "train_only"),
+    ("family", "bf16", "checkpointing", "more"),
     [
         ("qwen3", False, True, []),
         ("llama", False, False, []),
         ("qwen3", True, False, ["--train_only", "all"]),
+        ("qwen3", False, True, ["--load_in_4bit", "true"]),
         *(
             pytest.param(*case, marks=pytest.mark.release)
             for case in (
@@ -198,13 +219,20 @@ print("measured", resident("VmHWM"))
                 *((family, False, False, []) for family in ("qwen2", "mistral")),
                 ("qwen3", False, False, ["--train_only", "projector"]),
                 ("qwen3", False, True, ["--train_only", "all"]),
+                *(
+                    ("qwen3", bf16, checkpointing, [f"--load_in_{kind}", "true"])
+                    for bf16 in (False, True)
+                    for checkpointing in (False, True)
+                    for kind in ("4bit", "8bit")
+                    if (bf16, checkpointing, kind) != (False, True, "4bit")
+                ),
             )
         ),
     ],
 )
-def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family, bf16, checkpointing, train_only):
+def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family, bf16, checkpointing, more):
     """All that is resident of the process, its libraries too, of which the estimate has a row."""
-    sizes = {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8}
+    sizes = {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
     base = make_family(tmp_path / family, family, **sizes, **heads)
     samples = [("red.png", ("<|extra_0|>What?", "word " * (30 + number))) for number in range(8)]
@@ -213,7 +241,7 @@ def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family
         *("--base_language_model", base, "--base_value_model", make_clip_checkpoint(tmp_path / "clip")),
         *(*write_data(tmp_path, samples, tmp_path / "pictures"), "--output_dir", tmp_path / "run"),
         *("--bf16", bf16, "--gradient_checkpointing", checkpointing, "--use_cpu", "true", "--save_strategy", "no"),
-        *("--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--report_to", "none", *train_only),
+        *("--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--report_to", "none", *more),
     ]
     expected = parse_memory(start("python", "train.py", *flags, "--dry_run").stdout)[0]
     done = start("python", "-c", TRAIN, *flags)

@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from tiny_families import make_family
-from tiny_run import load_test_py, one_line_error
+from tiny_run import load_test_py, one_line_error, write_data
 from tiny_towers import make_clip_checkpoint
 from tiny_vlm import enliven_trained
 
+import evaluate
+import export
 import train
 from model import LoraSettings, VisionLanguageModel
 from model.scaling.offload import place_blocks, read_max_memory, spread
@@ -80,6 +82,29 @@ def test_a_file_of_questions_is_answered_from_the_disk(llama, pictures, tmp_path
     assert len(answers[0].splitlines()) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["--questions", "--image_map"])
+def test_evaluate_py_scores_a_model_on_the_disk_as_the_whole_one(checkpoint, pictures, tmp_path, capsys, kind):
+    """The same answers and metrics, from questions and from samples, with --blind."""
+    prompts = [("red", "What colour?"), ("blue", "And what colour is the picture that you see here?")]
+    lines = [{"id": n, "image": str(pictures[c]), "prompt": text} for n, (c, text) in enumerate(prompts)]
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text("".join(json.dumps({**line, "answers": ["red"]}) + "\n" for line in lines))
+    samples = [(f"{colour}.png", (f"<|extra_0|>{text}", colour)) for colour, text in prompts]
+    data = write_data(tmp_path / "data", [*samples, (None, ("1 + 1?", "2"))], pictures["red"].parent)
+    given = ["--questions", str(asked)] if kind == "--questions" else data
+    folder, found = tmp_path / "offload", {}
+    for name, flags in {"whole": [], "disk": [*DISK, "--offload_folder", str(folder)]}.items():
+        command = ["--model_weights", str(checkpoint), "--device", "cpu", "--max_new_tokens", "6", "--blind", *given]
+        assert evaluate.main([*command, *flags, "--output", str(tmp_path / name)]) == 0
+        found[name] = json.loads((tmp_path / name / "results.json").read_text())
+    assert (folder / "index.json").exists()
+    assert (tmp_path / "whole/answers.jsonl").read_text() == (tmp_path / "disk/answers.jsonl").read_text()
+    assert found["whole"]["metrics"]
+    assert found["disk"]["metrics"] == found["whole"]["metrics"]
+    capsys.readouterr()
+
+
 def test_logits_are_those_of_the_whole_model(checkpoint, tmp_path):
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     whole = VisionLanguageModel.from_pretrained(model_weights=checkpoint, device="cpu")
@@ -126,3 +151,9 @@ def test_flags_that_do_not_go_together(ask, llama, tmp_path, capsys):
     said = one_line_error(capsys.readouterr().err, "train.py")
     assert "--device_map" in said
     assert "--shard_model" in said
+    for flags in (["--device_map", "auto"], ["--device_map=auto"]):
+        assert export.main(["--model_weights", str(llama), "--output", str(tmp_path / "export"), *flags]) == 2
+        said = one_line_error(capsys.readouterr().err, "export.py")
+        assert "--device_map" in said
+        assert "tensor by tensor" in said
+    assert not (tmp_path / "export").exists()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stopped_runs import KillAt, Killed, assert_same_end, logged, new_trainer
 from tiny_families import make_family
-from tiny_run import MIXED_CAPTIONS, load_test_py, losses, one_line_error, trained_weights, write_data
+from tiny_run import MIXED_CAPTIONS, ROOT, load_test_py, losses, one_line_error, start, trained_weights, write_data
 from tiny_towers import make_clip_checkpoint
 from tiny_vlm import (
     RANK,
@@ -26,6 +26,7 @@ from tiny_vlm import (
 from torch.testing import assert_close
 
 import train
+from benchmarks.training import quantised_table
 from benchmarks.training.memory import parse_memory
 from model import LoraSettings, VisionLanguageModel
 from model.checkpoints.base_models import load_language_model, read_language_config
@@ -277,6 +278,36 @@ def test_a_run_in_4_bits_resumes_as_if_never_stopped(inputs, runs, tmp_path):
     assert all(torch.equal(value, theirs[name]) for name, value in trained_weights(tmp_path).items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(inputs, tmp_path, kind):
+    """Each quantises the whole model for itself; batches without images on one of them too."""
+    common = [*inputs[1], f"--load_in_{kind}", "true", "--lora_rank", "4", "--lora_dropout", "0"]
+    assert train.main([*common, "--output_dir", str(tmp_path / "one")]) == 0
+    half = [*common, "--per_device_train_batch_size", "2", "--output_dir", tmp_path / "two"]
+    done = start("torchrun", "--standalone", "--nproc_per_node=2", "train.py", *half)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.tensor(losses(tmp_path / name / "checkpoint-6")) for name in ("one", "two"))
+    assert_close(two, one, rtol=1e-5, atol=1e-5)
+    expected = trained_weights(tmp_path / "one")
+    for name, value in trained_weights(tmp_path / "two").items():
+        assert_close(value, expected[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [("4bit", []), ("4bit", ["--load_in_8bit", "true"]), ("plain", ["--load_in_4bit", "true"])]
+)
+def test_resuming_over_other_weights_is_refused(inputs, runs, tmp_path, capsys, before, now):
+    """As it is with another language model; a new run may begin with these weights, over whatever."""
+    shutil.copytree(runs[before] / "checkpoint-2", tmp_path / "checkpoint-2")
+    common = [*inputs[1], *LORA, *now]
+    said = refused([*common, "--resume_from_checkpoint", "auto", "--output_dir", tmp_path], capsys)
+    assert all(f"load_in_{kind}" in said for kind in KINDS if kind == before or f"--load_in_{kind}" in now)
+    assert "--previous_lora_weights" in said
+    weights = ["--previous_lora_weights", tmp_path / "checkpoint-2", "--max_steps", "1"]
+    assert train.main([str(word) for word in (*common, *weights, "--output_dir", tmp_path / "new")]) == 0
+
+
 @pytest.mark.parametrize("trained_in", ["plain", "4bit"])
 def test_one_adapter_serves_both(runs, trained_in):
     """It loads over the plain model and over a quantised one, whichever it was trained on, with the same weights."""
@@ -406,6 +437,16 @@ def test_a_base_model_whose_files_are_quantised_is_refused(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc is Linux's")
+def test_no_file_of_the_whole_weights_stays_mapped(base, clip, kind):
+    """Norms and embedding of the file's own dtype are views of it, and would keep what was quantised in memory."""
+    model = VisionLanguageModel.from_pretrained(base, clip, dtype=torch.float32, device="cpu", quantisation=kind)
+    assert f"{base}/model.safetensors" not in Path("/proc/self/maps").read_text()
+    head, table = model.qwen.get_output_embeddings(), model.get_input_embeddings()
+    assert (head.weight is table.weight) == bool(model.qwen.config.tie_word_embeddings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dry_run_knows_the_bytes_of_the_weights(base, clip, kind, dtype):
     model = VisionLanguageModel.from_pretrained(base, clip, dtype=dtype, device="cpu", quantisation=kind)
@@ -425,6 +466,10 @@ def test_the_dry_run_knows_the_bytes_of_the_weights(base, clip, kind, dtype):
     whole = dtype.itemsize * (shape.language_parameters - shape.quantised_parameters)
     assert shape.quantised_bytes + whole == sum(tensor.nbytes for tensor in held.values())
     assert parameter_counts(model)["language_model"][0] == shape.language_parameters
+
+
+def test_the_table_of_the_documents_is_printed():
+    assert quantised_table.markdown() in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 
 
 def test_the_dry_run_prints_them(inputs, tmp_path, capsys):
