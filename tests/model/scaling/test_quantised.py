@@ -281,8 +281,8 @@ def test_a_run_in_4_bits_resumes_as_if_never_stopped(inputs, runs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_as_one(inputs, tmp_path, kind):
-    """Each quantises the whole model for itself; batches without images on one of them too."""
-    common = [*inputs[1], f"--load_in_{kind}", "true", "--lora_rank", "4", "--lora_dropout", "0"]
+    """Each quantises the whole model for itself. AdamW would turn the rounding of gradients near 0 into whole steps."""
+    common = [*inputs[1], f"--load_in_{kind}", "true", "--lora_rank", "4", "--lora_dropout", "0", "--optim", "sgd"]
     assert train.main([*common, "--output_dir", str(tmp_path / "one")]) == 0
     half = [*common, "--per_device_train_batch_size", "2", "--output_dir", tmp_path / "two"]
     done = start("torchrun", "--standalone", "--nproc_per_node=2", "train.py", *half)
