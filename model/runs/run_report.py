@@ -18,9 +18,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dataprocess.file_lock import replace_file
+
 from ..errors import in_one_line
 from .callbacks import LOSS_FIGURE, MODEL_CARD, parameter_counts
-from .run_folder import replace_file
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -261,6 +262,19 @@ def test_what_a_user_can_fix_is_refused_in_a_line(call, files, tmp_path, flags, 
 def test_a_process_number_that_is_none_is_refused_in_a_line(call, monkeypatch, name):
     monkeypatch.setenv(name, "x")
     assert name in one_line_error(call("--help", status=2)[1], "evaluate.py")
+
+
+def test_without_room_the_results_are_named_and_no_part_is_left(call, files, tmp_path):
+    """As on a full disk: files may not grow beyond 100 bytes, and the system's error names none."""
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = ("--questions", files["questions"], "--answers", files["first"], "--output", out)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        _, err = call(*flags, status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(out / "answers.jsonl") in one_line_error(err, "evaluate.py")
+    assert not list(out.iterdir())
 
 
 def test_answers_are_not_overwritten_and_one_process_writes(call, files, tmp_path):

@@ -16,9 +16,10 @@ from stopped_runs import Killed
 from tiny_run import build_trainer
 
 import train
+from dataprocess.file_lock import replace_file
 from model.arguments import parse_arguments
 from model.runs import run_report
-from model.runs.run_folder import clear_leftovers, replace_file
+from model.runs.run_folder import clear_leftovers
 from model.runs.run_report import MARK, ReportRun, draw, read_curves
 
 QUICK = [
