@@ -18,6 +18,7 @@ from dataprocess.messages import format_count
 
 from .captions import (
     CAPTION_METRICS,
+    are_chinese,
     caption_statistics,
     check_captions,
     is_chinese,
@@ -34,10 +35,11 @@ Values = dict[str, Array]
 
 _POPE = ("accuracy", "precision", "recall", "f1", "yes_share")
 FAMILIES = ("vqa_accuracy", "exact_match", "pope", *CAPTION_METRICS)
+_VALUES = {"pope": [f"pope_{name}" for name in _POPE], "bleu": [f"bleu_{n}" for n in range(1, 5)]}
+"""The values of families that have several; the others have one of their own name."""
 NAMES = {
     **{name: (name,) for name in FAMILIES},
-    **{f"pope_{name}": ("pope",) for name in _POPE},
-    **{f"bleu_{n}": ("bleu",) for n in range(1, 5)},
+    **{name: (family,) for family, names in _VALUES.items() for name in names},
     "captions": CAPTION_METRICS,
 }
 """The names that --metrics takes, and the families that each stands for."""
@@ -157,6 +159,15 @@ def score(items: Sequence[Item], answers: Sequence[str | None], families: Sequen
         for statistics in caption_statistics(texts, [answer or "" for answer in answers], captions):
             found.append(Scored(rows=list(range(len(items))), **statistics))
     return found
+
+
+def value_names(items: Sequence[Item], families: Sequence[str]) -> list[str]:
+    """Return the names of the values that `score` gives, but for those of single splits of POPE."""
+    names = [name for family in families for name in _VALUES.get(family, [family])]
+    captions = {name for name in names if NAMES[name][0] in CAPTION_METRICS}
+    if captions and are_chinese([text for item in items for text in item.references]):
+        names += [f"char_{name}" for name in names if name in captions]
+    return names
 
 
 def _vqa(items: Sequence[Item], answers: Sequence[str | None]) -> Scored:
