@@ -83,11 +83,7 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file, which may be a link, under another name and rename it; nobody sees half of it.
-
-    Raises:
-        OSError: if that is not possible; it names the file, and no part is left.
-    """
+    """Write a file, which may be a link, under another name and rename it; an error names it, and leaves no part."""
     whole = path.with_name(f"tmp-{path.name}-{secrets.token_hex(4)}")
     try:
         with whole.open("xb") as file:

@@ -62,8 +62,8 @@ class AnswerSamples:
         # What the first process can read is asked on all of them.
         self.items: list[Item] = gather_object([choose_samples(eval_set, data_args.eval_generate or 0)])[0]
         self.families = choose_families(["auto"], [QuestionSet("samples", "", self.items)], self.items)
-        self.notes: list[str] = []
-        """How many samples were answered, and the rule of each metric, since the first call on the first process."""
+        self.notes = ""
+        """How many samples were answered, and the rule of each metric; since the first call, on the first process."""
         self._begun = False
         try:
             check_families(self.items, self.families)
@@ -108,11 +108,12 @@ class AnswerSamples:
     def _measure(self, answers: dict[int, str]) -> dict[str, float]:
         """Score answers, given by the position of their sample."""
         scored = score([self.items[at] for at in answers], list(answers.values()), self.families)
-        rules = [f"{one.family}: {one.variant}" for one in scored]
+        rules = [f"- {one.family}: {one.variant}\n" for one in scored]
         for rule in rules:
             if rule not in self.notes:
-                logger.info("--eval_generate: %s", rule)
-        self.notes = [f"{len(answers):,} of {format_count(len(self.items), 'sample')} answered", *rules]
+                logger.info("--eval_generate: %s", rule[2:-1])
+        said = f"{len(answers):,} of {format_count(len(self.items), 'sample')} answered"
+        self.notes = f"\nMetrics over {said}:\n\n{''.join(rules)}"
         return {name: value for one in scored for name, value in one.total.items()}
 
     def _show(self, answers: dict[int, str]) -> None:

@@ -44,10 +44,7 @@ class ReportRun(TrainerCallback):
         self.trainer, self.begin = trainer, time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write them. A card without its `CARD_MARK` has been edited, and stays as it is.
-
-        So does that of a run that had finished, and is resumed all the same.
-        """
+        """Write them; a card that was edited, or whose run had finished before it was resumed, stays as it is."""
         curves, card = read_curves(state.log_history), self.trainer.run_folder / MODEL_CARD
         if args.process_index > 0 or (self.trainer.last_log is None and card.exists()):
             return
@@ -119,8 +116,6 @@ def model_card(trainer: Any, curves: Curves, seconds: int) -> str:
         step, top = best(known, key=lambda point: point[1])
         chosen = "" if name.endswith("yes_share") else f"{top:.5g} (step {step:,})"  # neither end of it is the good one
         results.append(f"| {name} | {value:.5g} (step {last:,}) | {chosen} |")
-    notes = trainer.answer_samples.notes if trainer.answer_samples is not None else []
-    results += ["", *(f"- {note}" for note in notes)] if notes else []
     return f"""\
 ---
 {CARD_MARK}
@@ -154,7 +149,7 @@ A vision-language model: a projector turns what a vision tower sees into tokens 
 
 Step {state.global_step:,} of {state.max_steps:,}, {datetime.timedelta(seconds=seconds)} after starting or resuming.
 {chr(10).join(results)}
-
+{getattr(trainer.answer_samples, "notes", "")}
 ## How to ask it
 
 ```sh

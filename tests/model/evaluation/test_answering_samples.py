@@ -33,6 +33,7 @@ from dataprocess.image_io import ImageError
 from dataset.annotations import Annotations
 from model.evaluation import answering_samples
 from model.evaluation.answering_samples import AnswerSamples, choose_samples
+from model.evaluation.metrics import VARIANTS
 
 SAMPLES = [
     ("red.png", ("Which?<|extra_0|>", ["red", "Red"])),
@@ -149,6 +150,8 @@ def test_the_best_checkpoint_is_the_one_with_most_right_answers(answered):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     card = (folder / "MODEL_CARD.md").read_text()
     assert f"| eval_exact_match | {scores[18]:.5g} (step 18) | {scores[best]:.5g} (step {best}) |" in card
+    assert "5 of 5 samples answered" in card
+    assert f"\n- exact_match: {VARIANTS['exact_match']}\n" in card
 
 
 def test_tensorboard_shows_metrics_pictures_and_texts(answered):
@@ -342,9 +345,9 @@ def test_a_run_goes_on_without_the_pictures_that_it_skips(bases, holed, tmp_path
     asked = trainer.answer_samples.items
     said = answers_of(trainer)
     asked[0] = dataclasses.replace(asked[0], references=(said[0]["answer"],))
-    assert trainer.answer_samples() == {"exact_match": 1.0}
+    assert trainer.answer_samples() == trainer.answer_samples() == {"exact_match": 1.0}
+    assert capsys.readouterr().err.count(VARIANTS["exact_match"]) == 1
     (tmp_path / "red.png").unlink()
-    capsys.readouterr()
     trainer.train()
     found = [entry["eval_exact_match"] for entry in evaluations(state_of(tmp_path / "run/checkpoint-2"))]
     assert len(found) == 2

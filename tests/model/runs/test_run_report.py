@@ -185,13 +185,12 @@ def test_the_share_of_yes_has_no_best_and_nan_is_not_the_best(finished, report, 
     values = [(1, 0.25, math.nan), (2, 0.75, 0.5), (3, 0.5, math.nan)]
     log = [{"step": at, "eval_pope_yes_share": share, "eval_pope_f1": f1} for at, share, f1 in values]
     monkeypatch.setattr(trainer.state, "log_history", log)
-    notes = ["4 of 5 samples answered", "pope: as it is read"]
-    monkeypatch.setattr(trainer, "answer_samples", SimpleNamespace(notes=notes))
+    monkeypatch.setattr(trainer, "answer_samples", SimpleNamespace(notes="\n- pope: as it is read\n"))
     report()
     text = (tmp_path / "MODEL_CARD.md").read_text()
     assert "| eval_pope_yes_share | 0.5 (step 3) |  |" in text
     assert "| eval_pope_f1 | nan (step 3) | 0.5 (step 2) |" in text
-    assert "\n- 4 of 5 samples answered\n- pope: as it is read\n" in text
+    assert "|\n\n- pope: as it is read\n\n## How" in text
 
 
 def test_without_numbers_there_is_no_table(finished, report, tmp_path, monkeypatch):
