@@ -58,6 +58,8 @@ def html_report(results: dict[str, Any], lines: Sequence[dict[str, Any]], tables
     variants = "".join(f"<li><b>{_text(name)}</b>: {_text(text)}</li>" for name, text in results["variants"].items())
     counts = results["counts"]
     missing = f", {counts['without_answer']:,} of them without an answer" if counts["without_answer"] else ""
+    kept = results.get("blind", {}).get("with_own_pictures")
+    same = f" {kept:,} have no other pictures to be asked with: blind, they are asked as they are." if kept else ""
     parts = [
         "<!DOCTYPE html><html><head><meta charset='utf-8'><title>Evaluation</title>",
         "<meta name='viewport' content='width=device-width,initial-scale=1'>",
@@ -65,7 +67,7 @@ def html_report(results: dict[str, Any], lines: Sequence[dict[str, Any]], tables
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">",
         f"<style>{_STYLE}</style></head><body><h1>Evaluation</h1>",
-        f"<p>{counts['questions']:,} questions{missing}. Intervals: bootstrap over questions.</p>",
+        f"<p>{counts['questions']:,} questions{missing}. Intervals: bootstrap over questions.{same}</p>",
         *(_table(head, rows) for head, rows in tables),
         f"<h2>What the metrics are</h2><ul>{variants}</ul>",
         "<h2>Lengths of the answers</h2>",

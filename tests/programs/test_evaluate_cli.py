@@ -15,7 +15,8 @@ from tiny_run import ROOT, environment, load_test_py, one_line_error, start
 
 import evaluate
 from dataprocess.file_lock import hold
-from model.evaluation.asking import blind_questions
+from model.asking.question_file import Question
+from model.evaluation.blind import blind_questions, number_kept
 
 
 def write(path: Path, lines: list[dict]) -> Path:
@@ -297,7 +298,11 @@ def asked(tmp_path, pictures) -> list[dict]:
     names = ("red", "blue", "green", "red")
     about = [{"id": n, "image": str(pictures[name]), "prompt": "What?" + "!" * n} for n, name in enumerate(names)]
     two = {"id": "two", "image": [str(pictures["red"]), str(pictures["blue"])], "prompt": "<|extra_0|>or<|extra_0|>?"}
-    other = {"id": "owt", "image": [str(pictures["blue"]), str(pictures["red"])], "prompt": "<|extra_0|>or<|extra_0|>?"}
+    other = {
+        "id": "owt",
+        "image": [str(pictures["blue"]), str(pictures["green"])],
+        "prompt": "<|extra_0|>or<|extra_0|>?",
+    }
     questions = [*about, {"id": "none", "prompt": "Hello"}, two, other]
     return [{**question, "answers": ["right"]} for question in questions]
 
@@ -326,6 +331,8 @@ def test_blind_asks_about_other_pictures(call, asked, trained, loaded_once, tmp_
     assert any(line["answer"] != line["blind_answer"] for line in lines.values())
     assert "Blind" in out
     assert results(tmp_path / "out")["blind"]["seeing_minus_blind"]["exact_match"] == 0.0
+    assert results(tmp_path / "out")["blind"]["with_own_pictures"] == 1
+    assert "1 have no other pictures" in (tmp_path / "out" / "report.html").read_text()
     # What the blind pass was shown gives the same answers if it is asked for openly.
     from model.asking.question_file import read_questions
 
@@ -352,8 +359,22 @@ def test_no_question_keeps_its_picture_when_blind(asked, tmp_path):
     for before, after in zip(questions, swapped, strict=True):
         assert len(before.images) == len(after.images)
         assert before.images != after.images or not before.images
-    with pytest.raises(ValueError, match="only picture"):
-        blind_questions([questions[0], questions[0]])
+    for alone in ([questions[0], questions[0]], [Question("a", (), "?"), Question("b", (), "?")]):
+        with pytest.raises(ValueError, match="--blind"):
+            blind_questions(alone)
+
+
+def test_one_question_that_can_get_no_other_pictures_is_asked_as_it_is():
+    a, b, c = (Path(name) for name in "abc")
+    sets = [(a,), (b,), (a, b), (b, a), (), (a, b, c)]
+    swapped = [one.images for one in blind_questions([Question(at, one, "?") for at, one in enumerate(sets)])]
+    assert swapped == [(b,), (a,), (a, b), (b, a), (), (a, b, c)], "two pictures in another order are no others"
+    assert number_kept([Question(at, one, "?") for at, one in enumerate(sets)]) == 4
+    sets[3] = (c, a)
+    assert [one.images for one in blind_questions([Question(at, one, "?") for at, one in enumerate(sets)])][2:4] == [
+        (c, a),
+        (a, b),
+    ]
 
 
 def test_a_stopped_evaluation_is_resumed(call, asked, trained, loaded_once, tmp_path, monkeypatch):
