@@ -154,11 +154,11 @@ def choose_samples(eval_set: ImageCaptionDataset, number: int) -> list[Item]:
     """
     annotations = eval_set.annotations
     usable = [at for at in range(len(annotations)) if has_all_pictures_first(annotations[at])]
+    if not usable:
+        raise ValueError("--eval_generate: no sample of the evaluation set has all its pictures in its first question")
     if number > len(usable):
         logger.info("--eval_generate %d: there are %s, all are answered", number, format_count(len(usable), "sample"))
         number = len(usable)
-    if not usable:
-        raise ValueError("--eval_generate: no sample of the evaluation set has all its pictures in its first question")
     spread = [place * len(usable) // number for place in range(number)]
     others = (place for place in range(len(usable)) if place not in set(spread))
     chosen: dict[int, Item] = {}  # by their place among the usable ones

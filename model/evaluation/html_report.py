@@ -44,7 +44,7 @@ td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere;min-width:8
 _SCRIPT = """
 const kind=document.getElementById("kind"),text=document.getElementById("text");
 function show(){for(const card of document.querySelectorAll(".card"))
-card.hidden=(kind.value!=="*"&&card.dataset.kind!==kind.value)||!card.textContent.toLowerCase().includes(
+card.hidden=(kind.selectedIndex&&card.dataset.kind!==kind.value)||!card.textContent.toLowerCase().includes(
 text.value.toLowerCase())}
 kind.addEventListener("change",show);text.addEventListener("input",show);
 """
@@ -73,7 +73,7 @@ def html_report(results: dict[str, Any], lines: Sequence[dict[str, Any]], tables
         "<h2>Lengths of the answers</h2>",
         _histogram([str(line["answer"]) for line in lines]),
         f"<h2>Questions, worst first</h2><p>{len(chosen):,} of {len(lines):,} are shown. Kind: <select id='kind'>",
-        f"<option value='*'>all</option>{options}</select> Text: <input id='text' type='search'></p>",
+        f"<option>all</option>{options}</select> Text: <input id='text' type='search'></p>",
         f"<div class='cards'>{''.join(map(_card, chosen))}</div>",
         f"<p class='small'>{_text(shlex.join(results['command']))}</p><script>{_SCRIPT}</script></body></html>\n",
     ]

@@ -215,7 +215,7 @@ def _pope(items: Sequence[Item], answers: Sequence[str | None]) -> Scored:
 def pope_values(splits: Sequence[str], sums: Array) -> Values:
     """Return POPE's five values from (..., 4 per split); with several splits, the means and each split's own.
 
-    A share of nothing is 0, and a split without a question does not count.
+    A share of nothing is 0; a split without a question does not count, and its own values are NaN.
     """
     counts = sums.reshape(*sums.shape[:-1], len(splits), 4)
     yes, wrong_yes, no, wrong_no = (counts[..., k] for k in range(4))  # (..., splits)
@@ -232,7 +232,8 @@ def pope_values(splits: Sequence[str], sums: Array) -> Values:
     values = {f"pope_{name}": value.sum(-1) / there for name, value in found.items()}
     if len(splits) > 1:
         parts = [(number, split or "other") for number, split in enumerate(splits)]
-        values |= {f"pope_{split}_{name}": found[name][..., number] for number, split in parts for name in _POPE}
+        known = {name: np.where(total > 0, value, np.nan) for name, value in found.items()}
+        values |= {f"pope_{split}_{name}": known[name][..., number] for number, split in parts for name in _POPE}
     return values
 
 

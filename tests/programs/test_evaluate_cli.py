@@ -146,18 +146,17 @@ def test_questions_without_a_score_are_last_and_no_control_character_is_in_the_r
 
 
 def test_the_bound_of_the_report_leaves_every_kind_in(call, tmp_path):
-    questions = [
-        {"id": n, "prompt": "?", "answers": ["a"], "kind": "rare" if n == 500 else "often"} for n in range(501)
-    ]
+    questions = [{"id": n, "prompt": "?", "answers": ["a"], "kind": "*" if n == 500 else "often"} for n in range(501)]
     answers = [{"id": n, "answer": "a" if n == 500 else "b"} for n in range(501)]
     flags = ["--questions", write(tmp_path / "q.jsonl", questions), "--answers", write(tmp_path / "a.jsonl", answers)]
     call(*flags, "--output", tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("class='card ") == 300
-    assert page.count('data-kind="rare"') == 1
+    assert page.count('data-kind="*"') == 1
+    assert page.count('value="*"') + page.count("value='*'") == 1, "to choose all is no kind"
 
 
-def test_two_evaluations_are_compared_question_by_question(call, files, tmp_path):
+def test_two_evaluations_are_compared_question_by_question(call, files, tmp_path, monkeypatch):
     for name in ("first", "second"):
         flags = ("--questions", files["questions"], "--answers", files[name], "--output", tmp_path / name)
         call(*flags, "--metrics", "vqa_accuracy")
@@ -170,6 +169,9 @@ def test_two_evaluations_are_compared_question_by_question(call, files, tmp_path
     assert (changed[2]["first_answer"], changed[2]["second_answer"]) == ("", "10")
     out, _ = call("--compare", tmp_path / "first", tmp_path / "first")
     assert "| +0.0000 | +0.0000 to +0.0000 |" in out
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call("--compare", tmp_path / "first", tmp_path / "first")[0] == "", "the first process reports"
 
 
 def test_a_missing_answer_is_wrong_and_stays_missing_in_a_comparison(call, tmp_path):
