@@ -56,6 +56,7 @@ def read_own(path: Path, image_folder: Path | None = None, records: list[Any] | 
     """
     name, items = f"--questions {path}", []
     values = read_json(path, "--questions") if records is None else records
+    values = values if isinstance(values, list) else [values]  # a file of one line
     places = [(f"{name}, record {at}", value) for at, value in enumerate(values, start=1)]
     for question in make_questions(places, name, path.parent, image_folder):
         references: Any = question.further.get("answers")
