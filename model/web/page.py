@@ -19,7 +19,7 @@ from .uploads import thumbnail
 from .words import WORDS, language_of, say
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-_TO_TEXT = "(box) => JSON.stringify(box)"
+_TO_TEXT = "(box, messages) => JSON.stringify({...box, shown: (messages || []).length})"
 # Or a browser would not hand over the same file again: it tells of changes only.
 _FORGET_FILES = """() => document.addEventListener("change", (event) => {
     if (event.target.matches("input[type=file]")) setTimeout(() => { event.target.value = ""; }, 0);
@@ -171,7 +171,7 @@ def _connect(
         return show(talk.clear(who_asks(request)))
 
     shown, quiet = [conversation, status, question], _QUIET
-    question.submit(None, question, packet, js=_TO_TEXT).then(ask, [packet, *settings], shown, **quiet)
+    question.submit(None, [question, conversation], packet, js=_TO_TEXT).then(ask, [packet, *settings], shown, **quiet)
     conversation.retry(retry, settings, shown, **quiet)
     conversation.edit(edit, settings, shown, **quiet)
     conversation.example_select(example, settings, shown, **quiet)

@@ -71,9 +71,11 @@ class Talk:
 
     async def ask(self, who: Who, box: Any, settings: dict[str, Any]) -> AsyncIterator[View]:
         """Ask what the question box holds."""
-        text, files = files_of(box)
+        text, files, shown = files_of(box)
 
         async def add(visitor: Visitor) -> list[Asked]:
+            if shown and not visitor.conversation:
+                raise Refusal("ended")
             self._check_text(text)
             self._check_pictures(visitor, len(files))
             pictures = [await self._picture(file) for file in files]
@@ -135,16 +137,15 @@ class Talk:
         """Begin a new conversation."""
         visitor = self.visitors.find(who.key)
         if visitor is not None:
-            visitor.round += 1
-            visitor.given_up = True
-            visitor.stop()
+            visitor.give_up()
             visitor.conversation = []
             self.engine.forget(who.key)
         return View(messages=[])
 
     def sweep(self) -> None:
-        """Delete uploads that nobody has asked about; called now and then."""
+        """Delete uploads that nobody has asked about, and forget who has left; called now and then."""
         self.uploads.sweep()
+        self.visitors.sweep()
 
     # ---- How it is answered
 

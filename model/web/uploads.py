@@ -133,8 +133,8 @@ def thumbnail(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def files_of(packet: object) -> tuple[str, list[dict[str, Any]]]:
-    """Return text and files of the question box's value, which a page sends as JSON; it may be anything."""
+def files_of(packet: object) -> tuple[str, list[dict[str, Any]], bool]:
+    """Return text and files of the question box, and whether the page shows messages; the JSON may be anything."""
     try:
         box = json.loads(packet) if isinstance(packet, str) else {}
     except (ValueError, RecursionError):
@@ -144,4 +144,5 @@ def files_of(packet: object) -> tuple[str, list[dict[str, Any]]]:
     return (
         text if isinstance(text, str) else "",
         [file for file in files if isinstance(file, dict)] if isinstance(files, list) else [],
+        isinstance(box.get("shown"), int) and box["shown"] > 0,
     )

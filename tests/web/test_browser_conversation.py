@@ -206,6 +206,16 @@ def test_reloading_begins_a_new_conversation(server, visit):
     expect(visitor.questions).to_have_count(1)
 
 
+def test_a_lost_connection_does_not_lose_the_conversation(server, visit, colours):
+    visitor = visit(server)
+    visitor.ask("Which colour?", colours["green"])
+    visitor.hear("It is green.")
+    for offline in (True, False):  # a phone sleeps
+        visitor.context.set_offline(offline)
+    visitor.ask("Again?")
+    visitor.hear("green!")
+
+
 def test_no_request_leaves_the_machine_by_the_browsers_own_log(server, launch, visit, colours, tmp_path):
     from web_page import Visitor
 

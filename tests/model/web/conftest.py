@@ -52,9 +52,9 @@ class Page:
 
         return asyncio.run(collect())
 
-    def ask(self, text: str, *files: dict, **changes) -> list:
-        """Ask; return everything that the page shows."""
-        packet = json.dumps({"text": text, "files": list(files)})
+    def ask(self, text: str, *files: dict, shown: int = 0, **changes) -> list:
+        """Ask on a page that shows so many messages; return everything that it shows then."""
+        packet = json.dumps({"text": text, "files": list(files), "shown": shown})
         return self.see(self.talk.ask(self.who, packet, {**self.settings, **changes}))
 
     @property

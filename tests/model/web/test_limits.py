@@ -6,7 +6,7 @@ import pytest
 
 from model.web.engine import Engine, Job
 from model.web.limits import PAGES_PER_ADDRESS, Limits, RateLimiter
-from model.web.visitors import IDLE_SECONDS, LONGEST_SECONDS, Visitors
+from model.web.visitors import IDLE_SECONDS, KEPT_SECONDS, LONGEST_SECONDS, Visitors
 from model.web.words import Refusal
 
 
@@ -105,13 +105,44 @@ def test_an_idle_place_is_free_again(visitors, clock, is_open, seconds):
     assert visitors.find("b") is None
 
 
-def test_leaving_ends_the_answer_and_forgets_the_conversation(visitors):
+def test_leaving_ends_the_answer_and_frees_the_place(visitors):
     visitor = visitors.enter("a")
     visitor.job = Job("a", lambda cache: iter(()))
-    visitor.conversation = ["something"]
     visitors.leave("a")
     assert visitor.job.cancelled
-    assert visitor.conversation == []
     assert visitor.round == 1
+    assert len(visitors) == 0
     assert visitors.enter("a") is not visitor
     visitors.leave("nobody")
+
+
+@pytest.mark.parametrize("leave", [True, False], ids=["connection lost", "idle without a connection"])
+def test_who_comes_back_finds_the_conversation_for_a_while(visitors, clock, leave):
+    def go_away() -> None:
+        if leave:
+            visitors.leave("a")
+        else:
+            clock.now += IDLE_SECONDS + 1
+        visitors.sweep()
+        assert visitors.find("a") is None
+
+    visitors.enter("a").conversation = ["something"]
+    go_away()
+    clock.now += KEPT_SECONDS
+    visitors.sweep()
+    assert visitors.enter("a").conversation == ["something"]
+    go_away()
+    clock.now += KEPT_SECONDS + 1
+    visitors.sweep()
+    assert visitors.enter("a").conversation == []
+
+
+def test_of_those_who_have_left_the_latest_are_kept(visitors):
+    for number in range(10):
+        visitors.enter(str(number)).conversation = ["something"]
+        visitors.leave(str(number))
+    kept = []
+    for number in range(10):
+        kept.append(bool(visitors.enter(str(number)).conversation))
+        visitors.leave(str(number))
+    assert kept == [False] * 7 + [True] * 3

@@ -147,6 +147,20 @@ def test_who_leaves_in_mid_answer_frees_the_model_at_once(open_page, monkeypatch
         assert page.talk.visitors.find("a") is None
 
 
+def test_a_conversation_survives_a_lost_connection_or_is_said_to_have_ended(open_page, red):
+    """A page that shows a picture is never answered as if there were none."""
+    page = open_page()
+    page.ask("What?", page.upload(red))
+    page.talk.visitors.leave(page.who.key)
+    page.ask("And now?", shown=3)
+    assert [(asked.text, len(asked.pictures)) for asked in page.conversation] == [("What?", 1), ("And now?", 0)]
+    page.talk.clear(page.who)
+    assert told(page.ask("And now?", shown=3), "ended")
+    assert page.conversation == []
+    page.ask("And now?")
+    assert len(page.conversation) == 1
+
+
 def test_those_who_wait_see_how_many_are_ahead(open_page, monkeypatch):
     pages = [open_page(key, "zh") for key in "abc"]
     go = threading.Event()
