@@ -61,6 +61,12 @@ class RateLimiter:
                     self._times.setdefault(key, deque()).append(now)
             return max(waits)
 
+    def give_back(self, key: str) -> None:
+        """Take back the last event of a key."""
+        with self._lock:
+            if self._times.get(key):
+                self._times[key].pop()
+
     def _forget(self, before: float) -> None:
         for key, times in list(self._times.items()):
             while times and times[0] <= before:

@@ -87,17 +87,31 @@ def read_login(text: str) -> Callable[[str, str], bool]:
     return is_right
 
 
+def reach_without_proxy(host: str) -> None:
+    """Have requests to this machine go through no proxy: Gradio asks its own page whether it is there."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
+
+
+def end_on_signals() -> None:
+    """Have SIGTERM, and SIGHUP of a terminal that closes, end the program as Ctrl-C does; `nohup` stays in force."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
 def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
     """Show the page until the program is told to end; delete what visitors left, however that comes."""
     from .talk import Talk
     from .uploads import UploadFolder
 
+    end_on_signals()
+    reach_without_proxy(args.host)
     uploads = UploadFolder()
     drawn = tempfile.TemporaryDirectory(prefix="web_demo_examples_")
     os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=str(uploads.path))
     talk: Talk | None = None
     page: Any = None
-    signal.signal(signal.SIGTERM, _end)
     try:
         from starlette.middleware import Middleware
 
@@ -144,4 +158,6 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGTERM, signal.SIGHUP):  # a second one must not cut the tidying short
+        signal.signal(other, signal.SIG_IGN)
     raise SystemExit(128 + number)

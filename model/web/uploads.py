@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from dataprocess.image_io import MAX_PIXELS, ImageError, load_image
+from dataprocess.image_io import ImageError, load_image
 
 from .words import Refusal
 
@@ -121,7 +121,12 @@ class UploadFolder:
 
 def too_large(name: str, most_bytes: int) -> Refusal:
     """Return what a visitor is told about a picture that is too large."""
-    return Refusal("large_picture", name=name, megabytes=max(1, most_bytes // 10**6), megapixels=MAX_PIXELS // 10**6)
+    return Refusal("large_picture", name=name, megabytes=megabytes(most_bytes))
+
+
+def megabytes(count: int) -> float:
+    """Return a number of bytes in millions, as people read it."""
+    return round(count / 10**6, 3)
 
 
 def thumbnail(image: Image.Image) -> str:
