@@ -6,6 +6,7 @@ names only if that is an upload. So a program that calls the server directly get
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,25 @@ from .uploads import thumbnail
 from .words import WORDS, language_of, say
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-_TO_TEXT = "(box, messages) => JSON.stringify({...box, shown: (messages || []).length})"
+_SEND = """(box, messages) => [
+    JSON.stringify({...box, shown: (messages || []).length}), {text: "", files: []}
+]"""
+# A refused question comes back, in front of what was typed meanwhile.
+_GIVE_BACK = """(refused, box) => {
+    if (!refused) return [refused, box];
+    const back = JSON.parse(refused), now = box || {};
+    const text = [back.text, now.text].filter(Boolean).join("\\n");
+    return ["", {text, files: [...back.files, ...(now.files || [])]}];
+}"""
 # Or a browser would not hand over the same file again: it tells of changes only.
 _FORGET_FILES = """() => document.addEventListener("change", (event) => {
     if (event.target.matches("input[type=file]")) setTimeout(() => { event.target.value = ""; }, 0);
 })"""
-_SHOW_CAMERA = "() => { document.querySelector('#camera').classList.toggle('open'); }"
+_SHOW_CAMERA = """() => {
+    const camera = document.querySelector("#camera");
+    camera.classList.toggle("open");
+    camera.scrollIntoView({block: "end"});
+}"""
 _SHOW_SETTINGS = "() => { document.querySelector('#settings .toggle-button').click(); }"
 _ADD_PHOTO = """(photo, box) => {
     if (photo) document.querySelector('#camera').classList.remove('open');
@@ -94,15 +108,14 @@ def build_page(talk: Talk, model_lines: dict[str, str]) -> gr.Blocks:
         camera = gr.Image(sources=["webcam"], elem_id="camera", show_label=False, height=260)
         with gr.Sidebar(position="right", open=False, elem_id="settings"):
             settings = _settings(i18n, start, talk.limits.max_new_tokens)
-        packet = gr.Textbox(visible="hidden")
-        _connect(talk, settings, conversation, status, question, clear, packet)
+        _connect(talk, settings, conversation, status, question, clear)
 
-        def enter(request: gr.Request) -> list[Any]:
+        async def enter(request: gr.Request) -> list[Any]:
             who = who_asks(request)
             empty, status_line = _empty_conversation(talk, who.language), talk.enter(who).status
             return [model_lines[who.language], empty, status_line]
 
-        def leave(request: gr.Request) -> None:
+        async def leave(request: gr.Request) -> None:
             talk.visitors.leave(str(request.session_hash))  # the page has Gradio's heartbeat for this alone
 
         page.unload(leave)
@@ -139,9 +152,9 @@ def _connect(
     status: gr.HTML,
     question: gr.MultimodalTextbox,
     clear: gr.Button,
-    packet: gr.Textbox,
 ) -> None:
     """Say what happens when."""
+    packet, refused = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
 
     def named(values: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(_NAMES, values, strict=True))
@@ -164,14 +177,17 @@ def _connect(
         async for view in talk.ask_example(who_asks(request), data.get("index"), named(values)):
             yield show(view)
 
-    def stop(request: gr.Request) -> None:
+    async def stop(request: gr.Request) -> None:
         talk.stop(who_asks(request))
 
-    def begin_again(request: gr.Request) -> list[Any]:
+    async def begin_again(request: gr.Request) -> list[Any]:
         return show(talk.clear(who_asks(request)))
 
-    shown, quiet = [conversation, status, question], _QUIET
-    question.submit(None, [question, conversation], packet, js=_TO_TEXT).then(ask, [packet, *settings], shown, **quiet)
+    shown, quiet = [conversation, status, question, refused], _QUIET
+    sent = question.submit(None, [question, conversation], [packet, question], js=_SEND)
+    sent.then(ask, [packet, *settings], shown, **quiet).then(
+        None, [refused, question], [refused, question], js=_GIVE_BACK
+    )
     conversation.retry(retry, settings, shown, **quiet)
     conversation.edit(edit, settings, shown, **quiet)
     conversation.example_select(example, settings, shown, **quiet)
@@ -180,12 +196,13 @@ def _connect(
 
 
 def show(view: View) -> list[Any]:
-    """Return what a view changes: the conversation, the line below it, the question box."""
-    box: dict[str, Any] = {"submit_btn": not view.running, "stop_btn": view.running}
-    if view.box is not None:
-        box["value"] = view.box
+    """Return what a view changes: the conversation, the line below it, the question box's button, a refused question.
+
+    What is in the box is never changed from here: the visitor may be typing.
+    """
     messages = gr.skip() if view.messages is None else view.messages
-    return [messages, view.status, gr.MultimodalTextbox(**box)]
+    buttons = gr.MultimodalTextbox(submit_btn=not view.running, stop_btn=view.running)
+    return [messages, view.status, buttons, gr.skip() if view.box is None else json.dumps(view.box)]
 
 
 def _empty_conversation(talk: Talk, language: str) -> Any:

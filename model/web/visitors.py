@@ -37,16 +37,15 @@ class Visitor:
         self.seen = now
 
     def give_up(self) -> None:
-        """Want no more of the question that is being read, waits, or is answered."""
+        """End the answer, of which nothing is to be shown any more."""
         self.round += 1
-        self.given_up = True
         self.stop()
 
     def stop(self) -> None:
-        """End the answer that is running or waiting, if any."""
+        """End the answer that is being prepared, waits or runs, if any."""
+        self.given_up = True
         if self.job is not None:
             self.job.cancel()
-            self.given_up = True
 
 
 class Visitors:
