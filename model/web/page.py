@@ -185,9 +185,9 @@ def _connect(
 
     shown, quiet = [conversation, status, question, refused], _QUIET
     sent = question.submit(None, [question, conversation], [packet, question], js=_SEND)
-    sent.then(ask, [packet, *settings], shown, **quiet).then(
-        None, [refused, question], [refused, question], js=_GIVE_BACK
-    )
+    # "multiple": also while an answer comes, when the question is refused; "once" would lose it.
+    asked = sent.then(ask, [packet, *settings], shown, trigger_mode="multiple", **quiet)
+    asked.then(None, [refused, question], [refused, question], js=_GIVE_BACK)
     conversation.retry(retry, settings, shown, **quiet)
     conversation.edit(edit, settings, shown, **quiet)
     conversation.example_select(example, settings, shown, **quiet)
@@ -202,7 +202,8 @@ def show(view: View) -> list[Any]:
     """
     messages = gr.skip() if view.messages is None else view.messages
     buttons = gr.MultimodalTextbox(submit_btn=not view.running, stop_btn=view.running)
-    return [messages, view.status, buttons, gr.skip() if view.box is None else json.dumps(view.box)]
+    status = gr.skip() if view.status is None else view.status
+    return [messages, status, buttons, gr.skip() if view.box is None else json.dumps(view.box)]
 
 
 def _empty_conversation(talk: Talk, language: str) -> Any:

@@ -43,7 +43,7 @@ class View:
     """What the page shows next; None: as before."""
 
     messages: list[dict[str, Any]] | None = None
-    status: str = ""
+    status: str | None = ""
     """A line of HTML."""
     running: bool = False
     """Whether an answer is under way, so that the question can be stopped."""
@@ -233,6 +233,7 @@ class Talk:
             job.cancel()
         self.engine.submit(job)
         shown: object = None
+        told = None
         try:
             while not job.ended.is_set():
                 if job.cancelled:  # the engine passes it over, or ends it once the model lets go of it
@@ -242,7 +243,9 @@ class Talk:
                 if (job.text, ahead) != shown:
                     shown, asked.answer = (job.text, ahead), job.text
                     status = "" if job.text else say(language, "waiting" if ahead else "reading", ahead=ahead)
-                    yield View(chat_messages(conversation, language), _waiting(status), running=True)
+                    line = None if status == told else _waiting(status)  # or a refusal would vanish with the next token
+                    yield View(chat_messages(conversation, language), line, running=True)
+                    told = status
                 await asyncio.sleep(_POLL_SECONDS)
         finally:
             job.cancel()
