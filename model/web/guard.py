@@ -102,7 +102,7 @@ class Guard:
         if length > _MOST_JSON:
             return 413, "too large"
         # Counted before the answer is known, or many could be tried at once; `send_on` takes a right one back.
-        if path.startswith("/login") and self._logins.take((_address(scope), LOGINS_PER_MINUTE)) > 0:
+        if path.startswith("/login") and self._logins.take(_address(scope), LOGINS_PER_MINUTE) > 0:
             return 429, say(language, "many_logins")
         return None
 

@@ -69,11 +69,10 @@ def who_asks(request: gr.Request) -> Who:
     return Who(str(request.session_hash), address, language_of(request.headers.get("accept-language", "")))
 
 
-def build_page(talk: Talk, model_lines: dict[str, str]) -> gr.Blocks:
+def build_page(talk: Talk, model_lines: dict[str, str], i18n: gr.I18n) -> gr.Blocks:
     """Put the page together."""
-    i18n = translations()
     start = page_settings(talk.assistant, talk.limits)
-    with gr.Blocks(title="Vision-language model", analytics_enabled=False, fill_height=True) as page:
+    with gr.Blocks(title=_title("en"), analytics_enabled=False, fill_height=True) as page:
         gr.Markdown(i18n("title"), elem_id="heading")
         about = gr.Markdown(model_lines["en"], elem_id="model_line")
         conversation = gr.Chatbot(
@@ -120,11 +119,16 @@ def build_page(talk: Talk, model_lines: dict[str, str]) -> gr.Blocks:
 
         page.unload(leave)
         page.load(None, js=_FORGET_FILES)
+        page.load(None, js=f"() => {{ if (/^zh/i.test(navigator.language)) document.title = '{_title('zh')}'; }}")
         page.load(enter, None, [about, conversation, status], **_QUIET)
         settings_open.click(None, js=_SHOW_SETTINGS)
         camera_open.click(None, js=_SHOW_CAMERA)
         camera.input(None, [camera, question], [camera, question], js=_ADD_PHOTO)
     return page
+
+
+def _title(language: str) -> str:
+    return say(language, "title").lstrip("# ")
 
 
 def _settings(i18n: gr.I18n, start: dict[str, Any], most_tokens: int) -> list[Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hmac
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -32,13 +32,16 @@ _ENVIRONMENT = {  # before Gradio is imported: it asks its maker for news, and k
 
 
 def check_installed() -> None:
-    """Refuse to start without Gradio.
+    """Refuse to start without Gradio 6.
 
     Raises:
         ValueError: with the command that installs it.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError("gradio is missing; install it: pip install -r web-requirements.txt")
+    found = "missing"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found = importlib.metadata.version("gradio")
+    if not found.startswith("6."):
+        raise ValueError(f"gradio: {found}, expected 6; install it: pip install -r web-requirements.txt")
 
 
 def check_port(host: str, port: int) -> int:
@@ -108,7 +111,6 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
     end_on_signals()
     reach_without_proxy(args.host)
     uploads = UploadFolder()
-    drawn = tempfile.TemporaryDirectory(prefix="web_demo_examples_")
     os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=str(uploads.path))
     talk: Talk | None = None
     page: Any = None
@@ -120,9 +122,10 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
         from .guard import Guard
         from .page import CSS, build_page, make_theme, translations
 
-        talk = Talk(assistant, limits, uploads, make_examples(Path(drawn.name)))
+        talk = Talk(assistant, limits, uploads, make_examples())
         lines = {language: model_line(assistant, args.model_weights, language) for language in ("en", "zh")}
-        page = build_page(talk, lines)
+        i18n = translations()
+        page = build_page(talk, lines, i18n)
         page.queue(max_size=None, default_concurrency_limit=None, api_open=False)
         _, local, shared = page.launch(
             server_name=args.host,
@@ -142,7 +145,7 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
             app_kwargs={"middleware": [Middleware(Guard, limits=limits, visitors=talk.visitors, uploads=uploads)]},
             theme=make_theme(),
             css=CSS,
-            i18n=translations(),
+            i18n=i18n,
         )
         logger.info("web_demo.py: ready: %s", shared or local)
         while True:
@@ -154,7 +157,6 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
         if page is not None:
             page.close(verbose=False)
         uploads.close()
-        drawn.cleanup()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from dataprocess.image_io import load_image
-
 from ..asking.assistant import Assistant
 from ..errors import in_one_line, is_out_of_memory
 from .engine import Engine, Job
@@ -94,7 +92,7 @@ class Talk:
                 raise Refusal("gone")
             example = self.examples[index]
             self._check_pictures(visitor, len(example.pictures))
-            pictures = [await self._prepare(load_image, path) for path in example.pictures]
+            pictures = [await self._prepare(image.copy) for image in example.pictures]
             return [*visitor.conversation, Asked(example.question(who.language), pictures)]
 
         async for view in self._round(who, settings, add):

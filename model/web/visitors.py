@@ -93,9 +93,13 @@ class Visitors:
             Refusal: if that is one too many for this minute.
         """
         most = self._limits.questions_per_minute
-        wait = self._limiter.take((f"page {visitor.key}", most), (f"address {address}", most * PAGES_PER_ADDRESS))
-        if wait > 0:
-            raise Refusal("too_fast", most=most, seconds=int(wait) + 1)
+        page = f"page {visitor.key}"
+        for key, budget in ((page, most), (f"address {address}", most * PAGES_PER_ADDRESS)):
+            wait = self._limiter.take(key, budget)
+            if wait > 0:
+                if key != page:
+                    self._limiter.give_back(page)
+                raise Refusal("too_fast", most=budget, seconds=int(wait) + 1)
 
     def leave(self, key: str) -> None:
         """Free a visitor's place and the model at once."""

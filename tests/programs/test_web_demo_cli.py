@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import re
 import signal
@@ -72,8 +73,14 @@ def test_requests_to_this_machine_go_through_no_proxy(monkeypatch):
     assert not urllib.request.proxy_bypass("example.com")
 
 
-def test_gradio_missing(capsys, monkeypatch, trained):
-    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("version", [None, "4.44.1", "5.49.0"])
+def test_gradio_missing_or_too_old(capsys, monkeypatch, trained, version):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
     assert "pip install -r web-requirements.txt" in refusal(capsys, "--model_weights", trained, "--port", 0)
 
 
@@ -129,8 +136,7 @@ def test_it_serves_its_page_and_ends_clean(trained, tmp_path, monkeypatch, numbe
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60) as page:
             assert page.status == 200
             assert b"googleapis" not in page.read()
-        kept = [path for path in folder.rglob("*") if path.is_file()]
-        assert {path.suffix for path in kept} <= {".png"}, "the drawn examples alone"
+        assert [path for path in folder.rglob("*") if path.is_file()] == []
         process.send_signal(number)
         assert process.wait(60) == status
         rest = process.stderr.read()

@@ -64,7 +64,7 @@ class Page:
 
 
 @pytest.fixture
-def open_page(assistant, tmp_path):
+def open_page(assistant):
     """Return what opens pages of one server with these limits."""
     from model.web.examples import make_examples
     from model.web.limits import Limits
@@ -76,7 +76,7 @@ def open_page(assistant, tmp_path):
     def open_page(key: str = "page", language: str = "en", **limits) -> Page:
         if not talks:
             limits = Limits(**{"questions_per_minute": 100, "max_new_tokens": 6, **limits})
-            talks.append(Talk(assistant, limits, UploadFolder(), make_examples(tmp_path)))
+            talks.append(Talk(assistant, limits, UploadFolder(), make_examples()))
         return Page(talks[0], key, language)
 
     yield open_page

@@ -272,6 +272,14 @@ def test_too_many_questions_a_minute(open_page):
     assert len(page.conversation) == 2
 
 
+def test_an_empty_question_counts_as_none(open_page):
+    page = open_page(questions_per_minute=1)
+    for _ in range(3):
+        assert told(page.ask(""), "nothing_asked")
+    page.ask("1")
+    assert page.conversation[0].answer
+
+
 @pytest.mark.parametrize("text", ["x" * 4001, "Busy?"])
 def test_a_refused_question_comes_back(open_page, red, text):
     page = open_page()
