@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 
 from .engine import Engine, Job
@@ -54,7 +53,7 @@ class Visitors:
     def __init__(self, limits: Limits, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits, self._engine, self._clock = limits, engine, clock
         self._visitors: dict[str, Visitor] = {}
-        self._away: OrderedDict[str, Visitor] = OrderedDict()  # they left a conversation; the latest is last
+        self._away: dict[str, Visitor] = {}  # they left a conversation; the latest is last
         self._connected: set[str] = set()
         self._limiter = RateLimiter(clock)
         self._lock = threading.Lock()
@@ -131,4 +130,4 @@ class Visitors:
         if visitor.conversation:
             self._away[key] = visitor
             if len(self._away) > self._limits.max_visitors:
-                self._away.popitem(last=False)
+                del self._away[next(iter(self._away))]
