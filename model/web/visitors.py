@@ -77,7 +77,8 @@ class Visitors:
             if key not in self._visitors:
                 if len(self._visitors) >= self._limits.max_visitors:
                     raise Refusal("full", most=self._limits.max_visitors)
-                self._visitors[key] = self._away.pop(key, None) or Visitor(key, self._clock())
+                back = self._away.pop(key, None)
+                self._visitors[key] = back or Visitor(key, self._clock())
             self._visitors[key].seen = self._clock()
             return self._visitors[key]
 
