@@ -32,9 +32,9 @@ from model.export.writing import UNFINISHED, check_output, new_folder
 logger = logging.getLogger("export")
 
 _NOT_NEEDED = {
-    "--device_map": "; weights are read and written tensor by tensor, and --no_verify leaves out what loads a whole model",
-    "--load_in_4bit": "; what is written is the plain base model with LoRA, whatever it was trained in",
-    "--load_in_8bit": "; what is written is the plain base model with LoRA, whatever it was trained in",
+    "--device_map": "weights are read and written tensor by tensor, and --no_verify leaves out what loads a whole model",
+    "--load_in_4bit": "what is written is the plain base model with LoRA, whatever it was trained in",
+    "--load_in_8bit": "what is written is the plain base model with LoRA, whatever it was trained in",
 }
 """Why other programs' flags are not here."""
 
@@ -57,10 +57,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--base_language_model", help="hub name or folder; default: what the checkpoint was trained on")
     add("--base_value_model", help="hub name or folder of the vision tower; default: likewise")
     add("--no_verify", action="store_true", help="leave out the comparison, which takes 4 bytes of memory a parameter")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        why = next((_NOT_NEEDED[name] for word in unknown if (name := word.split("=")[0]) in _NOT_NEEDED), "")
-        raise ValueError(f"unknown flags: {' '.join(unknown)}{why}; --help explains the flags")
+    for name in (word.split("=")[0] for word in argv):
+        if name in _NOT_NEEDED:
+            raise ValueError(f"{name}: export.py has no such flag: {_NOT_NEEDED[name]}; leave it out")
+    args = parser.parse_args(argv)
     for name in ("model_weights", "output"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing: give a folder; --help explains the flags")

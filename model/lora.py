@@ -5,6 +5,7 @@ Shape legend: K inputs of a linear layer, N outputs, R LoRA's rank.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,25 +123,40 @@ def check_targets(language_model: nn.Module, targets: tuple[str, ...]) -> None:
 # ---- The layer itself, faster than PEFT's
 
 
-class LeanLoraLinear(LoraLinear):
+class _Lean:
     """PEFT's LoRA layer, with forward and backward pass written as the few products they are.
 
     PEFT computes `base(x) + B(A(dropout(x))) * scale`, with two more passes over the output and, under autocast, copies
     of the input in fp32. Here the product itself adds the update. A layer that is merged or disabled, or in two dtypes
-    without autocast, is left to PEFT; names, weights and files are PEFT's own.
+    without autocast, is left to PEFT; names, weights and files are PEFT's own. So are answers of a quantised layer, for
+    which bitsandbytes has kernels.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map (..., K) to (..., N)."""
         name, base = self.active_adapters[0], self.get_base_layer()
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        W, A, B = base.weight, self.lora_A[name].weight, self.lora_B[name].weight
+        left_to_peft = args or kwargs or self.disable_adapters or self.merged
+        if type(base) is not nn.Linear:
+            from .scaling.quantised import Dequantised
+
+            W, left_to_peft = Dequantised(base), left_to_peft or not torch.is_grad_enabled()
         autocast = torch.is_autocast_enabled(x.device.type)
-        one_dtype = autocast or x.dtype == base.weight.dtype == A.dtype
-        if args or kwargs or self.disable_adapters or self.merged or not one_dtype:
-            return super().forward(x, *args, **kwargs)
+        if left_to_peft or not (autocast or x.dtype == W.dtype == A.dtype):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if autocast:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return LoraProduct.apply(x, self.lora_dropout[name](x), base.weight, base.bias, A, B, self.scaling[name])
+        return LoraProduct.apply(x, self.lora_dropout[name](x), W, base.bias, A, B, self.scaling[name])
+
+
+class LeanLoraLinear(_Lean, LoraLinear):
+    """The lean layer over a plain linear one."""
+
+
+@functools.cache
+def _lean_class(lora_class: type) -> type:
+    """Return the lean layer over a quantised one, of PEFT's class for these."""
+    return type(f"Lean{lora_class.__name__}", (_Lean, lora_class), {})
 
 
 def make_lean(model: nn.Module) -> None:
@@ -152,11 +168,9 @@ def make_lean(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = LeanLoraLinear
-        elif type(module).__name__ in _LINEAR[1:] and isinstance(module, LoraLayer):
-            from .scaling.quantised import lean_class
-
-            module.__class__ = lean_class(type(module))
-        elif isinstance(module, LoraLayer) and not type(module).__name__.startswith("Lean"):
+        elif isinstance(module, LoraLayer) and type(module).__name__ in _LINEAR[1:]:
+            module.__class__ = _lean_class(type(module))
+        elif isinstance(module, LoraLayer) and not isinstance(module, _Lean):
             kind = type(module.get_base_layer()).__name__
             raise ValueError(f"{name} is of class {kind}; LoRA is for linear layers: leave it out of target_modules")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +21,6 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
-
-from ..lora import LoraProduct
 
 logger = logging.getLogger(__name__)
 
@@ -161,33 +159,14 @@ def quantised_size(kind: str, layers: Iterable[Any]) -> tuple[int, int]:
 # ---- LoRA over quantised layers
 
 
-@cache
-def lean_class(lora_class: type) -> type:
-    """Return PEFT's class of LoRA layers over quantised ones, with the forward and backward pass of `LeanLoraLinear`.
+class Dequantised:
+    """The weight of a quantised layer for `LoraProduct`, dequantised for the forward pass and again for the backward.
 
-    PEFT's own copies its input in fp32 under autocast, and makes four more tensors of the output's size. On the CPU, the
-    holes that these leave among what the backward pass needs took half as much memory again as the activations.
+    PEFT's own layers copy their inputs in fp32 under autocast, and make four more tensors of the output's size. On the
+    CPU, the holes that these left among what the backward pass needs took half as much memory again as that.
     """
-    return type(f"Lean{lora_class.__name__}", (_Lean, lora_class), {})
 
-
-class _Lean:
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map (..., K) to (..., N); answers, which have kernels of their own, are left to PEFT and bitsandbytes."""
-        name, base = self.active_adapters[0], self.get_base_layer()
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        autocast = torch.is_autocast_enabled(x.device.type)
-        trains = torch.is_grad_enabled() and (autocast or x.dtype == A.dtype)
-        if args or kwargs or self.disable_adapters or not trains:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if autocast:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        W = _Dequantised(base)
-        return LoraProduct.apply(x, self.lora_dropout[name](x), W, base.bias, A, B, self.scaling[name])
-
-
-class _Dequantised:
-    """The weight of a quantised layer, dequantised whenever it is wanted: for the forward pass, and the backward pass."""
+    dtype = torch.float32  # that of LoRA: without autocast, all of a layer is computed in it
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
