@@ -32,7 +32,7 @@ from model.export.writing import UNFINISHED, check_output, new_folder
 logger = logging.getLogger("export")
 
 _NOT_NEEDED = {
-    "--device_map": "weights are read and written tensor by tensor, and --no_verify leaves out what loads a whole model",
+    "--device_map": "it reads and writes tensor by tensor, and --no_verify leaves out what loads a whole model",
     "--load_in_4bit": "what is written is the plain base model with LoRA, whatever it was trained in",
     "--load_in_8bit": "what is written is the plain base model with LoRA, whatever it was trained in",
 }

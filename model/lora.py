@@ -5,7 +5,6 @@ Shape legend: K inputs of a linear layer, N outputs, R LoRA's rank.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,8 +127,7 @@ class _Lean:
 
     PEFT computes `base(x) + B(A(dropout(x))) * scale`, with two more passes over the output and, under autocast, copies
     of the input in fp32. Here the product itself adds the update. A layer that is merged or disabled, or in two dtypes
-    without autocast, is left to PEFT; names, weights and files are PEFT's own. So are answers of a quantised layer, for
-    which bitsandbytes has kernels.
+    without autocast, is left to PEFT, and so are a quantised one's answers; names, weights and files are PEFT's own.
     """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -146,17 +144,11 @@ class _Lean:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if autocast:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return LoraProduct.apply(x, self.lora_dropout[name](x), W, base.bias, A, B, self.scaling[name])
+        return _LoraProduct.apply(x, self.lora_dropout[name](x), W, base.bias, A, B, self.scaling[name])
 
 
 class LeanLoraLinear(_Lean, LoraLinear):
     """The lean layer over a plain linear one."""
-
-
-@functools.cache
-def _lean_class(lora_class: type) -> type:
-    """Return the lean layer over a quantised one, of PEFT's class for these."""
-    return type(f"Lean{lora_class.__name__}", (_Lean, lora_class), {})
 
 
 def make_lean(model: nn.Module) -> None:
@@ -169,18 +161,17 @@ def make_lean(model: nn.Module) -> None:
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = LeanLoraLinear
         elif isinstance(module, LoraLayer) and type(module).__name__ in _LINEAR[1:]:
-            module.__class__ = _lean_class(type(module))
+            module.__class__ = type(f"Lean{type(module).__name__}", (_Lean, type(module)), {})
         elif isinstance(module, LoraLayer) and not isinstance(module, _Lean):
             kind = type(module.get_base_layer()).__name__
             raise ValueError(f"{name} is of class {kind}; LoRA is for linear layers: leave it out of target_modules")
 
 
-class LoraProduct(torch.autograd.Function):
+class _LoraProduct(torch.autograd.Function):
     """Compute x @ W.T + bias + scale · dropped @ A.T @ B.T, with gradients of x, dropped, A and B.
 
     Shapes: x and dropped (..., K), which may be the same tensor; W (N, K); bias (N,) or None; A (R, K); B (N, R).
-    Computes in the dtype of x and dropped, to which the others are cast. W is frozen; it may be anything whose
-    `to(dtype)` is this matrix.
+    Computes in the dtype of x and dropped, to which the others are cast; all that is used of W is `to(dtype)`.
     """
 
     @staticmethod

@@ -36,8 +36,8 @@ LoRA does without dropout; under autocast each of them its own copy, and 2 bytes
 keep what they multiply their weights with, (B, T, D) fp32 each. Positions are not taken in chunks by the head.
 
 Quantised layers (`--load_in_4bit`, `--load_in_8bit`) take `quantised_bytes` in place of s x their weights, and one of
-them at a time is dequantised, into s x its weights. In 8 bits those without LoRA keep their inputs, as LoRA does without
-dropout.
+them at a time is dequantised, into s x its weights. In 8 bits those without LoRA keep their inputs, as LoRA does
+without dropout.
 
 What exists at one moment only, on top of the above:
 

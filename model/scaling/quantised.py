@@ -160,7 +160,7 @@ def quantised_size(kind: str, layers: Iterable[Any]) -> tuple[int, int]:
 
 
 class Dequantised:
-    """The weight of a quantised layer for `LoraProduct`, dequantised for the forward pass and again for the backward.
+    """The weight of a quantised layer for LoRA's product, dequantised for the forward pass and again for the backward.
 
     PEFT's own layers copy their inputs in fp32 under autocast, and make four more tensors of the output's size. On the
     CPU, the holes that these left among what the backward pass needs took half as much memory again as that.
