@@ -16,7 +16,7 @@ from ..errors import in_one_line, is_out_of_memory
 from .engine import Engine, Job
 from .examples import Example
 from .limits import MOST_TURNS, Limits
-from .messages import chat_messages, question_at, unescape
+from .messages import chat_messages, question_at
 from .questions import Asked, Picture, build_prompt, check_settings, stream_answer
 from .uploads import UploadFolder, files_of, thumbnail
 from .visitors import Visitor, Visitors
@@ -116,12 +116,11 @@ class Talk:
         async def add(visitor: Visitor) -> list[Asked]:
             index_of = index[0] if isinstance(index, (list, tuple)) and index else index
             number = question_at(visitor.conversation, index_of)
-            if number is None or words is None:
+            if number is None or not isinstance(text, str):
                 raise Refusal("gone")
-            return [*visitor.conversation[:number], Asked(words, visitor.conversation[number].pictures)]
+            return [*visitor.conversation[:number], Asked(text, visitor.conversation[number].pictures)]
 
-        words = unescape(text) if isinstance(text, str) else None
-        async for view in self._round(who, settings, add, words):
+        async for view in self._round(who, settings, add, text if isinstance(text, str) else None):
             yield view
 
     def stop(self, who: Who) -> None:
