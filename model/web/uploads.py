@@ -80,12 +80,12 @@ class UploadFolder:
         """Open an uploaded picture; delete its file if it can't be used.
 
         Raises:
-            Refusal: if it is no upload, no picture, damaged, or too large.
+            Refusal: if it is no upload or no longer there, no picture, damaged, or too large.
         """
         file = self.find(path)
         shown = (name if isinstance(name, str) and name else file.name if file else "?")[:80]
         if file is None:
-            raise Refusal("bad_picture", name=shown)
+            raise Refusal("gone_picture", name=shown)
         try:
             if file.stat().st_size > most_bytes:
                 raise too_large(shown, most_bytes)

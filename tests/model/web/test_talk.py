@@ -261,7 +261,7 @@ def test_a_broken_picture_is_taken_out_and_the_rest_stays_in_the_box(open_page, 
     page.ask("What?", good)
     assert page.conversation[0].answer
     for path in ("/etc/passwd", "/etc", "http://localhost/x.png", None, "../x"):
-        assert told(page.ask("What?", {"path": path, "orig_name": "x"}), "bad_picture", "zh", name="x")
+        assert told(page.ask("What?", {"path": path, "orig_name": "x"}), "gone_picture", "zh", name="x")
 
 
 def test_too_many_questions_a_minute(open_page):

@@ -61,7 +61,7 @@ def test_no_other_file_is_opened(uploads, tmp_path, name):
         assert uploads.find(path) is None, path
         with pytest.raises(Refusal) as refusal:
             uploads.load(path, name, 10**6)
-        assert refusal.value.key == "bad_picture"
+        assert refusal.value.key == "gone_picture"
     for value in (None, 5, ["x"], {"path": mine}, mine.encode()):
         assert uploads.find(value) is None
     assert (tmp_path / "b.png").exists()
