@@ -76,10 +76,7 @@ class Talk:
             if shown and not visitor.conversation:
                 raise Refusal("ended")
             self._check_pictures(visitor, len(files))
-            pictures = [await self._picture(file) for file in files]
-            for file in files:
-                self.uploads.delete(file["path"])
-            return [*visitor.conversation, Asked(text, pictures)]
+            return [*visitor.conversation, Asked(text, [await self._picture(file) for file in files])]
 
         async for view in self._round(who, settings, add, text, files):
             yield view
@@ -199,6 +196,8 @@ class Talk:
             yield View(status=_waiting(say(who.language, "reading")), running=True)
             conversation = await add(visitor)
             prompt, shortened = await asyncio.to_thread(build_prompt, self.assistant, conversation)
+            for file in files or []:
+                self.uploads.delete(file["path"])
             if visitor.round != current:  # a new conversation has begun meanwhile
                 yield View(chat_messages(visitor.conversation, who.language))
                 return

@@ -239,7 +239,9 @@ def test_a_lost_connection_does_not_lose_the_conversation(server, visit, colours
     visitor.hear("It is green.")
     for offline in (True, False):  # a phone sleeps
         visitor.context.set_offline(offline)
-    visitor.ask("Again?")
+    with visitor.page.expect_request("**/queue/join*") as sent:
+        visitor.ask("Again?")
+    assert r"\"shown\":3" in sent.value.post_data  # so that the server knows whether it still has the conversation
     visitor.hear("green!")
 
 

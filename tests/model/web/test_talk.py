@@ -305,7 +305,10 @@ def test_a_question_that_the_model_cannot_read_whole_is_refused(open_page, monke
     page = open_page()
     page.ask("One?", page.upload(red))
     monkeypatch.setattr(page.talk.assistant, "max_window_size", 60)
-    assert told(page.ask("word " * 100), "no_room", most=60)
+    file = page.upload(red)
+    views = page.ask("word " * 100, file)
+    assert told(views, "no_room", most=60)
+    assert views[-1].box == {"text": "word " * 100, "files": [file]}
     assert len(page.conversation) == 1
     for _ in range(3):
         views = page.ask("A question of some words, is it?")
@@ -420,19 +423,24 @@ def test_who_waits_may_stop_without_waiting(open_page, monkeypatch):
     assert in_time == [True]
 
 
-def test_a_new_conversation_while_a_question_is_being_read(open_page, monkeypatch):
+@pytest.mark.parametrize("end", ["stop", "clear"])
+def test_who_gives_up_a_question_that_is_being_read(open_page, monkeypatch, end):
     page = open_page()
     build = talk_module.build_prompt
 
     def slow(*args):
-        page.talk.clear(page.who)
+        getattr(page.talk, end)(page.who)
         return build(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(talk_module, "build_prompt", slow)
         views = page.ask("Late?")
-    assert views[-1].messages == []
-    assert page.conversation == []
+    assert not views[-1].running
+    assert (say("en", "stopped") in views[-1].status) == (end == "stop")
+    assert [asked.text for asked in page.conversation] == (["Late?"] if end == "stop" else [])
+    assert len(views[-1].messages) == len(page.conversation), "no answer"
+    page.ask("Next?")
+    assert page.conversation[-1].answer
 
 
 def test_one_picture_is_opened_at_a_time(open_page, monkeypatch, red):
