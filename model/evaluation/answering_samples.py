@@ -160,7 +160,7 @@ def choose_samples(eval_set: ImageCaptionDataset, number: int) -> list[Item]:
         logger.info("--eval_generate %d: there are %s, all are answered", number, format_count(len(usable), "sample"))
         number = len(usable)
     spread = [place * len(usable) // number for place in range(number)]
-    others = (place for place in range(len(usable)) if place not in set(spread))
+    others = sorted(set(range(len(usable))) - set(spread))
     chosen: dict[int, Item] = {}  # by their place among the usable ones
     bad: list[str] = []
     for place in itertools.chain(spread, others):
