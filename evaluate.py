@@ -73,6 +73,8 @@ def read_questions(args: argparse.Namespace) -> list[QuestionSet]:
 def run(args: argparse.Namespace, rank: int, world_size: int) -> int:
     """Evaluate what the flags say; return the exit status."""
     if args.compare is not None:
+        if rank > 0:
+            return 0
         result, changed = compare(*args.compare, args.seed)
         if args.output is not None:
             make_folder(args.output)

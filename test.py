@@ -19,7 +19,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from transformers import set_seed
+import transformers
 
 from dataset import SYSTEM_PROMPT, load_image
 from model.asking.assistant import add_generation_flags, check_flags, load_assistant, with_placeholders
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     assistant = load_assistant(args)
 
     # Ask: the same of every picture in a folder, question by question, or once.
-    set_seed(args.seed)
+    transformers.set_seed(args.seed)
     if args.folder:
         return 2 if ask_about_each(assistant, prompt, paths, args.seed) else 0
     if prompt is None:

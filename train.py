@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import set_seed
+import transformers
 
 from dataset import ImageCaptionDataset, VLMCollator
 from dataset.prompt import Tokenizer
@@ -24,7 +24,6 @@ from model.checkpoints.base_models import load_tokenizer
 from model.checkpoints.previous import read_previous
 from model.console import set_up_logging
 from model.dry_run.report import dry_run
-from model.evaluation.answering_samples import AnswerSamples
 from model.export.from_llava import start_from_llava
 from model.feature_caching.fill import complete_feature_cache
 from model.runs.callbacks import WatchBadSamples
@@ -105,7 +104,7 @@ def build_trainer(
     overwrites = not is_new and is_overwriting(args, resume)
 
     # Put tower, projector and language model together; the seed decides the first weights of what is trained.
-    set_seed(args.seed)
+    transformers.set_seed(args.seed)
     if model_args.previous_lora_weights is not None or model_args.from_llava is not None:
         read_previous(model_args)
     tokenizer = load_tokenizer(model_args.base_language_model)
@@ -133,6 +132,8 @@ def build_trainer(
     )
     trainer.add_callback(ReportRun(trainer))
     if data_args.eval_generate is not None and eval_set is not None:
+        from model.evaluation.answering_samples import AnswerSamples
+
         trainer.answer_samples = AnswerSamples(trainer, tokenizer, eval_set, data_args)
     trainer.create_optimizer()  # a wrong --optim is found before anything is written
 

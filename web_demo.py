@@ -23,6 +23,8 @@ from model.web.serving import check_installed, check_port, read_login, serve
 
 logger = logging.getLogger("web_demo")
 
+LIMITS = ("max_visitors", "questions_per_minute", "max_picture_bytes", "max_pictures", "max_characters")
+
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; refuse flags that do not exist or have an invalid value."""
@@ -50,7 +52,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="seed of sampling (%(default)s)")
     add_generation_flags(parser)
     args = parser.parse_args(argv)
-    for name in ("max_visitors", "questions_per_minute", "max_picture_bytes", "max_pictures", "max_characters"):
+    for name in LIMITS:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
     # What test.py has besides, and a page has not.
@@ -79,8 +81,7 @@ def run(args: argparse.Namespace) -> None:
     set_seed(args.seed)
 
     # The page; it runs until Ctrl-C or SIGTERM.
-    names = ("max_visitors", "questions_per_minute", "max_picture_bytes", "max_pictures", "max_characters")
-    limits = {name: getattr(args, name) for name in names}
+    limits = {name: getattr(args, name) for name in LIMITS}
     serve(args, assistant, Limits(**limits, max_new_tokens=longest_answer(assistant)))
 
 

@@ -1,4 +1,4 @@
-"""One writer for one output: a lock that ends with its process, however that ends."""
+"""One writer for an output: a lock that ends with its process, however that ends; and files that are replaced whole."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,3 +80,15 @@ def _forget_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_locks)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file, which may be a link, under another name and rename it; an error names it, and leaves no part."""
+    whole = path.with_name(f"tmp-{path.name}-{secrets.token_hex(4)}")
+    try:
+        with whole.open("xb") as file:
+            file.write(content)
+        whole.replace(path)
+    except OSError as error:
+        whole.unlink(missing_ok=True)  # on a full disk, a part would be left each time
+        raise OSError(error.errno, error.strerror, str(path)) from error

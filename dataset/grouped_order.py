@@ -106,11 +106,11 @@ def padding_shares(dataset: ImageCaptionDataset, lengths: Tensor, rows: int, see
 
 
 def _padding_share(order: EpochOrder, rows: int) -> float:
-    dataset, batches = order.dataset, order.permutation(0).split(rows)
-    padded, tokens = 0, 0
-    for number in draw_some(len(batches), max(MOST_COUNTED // len(batches[0]), 1), order.seed):
+    dataset, order_of_all = order.dataset, order.permutation(0)  # (samples,)
+    padded, tokens, rows = 0, 0, min(rows, len(order_of_all))
+    for number in draw_some(-(-len(order_of_all) // rows), max(MOST_COUNTED // rows, 1), order.seed):
         counts = []
-        for index in batches[number].tolist():
+        for index in order_of_all[number * rows : (number + 1) * rows].tolist():
             try:
                 counts.append(len(dataset.encode(dataset.annotations[index]).input_ids))
             except SampleError:

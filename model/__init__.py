@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,9 @@ _MODULE_OF = {
     "read_checkpoint": ".checkpoints.checkpoint",
     "save_checkpoint": ".checkpoints.saving",
 }
+
+# PEFT imports it wherever it is installed, and while it is imported, it misses a kernel that nobody asked for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

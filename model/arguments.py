@@ -244,6 +244,7 @@ _COUNTS = (
     *("eval_generate", "eval_max_new_tokens"),
 )
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
+_OF_EVALUATION = ("eval_image_map", "eval_captions_file", "eval_generate", "eval_max_new_tokens")
 _RATES = ("learning_rate", "feature_proj_lr", "max_grad_norm", "weight_decay")
 
 
@@ -260,6 +261,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         "num_train_epochs": (lambda value: 0 < value < math.inf, "a finite number above 0"),
         "lora_dropout": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
         "max_bad_fraction": (lambda value: 0 <= value <= 1, "0 to 1"),
+        "lr_scheduler_kwargs": (lambda value: isinstance(value, dict), """a JSON object, such as '{"mode": "max"}'"""),
         "projector_layers": (lambda value: value in (1, 2), "1 or 2"),
         "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 to count by epochs"),
     }
@@ -277,17 +279,11 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
             f"--train_only {model_args.train_only} trains no LoRA: leave out {named} (train.sh has some: call train.py)"
         )
     model_args.check_scaling(args)
-    if (data_args.eval_image_map is None) != (data_args.eval_captions_file is None):
-        raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
-    strategy: Any = args.eval_strategy
-    if strategy != "no" and data_args.eval_image_map is None:
-        raise ValueError(f"--eval_strategy {strategy.value} needs --eval_image_map and --eval_captions_file; give both")
-    if data_args.eval_generate is not None and (strategy == "no" or args.shard_model):
-        wanted = "no --shard_model" if args.shard_model else "--eval_image_map, --eval_captions_file and an evaluation"
-        raise ValueError(f"--eval_generate needs {wanted}; give that, or leave it out")
-    best = args.metric_for_best_model
-    if data_args.eval_generate is None and best not in (None, "loss", "eval_loss"):
-        raise ValueError(f"--metric_for_best_model {best}: only loss is measured without --eval_generate; give it too")
+    evaluates = any(getattr(data_args, name) != getattr(DataArguments, name) for name in _OF_EVALUATION)
+    if evaluates or args.eval_strategy != "no" or args.metric_for_best_model is not None:
+        from .evaluation.training_flags import check_evaluation
+
+        check_evaluation(data_args, args)
     for name in ("image_map", "captions_file", "eval_image_map", "eval_captions_file"):
         path = getattr(data_args, name)
         if path is not None and not Path(path).is_file():

@@ -26,6 +26,3 @@ def set_up_logging(rank: int = 0, world_size: int = 1) -> None:
     # PEFT uses deprecated names of transformers, and accelerate reports a default that it has set.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # PEFT imports it, and it misses a kernel nobody asked for

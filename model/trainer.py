@@ -90,7 +90,7 @@ class VLMTrainer(LoadingTrainer):
         self.add_callback(self._finite)
         self.add_callback(self.stop_on_signal)
         self._projector_rate = 0.0
-        self._last_log: tuple[int, float] | None = None
+        self.last_log: tuple[int, float] | None = None
         """Step and time of the last logged line, or of the beginning."""
         for part, (total, trained) in parameter_counts(self.model).items():
             logger.info("%-15s %15s parameters, %13s trainable", part, f"{total:,}", f"{trained:,}")
@@ -109,8 +109,8 @@ class VLMTrainer(LoadingTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        if self._last_log is None:
-            self._last_log = self.state.global_step, time.perf_counter()
+        if self.last_log is None:
+            self.last_log = self.state.global_step, time.perf_counter()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -130,11 +130,11 @@ class VLMTrainer(LoadingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the projector's learning rate, and samples per second since the last line, to what Trainer logs."""
-        if "learning_rate" in logs and self._last_log is not None:
-            args, (step, since) = self.args, self._last_log
-            self._last_log = self.state.global_step, time.perf_counter()
+        if "learning_rate" in logs and self.last_log is not None:
+            args, (step, since) = self.args, self.last_log
+            self.last_log = self.state.global_step, time.perf_counter()
             samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            speed = (self._last_log[0] - step) * samples_per_step / max(self._last_log[1] - since, 1e-9)
+            speed = (self.last_log[0] - step) * samples_per_step / max(self.last_log[1] - since, 1e-9)
             logs |= {"feature_proj_lr": self._projector_rate, "samples_per_second": round(speed, 3)}
         super().log(logs, start_time)
 
@@ -159,7 +159,7 @@ class VLMTrainer(LoadingTrainer):
             CheckpointError: if the checkpoint belongs to a run on something else, or with other steps.
             NotFiniteError: if a loss or a gradient is not finite.
         """
-        self._last_log = None
+        self.last_log = None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_resumable(self.run_folder) or self.run_folder)
         checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None

@@ -118,6 +118,7 @@ def new_trainer(
         "feature_proj_lr": 2e-2,
         "num_train_epochs": 3,
         "logging_steps": 4,
+        "logging_first_step": True,  # or else with the first checkpoint
         "save_steps": 1,
         "seed": 3,
         "train_sampling_strategy": "sequential",

@@ -133,7 +133,7 @@ class Visitor:
             self.stop.click(timeout=2000)
 
     def begin_again(self) -> None:
-        """Start a new conversation; the page empties the question box too, so that nothing may be typed before."""
+        """Start a new conversation, and wait until it has begun: a question sent before it might be refused as busy."""
         self.part("#clear").click()
         expect(self.questions).to_have_count(0)
 

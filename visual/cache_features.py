@@ -17,12 +17,11 @@ import functools
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataprocess.image_io import ImageError, resolve_image_path
 from dataprocess.messages import format_count, shorten
 from dataset.annotations import find_folder, folder_and_files, read_object
 from dataset.large_annotations import entries_by_key
@@ -34,6 +33,7 @@ from model.errors import OneLineErrors, in_one_line, is_out_of_memory, out_of_me
 from model.export.from_llava import llava_feature_layer
 from model.feature_caching.disk import lack_of_space
 from model.feature_caching.fill import BATCH_SIZE, fill_feature_cache
+from model.feature_caching.image_list import ImageList
 from visual import build_vision_tower
 from visual.feature_cache import DTYPES, open_feature_cache
 
@@ -72,54 +72,53 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def list_images(image_maps: Sequence[str], allow_links: bool) -> tuple[list[Path], list[str], list[str]]:
-    """List the image files of several image maps, each once, what is wrong with other images, and with entries."""
-    images: dict[tuple[str, str], None] = {}
-    paths, bad_images, bad_entries = [], [], []
-    for image_map in image_maps:
-        folder_of = functools.cache(functools.partial(find_folder, Path(image_map), True))
-        is_large = Path(image_map).suffix.lower() in (".jsonl", ".parquet")
-        for key, entry in entries_by_key(image_map) if is_large else read_object(image_map).items():
-            try:
-                folder, names = folder_and_files(entry, folder_of)
-                images.update(dict.fromkeys((folder, name) for name in names))
-            except SampleError as error:
-                bad_entries.append(f"{image_map}: entry {shorten(key)}: {error}")
-    if not images:
+def list_images(image_maps: Sequence[str], allow_links: bool) -> tuple[ImageList, list[str]]:
+    """List the image files of several image maps, each once, and what is wrong with other entries."""
+    bad_entries: list[str] = []
+
+    def names() -> Iterator[tuple[str, str]]:
+        for image_map in image_maps:
+            folder_of = functools.cache(functools.partial(find_folder, Path(image_map), True))
+            is_large = Path(image_map).suffix.lower() in (".jsonl", ".parquet")
+            for key, entry in entries_by_key(image_map) if is_large else read_object(image_map).items():
+                try:
+                    folder, files = folder_and_files(entry, folder_of)
+                except SampleError as error:
+                    bad_entries.append(f"{image_map}: entry {shorten(key)}: {error}")
+                else:
+                    yield from ((folder, name) for name in files)
+
+    images = ImageList(names(), allow_links)
+    if not len(images):
         raise ValueError(f"{' '.join(image_maps)}: there are no images; dataprocess/process_image.py writes image maps")
-    for folder, name in images:
-        try:
-            paths.append(resolve_image_path(folder, name, allow_links))
-        except ImageError as error:
-            bad_images.append(str(error))
-    return paths, bad_images, bad_entries
+    return images, bad_entries
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code. A ValueError or OSError says what the user can fix."""
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype) if args.dtype else pick_dtype(device)
-    paths, bad_images, bad_entries = list_images(args.image_map, args.allow_links)
+    images, bad_entries = list_images(args.image_map, args.allow_links)
     previous = read_checkpoint(args.previous_lora_weights) if args.previous_lora_weights is not None else None
     settings = {} if previous is None else tower_settings(previous, args.base_value_model)
     if args.from_llava is not None:
         settings = {"feature_layer": llava_feature_layer(args.from_llava, args.base_value_model)}
     tower = build_vision_tower(args.base_value_model, dtype, **settings).to(device)
     cache = open_feature_cache(args.feature_cache, tower, args.feature_cache_dtype)
-    problem = lack_of_space(cache, tower, paths)
+    problem = lack_of_space(cache, tower, images)
     if problem and not args.skip_space_check:
         raise ValueError(
             f"--feature_cache {args.feature_cache}: {problem}; make room, or give another folder or --skip_space_check"
         )
-    for bad in (*bad_entries, *bad_images):
+    for bad in bad_entries:
         logger.warning("bad: %s", bad)
-    part = paths[args.shard :: args.num_shards]
+    part = images.share(args.shard, args.num_shards)
     filled = fill_feature_cache(tower, cache, part, batch_size=args.batch_size, num_workers=args.num_workers)
     if filled.failure:
         counts = f"{filled.num_stored:,}", f"{len(part):,}", filled.failure, HOW_TO_CONTINUE
         logger.error("cache_features.py: %s of %s images were stored, then the disk failed (%s); %s", *counts)
         return 1
-    total, num_bad = len(part) + len(bad_images), filled.num_bad + len(bad_images)
+    total, num_bad = len(part), filled.num_bad
     logger.info(
         "%s: %s stored now, %s were there, %s bad; %s stored in all",
         format_count(total, "image"),

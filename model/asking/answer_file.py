@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dataprocess.file_lock import replace_file
 
 _ADVICE = "give another --output, or delete it to start from scratch"
 
@@ -51,7 +52,7 @@ class AnswerFile:
     """The lines that an output has, and the end to which more are added. Whoever uses one holds the output's lock.
 
     What is something else than answers to these questions, one to each and made with the same, is refused. A line with
-    `error` whose pictures have changed since, is dropped: its question can be asked again.
+    `error` whose pictures have changed since is dropped: its question can be asked again.
 
     Args:
         path: the output.
@@ -91,17 +92,20 @@ class AnswerFile:
         """Get ready for `add`, now that the rest of what the answers depend on is known; refuse another."""
         self._compare(made_with)
         if self._rest is None:
-            _replace(self.path, b"".join(map(to_line, self.lines.values())))
+            replace_file(self.path, b"".join(map(to_line, self.lines.values())))
         elif self._before is not None:
             os.truncate(self.path, self._rest)
         if self._before != self._now:
-            _replace(self._note, (json.dumps(self._now, indent=2, ensure_ascii=False) + "\n").encode())
+            replace_file(self._note, (json.dumps(self._now, indent=2, ensure_ascii=False) + "\n").encode())
 
     def add(self, line: dict[str, Any]) -> None:
         """Write a line; once this returns, a kill does not take it back."""
         self.lines[line["id"]] = line
-        with self.path.open("ab") as file:
-            file.write(to_line(line))
+        try:
+            with self.path.open("ab") as file:
+                file.write(to_line(line))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _read_note(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -115,10 +119,3 @@ class AnswerFile:
         differ = [name for name in made_with if self._before is not None and self._before.get(name) != self._now[name]]
         if differ:
             raise ValueError(f"--output {self.path}: made with other {', '.join(differ)}; {_ADVICE}")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    with temporary.open("xb") as file:
-        file.write(content)
-    temporary.replace(path)

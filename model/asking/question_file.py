@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,18 @@ def read_questions(path: Path, flag: str = "--batch", image_folder: Path | None 
     else:
         lines = ((f"{name}, line {at}", raw) for at, raw in enumerate(content.split(b"\n"), start=1) if raw.strip())
         records = [(place, _parse(raw, place)) for place, raw in lines]
+    return make_questions(records, name, path.parent, image_folder)
+
+
+def make_questions(
+    records: Sequence[tuple[str, Any]], name: str, folder: Path, image_folder: Path | None
+) -> list[Question]:
+    """Make questions of a file's values, each given with its place in the file called `name`; see `read_questions`."""
     questions: list[Question] = []
     place_of: dict[str | int, str] = {}
     for place, value in records:
         try:
-            question = _question(value, path.parent, image_folder)
+            question = _question(value, folder, image_folder)
             if question.id in place_of:
                 before = place_of[question.id]
                 raise ValueError(f"the id {shorten(question.id)} is that of {before}, too; ids must be unique")

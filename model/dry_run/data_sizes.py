@@ -38,7 +38,7 @@ class DataSizes:
     samples: list[list[SampleSize]]  # drawn from all, counted exactly, each with every alternative answer
     batches: list[BatchShape]  # the longest of the first epoch, counted exactly: each sample with its longest answers
     padding: tuple[float, float]  # shares of padding in batches, 0 to 1: grouped by length, and in random order
-    images: frozenset[tuple[str, str]]  # folder and name of each image, once
+    dataset: ImageCaptionDataset  # whose sizes these are
 
 
 def data_sizes(
@@ -60,10 +60,11 @@ def data_sizes(
     order = EpochOrder(dataset, order_seed, shuffled=strategy != "sequential")
     if strategy == "group_by_length":
         order = GroupedOrder(dataset, order_seed, lengths)
-    batches = order.permutation(0).split(rows)
-    longest = torch.stack([lengths[batch].max() for batch in batches]).argsort(descending=True, stable=True)
+    every = order.permutation(0)  # (samples,)
+    filled = torch.cat((lengths[every], lengths.new_zeros(-len(every) % rows)))  # so that the last batch is whole, too
+    longest = filled.view(-1, rows).amax(dim=1).argsort(descending=True, stable=True)[:_LONGEST_BATCHES]
     samples = _sizes_of(dataset, draw_some(len(dataset), most, dataset.seed))
-    counted = [_sizes_of(dataset, batches[number].tolist()) for number in longest[:_LONGEST_BATCHES].tolist()]
+    counted = [_sizes_of(dataset, every[at * rows : (at + 1) * rows].tolist()) for at in longest.tolist()]
     if not samples or not any(counted):
         raise SampleError(f"none of {len(dataset)} samples fits into --max_length {dataset.max_length}; raise it")
     shapes = []
@@ -79,7 +80,7 @@ def data_sizes(
         samples=samples,
         batches=shapes,
         padding=padding_shares(dataset, lengths, rows, order_seed),
-        images=frozenset((one.image_folder, name) for one in dataset.annotations for name in one.image_files),
+        dataset=dataset,
     )
 
 

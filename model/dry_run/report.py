@@ -21,6 +21,7 @@ from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
 from ..checkpoints.base_models import load_tokenizer
 from ..console import set_up_logging
 from ..feature_caching.disk import disk_space, in_gb, pictures_stored
+from ..feature_caching.image_list import images_of
 from ..runs.failures import check_bad_samples
 from .data_sizes import DataSizes, data_sizes
 from .memory_estimate import BatchShape, MemoryEstimate, ModelShape, Setting, estimate_memory
@@ -79,7 +80,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: VLMTrain
             f"{format_count(args.per_device_eval_batch_size, 'sample')} × {processes} a step"
         )
     if data_args.feature_cache is not None:
-        images = data.images | (evaluation.images if evaluation is not None else set())
+        images = images_of([data.dataset, *([] if evaluation is None else [evaluation.dataset])])
         parts.append(cache_lines(data_args, model_args.base_value_model, shape, len(images)))
     settings = settings_to_show(lora, args)
     parts.append(memory_table(shape, settings, data, data_args.max_length))

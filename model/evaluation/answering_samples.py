@@ -7,7 +7,9 @@ greedy, so that no random number is drawn, and the model is in `eval()` as for t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import time
 from typing import Any
 
@@ -24,7 +26,7 @@ from ..arguments import DataArguments
 from ..asking.assistant import Assistant
 from ..asking.batch_answers import answer_all, check_settings
 from .items import Item, QuestionSet
-from .metrics import check_families, choose_families, score
+from .metrics import check_families, choose_families, score, value_names
 from .samples import first_question, has_all_pictures_first
 
 logger = logging.getLogger(__name__)
@@ -56,30 +58,30 @@ class AnswerSamples:
         options = {"do_sample": False, "num_beams": 1, "max_new_tokens": data_args.eval_max_new_tokens}
         self.assistant = Assistant(trainer.model, tokenizer, None, options)
         check_settings(self.assistant)
-        self.items = choose_samples(eval_set, data_args.eval_generate or 0)
+        self.skips_bad = eval_set.skips_bad
+        # What the first process can read is asked on all of them.
+        self.items: list[Item] = gather_object([choose_samples(eval_set, data_args.eval_generate or 0)])[0]
         self.families = choose_families(["auto"], [QuestionSet("samples", "", self.items)], self.items)
+        self.notes = ""
+        """How many samples were answered, and the rule of each metric; since the first call, on the first process."""
         self._begun = False
         try:
             check_families(self.items, self.families)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(str(error).replace("--metrics", "--eval_generate", 1)) from error
-        measured = ["loss", *self._measure(dict.fromkeys(range(len(self.items)), ""))]
+        self._names = value_names(self.items, self.families)
+        measured = ["loss", *self._names]
         best = trainer.args.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in measured:
             raise ValueError(f"--metric_for_best_model {best}: not measured; give one of {', '.join(measured)}")
-        args, mode = trainer.args, dict(trainer.args.lr_scheduler_kwargs or {}).get("mode", "min")
-        if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and (mode == "max") != args.greater_is_better:
-            fitting = "max" if args.greater_is_better else "min"
-            raise ValueError(
-                f"--lr_scheduler_type {args.lr_scheduler_type.value} would take bad values of {best} for good ones; "
-                f"""give --lr_scheduler_kwargs '{{"mode": "{fitting}"}}'"""
-            )
 
     def __call__(self) -> dict[str, float]:
         """Answer all samples, each process its share, and return the metrics, the same on every process.
 
+        If none can be answered, they are NaN.
+
         Raises:
-            ImageError: if none can be answered.
+            ImageError: in that case, with `--on_bad_sample error`.
         """
         args, begin = self.trainer.args, time.monotonic()
         share = range(len(self.items))[args.process_index :: args.world_size]
@@ -89,13 +91,14 @@ class AnswerSamples:
         together = dict(gather_object(list(zip(share, lines, strict=True))))
         answers = {at: together[at]["answer"] for at in sorted(together) if "answer" in together[at]}
         failed = [f"{line['id']}: {line['error']}" for line in together.values() if "error" in line]
-        if not answers:
+        if not answers and not self.skips_bad:
             raise ImageError(f"--eval_generate: no sample can be answered; {failed[0]}")
-        metrics: dict[str, float] = {}
+        metrics = dict.fromkeys(self._names, math.nan)
         if args.process_index == 0:  # one process: PTB's tokenizer could fail on another
-            metrics = self._measure(answers)
-            self._show(answers)
-            if failed and not self._begun:
+            if answers:
+                metrics = self._measure(answers)
+                self._show(answers)
+            if failed and not (self._begun and answers):
                 logger.warning("--eval_generate: %d left out; the first: %s", len(failed), failed[0])
             logger.info("%s in %.1f s", format_count(len(answers), "answer"), time.monotonic() - begin)
         self._begun = True
@@ -105,6 +108,12 @@ class AnswerSamples:
     def _measure(self, answers: dict[int, str]) -> dict[str, float]:
         """Score answers, given by the position of their sample."""
         scored = score([self.items[at] for at in answers], list(answers.values()), self.families)
+        rules = [f"- {one.family}: {one.variant}\n" for one in scored]
+        for rule in rules:
+            if rule not in self.notes:
+                logger.info("--eval_generate: %s", rule[2:-1])
+        said = f"{len(answers):,} of {format_count(len(self.items), 'sample')} answered"
+        self.notes = f"\nMetrics over {said}:\n\n{''.join(rules)}"
         return {name: value for one in scored for name, value in one.total.items()}
 
     def _show(self, answers: dict[int, str]) -> None:
@@ -136,21 +145,39 @@ def _literal(text: str) -> str:
 def choose_samples(eval_set: ImageCaptionDataset, number: int) -> list[Item]:
     """Return the first questions of so many samples, spread evenly over the set; of all, if there are fewer.
 
-    Samples whose later questions bring pictures are passed over.
+    Samples whose later questions bring pictures are passed over. With `--on_bad_sample skip`, so are those whose
+    pictures can't be read, and others take their place.
+
+    Raises:
+        ImageError: if a picture can't be read, and samples are not to be skipped, or none is left.
+        ValueError: if no sample has all its pictures in its first question.
     """
-    annotations, items = eval_set.annotations, []
+    annotations = eval_set.annotations
     usable = [at for at in range(len(annotations)) if has_all_pictures_first(annotations[at])]
+    if not usable:
+        raise ValueError("--eval_generate: no sample of the evaluation set has all its pictures in its first question")
     if number > len(usable):
         logger.info("--eval_generate %d: there are %s, all are answered", number, format_count(len(usable), "sample"))
         number = len(usable)
-    for place in range(number):
-        sample = annotations[usable[place * len(usable) // number]]
+    spread = [place * len(usable) // number for place in range(number)]
+    others = sorted(set(range(len(usable))) - set(spread))
+    chosen: dict[int, Item] = {}  # by their place among the usable ones
+    bad: list[str] = []
+    for place in itertools.chain(spread, others):
+        if len(chosen) == number:
+            break
+        sample = annotations[usable[place]]
         try:
-            items.append(first_question(sample, eval_set.allow_links))
+            item = first_question(sample, eval_set.allow_links)
+            for path in item.question.images:
+                load_image(path)
+            chosen[place] = item
         except ImageError as error:
+            bad.append(f"sample {sample.id}: {error}")
             if not eval_set.skips_bad:
-                raise
-            logger.warning("--eval_generate: sample %d is left out: %s", sample.id, error)
-    if not items:
-        raise ValueError("--eval_generate: no sample of the evaluation set has all its pictures in its first question")
-    return items
+                raise ImageError(bad[0]) from error
+    if not chosen:
+        raise ImageError(f"--eval_generate: no sample can be asked; the first: {bad[0]}")
+    if bad:
+        logger.info("--eval_generate: %s passed over; the first: %s", format_count(len(bad), "sample"), bad[0])
+    return [chosen[place] for place in sorted(chosen)]

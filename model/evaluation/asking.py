@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import functools
 import json
@@ -25,6 +24,7 @@ from ..asking.assistant import Assistant, check_flags, load_assistant
 from ..asking.batch_answers import complete_answers
 from ..asking.question_file import Question
 from ..device import has_accelerator
+from .blind import blind_questions, number_kept
 from .items import Item
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,9 @@ def ask(args: argparse.Namespace, items: Sequence[Item], output: Path, rank: int
     passes = {"seeing": [item.question for item in items]}
     if args.blind:
         passes["blind"] = blind_questions(passes["seeing"])
+        if kept := number_kept(passes["seeing"]):
+            said = format_count(kept, "question has", "questions have")
+            logger.info("--blind: %s no other pictures to be asked with, and the same answer in both columns", said)
     load = functools.cache(functools.partial(load_assistant, flags))  # once for both passes
     parts = output / PARTS
     parts.mkdir(parents=True, exist_ok=True)
@@ -99,29 +102,6 @@ def ask(args: argparse.Namespace, items: Sequence[Item], output: Path, rank: int
         f"{index}: {line['error']}" for found in lines.values() for index, line in found.items() if "error" in line
     ]
     return Answered(answers["seeing"], answers.get("blind"), errors, note)
-
-
-def blind_questions(questions: Sequence[Question]) -> list[Question]:
-    """Return the questions, each with the pictures of another one.
-
-    The pictures of all questions with as many pictures, in their order and each once, are shifted by half their number.
-
-    Raises:
-        ValueError: if questions with as many pictures all have the same ones.
-    """
-    distinct: dict[int, dict[tuple[Path, ...], int]] = {}
-    for question in questions:
-        places = distinct.setdefault(len(question.images), {})
-        places.setdefault(question.images, len(places))
-    shown = {number: list(places) for number, places in distinct.items()}
-    swapped = []
-    for question in questions:
-        pictures = shown[len(question.images)]
-        if question.images and len(pictures) == 1:
-            raise ValueError(f"--blind: {question.images[0]} is the only picture, so that no question can get another")
-        at = distinct[len(question.images)][question.images] + len(pictures) // 2
-        swapped.append(dataclasses.replace(question, images=pictures[at % len(pictures)]))
-    return swapped
 
 
 def _answer_share(

@@ -41,11 +41,12 @@ def check_captions(references: Sequence[str]) -> None:
     if not any(re.search(r"\w", text) for text in references):
         raise ValueError("--metrics: captions need words, and no reference has one; choose another metric")
     _import("pycocoevalcap.bleu.bleu_scorer")
-    if _are_chinese(references):
+    if are_chinese(references):
         _import("jieba")
 
 
-def _are_chinese(texts: Sequence[str]) -> bool:
+def are_chinese(texts: Sequence[str]) -> bool:
+    """Return whether most texts are Chinese, so that characters are counted as well as words."""
     return 2 * sum(map(is_chinese, texts)) > len(texts)
 
 
@@ -63,7 +64,7 @@ def caption_statistics(
     """
     texts = [text for group in references for text in group]
     kinds: dict[str, tuple[str, Tokenized]] = {}
-    if _are_chinese(texts):
+    if are_chinese(texts):
         kinds[""] = (JIEBA, _apply(_jieba_words(), references, answers))
         kinds["char_"] = (CHARACTERS, _apply(_characters, references, answers))
     else:

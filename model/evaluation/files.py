@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import secrets
 from pathlib import Path
 from typing import Any
+
+from dataprocess.file_lock import replace_file
 
 from ..asking.question_file import unique_keys
 
@@ -63,8 +64,5 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, or replace it, so that nobody sees half of it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-    temporary.replace(path)
+    """Write a text, or replace it, so that nobody sees half of it; see `replace_file`."""
+    replace_file(path, text.encode("utf-8", errors="backslashreplace"))

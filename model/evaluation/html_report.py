@@ -44,7 +44,7 @@ td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere;min-width:8
 _SCRIPT = """
 const kind=document.getElementById("kind"),text=document.getElementById("text");
 function show(){for(const card of document.querySelectorAll(".card"))
-card.hidden=(kind.value!=="*"&&card.dataset.kind!==kind.value)||!card.textContent.toLowerCase().includes(
+card.hidden=(kind.selectedIndex&&card.dataset.kind!==kind.value)||!card.textContent.toLowerCase().includes(
 text.value.toLowerCase())}
 kind.addEventListener("change",show);text.addEventListener("input",show);
 """
@@ -58,6 +58,8 @@ def html_report(results: dict[str, Any], lines: Sequence[dict[str, Any]], tables
     variants = "".join(f"<li><b>{_text(name)}</b>: {_text(text)}</li>" for name, text in results["variants"].items())
     counts = results["counts"]
     missing = f", {counts['without_answer']:,} of them without an answer" if counts["without_answer"] else ""
+    kept = results.get("blind", {}).get("with_own_pictures")
+    same = f" {kept:,} have no other pictures to be asked with: blind, they are asked as they are." if kept else ""
     parts = [
         "<!DOCTYPE html><html><head><meta charset='utf-8'><title>Evaluation</title>",
         "<meta name='viewport' content='width=device-width,initial-scale=1'>",
@@ -65,13 +67,13 @@ def html_report(results: dict[str, Any], lines: Sequence[dict[str, Any]], tables
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">",
         f"<style>{_STYLE}</style></head><body><h1>Evaluation</h1>",
-        f"<p>{counts['questions']:,} questions{missing}. Intervals: bootstrap over questions.</p>",
+        f"<p>{counts['questions']:,} questions{missing}. Intervals: bootstrap over questions.{same}</p>",
         *(_table(head, rows) for head, rows in tables),
         f"<h2>What the metrics are</h2><ul>{variants}</ul>",
         "<h2>Lengths of the answers</h2>",
         _histogram([str(line["answer"]) for line in lines]),
         f"<h2>Questions, worst first</h2><p>{len(chosen):,} of {len(lines):,} are shown. Kind: <select id='kind'>",
-        f"<option value='*'>all</option>{options}</select> Text: <input id='text' type='search'></p>",
+        f"<option>all</option>{options}</select> Text: <input id='text' type='search'></p>",
         f"<div class='cards'>{''.join(map(_card, chosen))}</div>",
         f"<p class='small'>{_text(shlex.join(results['command']))}</p><script>{_SCRIPT}</script></body></html>\n",
     ]

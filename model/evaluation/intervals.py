@@ -45,5 +45,5 @@ def _resampled(scored: Sequence[Scored], seed: int) -> list[Array]:
 
 
 def _between(values: Array) -> list[float]:
-    low, high = np.quantile(values, _QUANTILES)
+    low, high = np.nanquantile(values, _QUANTILES)  # NaN: a small split of POPE was not drawn
     return [float(low), float(high)]

@@ -12,7 +12,8 @@ from typing import Any
 
 from dataprocess.messages import shorten
 
-from ..asking.question_file import Question, read_questions
+from ..asking.question_file import Question, make_questions
+from .files import read_json
 
 SPLITS = ("random", "popular", "adversarial")
 """POPE's, by how the objects that are not in the picture were chosen."""
@@ -45,10 +46,19 @@ def with_suffix(item: Item, suffix: str) -> Item:
     return dataclasses.replace(item, question=question)
 
 
-def read_own(path: Path, image_folder: Path | None = None) -> QuestionSet:
-    """Read lines of `{"id": …, "image": …, "prompt": …, "answers": [...]}`, which may have further keys."""
-    items = []
-    for question in read_questions(path, "--questions", image_folder):
+def read_own(path: Path, image_folder: Path | None = None, records: list[Any] | None = None) -> QuestionSet:
+    """Read lines of `{"id": …, "image": …, "prompt": …, "answers": [...]}`, which may have further keys.
+
+    Args:
+        path: the file.
+        image_folder: where relative image paths count from.
+        records: what the file holds, if it was read already.
+    """
+    name, items = f"--questions {path}", []
+    values = read_json(path, "--questions") if records is None else records
+    values = values if isinstance(values, list) else [values]  # a file of one line
+    places = [(f"{name}, record {at}", value) for at, value in enumerate(values, start=1)]
+    for question in make_questions(places, name, path.parent, image_folder):
         references: Any = question.further.get("answers")
         references = [references] if isinstance(references, str) else references
         if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
@@ -58,9 +68,10 @@ def read_own(path: Path, image_folder: Path | None = None) -> QuestionSet:
                 "a list of the right answers, each of them text"
             )
         split = question.further.get("split") or question.further.get("category")
-        kind = question.further.get("kind") or question.further.get("category") or question.further.get("split")
+        kinds = [question.further.get(key) for key in ("kind", "category", "split")]
+        kind = next((value for value in kinds if value not in (None, "")), "")
         known = split if isinstance(split, str) and ("split" in question.further or split in SPLITS) else ""
-        items.append(Item(question, tuple(references), "" if kind is None else str(kind), known))
+        items.append(Item(question, tuple(references), str(kind), known))
     return QuestionSet("questions", path.stem, items)
 
 

@@ -18,6 +18,7 @@ from dataprocess.messages import format_count
 
 from .captions import (
     CAPTION_METRICS,
+    are_chinese,
     caption_statistics,
     check_captions,
     is_chinese,
@@ -34,10 +35,11 @@ Values = dict[str, Array]
 
 _POPE = ("accuracy", "precision", "recall", "f1", "yes_share")
 FAMILIES = ("vqa_accuracy", "exact_match", "pope", *CAPTION_METRICS)
+_VALUES = {"pope": [f"pope_{name}" for name in _POPE], "bleu": [f"bleu_{n}" for n in range(1, 5)]}
+"""The values of families that have several; the others have one of their own name."""
 NAMES = {
     **{name: (name,) for name in FAMILIES},
-    **{f"pope_{name}": ("pope",) for name in _POPE},
-    **{f"bleu_{n}": ("bleu",) for n in range(1, 5)},
+    **{name: (family,) for family, names in _VALUES.items() for name in names},
     "captions": CAPTION_METRICS,
 }
 """The names that --metrics takes, and the families that each stands for."""
@@ -159,6 +161,15 @@ def score(items: Sequence[Item], answers: Sequence[str | None], families: Sequen
     return found
 
 
+def value_names(items: Sequence[Item], families: Sequence[str]) -> list[str]:
+    """Return the names of the values that `score` gives, but for those of single splits of POPE."""
+    names = [name for family in families for name in _VALUES.get(family, [family])]
+    captions = {name for name in names if NAMES[name][0] in CAPTION_METRICS}
+    if captions and are_chinese([text for item in items for text in item.references]):
+        names += [f"char_{name}" for name in names if name in captions]
+    return names
+
+
 def _vqa(items: Sequence[Item], answers: Sequence[str | None]) -> Scored:
     rows = _rows("vqa_accuracy", items)
     pairs = [(answers[at], items[at].references) for at in rows]
@@ -204,7 +215,7 @@ def _pope(items: Sequence[Item], answers: Sequence[str | None]) -> Scored:
 def pope_values(splits: Sequence[str], sums: Array) -> Values:
     """Return POPE's five values from (..., 4 per split); with several splits, the means and each split's own.
 
-    A share of nothing is 0, and a split without a question does not count.
+    A share of nothing is 0; a split without a question does not count, and its own values are NaN.
     """
     counts = sums.reshape(*sums.shape[:-1], len(splits), 4)
     yes, wrong_yes, no, wrong_no = (counts[..., k] for k in range(4))  # (..., splits)
@@ -221,7 +232,8 @@ def pope_values(splits: Sequence[str], sums: Array) -> Values:
     values = {f"pope_{name}": value.sum(-1) / there for name, value in found.items()}
     if len(splits) > 1:
         parts = [(number, split or "other") for number, split in enumerate(splits)]
-        values |= {f"pope_{split}_{name}": found[name][..., number] for number, split in parts for name in _POPE}
+        known = {name: np.where(total > 0, value, np.nan) for name, value in found.items()}
+        values |= {f"pope_{split}_{name}": known[name][..., number] for number, split in parts for name in _POPE}
     return values
 
 

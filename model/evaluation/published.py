@@ -60,7 +60,7 @@ def read_file(path: Path, reading: Reading) -> QuestionSet:
             else f"--annotations {reading.annotations}: {path} is not VQAv2 and brings its own answers; leave it out"
         )
     if source == "questions":
-        own = read_own(path, reading.image_folder)
+        own = read_own(path, reading.image_folder, records)
         return QuestionSet(source, own.name, [with_suffix(item, reading.suffix) for item in own.items])
     folder = reading.image_folder or path.parent
     maker = {"vqav2": _vqav2, "pope": _pope, "gqa": _gqa, "coco": _coco, "ai_challenger": _ai_challenger}[source]
@@ -143,7 +143,7 @@ def _vqav2_answers(path: Path) -> dict[Any, Any]:
 def _pope(records: Any, path: Path, reading: Reading) -> Iterator[Item]:
     split = split_of(path)
     for record in records:
-        question = Question(record["question_id"], (Path(record["image"]),), _text(record["text"]))
+        question = Question(record["question_id"], (Path(_text(record["image"])),), _text(record["text"]))
         yield Item(question, (_text(record["label"]),), split, split)
 
 
@@ -175,11 +175,9 @@ def _captioned(pictures: Iterable[tuple[Any, str, list[str]]], prompt: str, path
         usable = tuple(caption for caption in map(_text, captions) if caption.strip())
         without += not usable
         if usable:
-            yield Item(Question(index, (Path(name),), prompt), usable)
+            yield Item(Question(index, (Path(_text(name)),), prompt), usable)
     if without:
-        logger.warning(
-            "%s: %s no caption and are left out", path, format_count(without, "picture has", "pictures have")
-        )
+        logger.warning("%s: left out: %s no caption", path, format_count(without, "picture has", "pictures have"))
 
 
 def _id(value: Any) -> str | int:

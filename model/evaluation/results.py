@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .blind import number_kept
 from .files import read_json, to_json, write_whole
 from .html_report import html_report
 from .intervals import differences, intervals
@@ -63,6 +64,7 @@ def summarise(done: Evaluation) -> dict[str, Any]:
         compared = {name: found for pair in pairs for name, found in differences(*pair, done.seed).items()}
         results["blind"] = {
             "without_answer": sum(answer is None for answer in done.blind_answers or ()),
+            "with_own_pictures": number_kept([item.question for item in done.items]),
             "metrics": {name: found["first"] for name, found in compared.items()},
             "seeing_minus_blind": {name: found["difference"] for name, found in compared.items()},
             "intervals": {name: found["interval"] for name, found in compared.items()},

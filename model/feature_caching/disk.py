@@ -6,15 +6,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dataprocess.image_bytes import content_key
+from dataprocess.image_io import ImageError
 from dataprocess.messages import format_count
 from visual.base import VisionTower
 from visual.feature_cache import DTYPES, NOTE, FeatureCache
+
+from .image_list import ImageList
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def pictures_stored(folder: Path, tower: str, shape: tuple[int, int], dtype: str
     return found
 
 
-def lack_of_space(cache: FeatureCache, tower: VisionTower, paths: Sequence[Path]) -> str:
+def lack_of_space(cache: FeatureCache, tower: VisionTower, images: ImageList) -> str:
     """Log how much room the pictures' features take at most, and what is free; return what is missing, or "".
 
     If the features of all would not fit, the pictures are hashed to see which are stored already.
@@ -53,7 +55,7 @@ def lack_of_space(cache: FeatureCache, tower: VisionTower, paths: Sequence[Path]
     of_this_tower = stored.pop(cache.folder.name, 0)
     logger.info(
         "%s, %s × %s %s each: at most %s on the disk; %s stored already, %s free in %s",
-        *(format_count(len(paths), "image"), *cache.shape, dtype, in_gb(len(paths) * per_image)),
+        *(format_count(len(images), "image"), *cache.shape, dtype, in_gb(len(images) * per_image)),
         *(f"{of_this_tower:,}", in_gb(free), folder),
     )
     if stored:
@@ -62,14 +64,22 @@ def lack_of_space(cache: FeatureCache, tower: VisionTower, paths: Sequence[Path]
             format_count(sum(stored.values()), "picture"),
             ", ".join(str(cache.folder.parent / name) for name in stored),
         )
-    missing = len(paths)
+    missing = len(images)
     if of_this_tower and missing * per_image > free:
-        keys = (content_key(path) for path in tqdm(paths, desc="looking for stored images", mininterval=0.5))
-        missing = sum(key is None or not cache.path_of(key).is_file() for key in keys)
+        every = tqdm(range(len(images)), desc="looking for stored images", mininterval=0.5)
+        missing = sum(not _is_stored(cache, images, index) for index in every)
     needed = missing * per_image
     if needed <= free:
         return ""
     return f"{format_count(missing, 'image')} to be stored will take {in_gb(needed)}, and {in_gb(free)} are free"
+
+
+def _is_stored(cache: FeatureCache, images: ImageList, index: int) -> bool:
+    try:
+        key = content_key(images[index])
+    except ImageError:
+        return False
+    return key is not None and cache.path_of(key).is_file()
 
 
 def in_gb(number: int) -> str:

@@ -8,9 +8,8 @@ Shape legend: N pictures of a batch, P tokens per image, D width of the tower.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataprocess.image_bytes import content_key
-from dataprocess.image_io import ImageError, load_image, resolve_image_path
+from dataprocess.image_io import ImageError, load_image
 from dataset import ImageCaptionDataset
 from visual.base import ImageTransform, VisionTower
 from visual.feature_cache import FeatureCache, open_feature_cache
@@ -33,6 +32,7 @@ from ..arguments import VLMTrainingArguments
 from ..runs.data_workers import with_calm_workers
 from ..vision_language_model import VisionLanguageModel
 from .disk import lack_of_space
+from .image_list import ImageList, images_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +58,14 @@ def complete_feature_cache(
     """
     cache = open_feature_cache(folder, model.vision_tower, dtype)
     used = [dataset for dataset in datasets if dataset is not None]
-    paths = list(dict.fromkeys(path for dataset in used for path in image_files(dataset)))
-    problem = lack_of_space(cache, model.vision_tower, paths) if args.process_index == 0 else ""
+    images = images_of(used)
+    problem = lack_of_space(cache, model.vision_tower, images) if args.process_index == 0 else ""
     if problem := "".join(gather_object([problem])):
         raise ValueError(f"--feature_cache {folder}: {problem}; make room, or give another folder")
     filled = fill_feature_cache(
         model.vision_tower,
         cache,
-        paths[args.process_index :: args.world_size],
+        images.share(args.process_index, args.world_size),
         num_workers=args.dataloader_num_workers,
         show_progress=args.process_index == 0 and not args.disable_tqdm,
     )
@@ -84,19 +84,11 @@ class Filled:
     failure: str = ""  # why the disk took no more, or an empty string
 
 
-def image_files(dataset: ImageCaptionDataset) -> Iterator[Path]:
-    """Yield the file of every image once, except those that would be refused for leading out of their folder."""
-    images = ((sample.image_folder, name) for sample in dataset.annotations for name in sample.image_files)
-    for folder, name in dict.fromkeys(images):
-        with contextlib.suppress(ImageError):
-            yield resolve_image_path(folder, name, dataset.allow_links)
-
-
 @torch.no_grad()
 def fill_feature_cache(
     tower: VisionTower,
     cache: FeatureCache,
-    paths: Sequence[Path],
+    images: ImageList,
     *,
     batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
@@ -105,9 +97,9 @@ def fill_feature_cache(
     """Run the tower, on its device, over the pictures whose features are missing, and store them."""
     filled = Filled()
     device, dtype = tower.model.device, tower.model.dtype
-    pictures = MissingPictures(paths, cache, tower.image_transform)
+    pictures = MissingPictures(images, cache, tower.image_transform)
     loader = DataLoader(pictures, batch_size, num_workers=num_workers, collate_fn=list)
-    bar = tqdm(total=len(paths), desc="images", unit="", mininterval=0.5, disable=not show_progress)
+    bar = tqdm(total=len(images), desc="images", unit="", mininterval=0.5, disable=not show_progress)
     with logging_redirect_tqdm(), bar:
         for batch in with_calm_workers(loader):  # whose generator is its own: training draws the same numbers
             problems = [opened.problem for opened in batch if opened.problem]
@@ -140,16 +132,19 @@ class Opened:
 class MissingPictures(Dataset[Opened]):
     """Pictures for the tower, opened only if their features are missing or damaged."""
 
-    def __init__(self, paths: Sequence[Path], cache: FeatureCache, transform: ImageTransform) -> None:
-        self.paths = paths
+    def __init__(self, images: ImageList, cache: FeatureCache, transform: ImageTransform) -> None:
+        self.images = images
         self.cache = cache
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Opened:
-        path = self.paths[index]
+        try:
+            path = self.images[index]
+        except ImageError as error:
+            return Opened(Path(), problem=str(error))
         key = content_key(path)
         if key is not None and self.cache.read(key) is not None:
             return Opened(path)

@@ -28,6 +28,7 @@ BAD_SAMPLES = "bad_samples.jsonl"
 BAD_EVAL_SAMPLES = "bad_eval_samples.jsonl"
 LOSS_FIGURE = "loss.png"
 MODEL_CARD = "MODEL_CARD.md"
+CARD_MARK = "# train.py replaces this file at every checkpoint; delete this line to keep your edits"
 
 
 # ---- What processes tell each other
@@ -97,6 +98,8 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask all processes whether one was told to stop."""
+        if args.logging_strategy != "no":  # so that a short run has losses for its figure, and a first checkpoint
+            control.should_log |= control.should_training_stop or (control.should_save and not state.log_history)
         signals = gather_rows([self.received], args)
         if signals.any():  # only then: another signal may come at any moment
             self.received = int(signals.max())
@@ -110,6 +113,8 @@ class StopOnSignal(TrainerCallback):
         """Keep Trainer from logging, evaluating and saving as at the end of an epoch if the run stops in its middle."""
         if self._stops and (state.epoch or 0) % 1:
             control.should_log = control.should_evaluate = control.should_save = False
+        elif args.logging_strategy != "no":
+            control.should_log |= control.should_save and not state.log_history
 
     def restore(self) -> None:
         """Restore the earlier signal handlers."""

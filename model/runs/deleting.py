@@ -9,6 +9,7 @@ import contextlib
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..arguments import VLMTrainingArguments
 from ..checkpoints.folder import CHECKSUMS, TRAINED, CheckpointError, numbered_checkpoints
 from ..checkpoints.readers import weights_in
-from .callbacks import BAD_EVAL_SAMPLES, BAD_SAMPLES, LOSS_FIGURE, MODEL_CARD, RUN_CONFIG, first_problem
+from .callbacks import (
+    BAD_EVAL_SAMPLES,
+    BAD_SAMPLES,
+    CARD_MARK,
+    LOSS_FIGURE,
+    MODEL_CARD,
+    RUN_CONFIG,
+    first_problem,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +174,12 @@ class DeleteOldRun(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Delete them after the first step."""
         if not self.is_deleted:
-            doomed = self.aside.with_name(f"{_DELETED}run")
+            doomed, card = self.aside.with_name(f"{_DELETED}run"), self.aside / MODEL_CARD
             remove(doomed)
+            if card.is_file() and CARD_MARK.encode() not in card.read_bytes():  # somebody's work
+                kept = self.aside.parent / f"edited-{time.strftime('%Y%m%d-%H%M%S')}-{MODEL_CARD}"
+                card.rename(kept)
+                logger.warning("the card of the run that is overwritten was edited; it is kept as %s", kept)
             self.aside.rename(doomed)
             self.is_deleted = True
             remove(doomed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ class TokenMeanTrainer(Trainer):
     _evaluated: list[Tensor]
     """(2,) for each batch: the sum of its losses, and its supervised tokens."""
     _eval_samples: int
-    answer_samples: Callable[[], dict[str, float]] | None = None
-    """Answers samples and returns metrics by their names, see `--eval_generate`."""
+    answer_samples: Any = None
+    """An `AnswerSamples`, which returns metrics by their names, see `--eval_generate`."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return Trainer's loader, whose workers leave signals to the process they work for."""

@@ -15,6 +15,7 @@ from ..errors import in_one_line
 from ..trainer import VLMTrainer
 from ..vision_language_model import VisionLanguageModel
 from .failures import HOW_TO_RESUME, fail
+from .run_report import folder_to_ask
 
 logger = logging.getLogger("train")
 
@@ -79,7 +80,5 @@ def finish(trainer: VLMTrainer) -> int:
             problems += [f"the final weights are in {folder}"] if problems else []
     if problems:
         return fail("; ".join(problems), 1)
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        folder = trainer.state.best_model_checkpoint  # the run folder would mean its newest checkpoint
-    logger.info("done; ask the model with: python test.py --model_weights %s --image_path …", folder)
+    logger.info("done; ask the model with: python test.py --model_weights %s --image_path …", folder_to_ask(trainer))
     return 0

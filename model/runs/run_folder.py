@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from dataprocess.file_lock import FileLockError, hold
+from dataprocess.file_lock import FileLockError, hold, replace_file
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
 from ..checkpoints.saving import PACKAGE_VERSIONS, flush_to_disk
@@ -100,15 +99,3 @@ def write_run_config(run: Path, config: dict[str, Any]) -> None:
     """Write `train_config.json`."""
     run.mkdir(parents=True, exist_ok=True)
     replace_file(run / RUN_CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file of a run, which may be a link, under another name and rename it; leave nothing if that fails."""
-    whole = path.with_name(f"tmp-{path.name}-{secrets.token_hex(4)}")
-    try:
-        with whole.open("xb") as file:
-            file.write(content)
-        whole.replace(path)
-    except OSError:
-        whole.unlink(missing_ok=True)  # on a full disk, a part of one would be left at each checkpoint
-        raise

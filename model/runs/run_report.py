@@ -9,6 +9,7 @@ import datetime
 import io
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -18,20 +19,20 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dataprocess.file_lock import replace_file
+
 from ..errors import in_one_line
-from .callbacks import LOSS_FIGURE, MODEL_CARD, parameter_counts
-from .run_folder import replace_file
+from .callbacks import CARD_MARK, LOSS_FIGURE, MODEL_CARD, parameter_counts
 
 logger = logging.getLogger(__name__)
 
 Curves = dict[str, list[tuple[int, float]]]
 
-MARK = "# train.py replaces this file at every checkpoint; delete this line to keep your edits"
 _PANELS = {
     "loss (nats per token)": "(eval_)?loss",
     "learning rate": "learning_rate|feature_proj_lr",
-    "metric (0 to 1)": r"eval_(?!loss|cider_d|mem_|char_|.*(_time|runtime|_per_second)$).+",
-    "CIDEr-D (0 to 10)": "eval_cider_d",
+    "metric (0 to 1)": r"eval_(?!loss|(char_)?cider_d|mem_|.*(_time|runtime|_per_second)$).+",
+    "CIDEr-D (0 to 10)": "eval_(char_)?cider_d",
 }
 """The panels of the figure, and the names that the log gives to what they show."""
 
@@ -43,12 +44,12 @@ class ReportRun(TrainerCallback):
         self.trainer, self.begin = trainer, time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write them. A card without its `MARK` has been edited, and stays as it is."""
-        if args.process_index > 0:
-            return
+        """Write them; a card that was edited, or whose run had finished before it was resumed, stays as it is."""
         curves, card = read_curves(state.log_history), self.trainer.run_folder / MODEL_CARD
+        if args.process_index > 0 or (self.trainer.last_log is None and card.exists()):
+            return
         try:
-            if not card.exists() or MARK.encode() in card.read_bytes():
+            if not card.exists() or CARD_MARK.encode() in card.read_bytes():
                 text = model_card(self.trainer, curves, int(time.monotonic() - self.begin))
                 replace_file(card, text.encode("utf-8", "backslashreplace"))
             if curves:
@@ -106,15 +107,18 @@ def model_card(trainer: Any, curves: Curves, seconds: int) -> str:
     adapter = "library_name: peft\nbase_model_relation: adapter\n" if model.has_lora else ""
     parts = [f"| {part} | {total:,} | {own:,} |" for part, (total, own) in parameter_counts(model).items() if total]
     settings = {**trainer.identity, "learning_rate": args.learning_rate, "feature_proj_lr": args.feature_proj_lr}
-    results = []
+    settings |= {name: getattr(args, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    settings |= {"processes": args.world_size, "epochs": f"{state.epoch or 0:.3g}"}
+    results = ["", "| | Last | Best |", "|---|---:|---:|"] if curves else []
     for name in (name for name in curves if not re.fullmatch(_PANELS["learning rate"], name)):
         (last, value), best = curves[name][-1], min if name.endswith("loss") else max
-        step, top = best(curves[name], key=lambda point: point[1])
-        results.append(f"| {name} | {value:.5g} (step {last:,}) | {top:.5g} (step {step:,}) |")
-    asked = (args.load_best_model_at_end and state.best_model_checkpoint) or str(args.output_dir)
+        known = [point for point in curves[name] if not math.isnan(point[1])] or curves[name]
+        step, top = best(known, key=lambda point: point[1])
+        chosen = "" if name.endswith("yes_share") else f"{top:.5g} (step {step:,})"  # neither end of it is the good one
+        results.append(f"| {name} | {value:.5g} (step {last:,}) | {chosen} |")
     return f"""\
 ---
-{MARK}
+{CARD_MARK}
 language: [{", ".join(codes)}]  # guessed by the script of the first answers
 base_model: {json.dumps([language, tower.name_or_path], ensure_ascii=False)}
 pipeline_tag: image-text-to-text
@@ -144,19 +148,22 @@ A vision-language model: a projector turns what a vision tower sees into tokens 
 ## Results
 
 Step {state.global_step:,} of {state.max_steps:,}, {datetime.timedelta(seconds=seconds)} after starting or resuming.
-
-| | Last | Best |
-|---|---:|---:|
 {chr(10).join(results)}
-
+{getattr(trainer.answer_samples, "notes", "")}
 ## How to ask it
 
 ```sh
-python test.py --model_weights {shlex.quote(asked)} --image_path picture.jpg --prompt "What is in the picture?"
+python test.py --model_weights {folder_to_ask(trainer)} --image_path picture.jpg --prompt "What is in the picture?"
 ```
 
 It needs both base models. Their licences, and that of the data, apply to this model too.
 """
+
+
+def folder_to_ask(trainer: Any) -> str:
+    """Return the checkpoint that a run chose as the best, or else its folder, quoted for a shell."""
+    best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
+    return shlex.quote(best or str(trainer.args.output_dir))  # the folder means its newest checkpoint
 
 
 def command_line(num_processes: int) -> str:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ..asking.assistant import Assistant
-from ..checkpoints.checkpoint import resolve_checkpoint
 from .words import say
 
 
-def model_line(assistant: Assistant, model_weights: str | os.PathLike[str], language: str) -> str:
-    """Return the line as Markdown; it has names of folders and files, but no path of this machine."""
-    folder = resolve_checkpoint(model_weights)
+def model_line(assistant: Assistant, folder: Path, language: str) -> str:
+    """Return the line for a checkpoint as Markdown; it has names of folders, but no path of this machine."""
     training = _read(folder / "train_config.json") or _read(folder.parent / "train_config.json")
     parts = _read(folder / "multimodal_config.json")
     name = folder.resolve().name
@@ -24,19 +21,24 @@ def model_line(assistant: Assistant, model_weights: str | os.PathLike[str], lang
     made_of = [base, *filter(None, [_last(parts.get("base_value_model"))])]
     line = f"**{_plain(name)}** · {_plain(' + '.join(made_of))}"
     data = training.get("data")
-    files = [data.get(key) for key in ("image_map", "captions_file")] if isinstance(data, dict) else []
-    names = [Path(str(file)).name for file in files if file]
-    steps = (_read(folder / "trainer_state.json") or _read(_newest_state(folder))).get("global_step")
-    if names:
-        line += " · " + say(language, "trained_on", data=_plain(", ".join(names)))
+    file = data.get("captions_file") if isinstance(data, dict) else None
+    steps = _read_state(folder, "trainer_state.json").get("global_step")
+    identity = _read_state(folder, "run_state.json").get("identity")
+    samples = identity.get("number of samples") if isinstance(identity, dict) else None
+    if file:
+        path = Path(str(file))
+        line += " · " + say(language, "trained_on", data=_plain(path.parent.name or path.name))
+    if isinstance(samples, int):
+        line += " · " + say(language, "samples", samples=samples)
     if isinstance(steps, int):
         line += " · " + say(language, "steps", steps=steps)
     return line
 
 
-def _newest_state(folder: Path) -> Path:
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    return states[-1] if states else folder / "trainer_state.json"
+def _read_state(folder: Path, name: str) -> dict[str, Any]:
+    """Read a file of the checkpoint, or of the newest one in a run folder."""
+    newest = sorted(folder.glob(f"checkpoint-*/{name}"), key=lambda path: path.stat().st_mtime)
+    return _read(folder / name) or (_read(newest[-1]) if newest else {})
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -33,16 +33,11 @@ class Job:
         self.stopped = False
         """Whether it ended because of `cancel`."""
         self.ended = threading.Event()
-        self._cancelled = False
+        self.cancelled = False
 
     def cancel(self) -> None:
         """Have the answer end before its next token; nothing happens if it has ended."""
-        self._cancelled = True
-
-    @property
-    def cancelled(self) -> bool:
-        """Return whether somebody asked for its end."""
-        return self._cancelled
+        self.cancelled = True
 
 
 class Engine:

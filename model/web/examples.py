@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from dataprocess.image_io import load_image
+
 from .words import say
 
 _PHOTO = Path(__file__).resolve().parents[2] / "test_img" / "1.jpg"
@@ -18,34 +20,33 @@ class Example:
 
     key: str
     """Of the question's words."""
-    pictures: tuple[Path, ...]
+    pictures: tuple[Image.Image, ...]
 
     def question(self, language: str) -> str:
         """Return the question."""
         return say(language, self.key)
 
     def icon(self) -> Image.Image:
-        """Return its pictures side by side, for the page."""
-        side = 128
-        icon = Image.new("RGB", (side * len(self.pictures), side), "white")
-        for number, path in enumerate(self.pictures):
-            with Image.open(path) as image:
-                icon.paste(image.convert("RGB").resize((side, side)), (side * number, 0))
+        """Return its pictures side by side in a square, for the page."""
+        whole = 256
+        side = whole // len(self.pictures)
+        icon = Image.new("RGB", (whole, whole), "white")
+        for number, image in enumerate(self.pictures):
+            icon.paste(image.resize((side, side)), (side * number, (whole - side) // 2))
         return icon
 
 
-def make_examples(folder: Path) -> list[Example]:
-    """Draw the pictures into a folder; return the examples."""
-    circle, triangle = folder / "circle.png", folder / "triangle.png"
-    draw_shape("circle", (214, 57, 57), (222, 235, 247)).save(circle)
-    draw_shape("triangle", (47, 133, 90), (250, 240, 214)).save(triangle)
+def make_examples() -> list[Example]:
+    """Draw the pictures; return the examples."""
+    circle = draw_shape("circle", (214, 57, 57), (222, 235, 247))
+    triangle = draw_shape("triangle", (47, 133, 90), (250, 240, 214))
     examples = [
         Example("example_colour", (circle,)),
         Example("example_shape", (triangle,)),
         Example("example_two", (circle, triangle)),
     ]
     if _PHOTO.is_file():
-        examples.append(Example("example_photo", (_PHOTO,)))
+        examples.append(Example("example_photo", (load_image(_PHOTO),)))
     return examples
 
 

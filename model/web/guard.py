@@ -5,7 +5,6 @@ Gradio serves more than this page needs: an API, a proxy, tools of its developer
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import secrets
@@ -14,17 +13,19 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
 from .limits import Limits, RateLimiter
-from .uploads import UploadFolder
+from .uploads import UploadFolder, megabytes
 from .visitors import Visitors
+from .words import language_of, say
 
 API = "/gradio_api"
 _GET = re.compile(
     rf"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|logout)/?|/(assets|static)/.*"
     rf"|{API}/(app_id|startup-events|theme\.css|user|login_check|queue/data|upload_progress|heartbeat/[^/]+|file=.+)/?"
 )
-_POST = re.compile(rf"/login/?|{API}/(queue/join|cancel|reset|upload)/?")
+_POST = re.compile(rf"/login/?|{API}/(queue/join|upload)/?")
 _MOST_JSON = 1_000_000
-_LOGINS_PER_MINUTE = 10
+LOGINS_PER_MINUTE = 30
+"""Wrong passwords from one address; right ones are not counted."""
 _COOKIE = "web_demo_page"
 _SELF = "'self' blob: data:"
 _HEADERS = {
@@ -43,7 +44,7 @@ class Guard:
         self._app, self._limits, self._visitors, self._uploads = app, limits, visitors, uploads
         self._open_pages: Counter[str] = Counter()  # by browser
         self._logins = RateLimiter()
-        self._uploading = 0
+        self._uploading: list[int] = []  # bytes of the uploads under way
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request, or hand it on."""
@@ -61,6 +62,8 @@ class Guard:
 
         async def send_on(message: Any) -> None:
             if message["type"] == "http.response.start":
+                if path.startswith("/login") and message["status"] != 400:
+                    self._logins.give_back(_address(scope))
                 headers = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
                 if new and path == "/":
                     cookie = f"{_COOKIE}={browser}; HttpOnly; SameSite=Lax; Path=/"
@@ -78,6 +81,7 @@ class Guard:
     def _refuse(self, scope: Any) -> tuple[int, str] | None:
         """Return status and reason for a request that is not answered."""
         path, method, headers = scope["path"], scope["method"], dict(scope["headers"])
+        language = language_of(headers.get(b"accept-language", b"").decode("latin-1"))
         routes = {"GET": _GET, "HEAD": _GET, "POST": _POST}.get(method)
         if routes is None or not routes.fullmatch(path):
             return 404, "not found"
@@ -90,14 +94,16 @@ class Guard:
         except ValueError:
             return 411, "a request needs its length"
         if path.rstrip("/") == f"{API}/upload":
-            if length > self._limits.max_pictures * (self._limits.max_picture_bytes + 10_000):
-                return 413, "too large"
-            return None if self._uploads.has_room(length) else (507, "no room for uploads, try again later")
+            most = self._limits.max_pictures * (self._limits.max_picture_bytes + 10_000)
+            if length > most:
+                return 413, say(language, "large_upload", megabytes=megabytes(most))
+            has_room = self._uploads.has_room(length + sum(self._uploading))
+            return None if has_room else (507, say(language, "no_room_for_uploads"))
         if length > _MOST_JSON:
             return 413, "too large"
-        address = (scope.get("client") or ("?",))[0]
-        if path.startswith("/login") and self._logins.take((address, _LOGINS_PER_MINUTE)) > 0:
-            return 429, "too many attempts, wait a minute"
+        # Counted before the answer is known, or many could be tried at once; `send_on` takes a right one back.
+        if path.startswith("/login") and self._logins.take(_address(scope), LOGINS_PER_MINUTE) > 0:
+            return 429, say(language, "many_logins")
         return None
 
     def _browser(self, scope: Any) -> str | None:
@@ -133,19 +139,24 @@ class Guard:
             else:
                 body.extend(message.get("body", b""))
 
-        self._uploading += 1
+        length = int(dict(scope["headers"])[b"content-length"])
+        self._uploading.append(length)
         try:
             await self._app(scope, receive, collect)
-            with contextlib.suppress(ValueError):  # it was refused, and says so
+            if started["status"] == 200:  # otherwise it was refused, and says so
                 paths = [self._uploads.adopt(path, browser) for path in json.loads(bytes(body))]
                 body = bytearray(json.dumps(paths).encode())
         finally:
-            self._uploading -= 1
-            if self._uploading == 0:
+            self._uploading.remove(length)
+            if not self._uploading:
                 self._uploads.clear_shared()
         headers = [pair for pair in started["headers"] if pair[0] != b"content-length"]
         await send({**started, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
         await send({"type": "http.response.body", "body": bytes(body)})
+
+
+def _address(scope: Any) -> str:
+    return str((scope.get("client") or ("?",))[0])
 
 
 async def _reply(send: Any, status: int, text: str) -> None:

@@ -42,24 +42,22 @@ class RateLimiter:
         self._times: dict[str, deque[float]] = {}
         self._lock = threading.Lock()
 
-    def take(self, *budgets: tuple[str, int]) -> float:
-        """Count one event under each (key, the most per period) if all have room.
-
-        Returns:
-            0, or the seconds to wait, if one has none; then nothing is counted.
-        """
+    def take(self, key: str, most: int) -> float:
+        """Count an event of a key; return 0, or the seconds to wait if there were too many: then it is not counted."""
         with self._lock:
             now = self._clock()
             self._forget(now - self._period)
-            waits = [0.0]
-            for key, most in budgets:
-                times = self._times.get(key, deque())
-                if len(times) >= most:
-                    waits.append(times[-most] + self._period - now)
-            if max(waits) == 0:
-                for key, _ in budgets:
-                    self._times.setdefault(key, deque()).append(now)
-            return max(waits)
+            times = self._times.setdefault(key, deque())
+            if len(times) >= most:
+                return times[-most] + self._period - now
+            times.append(now)
+            return 0.0
+
+    def give_back(self, key: str) -> None:
+        """Take back the last event of a key."""
+        with self._lock:
+            if self._times.get(key):
+                self._times[key].pop()
 
     def _forget(self, before: float) -> None:
         for key, times in list(self._times.items()):

@@ -6,6 +6,7 @@ names only if that is an upload. So a program that calls the server directly get
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,25 @@ from .uploads import thumbnail
 from .words import WORDS, language_of, say
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-_TO_TEXT = "(box) => JSON.stringify(box)"
+_SEND = """(box, messages) => [
+    JSON.stringify({...box, shown: (messages || []).length}), {text: "", files: []}
+]"""
+# A refused question comes back, in front of what was typed meanwhile.
+_GIVE_BACK = """(refused, box) => {
+    if (!refused) return [refused, box];
+    const back = JSON.parse(refused), now = box || {};
+    const text = [back.text, now.text].filter(Boolean).join("\\n");
+    return ["", {text, files: [...back.files, ...(now.files || [])]}];
+}"""
 # Or a browser would not hand over the same file again: it tells of changes only.
 _FORGET_FILES = """() => document.addEventListener("change", (event) => {
     if (event.target.matches("input[type=file]")) setTimeout(() => { event.target.value = ""; }, 0);
 })"""
-_SHOW_CAMERA = "() => { document.querySelector('#camera').classList.toggle('open'); }"
+_SHOW_CAMERA = """() => {
+    const camera = document.querySelector("#camera");
+    camera.classList.toggle("open");
+    camera.scrollIntoView({block: "end"});
+}"""
 _SHOW_SETTINGS = "() => { document.querySelector('#settings .toggle-button').click(); }"
 _ADD_PHOTO = """(photo, box) => {
     if (photo) document.querySelector('#camera').classList.remove('open');
@@ -55,11 +69,10 @@ def who_asks(request: gr.Request) -> Who:
     return Who(str(request.session_hash), address, language_of(request.headers.get("accept-language", "")))
 
 
-def build_page(talk: Talk, model_lines: dict[str, str]) -> gr.Blocks:
+def build_page(talk: Talk, model_lines: dict[str, str], i18n: gr.I18n) -> gr.Blocks:
     """Put the page together."""
-    i18n = translations()
     start = page_settings(talk.assistant, talk.limits)
-    with gr.Blocks(title="Vision-language model", analytics_enabled=False, fill_height=True) as page:
+    with gr.Blocks(title=_title("en"), analytics_enabled=False, fill_height=True) as page:
         gr.Markdown(i18n("title"), elem_id="heading")
         about = gr.Markdown(model_lines["en"], elem_id="model_line")
         conversation = gr.Chatbot(
@@ -94,24 +107,28 @@ def build_page(talk: Talk, model_lines: dict[str, str]) -> gr.Blocks:
         camera = gr.Image(sources=["webcam"], elem_id="camera", show_label=False, height=260)
         with gr.Sidebar(position="right", open=False, elem_id="settings"):
             settings = _settings(i18n, start, talk.limits.max_new_tokens)
-        packet = gr.Textbox(visible="hidden")
-        _connect(talk, settings, conversation, status, question, clear, packet)
+        _connect(talk, settings, conversation, status, question, clear)
 
-        def enter(request: gr.Request) -> list[Any]:
+        async def enter(request: gr.Request) -> list[Any]:
             who = who_asks(request)
             empty, status_line = _empty_conversation(talk, who.language), talk.enter(who).status
             return [model_lines[who.language], empty, status_line]
 
-        def leave(request: gr.Request) -> None:
+        async def leave(request: gr.Request) -> None:
             talk.visitors.leave(str(request.session_hash))  # the page has Gradio's heartbeat for this alone
 
         page.unload(leave)
         page.load(None, js=_FORGET_FILES)
+        page.load(None, js=f"() => {{ if (/^zh/i.test(navigator.language)) document.title = '{_title('zh')}'; }}")
         page.load(enter, None, [about, conversation, status], **_QUIET)
         settings_open.click(None, js=_SHOW_SETTINGS)
         camera_open.click(None, js=_SHOW_CAMERA)
         camera.input(None, [camera, question], [camera, question], js=_ADD_PHOTO)
     return page
+
+
+def _title(language: str) -> str:
+    return say(language, "title").lstrip("# ")
 
 
 def _settings(i18n: gr.I18n, start: dict[str, Any], most_tokens: int) -> list[Any]:
@@ -139,9 +156,9 @@ def _connect(
     status: gr.HTML,
     question: gr.MultimodalTextbox,
     clear: gr.Button,
-    packet: gr.Textbox,
 ) -> None:
     """Say what happens when."""
+    packet, refused = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
 
     def named(values: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(_NAMES, values, strict=True))
@@ -164,14 +181,17 @@ def _connect(
         async for view in talk.ask_example(who_asks(request), data.get("index"), named(values)):
             yield show(view)
 
-    def stop(request: gr.Request) -> None:
+    async def stop(request: gr.Request) -> None:
         talk.stop(who_asks(request))
 
-    def begin_again(request: gr.Request) -> list[Any]:
+    async def begin_again(request: gr.Request) -> list[Any]:
         return show(talk.clear(who_asks(request)))
 
-    shown, quiet = [conversation, status, question], _QUIET
-    question.submit(None, question, packet, js=_TO_TEXT).then(ask, [packet, *settings], shown, **quiet)
+    shown, quiet = [conversation, status, question, refused], _QUIET
+    sent = question.submit(None, [question, conversation], [packet, question], js=_SEND)
+    # "multiple": also while an answer comes, when the question is refused; "once" would lose it.
+    asked = sent.then(ask, [packet, *settings], shown, trigger_mode="multiple", **quiet)
+    asked.then(None, [refused, question], [refused, question], js=_GIVE_BACK)
     conversation.retry(retry, settings, shown, **quiet)
     conversation.edit(edit, settings, shown, **quiet)
     conversation.example_select(example, settings, shown, **quiet)
@@ -180,12 +200,14 @@ def _connect(
 
 
 def show(view: View) -> list[Any]:
-    """Return what a view changes: the conversation, the line below it, the question box."""
-    box: dict[str, Any] = {"submit_btn": not view.running, "stop_btn": view.running}
-    if view.box is not None:
-        box["value"] = view.box
+    """Return what a view changes: the conversation, the line below it, the question box's button, a refused question.
+
+    What is in the box is never changed from here: the visitor may be typing.
+    """
     messages = gr.skip() if view.messages is None else view.messages
-    return [messages, view.status, gr.MultimodalTextbox(**box)]
+    buttons = gr.MultimodalTextbox(submit_btn=not view.running, stop_btn=view.running)
+    status = gr.skip() if view.status is None else view.status
+    return [messages, status, buttons, gr.skip() if view.box is None else json.dumps(view.box)]
 
 
 def _empty_conversation(talk: Talk, language: str) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hmac
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -32,13 +32,16 @@ _ENVIRONMENT = {  # before Gradio is imported: it asks its maker for news, and k
 
 
 def check_installed() -> None:
-    """Refuse to start without Gradio.
+    """Refuse to start without Gradio 6.
 
     Raises:
         ValueError: with the command that installs it.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError("gradio is missing; install it: pip install -r web-requirements.txt")
+    found = "missing"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found = importlib.metadata.version("gradio")
+    if not found.startswith("6."):
+        raise ValueError(f"gradio: {found}, expected 6; install it: pip install -r web-requirements.txt")
 
 
 def check_port(host: str, port: int) -> int:
@@ -87,17 +90,30 @@ def read_login(text: str) -> Callable[[str, str], bool]:
     return is_right
 
 
+def reach_without_proxy(host: str) -> None:
+    """Have requests to this machine go through no proxy: Gradio asks its own page whether it is there."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
+
+
+def end_on_signals() -> None:
+    """Have SIGTERM, and SIGHUP of a terminal that closes, end the program as Ctrl-C does; `nohup` stays in force."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
 def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
     """Show the page until the program is told to end; delete what visitors left, however that comes."""
     from .talk import Talk
     from .uploads import UploadFolder
 
+    end_on_signals()
+    reach_without_proxy(args.host)
     uploads = UploadFolder()
-    drawn = tempfile.TemporaryDirectory(prefix="web_demo_examples_")
     os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=str(uploads.path))
     talk: Talk | None = None
     page: Any = None
-    signal.signal(signal.SIGTERM, _end)
     try:
         from starlette.middleware import Middleware
 
@@ -106,9 +122,10 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
         from .guard import Guard
         from .page import CSS, build_page, make_theme, translations
 
-        talk = Talk(assistant, limits, uploads, make_examples(Path(drawn.name)))
+        talk = Talk(assistant, limits, uploads, make_examples())
         lines = {language: model_line(assistant, args.model_weights, language) for language in ("en", "zh")}
-        page = build_page(talk, lines)
+        i18n = translations()
+        page = build_page(talk, lines, i18n)
         page.queue(max_size=None, default_concurrency_limit=None, api_open=False)
         _, local, shared = page.launch(
             server_name=args.host,
@@ -128,7 +145,7 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
             app_kwargs={"middleware": [Middleware(Guard, limits=limits, visitors=talk.visitors, uploads=uploads)]},
             theme=make_theme(),
             css=CSS,
-            i18n=translations(),
+            i18n=i18n,
         )
         logger.info("web_demo.py: ready: %s", shared or local)
         while True:
@@ -140,8 +157,9 @@ def serve(args: argparse.Namespace, assistant: Any, limits: Limits) -> None:
         if page is not None:
             page.close(verbose=False)
         uploads.close()
-        drawn.cleanup()
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGTERM, signal.SIGHUP):  # a second one must not cut the tidying short
+        signal.signal(other, signal.SIG_IGN)
     raise SystemExit(128 + number)

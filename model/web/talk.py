@@ -7,10 +7,9 @@ import html
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-
-from dataprocess.image_io import load_image
 
 from ..asking.assistant import Assistant
 from ..errors import in_one_line, is_out_of_memory
@@ -42,12 +41,12 @@ class View:
     """What the page shows next; None: as before."""
 
     messages: list[dict[str, Any]] | None = None
-    status: str = ""
+    status: str | None = ""
     """A line of HTML."""
     running: bool = False
     """Whether an answer is under way, so that the question can be stopped."""
     box: dict[str, Any] | None = None
-    """What the question box holds."""
+    """A refused question, which comes back into the question box: what it held when it was sent."""
 
 
 class Talk:
@@ -57,7 +56,7 @@ class Talk:
         self.assistant, self.limits, self.uploads, self.examples = assistant, limits, uploads, examples
         self.engine = Engine()
         self.visitors = Visitors(limits, self.engine)
-        self._opening = asyncio.Lock()  # a large picture takes a gigabyte while it is opened
+        self._opener = ThreadPoolExecutor(1)  # one at a time: a large picture takes a gigabyte while it is opened
 
     # ---- What a visitor does
 
@@ -71,17 +70,18 @@ class Talk:
 
     async def ask(self, who: Who, box: Any, settings: dict[str, Any]) -> AsyncIterator[View]:
         """Ask what the question box holds."""
-        text, files = files_of(box)
+        text, files, shown = files_of(box)
 
         async def add(visitor: Visitor) -> list[Asked]:
-            self._check_text(text)
+            if shown and not visitor.conversation:
+                raise Refusal("ended")
             self._check_pictures(visitor, len(files))
             pictures = [await self._picture(file) for file in files]
             for file in files:
                 self.uploads.delete(file["path"])
             return [*visitor.conversation, Asked(text, pictures)]
 
-        async for view in self._round(who, settings, add, box={"text": text, "files": files}):
+        async for view in self._round(who, settings, add, text, files):
             yield view
 
     async def ask_example(self, who: Who, index: object, settings: dict[str, Any]) -> AsyncIterator[View]:
@@ -92,7 +92,7 @@ class Talk:
                 raise Refusal("gone")
             example = self.examples[index]
             self._check_pictures(visitor, len(example.pictures))
-            pictures = [await self._prepare(load_image, path) for path in example.pictures]
+            pictures = [await self._prepare(image.copy) for image in example.pictures]
             return [*visitor.conversation, Asked(example.question(who.language), pictures)]
 
         async for view in self._round(who, settings, add):
@@ -116,13 +116,12 @@ class Talk:
         async def add(visitor: Visitor) -> list[Asked]:
             index_of = index[0] if isinstance(index, (list, tuple)) and index else index
             number = question_at(visitor.conversation, index_of)
-            if number is None or not isinstance(text, str):
+            if number is None or words is None:
                 raise Refusal("gone")
-            words = unescape(text)
-            self._check_text(words)
             return [*visitor.conversation[:number], Asked(words, visitor.conversation[number].pictures)]
 
-        async for view in self._round(who, settings, add):
+        words = unescape(text) if isinstance(text, str) else None
+        async for view in self._round(who, settings, add, words):
             yield view
 
     def stop(self, who: Who) -> None:
@@ -135,16 +134,15 @@ class Talk:
         """Begin a new conversation."""
         visitor = self.visitors.find(who.key)
         if visitor is not None:
-            visitor.round += 1
-            visitor.given_up = True
-            visitor.stop()
+            visitor.give_up()
             visitor.conversation = []
             self.engine.forget(who.key)
         return View(messages=[])
 
     def sweep(self) -> None:
-        """Delete uploads that nobody has asked about; called now and then."""
+        """Delete uploads that nobody has asked about, and forget who has left; called now and then."""
         self.uploads.sweep()
+        self.visitors.sweep()
 
     # ---- How it is answered
 
@@ -169,17 +167,22 @@ class Talk:
             image = load(*how)
             return Picture(thumbnail(image), self.assistant.model.vision_tower.image_transform(image))
 
-        async with self._opening:
-            return await asyncio.to_thread(prepare)
+        return await asyncio.get_running_loop().run_in_executor(self._opener, prepare)
 
     async def _round(
         self,
         who: Who,
         settings: dict[str, Any],
         add: Callable[[Visitor], Awaitable[list[Asked]]],
-        box: dict[str, Any] | None = None,
+        text: str | None = None,
+        files: list[dict[str, Any]] | None = None,
     ) -> AsyncIterator[View]:
-        """Answer the last question of the conversation that `add` makes of the old one, unless something is refused."""
+        """Answer the last question of the conversation that `add` makes of the old one, unless something is refused.
+
+        Args:
+            text: the question, if the visitor wrote it.
+            files: what the question box held besides, from which a refused question has come back.
+        """
         visitor: Visitor | None = None
         try:
             entered = self.visitors.enter(who.key)
@@ -191,24 +194,23 @@ class Talk:
             visitor = entered
             visitor.busy, visitor.given_up = True, False
             options = check_settings(settings, self.limits)
+            if text is not None:
+                self._check_text(text)
             self.visitors.check_rate(visitor, who.address)
+            yield View(status=_waiting(say(who.language, "reading")), running=True)
             conversation = await add(visitor)
             prompt, shortened = await asyncio.to_thread(build_prompt, self.assistant, conversation)
             if visitor.round != current:  # a new conversation has begun meanwhile
                 yield View(chat_messages(visitor.conversation, who.language))
                 return
             visitor.conversation = conversation
-            empty = None if box is None else {"text": "", "files": []}
             async for view in self._answer(visitor, who.language, current, prompt, options, shortened):
-                yield View(view.messages, view.status, view.running, empty)
-                empty = None
+                yield view
         except Refusal as refusal:
-            # What was typed stays in the box, and so do the pictures that can be used.
-            left = None
-            if box is not None:
-                left = {**box, "files": [file for file in box["files"] if self.uploads.find(file.get("path"))]}
-                left = None if left == box else left
-            yield View(status=_error(refusal.say(who.language)), box=left)
+            box = None
+            if files is not None:  # those that can be used come back too
+                box = {"text": text, "files": [file for file in files if self.uploads.find(file.get("path"))]}
+            yield View(status=_error(refusal.say(who.language)), running=refusal.key == "busy", box=box)
         finally:
             if visitor is not None:
                 visitor.busy, visitor.seen = False, time.monotonic()
@@ -225,18 +227,23 @@ class Talk:
         conversation, asked = visitor.conversation, visitor.conversation[-1]
         job = Job(visitor.key, lambda cache: stream_answer(self.assistant, conversation, prompt, options, cache))
         visitor.job = job
+        if visitor.given_up:
+            job.cancel()
         self.engine.submit(job)
         shown: object = None
+        told = None
         try:
             while not job.ended.is_set():
-                if job.cancelled and not job.started:  # the engine will pass it over once its turn comes
+                if job.cancelled:  # the engine passes it over, or ends it once the model lets go of it
                     job.stopped = True
                     break
                 ahead = 0 if job.started else self.engine.ahead(job)
                 if (job.text, ahead) != shown:
                     shown, asked.answer = (job.text, ahead), job.text
                     status = "" if job.text else say(language, "waiting" if ahead else "reading", ahead=ahead)
-                    yield View(chat_messages(conversation, language), _waiting(status), running=True)
+                    line = None if status == told else _waiting(status)  # or a refusal would vanish with the next token
+                    yield View(chat_messages(conversation, language), line, running=True)
+                    told = status
                 await asyncio.sleep(_POLL_SECONDS)
         finally:
             job.cancel()

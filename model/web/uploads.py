@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from dataprocess.image_io import MAX_PIXELS, ImageError, load_image
+from dataprocess.image_io import ImageError, load_image
 
 from .words import Refusal
 
@@ -121,7 +121,12 @@ class UploadFolder:
 
 def too_large(name: str, most_bytes: int) -> Refusal:
     """Return what a visitor is told about a picture that is too large."""
-    return Refusal("large_picture", name=name, megabytes=max(1, most_bytes // 10**6), megapixels=MAX_PIXELS // 10**6)
+    return Refusal("large_picture", name=name, megabytes=megabytes(most_bytes))
+
+
+def megabytes(count: int) -> float:
+    """Return a number of bytes in millions, as people read it."""
+    return round(count / 10**6, 3)
 
 
 def thumbnail(image: Image.Image) -> str:
@@ -133,8 +138,8 @@ def thumbnail(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def files_of(packet: object) -> tuple[str, list[dict[str, Any]]]:
-    """Return text and files of the question box's value, which a page sends as JSON; it may be anything."""
+def files_of(packet: object) -> tuple[str, list[dict[str, Any]], bool]:
+    """Return text and files of the question box, and whether the page shows messages; the JSON may be anything."""
     try:
         box = json.loads(packet) if isinstance(packet, str) else {}
     except (ValueError, RecursionError):
@@ -144,4 +149,5 @@ def files_of(packet: object) -> tuple[str, list[dict[str, Any]]]:
     return (
         text if isinstance(text, str) else "",
         [file for file in files if isinstance(file, dict)] if isinstance(files, list) else [],
+        isinstance(box.get("shown"), int) and box["shown"] > 0,
     )

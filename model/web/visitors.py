@@ -14,7 +14,10 @@ from .words import Refusal
 IDLE_SECONDS = 30
 """A place without an open page (a program's, say) is free again after so long: it must not keep others out."""
 LONGEST_SECONDS = 3600
-"""A page that is open, and of which nothing is heard for so long, loses its conversation."""
+"""An open page that is silent for so long gives up its place."""
+KEPT_SECONDS = 600
+"""A page without a place finds its conversation again for so long: a phone sleeps, or changes its network. Gradio's
+page goes on under the same key then, and does not open its connection again."""
 
 
 class Visitor:
@@ -32,11 +35,16 @@ class Visitor:
         """Counts what makes a running answer pointless: a new conversation, leaving."""
         self.seen = now
 
+    def give_up(self) -> None:
+        """End the answer, of which nothing is to be shown any more."""
+        self.round += 1
+        self.stop()
+
     def stop(self) -> None:
-        """End the answer that is running or waiting, if any."""
+        """End the answer that is being prepared, waits or runs, if any."""
+        self.given_up = True
         if self.job is not None:
             self.job.cancel()
-            self.given_up = True
 
 
 class Visitors:
@@ -45,6 +53,7 @@ class Visitors:
     def __init__(self, limits: Limits, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits, self._engine, self._clock = limits, engine, clock
         self._visitors: dict[str, Visitor] = {}
+        self._away: dict[str, Visitor] = {}  # they left a conversation; the latest is last
         self._connected: set[str] = set()
         self._limiter = RateLimiter(clock)
         self._lock = threading.Lock()
@@ -64,16 +73,13 @@ class Visitors:
             Refusal: if all places are taken.
         """
         with self._lock:
-            now = self._clock()
-            for other in list(self._visitors.values()):
-                idle = now - other.seen
-                if not other.busy and idle > (LONGEST_SECONDS if other.key in self._connected else IDLE_SECONDS):
-                    self._drop(other.key)
+            self._free_places(except_for=key)
             if key not in self._visitors:
                 if len(self._visitors) >= self._limits.max_visitors:
                     raise Refusal("full", most=self._limits.max_visitors)
-                self._visitors[key] = Visitor(key, now)
-            self._visitors[key].seen = now
+                back = self._away.pop(key, None)
+                self._visitors[key] = back or Visitor(key, self._clock())
+            self._visitors[key].seen = self._clock()
             return self._visitors[key]
 
     def find(self, key: str) -> Visitor | None:
@@ -87,20 +93,42 @@ class Visitors:
             Refusal: if that is one too many for this minute.
         """
         most = self._limits.questions_per_minute
-        wait = self._limiter.take((f"page {visitor.key}", most), (f"address {address}", most * PAGES_PER_ADDRESS))
-        if wait > 0:
-            raise Refusal("too_fast", most=most, seconds=int(wait) + 1)
+        page = f"page {visitor.key}"
+        for key, budget in ((page, most), (f"address {address}", most * PAGES_PER_ADDRESS)):
+            wait = self._limiter.take(key, budget)
+            if wait > 0:
+                if key != page:
+                    self._limiter.give_back(page)
+                raise Refusal("too_fast", most=budget, seconds=int(wait) + 1)
 
     def leave(self, key: str) -> None:
-        """Forget a visitor, and free the model at once."""
+        """Free a visitor's place and the model at once."""
         with self._lock:
             self._connected.discard(key)
-            self._drop(key)
+            self._part(key)
 
-    def _drop(self, key: str) -> None:
+    def sweep(self) -> None:
+        """Forget the conversations of those who have not come back; called now and then."""
+        with self._lock:
+            self._free_places()
+            for visitor in list(self._away.values()):
+                if self._clock() - visitor.seen > KEPT_SECONDS:
+                    del self._away[visitor.key]
+
+    def _free_places(self, except_for: str = "") -> None:
+        for visitor in list(self._visitors.values()):
+            most = LONGEST_SECONDS if visitor.key in self._connected else IDLE_SECONDS
+            if not visitor.busy and visitor.key != except_for and self._clock() - visitor.seen > most:
+                self._part(visitor.key)
+
+    def _part(self, key: str) -> None:
         visitor = self._visitors.pop(key, None)
-        if visitor is not None:
-            visitor.round += 1
-            visitor.stop()
-            visitor.conversation = []
-            self._engine.forget(key)
+        if visitor is None:
+            return
+        visitor.give_up()
+        self._engine.forget(key)
+        visitor.seen = self._clock()
+        if visitor.conversation:
+            self._away[key] = visitor
+            if len(self._away) > self._limits.max_visitors:
+                del self._away[next(iter(self._away))]

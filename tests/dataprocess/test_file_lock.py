@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dataprocess import file_lock
-from dataprocess.file_lock import FileLockError, hold
+from dataprocess.file_lock import FileLockError, hold, replace_file
 
 ROOT = Path(__file__).parents[2]
 HOLDER = r"""
@@ -110,3 +111,18 @@ def test_where_there_are_no_locks_a_warning_is_all(tmp_path, monkeypatch, caplog
         pass
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "out" in caplog.text
+
+
+def test_without_room_a_file_keeps_its_content_and_is_named(tmp_path):
+    """A file may not grow beyond 100 bytes: as on a full disk, the system's error names no file."""
+    file = tmp_path / "results.json"
+    replace_file(file, b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"results\.json"):
+            replace_file(file, bytes(101))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == b"old"

@@ -14,7 +14,7 @@ from dataprocess.image_bytes import content_key
 from dataset import ImageCaptionDataset, ImageError, SampleError, VLMCollator, image_caption_dataset
 from dataset.annotations import Annotations, refuse_repeated_keys
 from dataset.image_caption_dataset import draw_alternative
-from model.feature_caching.fill import image_files
+from model.feature_caching.image_list import images_of
 
 COLOURS = {"red.png": (255, 0, 0), "green.png": (0, 255, 0), "blue.png": (0, 0, 255)}
 ASK = {"q": "<|extra_0|>", "a": "B"}
@@ -239,9 +239,12 @@ def test_links_may_leave_the_folder_only_if_allowed(make, images, tmp_path):
     refused, allowed = make(*arguments), make(*arguments, allow_links=True)
     with pytest.raises(ImageError, match="sample 4"):
         refused[0]
-    assert list(image_files(refused)) == [images / "red.png"]
+    listed = images_of([refused])
+    with pytest.raises(ImageError, match="link leads out"):
+        listed[0]
+    assert (len(listed), listed[1]) == (2, images / "red.png")
     assert allowed[0]["pixel_values"].shape == (2, 3, 2, 2)
-    assert list(image_files(allowed)) == [images / "link.png", images / "red.png"]
+    assert list(images_of([allowed])) == [images / "link.png", images / "red.png"]
 
 
 # ---- Stored features

@@ -134,3 +134,12 @@ def test_training_does_not_import_the_export_room():
         "model.export.from_llava",
         "model.export.norm_block",
     }
+
+
+def test_evaluation_is_imported_where_it_is_asked_for():
+    """At the head of evaluate.py and of the room's own files alone: a plain training run loads none of it."""
+    for module, file in module_files().items():
+        head = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
+        names = imported("\n".join(map(ast.unparse, head)), package_of(module, file))
+        if module != "evaluate" and not within(module, {"model.evaluation"}):
+            assert not {name for name in names if within(name, {"model.evaluation"})}, module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from tiny_run import ROOT, environment, load_test_py, one_line_error, start
 
 import evaluate
 from dataprocess.file_lock import hold
-from model.evaluation.asking import blind_questions
+from model.asking.question_file import Question
+from model.evaluation.blind import blind_questions, number_kept
 
 
 def write(path: Path, lines: list[dict]) -> Path:
@@ -144,18 +146,17 @@ def test_questions_without_a_score_are_last_and_no_control_character_is_in_the_r
 
 
 def test_the_bound_of_the_report_leaves_every_kind_in(call, tmp_path):
-    questions = [
-        {"id": n, "prompt": "?", "answers": ["a"], "kind": "rare" if n == 500 else "often"} for n in range(501)
-    ]
+    questions = [{"id": n, "prompt": "?", "answers": ["a"], "kind": "*" if n == 500 else "often"} for n in range(501)]
     answers = [{"id": n, "answer": "a" if n == 500 else "b"} for n in range(501)]
     flags = ["--questions", write(tmp_path / "q.jsonl", questions), "--answers", write(tmp_path / "a.jsonl", answers)]
     call(*flags, "--output", tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("class='card ") == 300
-    assert page.count('data-kind="rare"') == 1
+    assert page.count('data-kind="*"') == 1
+    assert page.count('value="*"') + page.count("value='*'") == 1, "to choose all is no kind"
 
 
-def test_two_evaluations_are_compared_question_by_question(call, files, tmp_path):
+def test_two_evaluations_are_compared_question_by_question(call, files, tmp_path, monkeypatch):
     for name in ("first", "second"):
         flags = ("--questions", files["questions"], "--answers", files[name], "--output", tmp_path / name)
         call(*flags, "--metrics", "vqa_accuracy")
@@ -168,6 +169,9 @@ def test_two_evaluations_are_compared_question_by_question(call, files, tmp_path
     assert (changed[2]["first_answer"], changed[2]["second_answer"]) == ("", "10")
     out, _ = call("--compare", tmp_path / "first", tmp_path / "first")
     assert "| +0.0000 | +0.0000 to +0.0000 |" in out
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call("--compare", tmp_path / "first", tmp_path / "first")[0] == "", "the first process reports"
 
 
 def test_a_missing_answer_is_wrong_and_stays_missing_in_a_comparison(call, tmp_path):
@@ -263,6 +267,19 @@ def test_a_process_number_that_is_none_is_refused_in_a_line(call, monkeypatch, n
     assert name in one_line_error(call("--help", status=2)[1], "evaluate.py")
 
 
+def test_without_room_the_results_are_named_and_no_part_is_left(call, files, tmp_path):
+    """As on a full disk: files may not grow beyond 100 bytes, and the system's error names none."""
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = ("--questions", files["questions"], "--answers", files["first"], "--output", out)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        _, err = call(*flags, status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(out / "answers.jsonl") in one_line_error(err, "evaluate.py")
+    assert not list(out.iterdir())
+
+
 def test_answers_are_not_overwritten_and_one_process_writes(call, files, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
@@ -283,7 +300,11 @@ def asked(tmp_path, pictures) -> list[dict]:
     names = ("red", "blue", "green", "red")
     about = [{"id": n, "image": str(pictures[name]), "prompt": "What?" + "!" * n} for n, name in enumerate(names)]
     two = {"id": "two", "image": [str(pictures["red"]), str(pictures["blue"])], "prompt": "<|extra_0|>or<|extra_0|>?"}
-    other = {"id": "owt", "image": [str(pictures["blue"]), str(pictures["red"])], "prompt": "<|extra_0|>or<|extra_0|>?"}
+    other = {
+        "id": "owt",
+        "image": [str(pictures["blue"]), str(pictures["green"])],
+        "prompt": "<|extra_0|>or<|extra_0|>?",
+    }
     questions = [*about, {"id": "none", "prompt": "Hello"}, two, other]
     return [{**question, "answers": ["right"]} for question in questions]
 
@@ -312,6 +333,8 @@ def test_blind_asks_about_other_pictures(call, asked, trained, loaded_once, tmp_
     assert any(line["answer"] != line["blind_answer"] for line in lines.values())
     assert "Blind" in out
     assert results(tmp_path / "out")["blind"]["seeing_minus_blind"]["exact_match"] == 0.0
+    assert results(tmp_path / "out")["blind"]["with_own_pictures"] == 1
+    assert "1 have no other pictures" in (tmp_path / "out" / "report.html").read_text()
     # What the blind pass was shown gives the same answers if it is asked for openly.
     from model.asking.question_file import read_questions
 
@@ -338,8 +361,22 @@ def test_no_question_keeps_its_picture_when_blind(asked, tmp_path):
     for before, after in zip(questions, swapped, strict=True):
         assert len(before.images) == len(after.images)
         assert before.images != after.images or not before.images
-    with pytest.raises(ValueError, match="only picture"):
-        blind_questions([questions[0], questions[0]])
+    for alone in ([questions[0], questions[0]], [Question("a", (), "?"), Question("b", (), "?")]):
+        with pytest.raises(ValueError, match="--blind"):
+            blind_questions(alone)
+
+
+def test_one_question_that_can_get_no_other_pictures_is_asked_as_it_is():
+    a, b, c = (Path(name) for name in "abc")
+    sets = [(a,), (b,), (a, b), (b, a), (), (a, b, c)]
+    swapped = [one.images for one in blind_questions([Question(at, one, "?") for at, one in enumerate(sets)])]
+    assert swapped == [(b,), (a,), (a, b), (b, a), (), (a, b, c)], "two pictures in another order are no others"
+    assert number_kept([Question(at, one, "?") for at, one in enumerate(sets)]) == 4
+    sets[3] = (c, a)
+    assert [one.images for one in blind_questions([Question(at, one, "?") for at, one in enumerate(sets)])][2:4] == [
+        (c, a),
+        (a, b),
+    ]
 
 
 def test_a_stopped_evaluation_is_resumed(call, asked, trained, loaded_once, tmp_path, monkeypatch):

@@ -279,3 +279,4 @@ def test_a_mistake_ends_the_process_with_2(tmp_path):
     done = start(sys.executable, ROOT / "test.py", "--prompt", "What", "--image_path", "nowhere.jpg", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--model_weights" in one_line_error(done.stderr, "test.py")
+    assert done.stderr.count("\n") == 1, "no other package says anything while it is imported"

@@ -388,6 +388,8 @@ def test_a_mistake_ends_plain_python_with_2(data, tmp_path):
     done = start(sys.executable, ROOT / "train.py", *data, "--base_language_model", "Qwen/Qwen-7B-Chat", cwd=tmp_path)
     assert done.returncode == 2
     assert "Qwen/Qwen-7B-Chat" in one_line_error(done.stderr, "train.py")
+    assert "bitsandbytes" not in done.stderr, done.stderr
+    assert "gemm_4bit" not in done.stderr, "no other package says anything while it is imported"
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
 

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tiny_run import make_pictures
 
 from dataprocess.image_bytes import content_key
 from model.feature_caching.disk import lack_of_space, pictures_stored
+from model.feature_caching.image_list import ImageList
 from visual import build_vision_tower
 from visual.feature_cache import DTYPES, FeatureCache, open_feature_cache, published_weights, tower_key
 
@@ -249,9 +251,9 @@ def test_folders_of_the_same_tower_by_name_that_are_not_used_are_named(tmp_path,
     old.write(KEY, features())
     note = {"tower": tower.name_or_path, "kind": "clip", "shape": [4, 32], "dtype": "bfloat16"}
     (old.folder / "tower.json").write_text(json.dumps(note))
-    lack_of_space(open_feature_cache(tmp_path, tower, "float16"), tower, [])
+    lack_of_space(open_feature_cache(tmp_path, tower, "float16"), tower, ImageList([], False))
     assert not caplog.messages
-    lack_of_space(open_feature_cache(tmp_path, tower, "bfloat16"), tower, [])
+    lack_of_space(open_feature_cache(tmp_path, tower, "bfloat16"), tower, ImageList([], False))
     assert str(old.folder) in caplog.messages[0]
     assert pictures_stored(tmp_path, tower.name_or_path, (4, 32), "bfloat16")["0123-bfloat16"] == 1
 
@@ -271,3 +273,27 @@ def test_a_folder_that_cannot_be_written_to_is_read(tmp_path, tower, monkeypatch
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     assert torch.equal(open_feature_cache(tmp_path, tower, "bfloat16").read(KEY), features())
+
+
+# ---- Which pictures
+
+
+def test_pictures_are_listed_once_in_their_order_and_shared_out(tmp_path):
+    names = ["b.png", "a.png", "b.png", "\udce4.png", "键.png", "a.png", "c.png"]
+    images = ImageList(((str(tmp_path), name) for name in names), False)
+    expected = [tmp_path / name for name in ("b.png", "a.png", "\udce4.png", "键.png", "c.png")]
+    assert list(images) == expected
+    assert [list(images.share(number, 2)) for number in (0, 1)] == [expected[::2], expected[1::2]]
+    assert list(images.share(1, 2).share(1, 2)) == [expected[3]]
+
+
+def test_a_picture_takes_its_name_and_a_few_bytes(tmp_path):
+    """A set of names and a list of paths would take half a kilobyte each."""
+    kept = []
+    for number in (1_000, 11_000):
+        tracemalloc.start()
+        images = ImageList((("/pictures", f"{index:020d}.jpg") for index in range(number)), False)
+        kept.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(images) == number
+    assert (kept[1] - kept[0]) / 10_000 < 80

@@ -52,6 +52,7 @@ def test_the_same_picture_twice(server, visit, colours):
 def test_a_photo_by_camera(server, visit):
     visitor = visit(server, permissions=["camera"])
     visitor.part("#camera_open").click()
+    expect(visitor.part("#camera")).to_be_in_viewport(ratio=0.9)
     visitor.part("#camera").get_by_role("button", name="Click to Access Webcam").click()
     visitor.page.wait_for_function("document.querySelector('#camera video').videoWidth > 0")  # else none is taken
     visitor.part("#camera").get_by_role("button", name="capture photo").click()
@@ -83,6 +84,28 @@ def test_an_answer_grows_until_it_is_stopped(server, visit):
     visitor.begin_again()
     visitor.ask("Hello")
     visitor.hear("Hello, visitor.")
+
+
+def test_what_is_typed_while_an_answer_comes_stays(server, visit, colours):
+    """The box is empty as soon as a question is sent; a refused one comes back, in front of what was typed since."""
+    visitor = visit(server)
+    visitor.ask(SONG)
+    expect(visitor.question).to_have_value("")
+    visitor.question.fill("Next")
+    visitor.hear_growing()
+    expect(visitor.question).to_have_value("Next")
+    visitor.attach(colours["red"])
+    visitor.question.press("Enter")
+    expect(visitor.error).to_be_visible()
+    expect(visitor.part("#question .thumbnail-item")).to_have_count(1)
+    expect(visitor.question).to_have_value("Next")
+    visitor.stop.click()
+    expect(visitor.stop).to_be_hidden()
+    expect(visitor.question).to_have_value("Next")
+    visitor.send.click()
+    expect(visitor.questions.last).to_have_text("Next")
+    expect(visitor.part("#conversation img.picture")).to_have_count(1)
+    visitor.hush()
 
 
 def test_in_chinese(server, visit, colours):
@@ -204,6 +227,16 @@ def test_reloading_begins_a_new_conversation(server, visit):
     visitor.ask("Hello")  # the answer that was under way has been given up
     visitor.hear("Hello, visitor.")
     expect(visitor.questions).to_have_count(1)
+
+
+def test_a_lost_connection_does_not_lose_the_conversation(server, visit, colours):
+    visitor = visit(server)
+    visitor.ask("Which colour?", colours["green"])
+    visitor.hear("It is green.")
+    for offline in (True, False):  # a phone sleeps
+        visitor.context.set_offline(offline)
+    visitor.ask("Again?")
+    visitor.hear("green!")
 
 
 def test_no_request_leaves_the_machine_by_the_browsers_own_log(server, launch, visit, colours, tmp_path):

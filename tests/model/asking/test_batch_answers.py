@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -195,6 +196,18 @@ def test_a_run_resumes_after_its_last_whole_line_and_asks_what_has_none(call, pi
     call(*flags, 2)
     assert output.read_bytes() == b"".join([first, *others, second])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.made_with.json", "q.jsonl"]
+
+
+def test_an_answer_without_room_names_the_output(tmp_path):
+    """As on a full disk: files may not grow beyond 100 bytes, and the system's error names none."""
+    answers, limits = AnswerFile(tmp_path / "a.jsonl", {"a": ""}, {}), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        answers.begin({})
+        with pytest.raises(OSError, match=r"a\.jsonl"):
+            answers.add({"id": "a", "answer": "long" * 50})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 KILLED_AFTER_5 = """

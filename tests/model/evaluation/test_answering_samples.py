@@ -29,9 +29,11 @@ from tiny_towers import make_clip_checkpoint
 
 import evaluate
 import train
+from dataprocess.image_io import ImageError
 from dataset.annotations import Annotations
 from model.evaluation import answering_samples
 from model.evaluation.answering_samples import AnswerSamples, choose_samples
+from model.evaluation.metrics import VARIANTS
 
 SAMPLES = [
     ("red.png", ("Which?<|extra_0|>", ["red", "Red"])),
@@ -148,6 +150,8 @@ def test_the_best_checkpoint_is_the_one_with_most_right_answers(answered):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     card = (folder / "MODEL_CARD.md").read_text()
     assert f"| eval_exact_match | {scores[18]:.5g} (step 18) | {scores[best]:.5g} (step {best}) |" in card
+    assert "5 of 5 samples answered" in card
+    assert f"\n- exact_match: {VARIANTS['exact_match']}\n" in card
 
 
 def test_tensorboard_shows_metrics_pictures_and_texts(answered):
@@ -312,21 +316,45 @@ def test_samples_are_spread_over_the_set_and_the_same_each_time(mapped, caplog):
     assert [len(item.question.images) for item in chosen] == [1, 1, 2, 1, 0]
 
 
-def test_a_picture_that_can_not_be_read_counts_in_no_metric(bases, pictures, tmp_path, capsys):
-    """It is bad for the evaluation's loss as well; if none can be read, that ends the run in one line."""
+@pytest.fixture
+def holed(pictures, tmp_path) -> list[str]:
+    """Four samples in the folder of the test: of the first, the picture is damaged, of the third, it is missing."""
     (tmp_path / "damaged.png").write_bytes(pictures["red"].read_bytes()[:40])
-    shutil.copy(pictures["red"], tmp_path)
-    data = write_data(tmp_path, [("damaged.png", SAMPLES[0][1]), *SAMPLES[:1]], tmp_path)
-    flags = [*bases, *data, "--eval_image_map", data[1], "--eval_captions_file", data[3], "--output_dir", str(tmp_path)]
-    trainer = build_trainer([*flags, *QUICK, *SHORT, *ANSWERING, "--max_bad_fraction", "0.5"])
-    said = answers_of(trainer)
-    assert ["error" in line for line in said] == [True, False]
+    for name in ("red", "blue"):
+        shutil.copy(pictures[name], tmp_path)
+    asked = SAMPLES[0][1]
+    return write_data(tmp_path, [(f"{name}.png", asked) for name in ("damaged", "red", "lost", "blue")], tmp_path)
+
+
+def test_samples_whose_pictures_can_not_be_read_are_passed_over(holed, caplog):
+    caplog.set_level(logging.INFO)
+    mapped = SimpleNamespace(annotations=Annotations(holed[1], holed[3]), allow_links=False, skips_bad=True)
+    for number, ids in ((1, [1]), (2, [1, 3]), (3, [1, 3]), (4, [1, 3])):
+        assert [item.question.id for item in choose_samples(mapped, number)] == ids
+    assert "damaged.png" in caplog.text
+    mapped.skips_bad = False
+    with pytest.raises(ImageError, match=r"sample 0: .*damaged"):
+        choose_samples(mapped, 1)
+
+
+def test_a_run_goes_on_without_the_pictures_that_it_skips(bases, holed, tmp_path, capsys):
+    """Neither one that is missing from the beginning nor all of them, later, ends the run: the metrics are NaN then."""
+    flags = [*bases, *holed, "--eval_image_map", holed[1], "--eval_captions_file", holed[3], *QUICK, *SHORT]
+    flags += [*LORA, "--output_dir", str(tmp_path / "run"), "--max_bad_fraction", "1"]
+    trainer = build_trainer([*flags, *ANSWERING[2:], "--eval_generate", "1", "--metric_for_best_model", "exact_match"])
     asked = trainer.answer_samples.items
-    asked[1] = dataclasses.replace(asked[1], references=(said[1]["answer"],))
-    assert trainer.answer_samples() == {"exact_match": 1.0}
-    assert "1 left out; the first: 0: " in capsys.readouterr().err
+    said = answers_of(trainer)
+    asked[0] = dataclasses.replace(asked[0], references=(said[0]["answer"],))
+    assert trainer.answer_samples() == trainer.answer_samples() == {"exact_match": 1.0}
+    assert capsys.readouterr().err.count(VARIANTS["exact_match"]) == 1
     (tmp_path / "red.png").unlink()
-    with pytest.raises(ValueError, match="no sample can be answered"):
+    trainer.train()
+    found = [entry["eval_exact_match"] for entry in evaluations(state_of(tmp_path / "run/checkpoint-2"))]
+    assert len(found) == 2
+    assert np.isnan(found).all()
+    assert "red.png" in capsys.readouterr().err
+    trainer.answer_samples.skips_bad = False
+    with pytest.raises(ImageError, match="no sample can be answered"):
         trainer.answer_samples()
 
 
@@ -344,12 +372,22 @@ REFUSED = {
         ["DATA", *ANSWERING, "--metric_for_best_model", "exact_match", "--lr_scheduler_type", "reduce_lr_on_plateau"],
         """--lr_scheduler_kwargs '{"mode": "max"}'""",
     ),
+    "plateau of the loss": (
+        ["DATA", "--lr_scheduler_type", "reduce_lr_on_plateau", "--lr_scheduler_kwargs", '{"mode": "max"}'],
+        """--lr_scheduler_kwargs '{"mode": "min"}'""",
+    ),
+    "no object": (["--lr_scheduler_kwargs", "[1]"], "--lr_scheduler_kwargs [1]: must be a JSON object"),
+    "no answers": (["DATA", "--eval_max_new_tokens", "6"], "--eval_max_new_tokens 6: "),
+    "no answers and no set": (["--eval_max_new_tokens", "6"], "without --eval_generate"),
     "no flag": (["DATA", "--metric_for_best_model", "exact_match"], "without --eval_generate"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_mistakes_are_found_before_training(bases, data, tmp_path, capsys, case):
+def test_mistakes_are_found_before_training(bases, data, tmp_path, capsys, monkeypatch, case):
+    """All but one before a model is loaded; which metrics there are depends on the data."""
+    if case != "another metric":
+        monkeypatch.setattr(train, "build_model", None)
     words, said = REFUSED[case]
     given = [word for flag in words for word in (data[4:] if flag == "DATA" else [flag])]
     quick = ["--use_cpu", "true", "--report_to", "none", "--output_dir", str(tmp_path / "run")]

@@ -8,7 +8,7 @@ import pytest
 from model.asking.question_file import Question
 from model.evaluation.intervals import differences, intervals
 from model.evaluation.items import Item, QuestionSet
-from model.evaluation.metrics import check_families, choose_families, says_yes, score
+from model.evaluation.metrics import check_families, choose_families, says_yes, score, value_names
 
 
 def item(number: int, *references: str, split: str = "", kind: str = "") -> Item:
@@ -134,6 +134,29 @@ def test_interval_of_a_mean_is_that_of_the_binomial():
     assert (low, high) == (pytest.approx(0.25 - half, abs=0.01), pytest.approx(0.25 + half, abs=0.01))
     assert intervals(one, seed=1) == intervals(one, seed=1)
     assert intervals(one, seed=2) != intervals(one, seed=1)
+
+
+def test_the_interval_of_a_small_split_is_over_the_resamples_that_have_it():
+    items = [item(0, "yes", split="popular"), *(item(n, "yes", split="random") for n in range(1, 9))]
+    (one,) = score(items, ["yes"] * 9, ["pope"])
+    assert intervals(one, seed=0)["pope_popular_accuracy"] == [1.0, 1.0]
+    assert differences(one, one, seed=0)["pope_popular_f1"]["interval"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("items", "families"),
+    [
+        ([item(0, "yes"), item(1, "no")], ["exact_match", "pope"]),
+        ([item(0, *"abcd")], ["vqa_accuracy"]),
+        ([item(0, "A man plays a ball game.")], ["bleu", "rouge_l", "cider_d"]),
+        ([item(0, "一个人在打篮球。")], ["bleu", "cider_d"]),
+    ],
+)
+def test_values_are_known_by_name_before_there_are_answers(items, families):
+    if "bleu" in families:
+        pytest.importorskip("pycocoevalcap")
+        pytest.importorskip("jieba")
+    assert value_names(items, families) == list(metrics(items, ["yes"] * len(items), *families))
 
 
 def test_a_difference_is_paired():

@@ -118,6 +118,9 @@ def test_our_own_keep_further_keys(tmp_path):
     split = {"id": "b", "prompt": "?", "answers": "no", "category": "adversarial"}
     (item,) = read_file(write(tmp_path / "q.jsonl", (split,)), Reading()).items
     assert (item.references, item.kind, item.split) == (("no",), "adversarial", "adversarial")
+    zero = {"id": "c", "prompt": "?", "answers": "no", "kind": 0, "split": "random"}
+    (item,) = read_file(write(tmp_path / "q.jsonl", (zero,)), Reading()).items
+    assert (item.kind, item.split) == ("0", "random")
 
 
 def test_our_own_may_be_in_an_array(tmp_path):
@@ -126,6 +129,8 @@ def test_our_own_may_be_in_an_array(tmp_path):
     for text in (json.dumps(lines), "\n " + json.dumps(lines, indent=1)):
         path.write_text(text, encoding="utf-8-sig")
         assert [item.question.id for item in read_file(path, Reading()).items] == [0, 1, 2]
+    path.write_text(json.dumps(lines[0], indent=1))
+    assert [item.references for item in read_file(path, Reading()).items] == [("2",)]
     lines[2]["id"] = 0
     with pytest.raises(ValueError, match=r"record 3: the id 0 is that of record 1"):
         read_file(write(path, lines), Reading())
@@ -179,6 +184,7 @@ def test_the_two_files_of_training(tmp_path, mixed_data):
         ('{"id": 1, "prompt": "?", "answers": []}', "the answers are"),
         ('{"id": 1, "prompt": "?", "answers": [2]}', "the answers are"),
         ('{"question_id": 1, "text": "?", "label": "yes"}', "record 1"),
+        ('{"question_id": 1, "image": null, "text": "?", "label": "yes"}', "expected text, got None"),
         ('{"images": [{"id": 1}], "annotations": []}', "record 1"),
         ('{"images": [], "annotations": []}', "no question"),
     ],

@@ -270,7 +270,7 @@ def test_a_run_that_can_not_begin_takes_nothing_away(command, run, tmp_path, mis
     assert contents(run) == before
 
 
-def test_nothing_of_an_overwritten_run_is_left(command, run):
+def test_nothing_of_an_overwritten_run_is_left(command, run, capsys):
     (run / "notes.txt").write_text("mine")
     (run / "MODEL_CARD.md").write_text("edited")
     (run / "loss.png").write_text("old")
@@ -283,6 +283,9 @@ def test_nothing_of_an_overwritten_run_is_left(command, run):
     assert (run / "notes.txt").read_text() == "mine"
     assert not (run / "bad_samples.jsonl").exists()
     assert "Step 3 of 3" in (run / "MODEL_CARD.md").read_text()
+    (kept,) = run.glob("*-MODEL_CARD.md")  # somebody's work
+    assert kept.read_text() == "edited"
+    assert str(kept) in capsys.readouterr().err
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     (events,) = (run / "runs").rglob("events.out.tfevents.*")
     assert events.stat().st_size > 10

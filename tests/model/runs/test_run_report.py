@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,10 +17,12 @@ from stopped_runs import Killed
 from tiny_run import build_trainer
 
 import train
+from dataprocess.file_lock import replace_file
 from model.arguments import parse_arguments
 from model.runs import run_report
-from model.runs.run_folder import clear_leftovers, replace_file
-from model.runs.run_report import MARK, ReportRun, draw, read_curves
+from model.runs.callbacks import CARD_MARK
+from model.runs.run_folder import clear_leftovers
+from model.runs.run_report import ReportRun, draw, read_curves
 
 QUICK = [
     *("--lora_rank", "4", "--learning_rate", "1e-2", "--use_cpu", "true", "--report_to", "none"),
@@ -91,6 +94,7 @@ def test_curves_hold_what_was_learnt_and_not_how_fast():
         "eval_loss",
         "eval_exact_match",
         "eval_cider_d",
+        "eval_char_bleu_4",
     }
     assert curves["learning_rate"] == [(1, 1e-3), (2, 0.0)]
     assert curves["eval_exact_match"] == [(1, 0.5)]
@@ -136,7 +140,16 @@ def test_the_card_says_what_the_run_was_and_its_commands_are_right(finished):
         last, best = (float(cell.split()[0]) for cell in rows[name].split(" | "))
         values = [value for _, value in log[name]]
         assert (last, best) == (pytest.approx(values[-1], rel=1e-4), pytest.approx(min(values), rel=1e-4))
-    for said in ("12 samples", "lora_rank 4", "learning_rate 0.01", "torch 2.", typed[5], "Step 2 of 2"):
+    for said in (
+        "12 samples",
+        "lora_rank 4",
+        "learning_rate 0.01",
+        "per_device_train_batch_size 4",
+        "epochs 0.667",
+        "torch 2.",
+        typed[5],
+        "Step 2 of 2",
+    ):
         assert said in body
     assert is_picture(run / "loss.png")
 
@@ -157,14 +170,34 @@ def test_a_run_on_several_processes_is_started_by_torchrun(monkeypatch):
 
 def test_an_edited_card_is_kept_and_others_are_replaced(report, tmp_path):
     card = tmp_path / "MODEL_CARD.md"
-    card.write_text(f"---\n{MARK}\n---\nof an older step")
+    card.write_text(f"---\n{CARD_MARK}\n---\nof an older step")
     report()
     made = card.read_text()
     assert "of an older step" not in made
-    card.write_text(made.replace(MARK, "license: mit"))
+    card.write_text(made.replace(CARD_MARK, "license: mit"))
     edited = card.read_bytes()
     report()
     assert card.read_bytes() == edited
+
+
+def test_the_share_of_yes_has_no_best_and_nan_is_not_the_best(finished, report, tmp_path, monkeypatch):
+    trainer, _ = finished
+    values = [(1, 0.25, math.nan), (2, 0.75, 0.5), (3, 0.5, math.nan)]
+    log = [{"step": at, "eval_pope_yes_share": share, "eval_pope_f1": f1} for at, share, f1 in values]
+    monkeypatch.setattr(trainer.state, "log_history", log)
+    monkeypatch.setattr(trainer, "answer_samples", SimpleNamespace(notes="\n- pope: as it is read\n"))
+    report()
+    text = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "| eval_pope_yes_share | 0.5 (step 3) |  |" in text
+    assert "| eval_pope_f1 | nan (step 3) | 0.5 (step 2) |" in text
+    assert "|\n\n- pope: as it is read\n\n## How" in text
+
+
+def test_without_numbers_there_is_no_table(finished, report, tmp_path, monkeypatch):
+    monkeypatch.setattr(finished[0].state, "log_history", [])
+    report()
+    assert "| Last |" not in (tmp_path / "MODEL_CARD.md").read_text()
+    assert not (tmp_path / "loss.png").exists()
 
 
 # ---- Along a run
@@ -184,6 +217,37 @@ def test_they_come_with_each_checkpoint_and_are_complete_after_resuming(command,
     assert train.main([*flags, "--max_steps", "5", "--resume_from_checkpoint", "auto"]) == 0
     assert drawn[2:] == [[1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]
     assert "Step 5 of 5" in (tmp_path / "MODEL_CARD.md").read_text()
+
+
+STRATEGIES = {
+    "steps": (["--max_steps", "2", "--save_steps", "1"], [1, 2]),
+    "epochs": (["--num_train_epochs", "2", "--save_strategy", "epoch"], [3, 6]),
+    "none": (["--max_steps", "2", "--save_strategy", "no"], [2]),
+    "no log": (["--max_steps", "2", "--logging_strategy", "no"], []),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_short_run_has_its_figure_as_soon_as_something_is_saved(command, tmp_path, strategy):
+    """Far fewer steps than between two lines of the log; the loss is that of all steps."""
+    flags, steps = STRATEGIES[strategy]
+    plain = command[: command.index("--eval_image_map")]
+    quick = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "4"]
+    trainer = build_trainer([*plain, *quick, "--lora_rank", "4", *flags, "--output_dir", str(tmp_path)])
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == steps
+    assert ("| loss | " in (tmp_path / "MODEL_CARD.md").read_text()) == bool(steps)
+    assert (tmp_path / "loss.png").exists() == bool(steps)
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_card(command, tmp_path):
+    flags = [*command, "--output_dir", str(tmp_path)]
+    assert train.main(flags) == 0
+    card = tmp_path / "MODEL_CARD.md"
+    card.write_text(card.read_text().replace("Step 2 of 2, 0:", "Step 2 of 2, 7:"))
+    before = card.read_bytes()
+    assert train.main([*flags, "--resume_from_checkpoint", "auto"]) == 0
+    assert card.read_bytes() == before
 
 
 @pytest.mark.parametrize("trouble", ["no font", "no memory", "a folder in its place", "no room"])

@@ -52,9 +52,9 @@ class Page:
 
         return asyncio.run(collect())
 
-    def ask(self, text: str, *files: dict, **changes) -> list:
-        """Ask; return everything that the page shows."""
-        packet = json.dumps({"text": text, "files": list(files)})
+    def ask(self, text: str, *files: dict, shown: int = 0, **changes) -> list:
+        """Ask on a page that shows so many messages; return everything that it shows then."""
+        packet = json.dumps({"text": text, "files": list(files), "shown": shown})
         return self.see(self.talk.ask(self.who, packet, {**self.settings, **changes}))
 
     @property
@@ -64,7 +64,7 @@ class Page:
 
 
 @pytest.fixture
-def open_page(assistant, tmp_path):
+def open_page(assistant):
     """Return what opens pages of one server with these limits."""
     from model.web.examples import make_examples
     from model.web.limits import Limits
@@ -76,7 +76,7 @@ def open_page(assistant, tmp_path):
     def open_page(key: str = "page", language: str = "en", **limits) -> Page:
         if not talks:
             limits = Limits(**{"questions_per_minute": 100, "max_new_tokens": 6, **limits})
-            talks.append(Talk(assistant, limits, UploadFolder(), make_examples(tmp_path)))
+            talks.append(Talk(assistant, limits, UploadFolder(), make_examples()))
         return Page(talks[0], key, language)
 
     yield open_page

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from model.web.engine import Engine
-from model.web.guard import Guard
+from model.web.guard import LOGINS_PER_MINUTE, Guard
 from model.web.limits import Limits
 from model.web.uploads import UploadFolder
 from model.web.visitors import Visitors
+from model.web.words import say
 
 
 class Door:
@@ -25,13 +26,14 @@ class Door:
         self.guard = Guard(self.app, self.limits, self.visitors, self.uploads)
         self.hang_up = asyncio.Event()
         self.stored = b"[]"
+        self.status = 200
 
     async def app(self, scope, receive, send):
         if "/heartbeat/" in scope["path"]:
             await self.hang_up.wait()
         body = self.stored if scope["path"].endswith("/upload") else b"yes"
         headers = [(b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def open(self, path, method="GET", cookie="", **headers):
@@ -65,7 +67,7 @@ def door():
     [
         *[("GET", path) for path in ("/", "/config", "/theme.css", "/assets/a.js", "/gradio_api/queue/data")],
         ("HEAD", "/"),
-        *[("POST", f"/gradio_api/{name}") for name in ("queue/join", "cancel", "reset")],
+        ("POST", "/gradio_api/queue/join"),
         ("POST", "/login"),
     ],
 )
@@ -78,6 +80,7 @@ def test_what_the_page_asks_for_is_let_in(door, method, path):
     [
         *[("POST", f"/gradio_api/{name}") for name in ("call/ask", "run/predict", "api/predict", "component_server")],
         *[("POST", f"/gradio_api/{name}") for name in ("process_recording", "vibe-edit", "stream/x", "queue/join/x")],
+        *[("POST", f"/gradio_api/{name}") for name in ("cancel", "reset")],
         *[
             ("GET", f"/gradio_api/{name}")
             for name in ("info", "openapi.json", "runs", "proxy=http://localhost/", "token")
@@ -119,8 +122,39 @@ def test_requests_have_a_length_and_a_limit(door, path, length, status):
 
 
 def test_passwords_cannot_be_tried_out(door):
-    statuses = [door.ask("/login", "POST")[0] for _ in range(12)]
-    assert statuses == [200] * 10 + [429] * 2
+    door.status = 400
+    statuses = [door.ask("/login", "POST")[0] for _ in range(LOGINS_PER_MINUTE + 2)]
+    assert statuses == [400] * LOGINS_PER_MINUTE + [429] * 2
+
+
+def test_many_may_log_in(door):
+    """A class at one address: their right passwords count nothing."""
+    assert {door.ask("/login", "POST")[0] for _ in range(2 * LOGINS_PER_MINUTE)} == {200}
+
+
+def test_uploads_under_way_take_room(door, monkeypatch):
+    monkeypatch.setattr("model.web.uploads.MOST_BYTES", 30_000)
+
+    async def two_at_once():
+        tasks = [asyncio.ensure_future(door.open("/gradio_api/upload", "POST", content_length="20000")) for _ in "ab"]
+        return [(await task)[0]["status"] for task in tasks]
+
+    async def slow(scope, receive, send):
+        await asyncio.sleep(0.05)
+        await door.app(scope, receive, send)
+
+    door.guard._app = slow
+    assert asyncio.run(two_at_once()) == [200, 507]
+    assert door.ask("/gradio_api/upload", "POST", content_length="20000")[0] == 200
+
+
+def test_what_is_too_large_is_said_in_the_browsers_language(door):
+    english, chinese = (
+        door.ask("/gradio_api/upload", "POST", content_length="50000", accept_language=language)[2].decode()
+        for language in ("en", "zh-CN")
+    )
+    assert english == say("en", "large_upload", megabytes=0.022)
+    assert chinese == say("zh", "large_upload", megabytes=0.022)
 
 
 def test_the_browser_may_ask_no_other_host(door):
@@ -144,9 +178,12 @@ def test_an_upload_gets_a_path_that_cannot_be_guessed(door):
     assert door.uploads.find(path) is not None
 
 
-def test_an_upload_that_gradio_refuses_is_passed_on(door):
-    door.stored = b"too large"
-    assert door.ask("/gradio_api/upload", "POST")[2] == b"too large"
+@pytest.mark.parametrize("body", [b"too large", b'{"detail":"Not authenticated"}'])
+def test_an_upload_that_gradio_refuses_is_passed_on(door, body):
+    door.stored, door.status = body, 401
+    status, _, answer = door.ask("/gradio_api/upload", "POST")
+    assert (status, answer) == (401, body)
+    assert [path.name for path in door.uploads.path.rglob("*")] == ["own"]
 
 
 def test_a_page_that_closes_is_noticed(door):

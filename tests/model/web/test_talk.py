@@ -35,7 +35,8 @@ def test_the_answer_is_that_of_test_py_and_the_file_is_gone(open_page, assistant
     assert page.conversation[0].answer == expected
     assert uploaded(page) == []
     assert views[0].running
-    assert views[0].box == {"text": "", "files": []}
+    assert say("en", "reading") in views[0].status
+    assert [view.box for view in views] == [None] * len(views), "something may be typed there meanwhile"
     assert not views[-1].running
     assert [message["role"] for message in views[-1].messages] == ["user", "user", "assistant"]
     assert "data:image/jpeg" in views[-1].messages[0]["content"]["value"]
@@ -147,6 +148,20 @@ def test_who_leaves_in_mid_answer_frees_the_model_at_once(open_page, monkeypatch
         assert page.talk.visitors.find("a") is None
 
 
+def test_a_conversation_survives_a_lost_connection_or_is_said_to_have_ended(open_page, red):
+    """A page that shows a picture is never answered as if there were none."""
+    page = open_page()
+    page.ask("What?", page.upload(red))
+    page.talk.visitors.leave(page.who.key)
+    page.ask("And now?", shown=3)
+    assert [(asked.text, len(asked.pictures)) for asked in page.conversation] == [("What?", 1), ("And now?", 0)]
+    page.talk.clear(page.who)
+    assert told(page.ask("And now?", shown=3), "ended")
+    assert page.conversation == []
+    page.ask("And now?")
+    assert len(page.conversation) == 1
+
+
 def test_those_who_wait_see_how_many_are_ahead(open_page, monkeypatch):
     pages = [open_page(key, "zh") for key in "abc"]
     go = threading.Event()
@@ -166,15 +181,15 @@ def test_those_who_wait_see_how_many_are_ahead(open_page, monkeypatch):
         tasks = []
         for page in pages:
             tasks.append(asyncio.ensure_future(follow(page, seen[page.who.key])))
-            while not seen[page.who.key]:
+            while len(seen[page.who.key]) < 2:  # accepted, and its place
                 await asyncio.sleep(0.01)
         await asyncio.gather(*tasks)
         return seen
 
     monkeypatch.setattr(talk_module, "stream_answer", slow)
     seen = asyncio.run(all_at_once())
-    assert say("zh", "waiting", ahead=1) in seen["b"][0]
-    assert say("zh", "waiting", ahead=2) in seen["c"][0]
+    assert say("zh", "waiting", ahead=1) in seen["b"][1]
+    assert say("zh", "waiting", ahead=2) in seen["c"][1]
     assert "waiting" not in seen["a"][-1]
 
 
@@ -257,6 +272,25 @@ def test_too_many_questions_a_minute(open_page):
     assert len(page.conversation) == 2
 
 
+def test_an_empty_question_counts_as_none(open_page):
+    page = open_page(questions_per_minute=1)
+    for _ in range(3):
+        assert told(page.ask(""), "nothing_asked")
+    page.ask("1")
+    assert page.conversation[0].answer
+
+
+@pytest.mark.parametrize("text", ["x" * 4001, "Busy?"])
+def test_a_refused_question_comes_back(open_page, red, text):
+    page = open_page()
+    if text == "Busy?":
+        page.talk.visitors.enter(page.who.key).busy = True
+    file = page.upload(red)
+    views = page.ask(text, file)
+    assert views[-1].box == {"text": text, "files": [file]}
+    assert views[-1].running == (text == "Busy?"), "what is being answered can still be stopped"
+
+
 def test_no_place_left(open_page):
     first = open_page("a", max_visitors=1)
     assert not first.talk.enter(first.who).status
@@ -317,17 +351,21 @@ def test_one_visitor_has_one_question_at_a_time(open_page, monkeypatch):
 
 
 @pytest.mark.parametrize("end", ["stop", "clear"])
-def test_who_has_given_up_an_answer_may_ask_at_once(open_page, monkeypatch, end):
-    """The model may still be in the middle of a token; the next question waits for that."""
-    page, release = open_page(), threading.Event()
+@pytest.mark.parametrize("said", ["", "word"])
+def test_who_gives_up_an_answer_is_not_kept_waiting(open_page, monkeypatch, end, said):
+    """The model may still be reading the prompt, or in the middle of a token; the next question waits for that."""
+    page, began, release = open_page(), threading.Event(), threading.Event()
     answer = talk_module.stream_answer
+    in_time = []
 
     def stuck(assistant, conversation, *further):
         if conversation[-1].text != "Long?":
             yield from answer(assistant, conversation, *further)
             return
-        yield "word"
-        release.wait(60)
+        if said:
+            yield said
+        began.set()
+        in_time.append(release.wait(60))
         yield "word word"
 
     async def rest(views):
@@ -336,19 +374,26 @@ def test_who_has_given_up_an_answer_may_ask_at_once(open_page, monkeypatch, end)
     async def give_up_and_ask():
         first = page.talk.ask(page.who, '{"text": "Long?"}', page.settings)
         async for view in first:
-            if view.messages[-1]["role"] == "assistant":
+            if view.messages and view.messages[-1]["role"] == ("assistant" if said else "user"):
                 break
+        while not began.is_set():
+            await asyncio.sleep(0.01)
         getattr(page.talk, end)(page.who)
-        both = asyncio.gather(rest(first), rest(page.talk.ask(page.who, '{"text": "Next?"}', page.settings)))
-        await asyncio.sleep(0)
+        last = (await rest(first))[-1]
+        assert not last.running
+        assert (say("en", "stopped") in last.status) == (end == "stop")
+        next_one = asyncio.ensure_future(rest(page.talk.ask(page.who, '{"text": "Next?"}', page.settings)))
+        await asyncio.sleep(0.1)
         release.set()
-        return (await both)[1]
+        return await next_one
 
     monkeypatch.setattr(talk_module, "stream_answer", stuck)
     views = asyncio.run(give_up_and_ask())
     assert not views[-1].status, views[-1].status
     assert [asked.text for asked in page.conversation] == (["Long?", "Next?"] if end == "stop" else ["Next?"])
+    assert page.conversation[0].answer == (said if end == "stop" else page.conversation[-1].answer)
     assert page.conversation[-1].answer
+    assert in_time == [True]
 
 
 def test_who_waits_may_stop_without_waiting(open_page, monkeypatch):
@@ -388,6 +433,40 @@ def test_a_new_conversation_while_a_question_is_being_read(open_page, monkeypatc
         views = page.ask("Late?")
     assert views[-1].messages == []
     assert page.conversation == []
+
+
+def test_one_picture_is_opened_at_a_time(open_page, monkeypatch, red):
+    """Also when a visitor leaves while a thread still opens one: it goes on, with all its memory."""
+    page, other, release = open_page("a"), open_page("b"), threading.Event()
+    load, opened, together = page.talk.uploads.load, [], []
+
+    def slow(*how):
+        together.append(len(opened))
+        opened.append(how)
+        release.wait(60)
+        image = load(*how)
+        opened.pop()
+        return image
+
+    async def leave_and_ask():
+        packets = [json.dumps({"text": "?", "files": [who.upload(red, f"{who.who.key}.png")]}) for who in (page, other)]
+
+        async def ask(who, packet):
+            return [view async for view in who.talk.ask(who.who, packet, who.settings)]
+
+        left = asyncio.ensure_future(ask(page, packets[0]))
+        while not opened:
+            await asyncio.sleep(0.01)
+        left.cancel()
+        after = asyncio.ensure_future(ask(other, packets[1]))
+        await asyncio.sleep(0.2)
+        release.set()
+        await after
+
+    monkeypatch.setattr(page.talk.uploads, "load", slow)
+    asyncio.run(leave_and_ask())
+    assert together == [0, 0]
+    assert other.conversation[0].answer
 
 
 def test_an_unanswered_question_hands_its_pictures_on(assistant):

@@ -123,5 +123,5 @@ def test_thumbnails_are_small_and_hold_no_path(size):
 
 @pytest.mark.parametrize("packet", [None, 5, "", "[", "[]", '"x"', '{"text": 3, "files": "x"}', "{" * 100_000, ["x"]])
 def test_a_packet_may_be_anything(packet):
-    assert files_of(packet) == ("", [])
-    assert files_of('{"text": "a", "files": [1, {"path": "p"}, null]}') == ("a", [{"path": "p"}])
+    assert files_of(packet) == ("", [], False)
+    assert files_of('{"text": "a", "files": [1, {"path": "p"}, null], "shown": 2}') == ("a", [{"path": "p"}], True)

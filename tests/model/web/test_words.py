@@ -8,7 +8,9 @@ from string import Formatter
 
 import pytest
 
+from dataprocess.image_io import MAX_PIXELS
 from model.web.limits import SAMPLING
+from model.web.uploads import too_large
 from model.web.words import CHINESE, ENGLISH, Refusal, language_of, say
 
 ROOM = Path(__file__).parents[3] / "model/web"
@@ -49,6 +51,12 @@ def test_every_text_that_the_code_names_is_there_and_none_is_left_over():
 )
 def test_the_language_is_the_browsers_first_choice(header, language):
     assert language_of(header) == language
+
+
+def test_the_most_bytes_and_pixels_of_a_picture_are_said():
+    assert MAX_PIXELS == 100 * 10**6
+    for language, words in (("en", "0.05 MB and 100 megapixels"), ("zh", "0.05 MB、1 亿像素")):
+        assert words in too_large("a.png", 50_000).say(language)
 
 
 def test_a_refusal_is_said_in_the_visitors_language():
