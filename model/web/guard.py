@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 from collections import Counter
+from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
@@ -28,6 +29,10 @@ LOGINS_PER_MINUTE = 30
 """Wrong passwords from one address; right ones are not counted."""
 _COOKIE = "web_demo_page"
 _SELF = "'self' blob: data:"
+# Gradio's page knows "zh-CN" and "zh-TW" alone, and would be English in Singapore.
+_HEAD = b"""<head><script>if (/^zh/i.test(navigator.language)) {
+    Object.defineProperty(navigator, "language", {value: "zh-CN"});
+}</script>"""
 _HEADERS = {
     # Whatever an answer holds, the browser asks no other host for anything. Gradio's page needs inline code.
     "content-security-policy": f"default-src {_SELF}; script-src {_SELF} 'unsafe-inline' 'unsafe-eval'; style-src "
@@ -75,6 +80,8 @@ class Guard:
             await self._watch(path.split("/")[3], browser, self._app(scope, receive, send_on))
         elif path.rstrip("/") == f"{API}/upload":
             await self._upload(scope, receive, send_on, browser)
+        elif path == "/" and scope["method"] == "GET":
+            await self._change(scope, receive, send_on, lambda body: body.replace(b"<head>", _HEAD, 1))
         else:
             await self._app(scope, receive, send_on)
 
@@ -130,6 +137,21 @@ class Guard:
 
     async def _upload(self, scope: Any, receive: Any, send: Any, browser: str) -> None:
         """Take uploads in; the answer names them by paths of ours."""
+
+        def adopt(body: bytes) -> bytes:
+            return json.dumps([self._uploads.adopt(path, browser) for path in json.loads(body)]).encode()
+
+        length = int(dict(scope["headers"])[b"content-length"])
+        self._uploading.append(length)
+        try:
+            await self._change(scope, receive, send, adopt)
+        finally:
+            self._uploading.remove(length)
+            if not self._uploading:
+                self._uploads.clear_shared()
+
+    async def _change(self, scope: Any, receive: Any, send: Any, change: Callable[[bytes], bytes]) -> None:
+        """Answer with a changed body, unless Gradio refuses the request."""
         started: dict[str, Any] = {}
         body = bytearray()
 
@@ -139,17 +161,9 @@ class Guard:
             else:
                 body.extend(message.get("body", b""))
 
-        length = int(dict(scope["headers"])[b"content-length"])
-        self._uploading.append(length)
-        try:
-            await self._app(scope, receive, collect)
-            if started["status"] == 200:  # otherwise it was refused, and says so
-                paths = [self._uploads.adopt(path, browser) for path in json.loads(bytes(body))]
-                body = bytearray(json.dumps(paths).encode())
-        finally:
-            self._uploading.remove(length)
-            if not self._uploading:
-                self._uploads.clear_shared()
+        await self._app(scope, receive, collect)
+        if started["status"] == 200:
+            body = bytearray(change(bytes(body)))
         headers = [pair for pair in started["headers"] if pair[0] != b"content-length"]
         await send({**started, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
         await send({"type": "http.response.body", "body": bytes(body)})

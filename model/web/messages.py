@@ -11,7 +11,8 @@ from .questions import Asked
 from .words import say
 
 _ACTIVE = re.compile(r"[\\`*_{}\[\]<>#|~$&]|^(?:[-+=]|\d+[.)])|^ {4,}|^\t+", re.M)
-_ESCAPED = re.compile(r"\\([\\`*_{}\[\]<>#|~$&+=.)-])")
+ESCAPED = r"\\([\\`*_{}\[\]<>#|~$&+=.)-])"
+"""What the page replaces by the character alone when a visitor edits a question."""
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.S)
 
 
@@ -25,11 +26,6 @@ def escape(question: str) -> str:
         return found[:-1] + "\\" + found[-1]
 
     return _ACTIVE.sub(inert, question)
-
-
-def unescape(markdown: str) -> str:
-    """Return the text that `escape` was given; a visitor edits its Markdown."""
-    return _ESCAPED.sub(r"\1", markdown).replace("\u00a0", " ")
 
 
 def answer_markdown(answer: str) -> str:

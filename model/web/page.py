@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 
 from .limits import SAMPLING
+from .messages import ESCAPED
 from .questions import page_settings
 from .talk import Talk, View, Who
 from .uploads import thumbnail
@@ -34,6 +35,14 @@ _GIVE_BACK = """(refused, box) => {
 _FORGET_FILES = """() => document.addEventListener("change", (event) => {
     if (event.target.matches("input[type=file]")) setTimeout(() => { event.target.value = ""; }, 0);
 })"""
+# Gradio has a question edited as Markdown; a visitor edits what was typed.
+_EDIT_PLAINLY = """() => new MutationObserver(() => {
+    for (const area of document.querySelectorAll("#conversation textarea:not([data-plain])")) {
+        area.dataset.plain = "yes";
+        area.value = area.value.replace(new RegExp(ESCAPED, "g"), "$1").replaceAll("\\u00a0", " ");
+        area.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+}).observe(document.body, {childList: true, subtree: true})""".replace("ESCAPED", json.dumps(ESCAPED))
 _SHOW_CAMERA = """() => {
     const camera = document.querySelector("#camera");
     camera.classList.toggle("open");
@@ -59,8 +68,7 @@ def make_theme() -> gr.themes.Base:
 
 def translations() -> gr.I18n:
     """Return the page's fixed texts for Gradio, which picks by the browser's language."""
-    chinese = dict.fromkeys(("zh", "zh-CN", "zh-TW", "zh-HK"), WORDS["zh"])
-    return gr.I18n(en=WORDS["en"], **chinese)
+    return gr.I18n(en=WORDS["en"], **{"zh-CN": WORDS["zh"]})  # `Guard` sees to the other Chinese
 
 
 def who_asks(request: gr.Request) -> Who:
@@ -119,6 +127,7 @@ def build_page(talk: Talk, model_lines: dict[str, str], i18n: gr.I18n) -> gr.Blo
 
         page.unload(leave)
         page.load(None, js=_FORGET_FILES)
+        page.load(None, js=_EDIT_PLAINLY)
         page.load(None, js=f"() => {{ if (/^zh/i.test(navigator.language)) document.title = '{_title('zh')}'; }}")
         page.load(enter, None, [about, conversation, status], **_QUIET)
         settings_open.click(None, js=_SHOW_SETTINGS)

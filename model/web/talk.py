@@ -16,7 +16,7 @@ from ..errors import in_one_line, is_out_of_memory
 from .engine import Engine, Job
 from .examples import Example
 from .limits import MOST_TURNS, Limits
-from .messages import chat_messages, question_at, unescape
+from .messages import chat_messages, question_at
 from .questions import Asked, Picture, build_prompt, check_settings, stream_answer
 from .uploads import UploadFolder, files_of, thumbnail
 from .visitors import Visitor, Visitors
@@ -76,10 +76,7 @@ class Talk:
             if shown and not visitor.conversation:
                 raise Refusal("ended")
             self._check_pictures(visitor, len(files))
-            pictures = [await self._picture(file) for file in files]
-            for file in files:
-                self.uploads.delete(file["path"])
-            return [*visitor.conversation, Asked(text, pictures)]
+            return [*visitor.conversation, Asked(text, [await self._picture(file) for file in files])]
 
         async for view in self._round(who, settings, add, text, files):
             yield view
@@ -116,12 +113,11 @@ class Talk:
         async def add(visitor: Visitor) -> list[Asked]:
             index_of = index[0] if isinstance(index, (list, tuple)) and index else index
             number = question_at(visitor.conversation, index_of)
-            if number is None or words is None:
+            if number is None or not isinstance(text, str):
                 raise Refusal("gone")
-            return [*visitor.conversation[:number], Asked(words, visitor.conversation[number].pictures)]
+            return [*visitor.conversation[:number], Asked(text, visitor.conversation[number].pictures)]
 
-        words = unescape(text) if isinstance(text, str) else None
-        async for view in self._round(who, settings, add, words):
+        async for view in self._round(who, settings, add, text if isinstance(text, str) else None):
             yield view
 
     def stop(self, who: Who) -> None:
@@ -200,6 +196,8 @@ class Talk:
             yield View(status=_waiting(say(who.language, "reading")), running=True)
             conversation = await add(visitor)
             prompt, shortened = await asyncio.to_thread(build_prompt, self.assistant, conversation)
+            for file in files or []:
+                self.uploads.delete(file["path"])
             if visitor.round != current:  # a new conversation has begun meanwhile
                 yield View(chat_messages(visitor.conversation, who.language))
                 return

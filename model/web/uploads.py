@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import io
 import json
+import os
 import secrets
 import shutil
 import tempfile
@@ -23,6 +25,7 @@ UNSENT_SECONDS = 900
 """An upload that no question has taken for so long is deleted, though its page is still open."""
 MOST_BYTES = 2 * 2**30
 """Of all uploads that wait for their question; beyond it no more are accepted."""
+PREFIX = "web_demo_uploads_"
 _THUMBNAIL = (480, 320)
 
 
@@ -30,8 +33,11 @@ class UploadFolder:
     """A temporary folder for uploads, which only this user can read. `close` deletes it."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="web_demo_")
+        _delete_leftovers()
+        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX)
         self.path = Path(self._folder.name).resolve()
+        self._held = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(self._held, fcntl.LOCK_EX)  # until this process ends
         self._own = self.path / "own"  # a folder for each upload
         self._own.mkdir()
         self._owners: dict[Path, str] = {}
@@ -74,12 +80,12 @@ class UploadFolder:
         """Open an uploaded picture; delete its file if it can't be used.
 
         Raises:
-            Refusal: if it is no upload, no picture, damaged, or too large.
+            Refusal: if it is no upload or no longer there, no picture, damaged, or too large.
         """
         file = self.find(path)
         shown = (name if isinstance(name, str) and name else file.name if file else "?")[:80]
         if file is None:
-            raise Refusal("bad_picture", name=shown)
+            raise Refusal("gone_picture", name=shown)
         try:
             if file.stat().st_size > most_bytes:
                 raise too_large(shown, most_bytes)
@@ -117,6 +123,21 @@ class UploadFolder:
             with contextlib.suppress(OSError):
                 total += file.stat().st_size if file.is_file() else 0
         return total + size <= MOST_BYTES and size < shutil.disk_usage(self.path).free
+
+
+def _delete_leftovers() -> None:
+    """Delete the folders of programs that were killed: nobody holds their locks."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            is_new = time.time() - folder.stat().st_mtime < 60  # it may be locked in a moment
+            if is_new or folder.is_symlink() or not (folder / "own").is_dir():
+                continue
+            held = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(held)
 
 
 def too_large(name: str, most_bytes: int) -> Refusal:

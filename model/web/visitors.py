@@ -73,7 +73,7 @@ class Visitors:
             Refusal: if all places are taken.
         """
         with self._lock:
-            self._free_places(except_for=key)
+            self._free_places()
             if key not in self._visitors:
                 if len(self._visitors) >= self._limits.max_visitors:
                     raise Refusal("full", most=self._limits.max_visitors)
@@ -83,8 +83,8 @@ class Visitors:
             return self._visitors[key]
 
     def find(self, key: str) -> Visitor | None:
-        """Return a visitor who is there, or None."""
-        return self._visitors.get(key)
+        """Return a visitor who is there or may come back, or None."""
+        return self._visitors.get(key) or self._away.get(key)
 
     def check_rate(self, visitor: Visitor, address: str) -> None:
         """Count a question of a visitor at an address.
@@ -115,10 +115,10 @@ class Visitors:
                 if self._clock() - visitor.seen > KEPT_SECONDS:
                     del self._away[visitor.key]
 
-    def _free_places(self, except_for: str = "") -> None:
+    def _free_places(self) -> None:
         for visitor in list(self._visitors.values()):
             most = LONGEST_SECONDS if visitor.key in self._connected else IDLE_SECONDS
-            if not visitor.busy and visitor.key != except_for and self._clock() - visitor.seen > most:
+            if not visitor.busy and self._clock() - visitor.seen > most:
                 self._part(visitor.key)
 
     def _part(self, key: str) -> None:

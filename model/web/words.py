@@ -40,6 +40,7 @@ ENGLISH = {
     "too_many_pictures": "At most {most} pictures in a conversation. Please start a new one.",
     "too_many_turns": "This conversation has {most} questions. Please start a new one.",
     "bad_picture": "“{name}” can't be read: it is damaged, or not a picture. It was removed.",
+    "gone_picture": "“{name}” is no longer there. Please add it again.",
     "large_picture": "“{name}” is too large: at most {megabytes:,g} MB and 100 megapixels are accepted. "
     "It was removed.",
     "large_upload": "The files are too large: at most {megabytes:,g} MB together are accepted.",
@@ -94,6 +95,7 @@ CHINESE = {
     "too_many_pictures": "一次对话最多 {most} 张图片。请开始新对话。",
     "too_many_turns": "本次对话已有 {most} 个问题。请开始新对话。",
     "bad_picture": "无法读取“{name}”：文件已损坏，或不是图片。已将其移除。",
+    "gone_picture": "“{name}”已不存在，请重新添加。",
     "large_picture": "“{name}”太大：最多接受 {megabytes:,g} MB、1 亿像素。已将其移除。",
     "large_upload": "文件太大：总共最多接受 {megabytes:,g} MB。",
     "no_room_for_uploads": "暂时没有空间存放更多图片，请稍后再试。",

@@ -110,12 +110,14 @@ def test_what_is_typed_while_an_answer_comes_stays(server, visit, colours):
 
 def test_in_chinese(server, visit, colours):
     """The browser's language is the page's; questions and answers may be in any."""
-    visitor, english = visit(server, locale="zh-CN"), visit(server)
+    visitor, english = visit(server, locale="zh-SG"), visit(server)
+    assert CHINESE.search(visitor.page.title())
+    assert not CHINESE.search(english.page.title())
     assert CHINESE.search(visitor.question.get_attribute("placeholder"))
     assert not CHINESE.search(english.question.get_attribute("placeholder"))
     for selector in ("#clear", "#camera_open", "#settings"):
-        assert CHINESE.search(visitor.part(selector).inner_text())
-        assert not CHINESE.search(english.part(selector).inner_text())
+        assert CHINESE.search(visitor.part(selector).text_content())  # the closed drawer's too
+        assert not CHINESE.search(english.part(selector).text_content())
     visitor.ask("这是什么颜色？", colours["blue"])
     visitor.hear("蓝色。")
 
@@ -136,10 +138,11 @@ def test_retry_and_clear(server, visit, colours):
 def test_an_edited_question_is_asked_anew(server, visit, colours, colour):
     """Of the same pictures; what came after it is gone."""
     visitor = visit(server)
-    visitor.ask("Which colour?", *([colours[colour]] if colour else []))
+    visitor.ask(r"*Which* \*colour_?", *([colours[colour]] if colour else []))
     expect(visitor.answers).to_have_count(1)
     expect(visitor.stop).to_be_hidden()
     visitor.part("#conversation button[aria-label=Edit]").first.click()
+    expect(visitor.part("#conversation textarea").last).to_have_value(r"*Which* \*colour_?")
     visitor.part("#conversation textarea").last.fill("这是什么颜色？" if colour else "Hello")
     visitor.part("#conversation button[aria-label=Submit]").last.click()
     visitor.hear("红色。" if colour else "Hello, visitor.")
@@ -148,8 +151,9 @@ def test_an_edited_question_is_asked_anew(server, visit, colours, colour):
 
 def test_settings_are_those_of_the_next_answer(server, visit):
     visitor = visit(server)
-    visitor.part(".toggle-button").click()
     limit = visitor.part("#max_new_tokens input[type=number]")
+    expect(limit).to_be_hidden()  # out of reach of the tab key too
+    visitor.part("#settings_open").click()
     limit.fill("5")
     limit.press("Enter")
     visitor.part("#settings .toggle-button").click()
@@ -235,7 +239,9 @@ def test_a_lost_connection_does_not_lose_the_conversation(server, visit, colours
     visitor.hear("It is green.")
     for offline in (True, False):  # a phone sleeps
         visitor.context.set_offline(offline)
-    visitor.ask("Again?")
+    with visitor.page.expect_request("**/queue/join*") as sent:
+        visitor.ask("Again?")
+    assert r"\"shown\":3" in sent.value.post_data  # so that the server knows whether it still has the conversation
     visitor.hear("green!")
 
 

@@ -25,13 +25,13 @@ class Door:
         self.visitors = Visitors(self.limits, self.engine)
         self.guard = Guard(self.app, self.limits, self.visitors, self.uploads)
         self.hang_up = asyncio.Event()
-        self.stored = b"[]"
+        self.stored, self.page = b"[]", b"yes"
         self.status = 200
 
     async def app(self, scope, receive, send):
         if "/heartbeat/" in scope["path"]:
             await self.hang_up.wait()
-        body = self.stored if scope["path"].endswith("/upload") else b"yes"
+        body = self.stored if scope["path"].endswith("/upload") else self.page
         headers = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -93,6 +93,16 @@ def test_what_the_page_asks_for_is_let_in(door, method, path):
 )
 def test_everything_else_is_closed(door, method, path):
     assert door.ask(path, method)[0] == 404
+
+
+def test_every_chinese_is_the_one_that_gradio_knows(door):
+    door.page = b"<html><head><title>"
+    _, headers, body = door.ask("/")
+    assert body.startswith(b"<html><head><script>")
+    assert b"zh-CN" in body
+    assert int(headers[b"content-length"]) == len(body)
+    assert door.ask("/assets/a.js")[2] == door.page
+    assert door.ask("/", "HEAD")[2] == door.page
 
 
 def test_only_uploads_are_served(door):

@@ -135,7 +135,7 @@ def test_who_comes_back_finds_the_conversation_for_a_while(visitors, clock, leav
         else:
             clock.now += IDLE_SECONDS + 1
         visitors.sweep()
-        assert visitors.find("a") is None
+        assert len(visitors) == 0
 
     visitors.enter("a").conversation = ["something"]
     go_away()

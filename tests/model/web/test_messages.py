@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.web.messages import answer_markdown, chat_messages, escape, question_at, unescape
+from model.web.messages import ESCAPED, answer_markdown, chat_messages, escape, question_at
 from model.web.questions import Asked, Picture
 
 TEXTS = [
@@ -22,6 +24,11 @@ TEXTS = [
     "a\\*b \\",
     "שלום 😀 مرحبا 图片",
 ]
+
+
+def unescape(markdown: str) -> str:
+    """Do in Python what the page does."""
+    return re.sub(ESCAPED, r"\1", markdown).replace("\u00a0", " ")
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from model.web.uploads import UploadFolder, files_of, thumbnail
+from model.web.uploads import PREFIX, UploadFolder, files_of, thumbnail
 from model.web.words import Refusal
 
 
@@ -60,7 +61,7 @@ def test_no_other_file_is_opened(uploads, tmp_path, name):
         assert uploads.find(path) is None, path
         with pytest.raises(Refusal) as refusal:
             uploads.load(path, name, 10**6)
-        assert refusal.value.key == "bad_picture"
+        assert refusal.value.key == "gone_picture"
     for value in (None, 5, ["x"], {"path": mine}, mine.encode()):
         assert uploads.find(value) is None
     assert (tmp_path / "b.png").exists()
@@ -104,6 +105,21 @@ def test_what_nobody_asks_about_is_deleted_after_a_while(uploads):
     assert uploads.find(new) is not None
     uploads.close()
     assert not uploads.path.exists()
+
+
+def test_what_a_killed_program_left_is_deleted_at_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, running, recent = UploadFolder(), UploadFolder(), UploadFolder()
+    somebodys = tmp_path / f"{PREFIX}notes"
+    somebodys.mkdir()
+    for folder in (left, recent):
+        os.close(folder._held)  # as the end of a process does
+    for path in (left.path, running.path, somebodys):
+        os.utime(path, (0, 0))
+    now = UploadFolder()
+    assert {*tmp_path.iterdir()} == {running.path, recent.path, somebodys, now.path}
+    for folder in (running, now):
+        folder.close()
 
 
 def test_a_full_folder_takes_no_more(uploads, monkeypatch):
