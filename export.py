@@ -31,13 +31,6 @@ from model.export.writing import UNFINISHED, check_output, new_folder
 
 logger = logging.getLogger("export")
 
-_NOT_NEEDED = {
-    "--device_map": "it reads and writes tensor by tensor, and --no_verify leaves out what loads a whole model",
-    "--load_in_4bit": "what is written is the plain base model with LoRA, whatever it was trained in",
-    "--load_in_8bit": "what is written is the plain base model with LoRA, whatever it was trained in",
-}
-"""Why other programs' flags are not here."""
-
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read and check the command line.
@@ -57,9 +50,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--base_language_model", help="hub name or folder; default: what the checkpoint was trained on")
     add("--base_value_model", help="hub name or folder of the vision tower; default: likewise")
     add("--no_verify", action="store_true", help="leave out the comparison, which takes 4 bytes of memory a parameter")
+    add("--device_map", choices=["auto"], help="compare with one block of the language model at a time in memory; slow")
     for name in (word.split("=")[0] for word in argv):
-        if name in _NOT_NEEDED:
-            raise ValueError(f"{name}: export.py has no such flag: {_NOT_NEEDED[name]}; leave it out")
+        if name.startswith("--load_in_"):
+            raise ValueError(
+                f"{name}: an export is the plain base model with LoRA, whatever it was trained in; leave it out"
+            )
     args = parser.parse_args(argv)
     for name in ("model_weights", "output"):
         if getattr(args, name) is None:
@@ -69,6 +65,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"--max_shard_size: --format {args.format} writes no shards; leave --max_shard_size out")
     if args.dtype is not None and args.format == "peft":
         raise ValueError("--dtype: --format peft writes LoRA as it was trained, in float32; leave --dtype out")
+    if args.device_map and args.no_verify:
+        raise ValueError("--device_map is for the comparison, and --no_verify leaves it out; leave one of them out")
     args.max_shard_size = parse_size(args.max_shard_size or "5GB")
     args.dtype = None if args.dtype is None else parse_dtype(args.dtype)
     check_output(args.output)
@@ -106,9 +104,11 @@ def run(args: argparse.Namespace) -> None:
         # Ask the export and the trained model the same questions.
         comparisons: Sequence[Comparison] | str = "`--no_verify`"
         if not args.no_verify:
-            comparisons = (
-                verify_gguf(sources, folder) if args.format == "gguf" else verify(sources, folder, args.format)
-            )
+            by_block = args.device_map is not None
+            if args.format == "gguf":
+                comparisons = verify_gguf(sources, folder, by_block)
+            else:
+                comparisons = verify(sources, folder, args.format, by_block)
         write_report(sources, folder, args.output.name, args.format, comparisons)
     for line in filter(None, table(comparisons, args.format)):
         logger.info("%s", line)
@@ -126,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("export.py: the export differs from the trained model; it stays in *%s: %s", UNFINISHED, error)
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        return exit_status(error, logger, "export.py", "give --no_verify, or a machine with more memory")
+        return exit_status(
+            error, logger, "export.py", "give --device_map auto or --no_verify, or a machine with more memory"
+        )
 
 
 if __name__ == "__main__":

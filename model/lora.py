@@ -68,25 +68,34 @@ def add_lora(language_model: PreTrainedModel, settings: LoraSettings) -> PeftMod
     return wrapped
 
 
-@torch.no_grad()
 def merge_lora(language_model: PeftModel) -> Any:
     """Add every LoRA update to its base weight, computed in fp32 and rounded once; return the base model alone."""
     base: Any = language_model.get_base_model()
-    embedding = base.get_input_embeddings()
-    layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
     if getattr(base, "is_quantized", False):
         from .scaling.quantised import dequantise
 
-        dequantise(layers, embedding.weight.dtype)
-    for layer in layers:
-        if layer.get_base_layer().weight is embedding.weight:
-            # A tied language head: the update is the head's alone, and the embedding keeps the old weights.
-            layer.get_base_layer().weight = nn.Parameter(embedding.weight.clone(), requires_grad=False)
-            base.config.tie_word_embeddings = False
-        name = layer.active_adapters[0]
-        W, A, B = layer.get_base_layer().weight, layer.lora_A[name].weight, layer.lora_B[name].weight
-        W.copy_(W.float().addmm_(B.float(), A.float(), alpha=layer.scaling[name]))  # (N, K) + (N, R) (R, K)
+        dequantise(lora_layers(base), base.get_input_embeddings().weight.dtype)
+    for layer in lora_layers(base):
+        merge_layer(layer, base)
     return language_model.unload()
+
+
+def lora_layers(part: nn.Module) -> list[Any]:
+    """Return the LoRA layers in a model, or in a part of one."""
+    return [module for module in part.modules() if isinstance(module, LoraLayer)]
+
+
+@torch.no_grad()
+def merge_layer(layer: Any, base: Any) -> None:
+    """Add a LoRA layer's update to its base weight, in place; `base` is the language model that it belongs to."""
+    embedding = base.get_input_embeddings()
+    if layer.get_base_layer().weight is embedding.weight:
+        # A tied language head: the update is the head's alone, and the embedding keeps the old weights.
+        layer.get_base_layer().weight = nn.Parameter(embedding.weight.clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+    name = layer.active_adapters[0]
+    W, A, B = layer.get_base_layer().weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+    W.copy_(W.float().addmm_(B.float(), A.float(), alpha=layer.scaling[name]))  # (N, K) + (N, R) (R, K)
 
 
 def default_targets(language_model: PreTrainedModel) -> tuple[str, ...]:

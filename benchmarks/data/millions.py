@@ -3,55 +3,80 @@
     python -m benchmarks.data.millions
     python -m benchmarks.data.millions --samples 100000 1000000 10000000 --forms jsonl parquet
 
-Made-up samples are written by what `dataprocess/process_image.py` writes with, then opened as training opens them: the
-data set, its order of an epoch, a data loader, two workers. Pictures do not exist, and are not opened. *Processes* is
-the proportional memory (PSS) of the main process and its workers together, the largest that was seen from the opening
-to the last batch; *start* is that of the process before it opens the data, with everything that training imports.
-Ten million take about 12 GB of disk for both files as JSON lines. Prints a table, writes `results/millions.json` and
-`.png`.
+Made-up samples are written by what `dataprocess/process_image.py` writes with. All of them show one picture in a tar
+shard, under names of their own. Then train.py trains a model of no size for some steps, with two data workers.
+*Processes* is the proportional memory (PSS) of the main process and its workers together, the largest that was seen
+until the last step; *start* is that of the process before it opens the data, with everything that training imports.
+*First step* is the time until that has ended, on the clock. *Pictures* are listed as for a feature cache, by the same
+process afterwards, and *dry run* is a process of its own, with `--feature_cache`. Ten million samples take about 7 GB
+of disk for both files as JSON lines. Prints a table, writes `results/millions.json` and `.png`.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import random
+import sys
+import tarfile
 import tempfile
 import threading
 import time
-from itertools import islice
 from pathlib import Path
 
-from ..inputs import SEED
+from ..inputs import SEED, build_trainer, train_flags
 from ..measure import itself, parser, publish, run_once, text_table
 
 WORKERS = 2
+STEPS = 5
+BATCH = 4
 READS = 4000
-"""Samples that the loader delivers."""
+"""Samples whose texts are read in any order, to time one."""
+SHARD = "shard-000000.tar"
 _WORDS = ("a person", "image with", "of in", "street people", "standing near", "table while", "which might", "enjoying")
 
 
 # ---- In a process of its own
 
 
-def write_samples(folder: Path, number: int, form: str) -> dict[str, float]:
-    """Write made-up samples: a question about one picture, an answer of 40 to 120 words."""
-    from dataprocess.output_forms import form_of
+def write_picture(folder: Path) -> bytes:
+    """Write a shard of one picture; returns the picture's bytes."""
+    from PIL import Image
 
-    drawn = random.Random(SEED)
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(stream, "PNG")
+    member = tarfile.TarInfo("000000000.png")
+    member.size = len(stream.getvalue())
+    with tarfile.open(folder / SHARD, "w", format=tarfile.USTAR_FORMAT) as shard:
+        shard.addfile(member, io.BytesIO(stream.getvalue()))
+    return stream.getvalue()
+
+
+def write_samples(folder: Path, number: int, form: str) -> dict[str, float]:
+    """Write base models and made-up samples: a question about one picture, an answer of 40 to 120 words."""
+    from dataprocess.output_forms import form_of
+    from dataprocess.shards import name_of_place
+
+    from ..peers import TINY, write_ours
+
+    drawn, picture = random.Random(SEED), write_picture(folder)
     answers = [" ".join(drawn.choices(_WORDS, k=drawn.randint(20, 60))) for _ in range(1000)]
+    files = [folder / f"{name}.{form}" for name in ("image_map", "captions")]
     start = time.process_time()
-    with (folder / f"image_map.{form}").open("wb") as first, (folder / f"captions.{form}").open("wb") as second:
+    with files[0].open("wb") as first, files[1].open("wb") as second:
         image_map, captions = form_of(f".{form}")(first, "key"), form_of(f".{form}")(second, "ID")
         for index in range(number):
-            name = f"{index:012d}.jpg"
-            image_map.add(f"llava_1/{index:08d}/{name}", {"image_file": name, "ID": index, "path": "/pictures"})
+            name = name_of_place(SHARD, f"{index:09d}.png", 512, picture)
+            key = f"llava_1/{index:08d}/{index:012d}.jpg"
+            image_map.add(key, {"image_file": name, "ID": index, "path": str(folder)})
             captions.add(index, {"q": "<|extra_0|>What is in this picture?", "a": answers[index % 1000]})
         image_map.finish()
         captions.finish()
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    return {"write_seconds": time.process_time() - start, "file_bytes": size}
+    done = {"write_seconds": time.process_time() - start, "file_bytes": sum(file.stat().st_size for file in files)}
+    write_ours(folder, TINY)
+    return done
 
 
 class Watch(threading.Thread):
@@ -83,61 +108,75 @@ def _proportional_bytes(pid: str) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def read_samples(folder: Path, form: str) -> dict[str, float]:
-    """Open the samples as training does, and read some of them through a loader."""
-    import torch
-    from torch.utils.data import DataLoader
+def flags(folder: Path, form: str) -> list[str]:
+    """Return the command line of train.py."""
+    return train_flags(
+        folder,
+        folder / "run",
+        image_map=folder / f"image_map.{form}",
+        captions_file=folder / f"captions.{form}",
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        dataloader_num_workers=WORKERS,
+        lora_rank=4,
+    )
+
+
+def train_on(folder: Path, form: str) -> dict[str, float]:
+    """Train some steps, then read some samples and list all pictures."""
+    from transformers import TrainerCallback
 
     import train  # noqa: F401, what a training process has imported counts as the start
-    from dataset import ImageCaptionDataset, VLMCollator
-    from dataset.epoch_order import EpochOrder
-    from model.runs.data_workers import with_calm_workers
+    from model.feature_caching.image_list import images_of
 
-    from .prepare_run import TextsOnly, new_tokenizer
-
-    class Texts(TextsOnly):
-        def set_epoch(self, epoch: int) -> None:
-            self.dataset.set_epoch(epoch)
-
-    tokenizer = new_tokenizer()
-    tokenizer.encode_text("a")
-    watch = Watch()
+    watch, stepped = Watch(), []
     before = watch.look()
     watch.start()
     start, processor = time.perf_counter(), time.process_time()
-    files = folder / f"image_map.{form}", folder / f"captions.{form}"
-    dataset = ImageCaptionDataset(*files, tokenizer, torch.zeros, 256, need_folders=False)
-    opened = {"open_seconds": time.perf_counter() - start, "open_processor_seconds": time.process_time() - processor}
-    opened["open_bytes"] = watch.largest
+    trainer = build_trainer(flags(folder, form))
+    figures: dict[str, float] = {
+        "start_bytes": before,
+        "open_seconds": time.perf_counter() - start,
+        "open_processor_seconds": time.process_time() - processor,
+        "open_bytes": watch.largest,
+    }
+
+    class NoteSteps(TrainerCallback):
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
+            stepped.append(time.perf_counter() - start)
+            watch.look()
+
+    trainer.add_callback(NoteSteps())
+    trainer.train()
+    dataset = trainer.train_dataset.dataset
+    figures |= {"samples": len(dataset), "seen": BATCH * len(stepped), "first_step_seconds": stepped[0]}
+    figures["processes_bytes"] = watch.largest
+
     places = random.Random(SEED).choices(range(len(dataset)), k=READS)
     processor = time.process_time()
     for place in places:
         _ = dataset.annotations[place]
-    sample_seconds = (time.process_time() - processor) / READS
-    collate = VLMCollator(tokenizer.pad_token_id)
-    loader = with_calm_workers(DataLoader(EpochOrder(Texts(dataset), SEED), 4, num_workers=WORKERS, collate_fn=collate))
-    seen = sum(len(batch["input_ids"]) for batch in islice(loader, READS // 4))
-    watch.look()
-    return {
-        **opened,
-        "samples": len(dataset),
-        "seen": seen,
-        "start_bytes": before,
-        "processes_bytes": watch.largest,
-        "sample_seconds": sample_seconds,
-    }
+    figures["sample_seconds"] = (time.process_time() - processor) / READS
+
+    watch.largest, processor = 0, time.process_time()
+    figures["pictures"] = len(images_of([dataset]))
+    figures |= {"pictures_seconds": time.process_time() - processor, "pictures_bytes": max(watch.largest, watch.look())}
+    return figures
 
 
 # ---- All of them
 
 
 def measure(number: int, form: str, place: Path | None) -> dict[str, float]:
-    """Write and read so many samples in a form."""
+    """Write so many samples in a form, and train on them."""
     with tempfile.TemporaryDirectory(dir=place) as temporary:
         runs = itself(__file__)
         made = run_once([*runs, "--write", temporary, "--samples", str(number), "--forms", form])
-        read = run_once([*runs, "--read", temporary, "--forms", form])
-        return {**made.values, "write_peak_bytes": made.peak_bytes, **read.values}
+        trained = run_once([*runs, "--train", temporary, "--forms", form], threads=1)
+        asked = [*flags(Path(temporary), form), "--feature_cache", f"{temporary}/features", "--dry_run"]
+        dry = run_once([sys.executable, "train.py", *asked], threads=1)
+        dry_run = {"dry_run_seconds": dry.cpu_seconds, "dry_run_bytes": dry.peak_bytes}
+        return {**made.values, **trained.values, **dry_run}
 
 
 def main() -> None:
@@ -147,22 +186,24 @@ def main() -> None:
     parse.add_argument("--forms", nargs="+", default=["jsonl", "parquet"], choices=["json", "jsonl", "parquet"])
     parse.add_argument("--folder", type=Path, default=None, help="where the made-up files go; by default, /tmp")
     parse.add_argument("--write", type=Path, help=argparse.SUPPRESS)
-    parse.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    parse.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     given = parse.parse_args()
-    if given.write or given.read:
+    if given.write or given.train:
         done = write_samples(given.write, given.samples[0], given.forms[0]) if given.write else None
-        print(json.dumps(done or read_samples(given.read, given.forms[0])))
+        print(json.dumps(done or train_on(given.train, given.forms[0])))
         return
     found = {}
     for form in given.forms:
         for number in given.samples:
             found[f"{form}, {number:,}"] = measure(number, form, given.folder)
-    heads = ["", "files, GB", "start, MB", "opening, MB", "processes, MB", "B a sample", "opening, µs", "one, µs"]
+    heads = ["", "files, GB", "start, MB", "opening, MB", "processes, MB", "pictures, MB", "dry run, MB"]
+    heads += ["opening, µs", "one, µs", "a picture, µs", "first step, s", "dry run, s"]
+    sizes = [f"{name}_bytes" for name in ("start", "open", "processes", "pictures", "dry_run")]
     rows = []
     for name, one in found.items():
-        more = (one["processes_bytes"] - one["start_bytes"]) / one["samples"]
-        each = [one["file_bytes"] / 1e9, *(one[f"{what}_bytes"] / 1e6 for what in ("start", "open", "processes"))]
-        each += [more, 1e6 * one["open_processor_seconds"] / one["samples"], 1e6 * one["sample_seconds"]]
+        each = [one["file_bytes"] / 1e9, *(one[size] / 1e6 for size in sizes)]
+        each += [1e6 * one["open_processor_seconds"] / one["samples"], 1e6 * one["sample_seconds"]]
+        each += [1e6 * one["pictures_seconds"] / one["samples"], one["first_step_seconds"], one["dry_run_seconds"]]
         rows.append([name, *(f"{value:,.2f}" if value < 10 else f"{value:,.0f}" for value in each)])
     print(text_table(heads, rows))
     panels = {

@@ -64,7 +64,7 @@ class ServerAnswer:
     likeliest: list[dict[int, float]]  # log-probabilities by token, for each position
 
 
-def verify_gguf(sources: Sources, folder: Path) -> list[Comparison] | str:
+def verify_gguf(sources: Sources, folder: Path, by_block: bool = False) -> list[Comparison] | str:
     """Ask llama.cpp and our own model the same questions, with a picture and without one, and compare.
 
     Returns:
@@ -78,7 +78,7 @@ def verify_gguf(sources: Sources, folder: Path) -> list[Comparison] | str:
     tokenizer = load_tokenizer(sources.language_name)
     forbidden = parts_of_characters(tokenizer, sources.language.vocab_size)
     pictures = [sample_picture(sources.tower.image_size), None]
-    expected = our_answers(sources, pictures, forbidden)
+    expected = our_answers(sources, pictures, forbidden, by_block)
     length = max(answer.inputs["input_ids"].shape[1] for answer in expected) + GREEDY["max_new_tokens"]
     compared, image = [], [tokenizer.image_token_id] * sources.tower.num_image_tokens
     text, mmproj = gguf_names(sources)

@@ -1,7 +1,7 @@
 """Ask an export and our own model the same questions, and compare: prompts, pixels, logits, answers.
 
 Both compute in fp32 on the CPU with the weights as they were exported, one model after the other, so that what differs
-is the order of additions and nothing else. That takes 4 bytes a parameter.
+is the order of additions and nothing else. That takes 4 bytes a parameter, or, block by block, those of one block.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..checkpoints.base_models import load_language_model, load_tokenizer
 from ..checkpoints.checkpoint import load_projector
 from ..lora import merge_lora
 from ..projector import build_projector
+from ..scaling.by_block import compute_by_block
 from ..vision_language_model import VisionLanguageModel
 from .sources import Sources
 
@@ -71,13 +72,14 @@ class Comparison:
     largest_logit: float
 
 
-def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
+def verify(sources: Sources, folder: Path, kind: str, by_block: bool = False) -> list[Comparison]:
     """Ask both models, and compare.
 
     Args:
         sources: what was exported.
         folder: the export.
         kind: its format.
+        by_block: bring one block of a language model at a time to fp32; slower.
 
     Returns:
         One entry per question, with a picture and without one.
@@ -86,7 +88,7 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
         ExportMismatchError: if inputs, answers or logits differ.
     """
     tokenizer = load_tokenizer(sources.language_name)
-    ours = _our_model(sources)
+    ours = _our_model(sources, by_block)
     prepare = _our_inputs(ours, tokenizer)
     asked = [None] if kind == "peft" else [sample_picture(sources.tower.image_size), None]
     settings = _settings(tokenizer)
@@ -97,19 +99,19 @@ def verify(sources: Sources, folder: Path, kind: str) -> list[Comparison]:
     if kind == "llava":
         del ours, prepare
         gc.collect()  # only one of them in memory
-        theirs, prepare = _stranger(folder)
+        theirs, prepare = _stranger(folder, by_block)
         expected = [_with_image_token(one, tokenizer.image_token_id, image_token_id) for one in expected]
     elif kind == "merged":
-        theirs = _merged_model(sources, folder, ours.vision_tower)
+        theirs = _merged_model(sources, folder, ours.vision_tower, by_block)
     else:
-        theirs = _peft_model(sources, folder)
+        theirs = _peft_model(sources, folder, by_block)
     found = _ask(theirs, prepare, asked, settings)
     return [_compare(one, other) for one, other in zip(expected, found, strict=True)]
 
 
-def our_answers(sources: Sources, pictures: list[Any], forbidden: list[int]) -> list[Answer]:
+def our_answers(sources: Sources, pictures: list[Any], forbidden: list[int], by_block: bool) -> list[Answer]:
     """Ask our own model about each picture (None asks without one), and let it answer without some tokens."""
-    model, tokenizer = _our_model(sources), load_tokenizer(sources.language_name)
+    model, tokenizer = _our_model(sources, by_block), load_tokenizer(sources.language_name)
     settings = _settings(tokenizer) | {"suppress_tokens": forbidden or None}
     return list(_ask(model, _our_inputs(model, tokenizer), pictures, settings))
 
@@ -132,11 +134,14 @@ def sample_picture(size: int) -> Image.Image:
 # ---- The models
 
 
-def _our_model(sources: Sources) -> VisionLanguageModel:
+def _our_model(sources: Sources, by_block: bool) -> VisionLanguageModel:
     model = VisionLanguageModel.from_pretrained(
         sources.language_name, sources.vision_name, sources.checkpoint.folder, sources.dtype, "cpu"
     )
-    model.merge_lora()
+    if by_block:
+        compute_by_block(model.qwen)
+    else:
+        model.merge_lora()
     model.projector.to(sources.dtype)  # rounded as in the export
     return model.float().eval()
 
@@ -154,9 +159,12 @@ def _our_inputs(model: VisionLanguageModel, tokenizer: Tokenizer) -> Prepare:
     return prepare
 
 
-def _stranger(folder: Path) -> tuple[Any, Prepare]:
+def _stranger(folder: Path, by_block: bool) -> tuple[Any, Prepare]:
     """Load the export with transformers alone."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto" if by_block else torch.float32).eval()
+    if by_block:
+        compute_by_block(model.get_decoder())
+        model.float()
     processor: Any = AutoProcessor.from_pretrained(folder, backend="pil")
 
     def prepare(question: str, image: Image.Image | None) -> dict[str, Tensor]:
@@ -172,9 +180,11 @@ def _stranger(folder: Path) -> tuple[Any, Prepare]:
     return model, prepare
 
 
-def _merged_model(sources: Sources, folder: Path, tower: VisionTower) -> VisionLanguageModel:
+def _merged_model(sources: Sources, folder: Path, tower: VisionTower, by_block: bool) -> VisionLanguageModel:
     """Put a folder of `--format merged` together, as docs/serving.md does."""
     language: Any = load_language_model(str(folder), sources.dtype)
+    if by_block:
+        compute_by_block(language)
     layers, factor = sources.checkpoint.projector_layers, sources.checkpoint.pixel_shuffle
     projector = build_projector(tower.hidden_size * factor**2, language.config.hidden_size, layers)
     load_projector(projector, folder)
@@ -182,12 +192,15 @@ def _merged_model(sources: Sources, folder: Path, tower: VisionTower) -> VisionL
     return VisionLanguageModel(tower, projector, language, str(folder), {}, factor).float().eval()
 
 
-def _peft_model(sources: Sources, folder: Path) -> Any:
+def _peft_model(sources: Sources, folder: Path, by_block: bool) -> Any:
     """Load the base model and, with PEFT alone, the export; without a tower it can be asked about no picture."""
     from peft import PeftModel
 
     base: Any = load_language_model(sources.language_name, sources.dtype)
     model: Any = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=True)
+    if by_block:
+        compute_by_block(base)
+        return base.float().eval()
     return merge_lora(model).float().eval()
 
 

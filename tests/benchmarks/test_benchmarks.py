@@ -223,6 +223,7 @@ def test_millions_at_a_small_scale(tmp_path):
     pytest.importorskip("pyarrow")
     printed, results = run("data.millions", tmp_path, "--samples", 500, "--folder", tmp_path)
     figures = results["figures"]
-    assert [(one["samples"], one["seen"]) for one in figures.values()] == [(500, 500)] * 2
+    assert [(one["samples"], one["seen"], one["pictures"]) for one in figures.values()] == [(500, 20, 500)] * 2
     assert all(one["processes_bytes"] > one["start_bytes"] > 1e8 for one in figures.values())
+    assert all(one["first_step_seconds"] > one["open_seconds"] for one in figures.values())
     assert printed.splitlines()[1].startswith("jsonl, 500")

@@ -202,10 +202,11 @@ def commands(tmp_path_factory, base_flags, mixed_data) -> dict[str, list[str]]:
     }
 
 
-def torchrun(folder: Path, **asked: object):
+def torchrun(folder: Path, processes: int = 2, **asked: object):
     (folder / "asked.json").write_text(json.dumps(asked))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return start("torchrun", "--standalone", "--nproc_per_node=2", SCRIPT, folder / "asked.json", PYTHONPATH=path)
+    number = f"--nproc_per_node={processes}"
+    return start("torchrun", "--standalone", number, SCRIPT, folder / "asked.json", PYTHONPATH=path)
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +284,26 @@ def test_a_process_that_fails_ends_all_and_is_named_last(commands, tmp_path):
     assert time.monotonic() - began < 300
     assert "Input/output error" in done.stderr.rstrip().splitlines()[-1]
     assert trained_weights(tmp_path / "run" / "checkpoint-2")
+
+
+# ---- Four processes
+
+
+@pytest.mark.release
+def test_four_processes_train_as_one_and_two_end_what_they_began(commands, tmp_path):
+    quarter = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--shard_model", "true"]
+    steps = {"lora": 20, "all": 4}
+    runs = [[*commands[name], *quarter, "--output_dir", str(tmp_path / "four" / name)] for name in steps]
+    done = torchrun(tmp_path, processes=4, runs=runs)
+    assert done.returncode == 0, done.stderr
+    for name, step in steps.items():
+        half = f"{name}/checkpoint-{step // 2}"
+        shutil.copytree(tmp_path / "four" / half, tmp_path / "two" / half)
+        assert train.main([*commands[name], "--output_dir", str(tmp_path / "one" / name)]) == 0
+        assert_same(tmp_path / "four" / name, tmp_path / "one" / name, step)
+    resumed = [*HALF, "--resume_from_checkpoint", "auto", "--output_dir"]
+    runs = [[*commands[name], *resumed, str(tmp_path / "two" / name)] for name in steps]
+    done = torchrun(tmp_path, runs=runs)
+    assert done.returncode == 0, done.stderr
+    for name, step in steps.items():
+        assert_same(tmp_path / "two" / name, tmp_path / "one" / name, step)
