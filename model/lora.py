@@ -135,8 +135,8 @@ class _Lean:
     """PEFT's LoRA layer, with forward and backward pass written as the few products they are.
 
     PEFT computes `base(x) + B(A(dropout(x))) * scale`, with two more passes over the output and, under autocast, copies
-    of the input in fp32. Here the product itself adds the update. A layer that is merged or disabled, or in two dtypes
-    without autocast, is left to PEFT, and so are a quantised one's answers; names, weights and files are PEFT's own.
+    of the input in fp32. Here the product itself adds the update. A layer that is merged, disabled, or in two dtypes
+    without autocast, and a quantised one's answers, are left to PEFT; names, weights and files are PEFT's own.
     """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -161,11 +161,7 @@ class LeanLoraLinear(_Lean, LoraLinear):
 
 
 def make_lean(model: nn.Module) -> None:
-    """Turn PEFT's LoRA layers into lean ones, in place.
-
-    Raises:
-        ValueError: if one is over anything but a linear layer.
-    """
+    """Turn PEFT's LoRA layers into lean ones, in place; raise ValueError if one is over anything but a linear layer."""
     for name, module in model.named_modules():
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = LeanLoraLinear
