@@ -71,18 +71,14 @@ def add_lora(language_model: PreTrainedModel, settings: LoraSettings) -> PeftMod
 def merge_lora(language_model: PeftModel) -> Any:
     """Add every LoRA update to its base weight, computed in fp32 and rounded once; return the base model alone."""
     base: Any = language_model.get_base_model()
+    layers = [module for module in base.modules() if isinstance(module, LoraLayer)]
     if getattr(base, "is_quantized", False):
         from .scaling.quantised import dequantise
 
-        dequantise(lora_layers(base), base.get_input_embeddings().weight.dtype)
-    for layer in lora_layers(base):
+        dequantise(layers, base.get_input_embeddings().weight.dtype)
+    for layer in layers:
         merge_layer(layer, base)
     return language_model.unload()
-
-
-def lora_layers(part: nn.Module) -> list[Any]:
-    """Return the LoRA layers in a model, or in a part of one."""
-    return [module for module in part.modules() if isinstance(module, LoraLayer)]
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..lora import lora_layers, merge_layer
+from ..lora import merge_layer
 
 
 class ComputedByBlock(nn.Module):
@@ -50,7 +51,7 @@ def compute_by_block(base: Any) -> None:
 
 def merge_in_place(part: nn.Module, base: nn.Module) -> None:
     """Merge the LoRA layers in a part of the language model `base`, and put plain linear layers in their places."""
-    names = {module: name for name, module in part.named_modules()}
-    for layer in lora_layers(part):
-        merge_layer(layer, base)
-        part.set_submodule(names[layer], layer.get_base_layer())
+    for name, layer in list(part.named_modules()):
+        if isinstance(layer, LoraLayer):
+            merge_layer(layer, base)
+            part.set_submodule(name, layer.get_base_layer())
