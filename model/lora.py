@@ -185,14 +185,15 @@ class _LoraProduct(torch.autograd.Function):
             out = nn.functional.linear(x, W.to(dtype), bias)  # (..., N)
             inner = dropped.flatten(0, -2) @ A.to(dtype).t()  # (rows, R)
             out.view(-1, out.shape[-1]).addmm_(inner, B.to(dtype).t(), alpha=scale)
-        ctx.scale, ctx.shape, ctx.same, ctx.W = scale, x.shape, dropped is x, W
-        ctx.save_for_backward(dropped, inner, A, B)
+        ctx.scale, ctx.shape, ctx.same = scale, x.shape, dropped is x
+        ctx.quantised = None if isinstance(W, Tensor) else W
+        ctx.save_for_backward(dropped, inner, W if isinstance(W, Tensor) else None, A, B)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, inner, A, B = ctx.saved_tensors
+        dropped, inner, W, A, B = ctx.saved_tensors
         dtype = dropped.dtype
         with torch.autocast(grad_out.device.type, enabled=False):
             grad_out = grad_out.to(dtype).flatten(0, -2)  # (rows, N)
@@ -201,7 +202,7 @@ class _LoraProduct(torch.autograd.Function):
             grad_A = (grad_inner.t() @ dropped.flatten(0, -2)).to(A.dtype)  # (R, K)
             grad_x = grad_dropped = None
             if ctx.needs_input_grad[0]:  # not in the first layer of a batch without images: nothing below is trained
-                grad_x = grad_out @ ctx.W.to(dtype)  # (rows, K)
+                grad_x = grad_out @ (ctx.quantised if W is None else W).to(dtype)  # (rows, K)
                 if ctx.same:
                     grad_x.addmm_(grad_inner, A.to(dtype))
                 else:
