@@ -97,6 +97,11 @@ def in_table(value: object) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def test_no_document_holds_the_marks_of_a_merge():
+    marked = re.compile(r"^(<{7}|={7}|>{7})( |$)", re.M)
+    assert [name for name in DOCUMENTS if marked.search((ROOT / name).read_text(encoding="utf-8"))] == []
+
+
 @pytest.mark.parametrize(("english", "chinese"), PAIRS)
 def test_both_languages_have_the_same_structure_commands_and_code(english: str, chinese: str) -> None:
     assert re.findall(r"^(#+) ", prose(english), re.M) == re.findall(r"^(#+) ", prose(chinese), re.M)
