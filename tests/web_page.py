@@ -71,6 +71,7 @@ class Visitor:
     def __init__(self, context: BrowserContext, url: str) -> None:
         self.context, self.url = context, url
         self.requests: list[str] = []
+        self._answers = 0
         self.errors: list[str] = []
         context.on("request", lambda request: self.requests.append(request.url))
         context.on("weberror", lambda error: self.errors.append(str(error.error)))
@@ -120,10 +121,12 @@ class Visitor:
             self.attach(*pictures)
         self.question.fill(text)
         expect(self.send).to_be_enabled()
+        self._answers = self.answers.count() + 1
         self.send.click()
 
     def hear(self, answer: str | re.Pattern[str]) -> None:
-        """Wait for the last answer to be complete and this one."""
+        """Wait for the answer to what was asked last to be complete and this one."""
+        expect(self.answers).to_have_count(self._answers)  # the one before may match too
         expect(self.answers.last).to_have_text(answer)
         expect(self.stop).to_be_hidden()
 
