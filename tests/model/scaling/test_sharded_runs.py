@@ -332,7 +332,7 @@ def test_a_process_that_fails_ends_all_and_is_named_last(commands, tmp_path):
 @pytest.mark.release
 def test_four_processes_train_as_one_and_two_end_what_they_began(commands, tmp_path):
     quarter = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--shard_model", "true"]
-    steps = {"lora": 20, "all": 4}
+    steps = {"lora": 20, "all": 4, "4bit": 4}
     runs = [[*commands[name], *quarter, "--output_dir", str(tmp_path / "four" / name)] for name in steps]
     done = torchrun(tmp_path, processes=4, runs=runs)
     assert done.returncode == 0, done.stderr
