@@ -159,7 +159,7 @@ class LeanLoraLinear(_Lean, LoraLinear):
 def make_lean(model: nn.Module) -> None:
     """Turn PEFT's LoRA layers into lean ones, in place; raise ValueError if one is over anything but a linear layer."""
     for name, module in model.named_modules():
-        if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
+        if type(module) is LoraLinear and type(module.get_base_layer()).__name__ in _LINEAR:
             module.__class__ = LeanLoraLinear
         elif isinstance(module, LoraLayer) and type(module).__name__ in _LINEAR[1:]:
             module.__class__ = type(f"Lean{type(module).__name__}", (_Lean, type(module)), {})

@@ -1,9 +1,9 @@
 """Processes of tests/model/scaling/test_sharded_runs.py: `torchrun --nproc_per_node=2 … several_runs.py FILE`.
 
-FILE is a JSON object: `runs` are command lines of train.py, one after another; `measure` names two base models, whose
-loading is measured: each process writes `loading-RANK.json` next to FILE; `count` is a run whose messages are
-counted, in `sent-RANK.json`. `break` is a rank whose fifth batch fails,
-`full` one whose disk is full at every checkpoint.
+FILE is a JSON object: `runs` are command lines of train.py, one after another; `count` are runs whose messages are
+counted, in `sent-RANK.json` next to FILE; `break` is a rank whose fifth batch fails, `full` one whose disk is full at
+every checkpoint of `full run`. `measure` names two base models, whose loading is measured, whole and in 4 bits, after
+that of `small` ones, and noted in `loading-RANK.json`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ def memory() -> dict[str, int]:
     return {name: int(values[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssAnon")}
 
 
-def measure(bases: list[str]) -> dict[str, int]:
+def measure(bases: list[str], quantisation: str | None) -> dict[str, int]:
     """Load a model in shares; return what the process holds more, and held more at the most."""
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = memory()
-    model = VisionLanguageModel.from_pretrained(*bases, device="cpu", trainable=True, hollow=True)
+    how = {"device": "cpu", "trainable": True, "hollow": True, "quantisation": quantisation}
+    model = VisionLanguageModel.from_pretrained(*bases, **how)
     model.add_lora(LoraSettings(rank=4))
     shard(model, torch.device("cpu"))
     after = memory()
     return {"kept": after["RssAnon"] - before["RssAnon"], "most": after["VmHWM"] - before["VmRSS"]}
 
 
-def count_sent(words: list[str]) -> int:
-    """Train one step of a split model; return the bytes that FSDP gathered and reduced, over all processes."""
+def count_sent(runs: list[list[str]]) -> list[int]:
+    """Train one step of split models; return the bytes that FSDP gathered and reduced of each, over all processes."""
     sent: list[int] = []
 
     def counting(name: str) -> None:
@@ -57,10 +58,13 @@ def count_sent(words: list[str]) -> int:
 
     counting("all_gather_single")
     counting("reduce_scatter_single")
-    trainer = build_trainer(words)
-    sent.clear()
-    trainer.train()
-    return sum(sent)
+    found = []
+    for words in runs:
+        trainer = build_trainer(words)
+        sent.clear()
+        trainer.train()
+        found.append(sum(sent))
+    return found
 
 
 def break_at_fifth_batch(rank: int) -> None:
@@ -100,6 +104,7 @@ if __name__ == "__main__":
     if "measure" in asked:
         if not dist.is_initialized():
             dist.init_process_group("gloo")
-        found = json.dumps(measure(asked["measure"]))
-        (Path(sys.argv[1]).parent / f"loading-{own_rank}.json").write_text(found)
+        measure(asked["small"], "4bit")  # what is imported and allocated once
+        found = {str(kind): measure(asked["measure"], kind) for kind in (None, "4bit")}
+        (Path(sys.argv[1]).parent / f"loading-{own_rank}.json").write_text(json.dumps(found))
     sys.exit(max(statuses, default=0))

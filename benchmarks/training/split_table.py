@@ -43,7 +43,10 @@ def shapes() -> dict[str, ModelShape]:
     lora = LoraSettings(rank=128)
     found = {name: model_shape(one, tower, lora) for name, one in configs.items()}
     all_layers = LoraSettings(rank=128, target_modules=None)
-    return {**found, "72B, Qwen2's shape": model_shape(QWEN2_72B, tower, all_layers)}
+    large = "72B, Qwen2's shape"
+    found[large] = model_shape(QWEN2_72B, tower, all_layers)
+    found[f"{large}, 4 bits"] = model_shape(QWEN2_72B, tower, all_layers, quantisation="4bit")
+    return found
 
 
 def markdown() -> str:

@@ -78,7 +78,7 @@ def load_language_model(
         if hollow:
             from ..scaling.hollow import hollow_language_model
 
-            return hollow_language_model(name_or_path, config, dtype)
+            return hollow_language_model(name_or_path, config, dtype, quantisation)
         if not isinstance(config, QWenConfig):
             return load_causal_lm(name_or_path, dtype, load)
         model_class = MultimodalQWenLMHeadModel

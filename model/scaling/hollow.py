@@ -18,8 +18,16 @@ from qwen import MultimodalQWenLMHeadModel, QWenConfig
 from ..language_models.causal_lm import multimodal_class
 
 
-def hollow_language_model(name_or_path: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+def hollow_language_model(
+    name_or_path: str, config: PreTrainedConfig, dtype: torch.dtype, quantisation: str | None = None
+) -> Any:
     """Build a language model whose weights have shapes but no memory; what is computed (rotary frequencies) is real.
+
+    Args:
+        name_or_path: hub name or folder.
+        config: its configuration.
+        dtype: of the weights, or that quantised ones are computed in.
+        quantisation: 4bit or None.
 
     Raises:
         ValueError: if its weights are stored in another form than that of its parameters.
@@ -46,6 +54,10 @@ def hollow_language_model(name_or_path: str, config: PreTrainedConfig, dtype: to
         for name, parameter in list(module.named_parameters(recurse=False)):
             hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
             setattr(module, name, nn.Parameter(hollow))
+    if quantisation is not None:
+        from .quantised import make_hollow_4bit
+
+        make_hollow_4bit(model, dtype)
     model.tie_weights()
     return model.eval()
 

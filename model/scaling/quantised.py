@@ -60,10 +60,10 @@ def check_training_flags(model_args: Any, args: Any) -> None:
     """
     if model_args.load_in_4bit and model_args.load_in_8bit:
         raise ValueError("--load_in_4bit and --load_in_8bit: weights take one of both; leave one out")
-    if args.shard_model:
+    if args.shard_model and model_args.load_in_8bit:
         raise ValueError(
-            f"--shard_model and --load_in_{model_args.quantisation}: quantised weights are not split over processes; "
-            "leave one of them out"
+            "--shard_model and --load_in_8bit: bitsandbytes' layers of 8 bits can't run with weights that are put "
+            "together from shares; give --load_in_4bit, or leave one of them out"
         )
     if model_args.train_only == "all":
         raise ValueError(
@@ -91,9 +91,7 @@ def quantised_loader(kind: str, device: torch.device | None) -> Callable[[Any], 
 
 
 def _load(model_class: Any, kind: str, device: torch.device, name: str, dtype: torch.dtype, **options: Any) -> Any:
-    in_4_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    how = BitsAndBytesConfig(**{f"load_in_{kind}": True}, **(in_4_bits if kind == "4bit" else {}))
-    options |= {"dtype": dtype, "quantization_config": how, "device_map": {"": device}}
+    options |= {"dtype": dtype, "quantization_config": _how(kind, dtype), "device_map": {"": device}}
     loaded = model_class.from_pretrained(name, **options)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     layers = linear_layers(model)
@@ -109,6 +107,11 @@ def _load(model_class: Any, kind: str, device: torch.device, name: str, dtype: t
     number, size = quantised_size(kind, layers.values())
     logger.info("language model: %s weights in %s, %.2f GB; the others whole", f"{number:,}", kind, size / 1e9)
     return loaded
+
+
+def _how(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    in_4_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(**{f"load_in_{kind}": True}, **(in_4_bits if kind == "4bit" else {}))
 
 
 def linear_layers(language_model: Any) -> dict[str, Any]:
@@ -156,6 +159,43 @@ def quantised_size(kind: str, layers: Iterable[Any]) -> tuple[int, int]:
     return number, size
 
 
+# ---- 4 bits split over processes, by `sharding.py`
+
+
+def make_hollow_4bit(language_model: Any, dtype: torch.dtype) -> None:
+    """Replace the layers of a hollow language model by hollow ones of 4 bits, in place; `pack` fills them.
+
+    Raises:
+        ValueError: as `check_blocks`.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    layers = linear_layers(language_model)
+    check_blocks("4bit", layers)
+    for name, layer in layers.items():
+        with torch.device("meta"):
+            packed = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype)
+        hollow = torch.zeros((), dtype=torch.uint8).expand(math.ceil(layer.weight.numel() / 2), 1)
+        packed.weight, packed.bias = nn.Parameter(hollow, requires_grad=False), layer.bias
+        packed.support_avx512bf16_for_cpu = False  # as in `_load`
+        language_model.set_submodule(name, packed)
+    language_model.config.quantization_config = _how("4bit", dtype)
+
+
+def is_4bit(layer: nn.Module) -> bool:
+    """Return whether a layer takes 4 bits a weight."""
+    return type(layer).__name__ == "Linear4bit"
+
+
+def pack(layer: Any, weight: Tensor, device: torch.device) -> Tensor:
+    """Return a layer's weight (N, K) in 4 bits, two in a byte: (N · K / 2, 1); the layer keeps its scales, whole."""
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = weight.to(device, layer.compute_dtype)
+    packed, layer.quant_state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    return packed
+
+
 # ---- LoRA over quantised layers
 
 
@@ -174,8 +214,11 @@ class Dequantised:
     def to(self, dtype: torch.dtype) -> Tensor:
         """Return W' (N, K)."""
         weight = self.layer.weight
-        if hasattr(weight, "quant_state"):
-            return dequantize_bnb_weight(weight).to(dtype)
+        if is_4bit(self.layer):
+            from bitsandbytes.functional import dequantize_4bit
+
+            # The scales are the layer's: a weight that was put together from shares has none.
+            return dequantize_4bit(weight.data, self.layer.quant_state).to(dtype)
         scales = self.layer.state.SCB if weight.SCB is None else weight.SCB  # moved at the first product of its own
         return weight.data.to(dtype).mul_(scales.unsqueeze(1) / 127)
 

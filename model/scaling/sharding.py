@@ -5,7 +5,7 @@ let go afterwards; embedding, last norm and language head are gathered together,
 pass. Tower and projector stay whole on every process.
 
 Nothing is ever loaded whole: the model is built hollow, as shapes without memory, gets its LoRA layers, is split, and
-each process then reads its own rows from the mapped files.
+each process then reads its own rows from the mapped files; what will take 4 bits, layer by layer, whole.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qwen import QWenConfig
 
 from ..checkpoints.base_models import each_weight
 from ..language_models.causal_lm import check_suitable
+from .quantised import is_4bit, pack
 
 _OPTIMIZERS = "adamw_torch_fused", "adamw_torch", "sgd"
 """Those whose state is either a number or of its parameter's shape."""
@@ -87,13 +88,20 @@ def fill(root: nn.Module, name_or_path: str) -> None:
         for name, parameter in root.named_parameters()
         if "lora_" not in name
     }
+    modules = root.named_modules()
+    in_4_bits = {f"{name.replace('.base_layer', '')}.weight": layer for name, layer in modules if is_4bit(layer)}
     problems = []
     for name, value in each_weight(name_or_path):  # mapped: only the rows that are copied are read
-        parameter = wanted.pop(name, None)
-        if parameter is not None and parameter.shape != value.shape:
-            problems.append(f"{name}: {tuple(value.shape)}, expected {tuple(parameter.shape)}")
-        elif parameter is not None:
-            parameter.detach().to_local().copy_(own_rows(value, parameter))
+        parameter, layer = wanted.pop(name, None), in_4_bits.get(name)
+        if parameter is None:
+            continue
+        shape = parameter.shape if layer is None else (layer.out_features, layer.in_features)
+        if value.shape != shape:
+            problems.append(f"{name}: {tuple(value.shape)}, expected {tuple(shape)}")
+            continue
+        if layer is not None:  # its scales take the whole weight
+            value = pack(layer, value, parameter.device)
+        parameter.detach().to_local().copy_(own_rows(value, parameter))
     problems += [f"{name}: missing" for name in sorted(wanted)]
     if problems:
         raise ValueError(

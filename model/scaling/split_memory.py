@@ -2,8 +2,8 @@
 
 Computed from shapes, as `model/dry_run/memory_estimate.py` does; its legend holds here, with P processes.
 
-    kept by each          1 / P of what lasts: the language model's weights, LoRA, moments and gradients; tower and
-                          projector, with its moments and gradients, whole
+    kept by each          1 / P of what lasts: the language model's weights, LoRA, moments and gradients; tower,
+                          projector with its moments and gradients, and the scales of 4-bit weights, whole
     gathered for a step   embedding, last norm and language head; of two blocks, the one that runs and the next, the
                           weights and LoRA; the gradients of one block; of a trained model, those of head and embedding
 
@@ -45,13 +45,16 @@ def estimate_split(shape: ModelShape, setting: Setting, batch: BatchShape) -> Sp
     """Estimate what one of `setting.processes` takes; the module's docstring says what is counted."""
     s, processes = setting.dtype_bytes, setting.processes
     weight = FP32 if shape.trains_language else s  # bytes of each of the language model's numbers
-    language, outside = weight * shape.language_parameters, weight * shape.outside_blocks
+    packed = shape.quantised_parameters // 2  # in 4 bits
+    scales = shape.quantised_bytes - packed if packed else 0
+    language = weight * (shape.language_parameters - shape.quantised_parameters) + packed
+    outside = weight * shape.outside_blocks
     trained = FP32 * (shape.language_parameters if shape.trains_language else shape.lora_parameters)
     projector, tower = FP32 * shape.projector_parameters, s * shape.tower_parameters
     lora = 0 if shape.trains_language else trained
 
     share = -(-(language + lora + 2 * trained) // processes)
-    kept = share + tower + 3 * projector
+    kept = share + scales + tower + 3 * projector
     block = (language - outside + lora) // shape.layers
     block_gradients = trained // shape.layers
     gathered = outside + 2 * block if processes > 1 else 0
@@ -72,7 +75,8 @@ def estimate_split(shape: ModelShape, setting: Setting, batch: BatchShape) -> Sp
     )
     other = CUDA_CONTEXT if setting.device == "cuda" else HOST_PROCESS
     sent = (outside + 2 * (language - outside + lora) + trained + 2 * projector) * (processes - 1) // processes
-    read = s * (shape.tower_parameters + -(-shape.language_parameters // processes))
+    whole = shape.language_parameters - shape.quantised_parameters
+    read = s * (shape.tower_parameters + shape.quantised_parameters + -(-whole // processes))
     return SplitEstimate(kept, gathered, kept + gathered + moment + other, sent, read)
 
 

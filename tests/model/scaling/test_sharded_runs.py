@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from tiny_qwen import tiny_model
-from tiny_run import ROOT, losses, one_line_error, start, trained_weights
+from tiny_run import ROOT, losses, make_language_model, one_line_error, start, trained_weights
 from tiny_towers import make_clip_checkpoint
 
 import train
@@ -52,6 +52,8 @@ ALL_SORTS = [
     *("--eval_strategy", "steps", "--eval_steps", "10", "--train_sampling_strategy", "group_by_length", *LORA),
 ]
 SHORT = ["--max_steps", "4", "--save_steps", "2"]
+CHECKED = ["--gradient_checkpointing", "true", "--eval_strategy", "steps", "--eval_steps", "2"]
+COUNTED = ("full", "4bit")
 HALF = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--shard_model", "true"]
 """What makes of `QUICK`'s steps those of two processes; in some of them one sees no image."""
 
@@ -186,18 +188,41 @@ def test_the_table_of_the_documents_is_printed():
     assert table in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
+def test_a_single_process_trains_in_4_bits_as_without(commands, tmp_path, alone):
+    """What begins with the flag ends without it, and the other way round."""
+    pytest.importorskip("bitsandbytes")
+    for name in ("4bit", "4bit projector"):
+        paths = [tmp_path / name / flag for flag in ("false", "true")]
+        for folder in paths:
+            flags = ["--shard_model", folder.name, "--output_dir", str(folder)]
+            assert train.main([*commands[name], *flags]) == 0
+        assert_same(*paths, 4)
+        for folder, other in (paths, paths[::-1]):
+            shutil.rmtree(folder / "checkpoint-4")
+            flags = ["--shard_model", other.name, "--resume_from_checkpoint", "auto", "--output_dir", str(folder)]
+            assert train.main([*commands[name], *flags]) == 0
+        assert_same(*paths, 4)
+
+
 # ---- Two processes
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory, base_flags, mixed_data) -> dict[str, list[str]]:
+def commands(tmp_path_factory, base_flags, mixed_data, qwen_tiktoken) -> dict[str, list[str]]:
     """Runs, less their output folders."""
     family = make_family(tmp_path_factory.mktemp("family") / "qwen3", "qwen3", tie_word_embeddings=True)
     other = ["--base_language_model", family, *base_flags[2:]]
+    wide = tmp_path_factory.mktemp("wide")
+    wide_family = make_family(wide / "qwen2", "qwen2", hidden_size=64, intermediate_size=128, head_dim=16)
+    sizes = {"hidden_size": 64, "kv_channels": 32, "intermediate_size": 256}
+    wide_qwen = make_language_model(wide / "qwen", qwen_tiktoken, **sizes)
+    in_4_bits = [*base_flags[2:], *QUICK, *SHORT, "--load_in_4bit", "true", "--base_language_model"]
     return {
         "lora": [*base_flags, *with_eval(mixed_data), *QUICK, *ALL_SORTS],
         "all": [*base_flags, *mixed_data, *QUICK, *SHORT, "--train_only", "all"],
         "family": [*other, *mixed_data, *QUICK, *SHORT, *LORA],
+        "4bit": [*in_4_bits, wide_qwen, *with_eval(mixed_data), *LORA, *CHECKED],
+        "4bit projector": [*in_4_bits, wide_family, *mixed_data, "--train_only", "projector"],
         "full": [*base_flags, *mixed_data, *QUICK, *SHORT, *LORA],
     }
 
@@ -206,27 +231,28 @@ def torchrun(folder: Path, processes: int = 2, **asked: object):
     (folder / "asked.json").write_text(json.dumps(asked))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     number = f"--nproc_per_node={processes}"
-    return start("torchrun", "--standalone", number, SCRIPT, folder / "asked.json", PYTHONPATH=path)
+    # Freed memory goes back to the system at once.
+    settings = {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "100000"}
+    return start("torchrun", "--standalone", number, SCRIPT, folder / "asked.json", **settings)
 
 
 @pytest.fixture(scope="module")
 def two(commands, tmp_path_factory) -> Path:
-    """The folder in which two processes ran all of them, and loaded a model of 120 MB in files of at most 15 MB."""
+    """The folder in which two processes ran all of them."""
     out = tmp_path_factory.mktemp("two")
-    sizes = {"hidden_size": 512, "num_attention_heads": 8, "kv_channels": 64, "intermediate_size": 2816}
-    model = tiny_model(vocab_size=4000, num_hidden_layers=8, **sizes)
-    model.save_pretrained(str(out / "qwen"), max_shard_size="15MB")
-    measured = [str(out / "qwen"), make_clip_checkpoint(out / "clip")]
     runs = [[*words, *HALF, "--output_dir", str(out / name)] for name, words in commands.items()]
-    counted = [*runs[-1], "--max_steps", "1", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
-    counted += ["--overwrite_output_dir", "true"]
-    done = torchrun(out, runs=runs[:-1], count=counted, full=0, measure=measured, **{"full run": runs[-1]})
+    one_step = ["--max_steps", "1", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
+    one_step += ["--eval_strategy", "no", "--overwrite_output_dir", "true", "--output_dir", str(out / "counted")]
+    counted = [[*commands[name], *HALF, *one_step] for name in COUNTED]
+    done = torchrun(out, runs=runs[:-1], count=counted, full=0, **{"full run": runs[-1]})
     assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "step"), [("lora", 20), ("all", 4), ("family", 4)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("lora", 20), ("all", 4), ("family", 4), ("4bit", 4), ("4bit projector", 4)]
+)
 def test_two_processes_train_as_one(two, commands, name, step, tmp_path):
     assert train.main([*commands[name], "--output_dir", str(tmp_path)]) == 0
     assert_same(two / name, tmp_path, step)
@@ -237,7 +263,7 @@ def test_two_processes_train_as_one(two, commands, name, step, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "step"), [("lora", 20), ("all", 4)])
+@pytest.mark.parametrize(("name", "step"), [("lora", 20), ("all", 4), ("4bit", 4)])
 def test_what_two_began_one_ends(two, commands, name, step, tmp_path, alone):
     """With the flag and without it: the files are the same, so two can read what one wrote as well."""
     flags = ["--resume_from_checkpoint", "auto", "--output_dir"]
@@ -256,23 +282,37 @@ def test_a_full_disk_of_the_process_that_writes_stops_none(two):
 
 
 @pytest.mark.slow
-def test_loading_holds_a_share_and_one_file(two):
-    """LoRA, tower and what Python allocates for the first time take some megabytes more."""
-    size = sum(path.stat().st_size for path in (two / "qwen").glob("*.safetensors"))
+def test_loading_holds_a_share_and_one_file(commands, tmp_path):
+    """Of 4 bits one layer too. LoRA, tower and what Python allocates for the first time take some megabytes more."""
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "kv_channels": 64, "intermediate_size": 2816}
+    model = tiny_model(vocab_size=4000, num_hidden_layers=8, **sizes)
+    model.save_pretrained(str(tmp_path / "qwen"), max_shard_size="15MB")
+    size = sum(path.stat().st_size for path in (tmp_path / "qwen").glob("*.safetensors"))
     assert size > 110e6
+    words, tower = commands["4bit"], make_clip_checkpoint(tmp_path / "clip")
+    small = words[words.index("--base_language_model") + 1]
+    done = torchrun(tmp_path, runs=[], small=[small, tower], measure=[str(tmp_path / "qwen"), tower])
+    assert done.returncode == 0, done.stderr
+    ends = sum(weight.nbytes for weight in model.parameters() if len(weight) == 4000)  # embedding and head stay whole
+    in_4_bits = ends + (size - ends) * 4.13 / 32
     for rank in range(2):
-        found = json.loads((two / f"loading-{rank}.json").read_text())
-        assert found["kept"] < size / 2 + 15e6
-        assert found["most"] < size / 2 + 15e6 + 15e6
+        found = json.loads((tmp_path / f"loading-{rank}.json").read_text())
+        for kind, whole, layer in (("None", size, 0), ("4bit", in_4_bits, 512 * 1408 * 4)):
+            assert whole / 2 - 5e6 < found[kind]["kept"] < whole / 2 + 15e6
+            assert found[kind]["most"] < whole / 2 + 15e6 + 15e6 + layer
 
 
 @pytest.mark.slow
 def test_what_a_step_sends_is_what_was_computed(two, commands):
     """Everything that is gathered or reduced; each of P processes sends (P - 1) / P of that."""
-    shape, _ = planned_model(parse_arguments([*commands["full"], "--output_dir", str(two / "other")])[0])
-    expected = 2 * estimate_split(shape, Setting(dtype_bytes=4, processes=2), BatchShape(4, 64, 8, 4)).sent
-    for rank in range(2):  # the projector's gradients are summed by all, each of which sends them twice
-        assert int((two / f"sent-{rank}.json").read_text()) == expected - 2 * 4 * shape.projector_parameters
+    setting, expected = Setting(dtype_bytes=4, processes=2), []
+    for name in COUNTED:
+        shape, _ = planned_model(parse_arguments([*commands[name], "--output_dir", str(two / "other")])[0])
+        sent = 2 * estimate_split(shape, setting, BatchShape(4, 64, 8, 4)).sent
+        # The projector's gradients are summed by all, each of which sends them twice.
+        expected.append(sent - 2 * 4 * shape.projector_parameters)
+    for rank in range(2):
+        assert json.loads((two / f"sent-{rank}.json").read_text()) == expected
 
 
 @pytest.mark.slow
@@ -292,7 +332,7 @@ def test_a_process_that_fails_ends_all_and_is_named_last(commands, tmp_path):
 @pytest.mark.release
 def test_four_processes_train_as_one_and_two_end_what_they_began(commands, tmp_path):
     quarter = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--shard_model", "true"]
-    steps = {"lora": 20, "all": 4}
+    steps = {"lora": 20, "all": 4, "4bit": 4}
     runs = [[*commands[name], *quarter, "--output_dir", str(tmp_path / "four" / name)] for name in steps]
     done = torchrun(tmp_path, processes=4, runs=runs)
     assert done.returncode == 0, done.stderr
