@@ -5,7 +5,6 @@ All processes of a run stop at the same step, so what they tell each other comes
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -64,7 +63,7 @@ def parameter_counts(model: Any) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         for part in ("lora" if "lora_" in name else name.split(".", 1)[0], "all"):
             total, trainable = counts[part]
-            number = math.prod(getattr(parameter, "quant_state", parameter).shape)  # two 4-bit weights are a byte
+            number = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # two 4-bit weights are a byte
             counts[part] = (total + number, trainable + number * parameter.requires_grad)
     return counts
 

@@ -197,6 +197,10 @@ def test_a_single_process_trains_in_4_bits_as_without(commands, tmp_path, alone)
             flags = ["--shard_model", folder.name, "--output_dir", str(folder)]
             assert train.main([*commands[name], *flags]) == 0
         assert_same(*paths, 4)
+        cards = [(folder / "MODEL_CARD.md").read_text().splitlines() for folder in paths]
+        counts = [[line for line in card if line.startswith(("| language_model", "| all"))] for card in cards]
+        assert counts[0] == counts[1]
+        assert len(counts[0]) == 2
         for folder, other in (paths, paths[::-1]):
             shutil.rmtree(folder / "checkpoint-4")
             flags = ["--shard_model", other.name, "--resume_from_checkpoint", "auto", "--output_dir", str(folder)]
