@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +27,8 @@ expect = playwright.expect
 PATIENCE = 240.0
 """Seconds until something that must happen is taken not to; nothing waits so long unless it is broken."""
 expect.set_options(timeout=PATIENCE * 1000)
+READY = "#conversation .example"
+"""It is there once the server has noted the visitor; before, a click may come too early, and an answer be wiped out."""
 
 
 class Server:
@@ -41,7 +46,9 @@ class Server:
             )
         try:
             wait_for(lambda: self.process.poll() is not None or "ready: " in self.log, "web_demo.py to be ready")
-            self.url = re.search(r"ready: (http://\S+)", self.log)[1]
+            ready = re.search(r"ready: (http://\S+)", self.log)
+            assert ready, self.log
+            self.url = ready[1]
         except BaseException:
             self.process.kill()
             raise
@@ -52,7 +59,8 @@ class Server:
 
     def files(self) -> list[Path]:
         """Whatever it has written and not deleted."""
-        return [path for path in self.folder.rglob("*") if path.is_file() or path.is_symlink()]
+        walk = os.walk(self.folder)  # `rglob` fails if a folder goes away meanwhile
+        return [Path(folder, name) for folder, _, names in walk for name in names]
 
     def stop(self) -> None:
         """Send SIGTERM, upon which it ends quietly."""
@@ -65,6 +73,38 @@ class Server:
         assert "Traceback" not in self.log, self.log
 
 
+class Wire:
+    """A way to a server; when it is cut, every connection that goes through it ends."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = urlsplit(server.url)
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/"
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._connect, daemon=True).start()
+
+    def cut(self) -> None:
+        """End what is open; new connections can be made."""
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _connect(self) -> None:
+        while True:
+            near, _ = self._listening.accept()
+            far = socket.create_connection((self._server.hostname, self._server.port))
+            self._ends += near, far
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _carry(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
 class Visitor:
     """A page of the demo in a browser profile of its own."""
 
@@ -73,11 +113,12 @@ class Visitor:
         self.requests: list[str] = []
         self._answers = 0
         self.errors: list[str] = []
+        context.set_default_timeout(PATIENCE * 1000)
         context.on("request", lambda request: self.requests.append(request.url))
         context.on("weberror", lambda error: self.errors.append(str(error.error)))
         self.page: Page = context.new_page()
         self.page.goto(url)
-        expect(self.part("#question textarea, input[type=password]").first).to_be_visible()
+        expect(self.part(f"{READY}, input[type=password]").first).to_be_visible()
 
     def part(self, selector: str) -> Locator:
         return self.page.locator(selector)
@@ -132,13 +173,18 @@ class Visitor:
 
     def hush(self) -> None:
         """Stop the answer, unless it has ended by itself."""
-        with contextlib.suppress(playwright.TimeoutError):
-            self.stop.click(timeout=2000)
+        self.stop.evaluate_all("buttons => buttons.forEach(button => button.click())")
+        expect(self.stop).to_be_hidden()
 
     def begin_again(self) -> None:
         """Start a new conversation, and wait until it has begun: a question sent before it might be refused as busy."""
         self.part("#clear").click()
         expect(self.questions).to_have_count(0)
+
+    def reload(self) -> None:
+        """Load the page anew, as a new visitor, and wait until it is ready."""
+        self.page.reload()
+        expect(self.part(READY).first).to_be_visible()
 
     def hear_growing(self) -> int:
         """Wait for an answer that grows; return its length in characters."""

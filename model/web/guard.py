@@ -96,8 +96,8 @@ class Guard:
             return 404, "not found"
         if method != "POST":
             return None
-        try:
-            length = int(headers.get(b"content-length", b""))
+        try:  # a chunked request is read to its end, whatever length it names
+            length = int(b"" if b"transfer-encoding" in headers else headers.get(b"content-length", b""))
         except ValueError:
             return 411, "a request needs its length"
         if path.rstrip("/") == f"{API}/upload":
@@ -141,10 +141,21 @@ class Guard:
         def adopt(body: bytes) -> bytes:
             return json.dumps([self._uploads.adopt(path, browser) for path in json.loads(body)]).encode()
 
+        has_left = False
+
+        async def listen() -> Any:
+            nonlocal has_left
+            message = await receive()
+            has_left |= message["type"] == "http.disconnect"
+            return message
+
         length = int(dict(scope["headers"])[b"content-length"])
         self._uploading.append(length)
         try:
-            await self._change(scope, receive, send, adopt)
+            await self._change(scope, listen, send, adopt)
+        except Exception:
+            if not has_left:  # otherwise there is nobody to tell, and nothing to look into
+                raise
         finally:
             self._uploading.remove(length)
             if not self._uploading:

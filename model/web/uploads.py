@@ -111,18 +111,22 @@ class UploadFolder:
 
     def sweep(self, older_than: float = UNSENT_SECONDS) -> None:
         """Delete files that have been there for longer than so many seconds."""
-        for file in list(self.path.rglob("*")):
+        for file in self._files():
             with contextlib.suppress(OSError):
-                if file.is_file() and time.time() - file.stat().st_mtime > older_than:
+                if time.time() - file.stat().st_mtime > older_than:
                     self.delete(file)
 
     def has_room(self, size: int) -> bool:
         """Return whether an upload of so many bytes may come in."""
         total = 0
-        for file in self.path.rglob("*"):
+        for file in self._files():
             with contextlib.suppress(OSError):
-                total += file.stat().st_size if file.is_file() else 0
+                total += file.stat().st_size
         return total + size <= MOST_BYTES and size < shutil.disk_usage(self.path).free
+
+    def _files(self) -> list[Path]:
+        """Return all files; another thread may delete some meanwhile, which is an error to `Path.rglob`."""
+        return [Path(folder, name) for folder, _, names in os.walk(self.path) for name in names]
 
 
 def _delete_leftovers() -> None:

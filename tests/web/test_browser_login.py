@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from web_page import Server, expect
+from web_page import READY, Server, expect
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.web]
 
@@ -30,9 +30,12 @@ def test_the_password_is_asked_for_and_questions_are_counted(server, visit):
     visitor = visit(server)
     expect(visitor.part("input[type=password]")).to_be_visible()
     expect(visitor.question).to_have_count(0)
-    log_in(visitor, "open barley")
+    with visitor.page.expect_response("**/login*") as answer:
+        log_in(visitor, "open barley")
+    assert answer.value.status == 400
     expect(visitor.question).to_have_count(0)
     log_in(visitor, "open sesame")
+    expect(visitor.part(READY).first).to_be_visible()
     for _ in range(2):
         visitor.ask("Hello")
         visitor.hear(re.compile(r"\w"))

@@ -44,7 +44,7 @@ def test_ten_visitors_at_once_of_whom_two_leave(server, visit):
 
 def gets_in(visitor) -> bool:
     """Reload the page and ask; return whether that was accepted."""
-    visitor.page.reload()
+    visitor.reload()
     visitor.ask("Hello")
     wait_for(lambda: visitor.error.is_visible() or visitor.waiting.is_visible(), "an answer to the reload")
     return visitor.waiting.is_visible()
@@ -71,7 +71,7 @@ def test_a_picture_that_can_not_be_used(server, visit, colours, tmp_path, kind):
     expect(visitor.error).to_contain_text("picture.png")
     assert str(server.folder) not in visitor.page.content()
     expect(visitor.answers).to_have_count(0)
-    visitor.page.reload()
+    visitor.reload()
     visitor.ask("Which colour?", colours["red"])
     visitor.hear("It is red.")
 
@@ -80,7 +80,7 @@ def test_too_many_pictures_and_too_many_words(server, visit, colours):
     visitor = visit(server)
     visitor.ask("Which colours?", colours["red"], colours["green"], colours["blue"])
     expect(visitor.error).to_contain_text("2")
-    visitor.page.reload()
+    visitor.reload()
     visitor.ask("Hello" * 11)
     expect(visitor.error).to_contain_text("50")
     expect(visitor.answers).to_have_count(0)

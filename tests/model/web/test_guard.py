@@ -27,6 +27,7 @@ class Door:
         self.hang_up = asyncio.Event()
         self.stored, self.page = b"[]", b"yes"
         self.status = 200
+        self.receive = None
 
     async def app(self, scope, receive, send):
         if "/heartbeat/" in scope["path"]:
@@ -45,7 +46,7 @@ class Door:
         async def send(message):
             sent.append(message)
 
-        await self.guard(scope, None, send)
+        await self.guard(scope, self.receive, send)
         return sent
 
     def ask(self, *args, **kwargs):
@@ -129,6 +130,30 @@ def test_only_uploads_are_served(door):
 )
 def test_requests_have_a_length_and_a_limit(door, path, length, status):
     assert door.ask(path, "POST", content_length=length)[0] == status
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join", "/login"])
+def test_a_length_beside_chunks_is_none(door, path):
+    """The server would read the chunks, however many there are, and not look at the length."""
+    assert door.ask(path, "POST", transfer_encoding="chunked")[0] == 411
+
+
+@pytest.mark.parametrize("by_visitor", [True, False])
+def test_an_upload_that_is_broken_off_is_no_error_of_ours(door, by_visitor):
+    async def receive():
+        return {"type": "http.disconnect" if by_visitor else "http.request"}
+
+    async def fail(scope, receive, send):
+        raise ConnectionError(await receive())
+
+    door.guard._app, door.receive = fail, receive
+    upload = door.open("/gradio_api/upload", "POST")
+    if by_visitor:
+        assert asyncio.run(upload) == []
+    else:
+        with pytest.raises(ConnectionError):
+            asyncio.run(upload)
+    assert door.guard._uploading == []
 
 
 def test_passwords_cannot_be_tried_out(door):

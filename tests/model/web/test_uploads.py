@@ -122,6 +122,22 @@ def test_what_a_killed_program_left_is_deleted_at_the_next_start(tmp_path, monke
         folder.close()
 
 
+@pytest.mark.parametrize("look", [lambda uploads: uploads.sweep(older_than=0), lambda uploads: uploads.has_room(1)])
+def test_an_upload_that_goes_away_while_the_folder_is_looked_through(uploads, monkeypatch, look):
+    """Its visitor leaves at that moment; neither the sweep, which would end the program, nor an upload may fail."""
+    file, scandir = Path(upload(uploads)), os.scandir
+
+    def late(folder):
+        if Path(folder) == file.parent:
+            file.unlink()
+            file.parent.rmdir()
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", late)
+    look(uploads)
+    assert not file.parent.exists()
+
+
 def test_a_full_folder_takes_no_more(uploads, monkeypatch):
     monkeypatch.setattr("model.web.uploads.MOST_BYTES", 10_000)
     assert uploads.has_room(5000)
