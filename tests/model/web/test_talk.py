@@ -410,11 +410,14 @@ def test_who_waits_may_stop_without_waiting(open_page, monkeypatch):
 
     async def wait_and_stop():
         running = first.talk.ask(first.who, '{"text": "Long?"}', first.settings)
-        await anext(running)
+        async for view in running:
+            if view.messages and view.messages[-1]["role"] == "assistant":
+                break
         views = []
         async for view in second.talk.ask(second.who, '{"text": "Next?"}', second.settings):
             views.append(view)
-            second.talk.stop(second.who)
+            if say("en", "waiting", ahead=1) in (view.status or ""):
+                second.talk.stop(second.who)
         release.set()
         return views, [view async for view in running]
 
