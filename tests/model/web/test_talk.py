@@ -211,6 +211,18 @@ def test_retry_and_edit(open_page, red):
     assert [asked.text for asked in page.conversation] == [r"Other \*words*?"]
 
 
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_refused_edit_leaves_the_question_that_was_answered(open_page, is_busy):
+    """Gradio shows the new words at once: they would stand over the answer to the old ones."""
+    page = open_page()
+    shown = page.ask("One?")[-1].messages
+    visitor = page.talk.visitors.find(page.who.key)
+    visitor.busy, visitor.given_up = is_busy, False
+    views = page.see(page.talk.edit(page.who, 0, "Other?" if is_busy else " ", page.settings))
+    assert told(views, "busy" if is_busy else "nothing_asked")
+    assert views[-1].messages == shown
+
+
 def test_a_new_conversation_forgets_the_old_one(open_page, red):
     page = open_page()
     page.ask("One?", page.upload(red))
