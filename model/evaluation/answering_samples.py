@@ -86,7 +86,12 @@ class AnswerSamples:
         args, begin = self.trainer.args, time.monotonic()
         share = range(len(self.items))[args.process_index :: args.world_size]
         questions = [self.items[at].question for at in share]
-        with self.trainer.accelerator.autocast():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.trainer.accelerator.autocast())
+            if args.shard_model:
+                from ..scaling.sharding import calls_together
+
+                stack.enter_context(calls_together(self.trainer.model.qwen))
             lines = list(answer_all(self.assistant, questions, args.eval_batch_size, args.seed))
         together = dict(gather_object(list(zip(share, lines, strict=True))))
         answers = {at: together[at]["answer"] for at in sorted(together) if "answer" in together[at]}

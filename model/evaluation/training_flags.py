@@ -20,8 +20,8 @@ def check_evaluation(data_args: Any, args: Any) -> None:
         raise ValueError("--eval_image_map and --eval_captions_file belong together; one of them is missing")
     if strategy != "no" and data_args.eval_image_map is None:
         raise ValueError(f"--eval_strategy {strategy.value} needs --eval_image_map and --eval_captions_file; give both")
-    if data_args.eval_generate is not None and (strategy == "no" or args.shard_model):
-        wanted = "no --shard_model" if args.shard_model else "--eval_image_map, --eval_captions_file and an evaluation"
+    if data_args.eval_generate is not None and strategy == "no":
+        wanted = "--eval_image_map, --eval_captions_file and an evaluation"
         raise ValueError(f"--eval_generate needs {wanted}; give that, or leave it out")
     if data_args.eval_generate is None and data_args.eval_max_new_tokens != type(data_args).eval_max_new_tokens:
         given = f"--eval_max_new_tokens {data_args.eval_max_new_tokens}"

@@ -10,6 +10,8 @@ each process then reads its own rows from the mapped files; what will take 4 bit
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -176,6 +178,30 @@ def average_gradients(module: nn.Module) -> None:
     flat /= size
     for parameter, mean in zip(parameters, flat.split([one.numel() for one in parameters]), strict=True):
         parameter.grad = mean.view_as(parameter)
+
+
+@contextlib.contextmanager
+def calls_together(root: Any) -> Iterator[None]:
+    """Let each process call a split language model as often as it needs to; all must enter.
+
+    A call gathers weights, which takes all processes. One that has no more calls of its own joins those of the others.
+    """
+
+    def someone_calls(this_one: bool) -> bool:
+        number = torch.tensor(int(this_one), device=root.device)
+        dist.all_reduce(number)
+        return bool(number)
+
+    hook = root.register_forward_pre_hook(lambda *args: someone_calls(True) and None)
+    try:
+        yield
+    finally:
+        hook.remove()
+        token = torch.zeros(1, 1, dtype=torch.long, device=root.device)
+        with torch.no_grad():
+            while someone_calls(False):
+                root(input_ids=token)
+        root.reshard()
 
 
 def check_shardable(args: Any) -> None:

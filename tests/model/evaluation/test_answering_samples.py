@@ -363,7 +363,6 @@ def test_a_run_goes_on_without_the_pictures_that_it_skips(bases, holed, tmp_path
 
 REFUSED = {
     "no set": (["--eval_generate", "4"], "--eval_generate needs --eval_image_map"),
-    "split model": (["DATA", *ANSWERING, "--shard_model", "true"], "--eval_generate needs no --shard_model"),
     "none": (["DATA", "--eval_generate", "0"], "--eval_generate 0: must be at least 1"),
     "no room": (["DATA", *ANSWERING[:2], "--eval_max_new_tokens", "0"], "--eval_max_new_tokens 0: must be at least 1"),
     "no evaluation": (["DATA", *ANSWERING, "--eval_strategy", "no"], "--eval_generate needs"),

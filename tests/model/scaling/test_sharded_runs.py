@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ QUICK = [
     *("--per_device_train_batch_size", "4", "--lr_scheduler_type", "constant"),
 ]
 LORA = ["--lora_rank", "4", "--lora_dropout", "0"]
+ANSWERING = ["--eval_generate", "3", "--eval_max_new_tokens", "6", "--per_device_eval_batch_size", "1"]
+"""Of two processes, one answers two samples, and the other one."""
 ALL_SORTS = [
     *(
         "--max_steps",
@@ -50,10 +53,11 @@ ALL_SORTS = [
         "true",
     ),
     *("--eval_strategy", "steps", "--eval_steps", "10", "--train_sampling_strategy", "group_by_length", *LORA),
+    *ANSWERING,
 ]
 SHORT = ["--max_steps", "4", "--save_steps", "2"]
-CHECKED = ["--gradient_checkpointing", "true", "--eval_strategy", "steps", "--eval_steps", "2"]
-COUNTED = ("full", "4bit")
+CHECKED = ["--gradient_checkpointing", "true", "--eval_strategy", "steps", "--eval_steps", "2", *ANSWERING]
+COUNTED = ("full", "4bit projector")
 HALF = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--shard_model", "true"]
 """What makes of `QUICK`'s steps those of two processes; in some of them one sees no image."""
 
@@ -76,7 +80,10 @@ def assert_same(ours: Path, theirs: Path, step: int) -> None:
     assert losses(one) == pytest.approx(losses(other), abs=1e-5)
     assert len(losses(one)) == step
     histories = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, other)]
-    evaluated = [[entry["eval_loss"] for entry in history if "eval_loss" in entry] for history in histories]
+    evaluated = [
+        [value for entry in history for name, value in entry.items() if re.match("eval_(?!runtime|.*per_second)", name)]
+        for history in histories
+    ]
     assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
     names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (one, other)]
     assert {name for name in names[0] ^ names[1] if not name.startswith("rng_state")} == set()
@@ -246,7 +253,7 @@ def two(commands, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two")
     runs = [[*words, *HALF, "--output_dir", str(out / name)] for name, words in commands.items()]
     one_step = ["--max_steps", "1", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
-    one_step += ["--eval_strategy", "no", "--overwrite_output_dir", "true", "--output_dir", str(out / "counted")]
+    one_step += ["--overwrite_output_dir", "true", "--output_dir", str(out / "counted")]
     counted = [[*commands[name], *HALF, *one_step] for name in COUNTED]
     done = torchrun(out, runs=runs[:-1], count=counted, full=0, **{"full run": runs[-1]})
     assert done.returncode == 0, done.stderr
