@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from dataprocess.image_io import ImageError, load_image
+from dataprocess.messages import format_count
 
 from .captions import is_chinese
 
@@ -59,7 +60,8 @@ def html_report(results: dict[str, Any], lines: Sequence[dict[str, Any]], tables
     counts = results["counts"]
     missing = f", {counts['without_answer']:,} of them without an answer" if counts["without_answer"] else ""
     kept = results.get("blind", {}).get("with_own_pictures")
-    same = f" {kept:,} have no other pictures to be asked with: blind, they are asked as they are." if kept else ""
+    said = format_count(kept or 0, "question has", "questions have")
+    same = f" {said} no other pictures to be asked with, and the same answer in both columns." if kept else ""
     parts = [
         "<!DOCTYPE html><html><head><meta charset='utf-8'><title>Evaluation</title>",
         "<meta name='viewport' content='width=device-width,initial-scale=1'>",

@@ -70,6 +70,11 @@ def check_training_flags(model_args: Any, args: Any) -> None:
             f"--train_only all trains the language model, and --load_in_{model_args.quantisation} freezes it in a few "
             "bits; leave one of them out"
         )
+    if args.torch_compile and model_args.load_in_4bit:
+        raise ValueError(
+            "--torch_compile and --load_in_4bit: bitsandbytes' weights of 4 bits call themselves without end in a "
+            "compiled graph; give --load_in_8bit, or leave one of them out"
+        )
     check_quantised(model_args.quantisation, args.device)
 
 

@@ -19,6 +19,7 @@ from .visitors import Visitors
 from .words import language_of, say
 
 API = "/gradio_api"
+FILE = f"{API}/file="
 _GET = re.compile(
     rf"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|logout)/?|/(assets|static)/.*"
     rf"|{API}/(app_id|startup-events|theme\.css|user|login_check|queue/data|upload_progress|heartbeat/[^/]+|file=.+)/?"
@@ -80,6 +81,8 @@ class Guard:
             await self._watch(path.split("/")[3], browser, self._app(scope, receive, send_on))
         elif path.rstrip("/") == f"{API}/upload":
             await self._upload(scope, receive, send_on, browser)
+        elif path.startswith(FILE) and scope["method"] == "GET":
+            await self._show(scope, receive, send_on)
         elif path == "/" and scope["method"] == "GET":
             await self._change(scope, receive, send_on, lambda body: body.replace(b"<head>", _HEAD, 1))
         else:
@@ -92,7 +95,7 @@ class Guard:
         routes = {"GET": _GET, "HEAD": _GET, "POST": _POST}.get(method)
         if routes is None or not routes.fullmatch(path):
             return 404, "not found"
-        if path.startswith(f"{API}/file=") and self._uploads.find(path.removeprefix(f"{API}/file=")) is None:
+        if path.startswith(FILE) and self._uploads.find(path.removeprefix(FILE)) is None:
             return 404, "not found"
         if method != "POST":
             return None
@@ -134,6 +137,15 @@ class Guard:
             if self._open_pages[browser] <= 0:
                 del self._open_pages[browser]
                 self._uploads.delete_of(browser)
+
+    async def _show(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve an upload, whole, because it may be deleted at any moment: as soon as its question is asked."""
+        try:
+            await self._change(scope, receive, send, bytes)
+        except Exception:
+            if self._uploads.find(scope["path"].removeprefix(FILE)) is not None:
+                raise
+            await _reply(send, 404, "not found")
 
     async def _upload(self, scope: Any, receive: Any, send: Any, browser: str) -> None:
         """Take uploads in; the answer names them by paths of ours."""

@@ -205,10 +205,12 @@ class Talk:
             async for view in self._answer(visitor, who.language, current, prompt, options, shortened):
                 yield view
         except Refusal as refusal:
-            box = None
+            box, found = None, self.visitors.find(who.key)
             if files is not None:  # those that can be used come back too
                 box = {"text": text, "files": [file for file in files if self.uploads.find(file.get("path"))]}
-            yield View(status=_error(refusal.say(who.language)), running=refusal.key == "busy", box=box)
+            # Gradio shows an edited question at once; it must not stand over the answer to another one.
+            old = None if found is None or files is not None else chat_messages(found.conversation, who.language)
+            yield View(old, _error(refusal.say(who.language)), running=refusal.key == "busy", box=box)
         finally:
             if visitor is not None:
                 visitor.busy, visitor.seen = False, time.monotonic()

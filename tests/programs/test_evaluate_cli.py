@@ -334,7 +334,7 @@ def test_blind_asks_about_other_pictures(call, asked, trained, loaded_once, tmp_
     assert "Blind" in out
     assert results(tmp_path / "out")["blind"]["seeing_minus_blind"]["exact_match"] == 0.0
     assert results(tmp_path / "out")["blind"]["with_own_pictures"] == 1
-    assert "1 have no other pictures" in (tmp_path / "out" / "report.html").read_text()
+    assert "1 question has no other pictures" in (tmp_path / "out" / "report.html").read_text()
     # What the blind pass was shown gives the same answers if it is asked for openly.
     from model.asking.question_file import read_questions
 

@@ -152,10 +152,17 @@ def test_an_edited_question_is_asked_anew(server, visit, colours, colour):
     visitor.ask(r"*Which* \*colour_?", *([colours[colour]] if colour else []))
     expect(visitor.answers).to_have_count(1)
     visitor.hush()
-    visitor.part("#conversation button[aria-label=Edit]").first.click()
-    expect(visitor.part("#conversation textarea").last).to_have_value(r"*Which* \*colour_?")
-    visitor.part("#conversation textarea").last.fill("这是什么颜色？" if colour else "Hello")
-    visitor.part("#conversation button[aria-label=Submit]").last.click()
+
+    def edit(text: str) -> None:
+        visitor.part("#conversation button[aria-label=Edit]").first.click()
+        expect(visitor.part("#conversation textarea").last).to_have_value(r"*Which* \*colour_?")
+        visitor.part("#conversation textarea").last.fill(text)
+        visitor.part("#conversation button[aria-label=Submit]").last.click()
+
+    edit(" ")
+    expect(visitor.error).to_be_visible()
+    expect(visitor.questions.last).to_have_text(r"*Which* \*colour_?")
+    edit("这是什么颜色？" if colour else "Hello")
     visitor.hear("红色。" if colour else "Hello, visitor.")
     expect(visitor.answers).to_have_count(1)
 

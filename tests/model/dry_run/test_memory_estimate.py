@@ -233,7 +233,8 @@ print("measured", resident("VmHWM"))
 def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family, bf16, checkpointing, more):
     """All that is resident of the process, its libraries too, of which the estimate has a row.
 
-    Where weights are quantised, the holes in the C library's heap are a larger share of less.
+    Where weights are quantised, holes in the C library's heap, of which it has none, are a larger share of less: freed
+    memory then goes back to the system at once, so that tensors are measured.
     """
     sizes = {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
@@ -247,10 +248,11 @@ def test_the_estimate_is_near_what_another_language_model_takes(tmp_path, family
         *("--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--report_to", "none", *more),
     ]
     expected = parse_memory(start("python", "train.py", *flags, "--dry_run").stdout)[0]
-    done = start("python", "-c", TRAIN, *flags)
+    without_holes = {"MALLOC_MMAP_THRESHOLD_": "131072"} if "load_in" in str(more) else {}
+    done = start("python", "-c", TRAIN, *flags, **without_holes)
     assert done.returncode == 0, done.stderr
     measured = int(done.stdout.split("measured")[1])
-    assert expected["most at one moment"] == pytest.approx(measured, rel=0.2 if "load_in" in str(more) else 0.15)
+    assert expected["most at one moment"] == pytest.approx(measured, rel=0.15)
 
 
 def test_parameters_are_those_of_the_model(tmp_path):

@@ -396,6 +396,9 @@ def test_flags_that_do_not_go_together(inputs, tmp_path, capsys, monkeypatch, dr
     said = refused([*common, "--shard_model", "true", "--load_in_8bit", "true"], capsys)
     assert "--shard_model" in said
     assert "--load_in_8bit" in said
+    said = refused([*common, "--torch_compile", "true", "--load_in_4bit", "true"], capsys)
+    assert "--torch_compile" in said
+    assert "--load_in_4bit" in said
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert "quantised-requirements.txt" in refused([*common, "--load_in_8bit", "true"], capsys)
     assert not (tmp_path / "run").exists()

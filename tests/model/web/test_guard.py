@@ -116,6 +116,28 @@ def test_only_uploads_are_served(door):
     assert door.ask(f"/gradio_api/file={path}/../../../x")[0] == 404
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_an_upload_may_be_deleted_while_it_is_fetched(door, is_asked):
+    """A quick visitor asks before the picture that was added is shown, and the file goes; that is no error of ours."""
+    folder = door.uploads.path / "hash"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "a.png")
+    path = door.uploads.adopt(str(folder / "a.png"), "me")
+
+    async def fail(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if is_asked:
+            door.uploads.delete(path)
+        raise RuntimeError("no such file")
+
+    door.guard._app = fail
+    if is_asked:
+        assert door.ask(f"/gradio_api/file={path}")[0] == 404
+    else:
+        with pytest.raises(RuntimeError):
+            door.ask(f"/gradio_api/file={path}")
+
+
 @pytest.mark.parametrize(
     ("path", "length", "status"),
     [

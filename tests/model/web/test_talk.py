@@ -211,6 +211,18 @@ def test_retry_and_edit(open_page, red):
     assert [asked.text for asked in page.conversation] == [r"Other \*words*?"]
 
 
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_refused_edit_leaves_the_question_that_was_answered(open_page, is_busy):
+    """Gradio shows the new words at once: they would stand over the answer to the old ones."""
+    page = open_page()
+    shown = page.ask("One?")[-1].messages
+    visitor = page.talk.visitors.find(page.who.key)
+    visitor.busy, visitor.given_up = is_busy, False
+    views = page.see(page.talk.edit(page.who, 0, "Other?" if is_busy else " ", page.settings))
+    assert told(views, "busy" if is_busy else "nothing_asked")
+    assert views[-1].messages == shown
+
+
 def test_a_new_conversation_forgets_the_old_one(open_page, red):
     page = open_page()
     page.ask("One?", page.upload(red))
@@ -410,11 +422,14 @@ def test_who_waits_may_stop_without_waiting(open_page, monkeypatch):
 
     async def wait_and_stop():
         running = first.talk.ask(first.who, '{"text": "Long?"}', first.settings)
-        await anext(running)
+        async for view in running:
+            if view.messages and view.messages[-1]["role"] == "assistant":
+                break
         views = []
         async for view in second.talk.ask(second.who, '{"text": "Next?"}', second.settings):
             views.append(view)
-            second.talk.stop(second.who)
+            if say("en", "waiting", ahead=1) in (view.status or ""):
+                second.talk.stop(second.who)
         release.set()
         return views, [view async for view in running]
 
