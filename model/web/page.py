@@ -43,16 +43,22 @@ _EDIT_PLAINLY = """() => new MutationObserver(() => {
         area.dispatchEvent(new Event("input", {bubbles: true}));
     }
 }).observe(document.body, {childList: true, subtree: true})""".replace("ESCAPED", json.dumps(ESCAPED))
+# What is not visible is not part of the page, so that a closed camera does not go on filming.
 _SHOW_CAMERA = """() => {
-    const camera = document.querySelector("#camera");
-    camera.classList.toggle("open");
-    camera.scrollIntoView({block: "end"});
+    const opens = !document.querySelector("#camera");
+    const show = () => {
+        const camera = document.querySelector("#camera");
+        camera?.offsetHeight > 200 ? camera.scrollIntoView({block: "end"}) : setTimeout(show, 50);
+    };
+    if (opens) show();
+    return {__type__: "update", visible: opens};
 }"""
 _SHOW_SETTINGS = "() => { document.querySelector('#settings .toggle-button').click(); }"
 _ADD_PHOTO = """(photo, box) => {
-    if (photo) document.querySelector('#camera').classList.remove('open');
+    if (!photo) return [photo, box];
     const old = box || {text: "", files: []};
-    return photo ? [null, {text: old.text || "", files: [...(old.files || []), photo]}] : [photo, box];
+    const closed = {__type__: "update", value: null, visible: false};
+    return [closed, {text: old.text || "", files: [...(old.files || []), photo]}];
 }"""
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang SC", "Microsoft YaHei", "sans-serif"]
@@ -112,7 +118,7 @@ def build_page(talk: Talk, model_lines: dict[str, str], i18n: gr.I18n) -> gr.Blo
             clear = gr.Button(i18n("new"), elem_id="clear", size="sm", min_width=80)
             settings_open = gr.Button(i18n("settings"), elem_id="settings_open", size="sm", min_width=80)
             camera_open = gr.Button(i18n("camera"), elem_id="camera_open", size="sm", min_width=80)
-        camera = gr.Image(sources=["webcam"], elem_id="camera", show_label=False, height=260)
+        camera = gr.Image(sources=["webcam"], elem_id="camera", show_label=False, height=260, visible=False)
         with gr.Sidebar(position="right", open=False, elem_id="settings"):
             settings = _settings(i18n, start, talk.limits.max_new_tokens)
         _connect(talk, settings, conversation, status, question, clear)
@@ -131,7 +137,7 @@ def build_page(talk: Talk, model_lines: dict[str, str], i18n: gr.I18n) -> gr.Blo
         page.load(None, js=f"() => {{ if (/^zh/i.test(navigator.language)) document.title = '{_title('zh')}'; }}")
         page.load(enter, None, [about, conversation, status], **_QUIET)
         settings_open.click(None, js=_SHOW_SETTINGS)
-        camera_open.click(None, js=_SHOW_CAMERA)
+        camera_open.click(None, None, camera, js=_SHOW_CAMERA)
         camera.input(None, [camera, question], [camera, question], js=_ADD_PHOTO)
     return page
 
