@@ -1,9 +1,10 @@
 """Processes of tests/model/scaling/test_sharded_runs.py: `torchrun --nproc_per_node=2 … several_runs.py FILE`.
 
 FILE is a JSON object: `runs` are command lines of train.py, one after another; `count` are runs whose messages are
-counted, in `sent-RANK.json` next to FILE; `break` is a rank whose fifth batch fails, `full` one whose disk is full at
-every checkpoint of `full run`. `measure` names two base models, whose loading is measured, whole and in 4 bits, after
-that of `small` ones, and noted in `loading-RANK.json`.
+counted, in `sent-RANK.json` next to FILE; `break` is a rank whose fifth batch fails, `break answering` one that fails
+in the middle of its second call of the model while it answers, `full` one whose disk is full at every checkpoint of
+`full run`. `measure` names two base models; how much memory loading them takes, whole and in 4 bits, goes to
+`loading-RANK.json`. `small` ones are loaded first, so that imports do not count.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tiny_run import build_trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train
 from model import LoraSettings, VisionLanguageModel, VLMTrainer
+from model.evaluation.answering_samples import AnswerSamples
 from model.scaling.sharding import shard
 
 
@@ -79,6 +82,35 @@ def break_at_fifth_batch(rank: int) -> None:
     VLMTrainer.training_step = step  # type: ignore[method-assign]
 
 
+def break_while_answering(rank: int) -> None:
+    own, calls = AnswerSamples.__call__, []
+
+    def fail(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error", "block")
+
+    def answer(self: AnswerSamples) -> Any:
+        if int(os.environ["RANK"]) == rank:
+            blocks = [
+                module for module in self.trainer.model.qwen.modules() if isinstance(module, GradientCheckpointingLayer)
+            ]
+            blocks[-1].register_forward_pre_hook(fail, prepend=True)  # before it is gathered
+        return own(self)
+
+    AnswerSamples.__call__ = answer  # type: ignore[method-assign]
+
+
+measure_answers = AnswerSamples._measure
+
+
+def note_answers(self: AnswerSamples, answers: dict[int, str]) -> dict[str, float]:
+    """Measure answers, and write them to `answers-STEP.json` in the run's folder."""
+    folder, step = Path(self.trainer.args.output_dir), self.trainer.state.global_step
+    (folder / f"answers-{step}.json").write_text(json.dumps(answers))
+    return measure_answers(self, answers)
+
+
 def fill_disk(rank: int) -> None:
     from model.checkpoints import saving
 
@@ -93,6 +125,9 @@ if __name__ == "__main__":
     asked = json.loads(Path(sys.argv[1]).read_text())
     own_rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
+    AnswerSamples._measure = note_answers  # type: ignore[method-assign]
+    if "break answering" in asked:
+        break_while_answering(asked["break answering"])
     if "break" in asked:
         break_at_fifth_batch(asked["break"])
     statuses = [train.main(words) for words in asked["runs"]]

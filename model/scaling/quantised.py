@@ -62,8 +62,8 @@ def check_training_flags(model_args: Any, args: Any) -> None:
         raise ValueError("--load_in_4bit and --load_in_8bit: weights take one of both; leave one out")
     if args.shard_model and model_args.load_in_8bit:
         raise ValueError(
-            "--shard_model and --load_in_8bit: bitsandbytes' layers of 8 bits can't run with weights that are put "
-            "together from shares; give --load_in_4bit, or leave one of them out"
+            "--shard_model and --load_in_8bit: bitsandbytes' 8-bit layers can't run on weights gathered from shares; "
+            "give --load_in_4bit, or leave one of them out"
         )
     if model_args.train_only == "all":
         raise ValueError(
@@ -109,9 +109,13 @@ def _load(model_class: Any, kind: str, device: torch.device, name: str, dtype: t
         # bitsandbytes' own kernel for CPUs with AVX512-BF16 repacks the weights in `eval()`. It rounds to bf16, and has
         # no gradient: training after an evaluation would fail.
         layer.support_avx512bf16_for_cpu = False
+    _tell(kind, layers)
+    return loaded
+
+
+def _tell(kind: str, layers: dict[str, Any]) -> None:
     number, size = quantised_size(kind, layers.values())
     logger.info("language model: %s weights in %s, %.2f GB; the others whole", f"{number:,}", kind, size / 1e9)
-    return loaded
 
 
 def _how(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -132,7 +136,7 @@ def check_blocks(kind: str, layers: dict[str, Any]) -> None:
         if kind == "4bit" and layer.in_features % BLOCK:
             raise ValueError(
                 f"--load_in_4bit: layer {name} has {layer.in_features} inputs, which must be a multiple of {BLOCK}; "
-                "give --load_in_8bit, or leave it out"
+                "leave --load_in_4bit out, or give --load_in_8bit, which does not go with --shard_model"
             )
 
 
@@ -185,6 +189,7 @@ def make_hollow_4bit(language_model: Any, dtype: torch.dtype) -> None:
         packed.support_avx512bf16_for_cpu = False  # as in `_load`
         language_model.set_submodule(name, packed)
     language_model.config.quantization_config = _how("4bit", dtype)
+    _tell("4bit", layers)
 
 
 def is_4bit(layer: nn.Module) -> bool:
@@ -222,7 +227,7 @@ class Dequantised:
         if is_4bit(self.layer):
             from bitsandbytes.functional import dequantize_4bit
 
-            # The scales are the layer's: a weight that was put together from shares has none.
+            # The scales are the layer's: a weight gathered from its shares has none.
             return dequantize_4bit(weight.data, self.layer.quant_state).to(dtype)
         scales = self.layer.state.SCB if weight.SCB is None else weight.SCB  # moved at the first product of its own
         return weight.data.to(dtype).mul_(scales.unsqueeze(1) / 127)

@@ -5,7 +5,8 @@ let go afterwards; embedding, last norm and language head are gathered together,
 pass. Tower and projector stay whole on every process.
 
 Nothing is ever loaded whole: the model is built hollow, as shapes without memory, gets its LoRA layers, is split, and
-each process then reads its own rows from the mapped files; what will take 4 bits, layer by layer, whole.
+each process then reads its own rows from the mapped files. A layer that takes 4 bits is read whole and packed, and the
+process keeps its share.
 """
 
 from __future__ import annotations
@@ -184,7 +185,8 @@ def average_gradients(module: nn.Module) -> None:
 def calls_together(root: Any) -> Iterator[None]:
     """Let each process call a split language model as often as it needs to; all must enter.
 
-    A call gathers weights, which takes all processes. One that has no more calls of its own joins those of the others.
+    A call gathers weights, so every process has to take part: one that has made all its own calls joins those of the
+    others, with a single token. One that fails joins no more; torchrun then ends them all.
     """
 
     def someone_calls(this_one: bool) -> bool:
@@ -192,16 +194,17 @@ def calls_together(root: Any) -> Iterator[None]:
         dist.all_reduce(number)
         return bool(number)
 
-    hook = root.register_forward_pre_hook(lambda *args: someone_calls(True) and None)
+    # Before FSDP's own hook, which gathers.
+    hook = root.register_forward_pre_hook(lambda *args: someone_calls(True) and None, prepend=True)
     try:
         yield
     finally:
         hook.remove()
-        token = torch.zeros(1, 1, dtype=torch.long, device=root.device)
-        with torch.no_grad():
-            while someone_calls(False):
-                root(input_ids=token)
-        root.reshard()
+    token = torch.zeros(1, 1, dtype=torch.long, device=root.device)
+    with torch.no_grad():
+        while someone_calls(False):
+            root(input_ids=token)
+    root.reshard()
 
 
 def check_shardable(args: Any) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from several_runs import note_answers
 from tiny_families import make_family
 from tiny_qwen import tiny_model
 from tiny_run import ROOT, losses, make_language_model, one_line_error, start, trained_weights
@@ -26,6 +27,7 @@ from model import CheckpointError, LoraSettings, VisionLanguageModel
 from model.arguments import parse_arguments
 from model.dry_run.memory_estimate import BatchShape, Setting
 from model.dry_run.planned_model import planned_model
+from model.evaluation.answering_samples import AnswerSamples
 from model.runs.resuming import newest_resumable
 from model.scaling import hollow
 from model.scaling.sharding import shard
@@ -39,8 +41,7 @@ QUICK = [
     *("--per_device_train_batch_size", "4", "--lr_scheduler_type", "constant"),
 ]
 LORA = ["--lora_rank", "4", "--lora_dropout", "0"]
-ANSWERING = ["--eval_generate", "3", "--eval_max_new_tokens", "6", "--per_device_eval_batch_size", "1"]
-"""Of two processes, one answers two samples, and the other one."""
+ANSWERING = ["--eval_max_new_tokens", "6", "--per_device_eval_batch_size", "1", "--eval_generate"]
 ALL_SORTS = [
     *(
         "--max_steps",
@@ -53,13 +54,21 @@ ALL_SORTS = [
         "true",
     ),
     *("--eval_strategy", "steps", "--eval_steps", "10", "--train_sampling_strategy", "group_by_length", *LORA),
-    *ANSWERING,
+    *(*ANSWERING, "1"),
 ]
+"""Of two processes, one has nothing to answer."""
 SHORT = ["--max_steps", "4", "--save_steps", "2"]
-CHECKED = ["--gradient_checkpointing", "true", "--eval_strategy", "steps", "--eval_steps", "2", *ANSWERING]
+CHECKED = ["--gradient_checkpointing", "true", "--eval_strategy", "steps", "--eval_steps", "2", *ANSWERING, "3"]
+"""Of two processes, one answers two samples, and the other one."""
 COUNTED = ("full", "4bit projector")
 HALF = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--shard_model", "true"]
 """What makes of `QUICK`'s steps those of two processes; in some of them one sees no image."""
+
+
+@pytest.fixture(autouse=True)
+def answers(monkeypatch) -> None:
+    """Runs of this process write their answers too."""
+    monkeypatch.setattr(AnswerSamples, "_measure", note_answers)
 
 
 @pytest.fixture
@@ -85,6 +94,9 @@ def assert_same(ours: Path, theirs: Path, step: int) -> None:
         for history in histories
     ]
     assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
+    answers = [{path.name: path.read_text() for path in folder.glob("answers-*.json")} for folder in (ours, theirs)]
+    assert all(answers[0][name] == answers[1][name] for name in answers[0].keys() & answers[1].keys())
+    assert len(answers[0].keys() & answers[1].keys()) >= min(len(evaluated[0]), 1)
     names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (one, other)]
     assert {name for name in names[0] ^ names[1] if not name.startswith("rng_state")} == set()
     for name in (name for name in names[1] if name.endswith(".safetensors")):
@@ -294,7 +306,7 @@ def test_a_full_disk_of_the_process_that_writes_stops_none(two):
 
 @pytest.mark.slow
 def test_loading_holds_a_share_and_one_file(commands, tmp_path):
-    """Of 4 bits one layer too. LoRA, tower and what Python allocates for the first time take some megabytes more."""
+    """In 4 bits, one layer more. LoRA, tower and what Python allocates for the first time take some megabytes more."""
     sizes = {"hidden_size": 512, "num_attention_heads": 8, "kv_channels": 64, "intermediate_size": 2816}
     model = tiny_model(vocab_size=4000, num_hidden_layers=8, **sizes)
     model.save_pretrained(str(tmp_path / "qwen"), max_shard_size="15MB")
@@ -327,14 +339,15 @@ def test_what_a_step_sends_is_what_was_computed(two, commands):
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_ends_all_and_is_named_last(commands, tmp_path):
-    run = [*commands["full"], *HALF, "--output_dir", str(tmp_path / "run")]
+@pytest.mark.parametrize(("name", "broken"), [("full", "break"), ("4bit", "break answering")])
+def test_a_process_that_fails_ends_all_and_is_named_last(commands, tmp_path, name, broken):
+    run = [*commands[name], *HALF, "--output_dir", str(tmp_path / "run")]
     began = time.monotonic()
-    done = torchrun(tmp_path, runs=[run], **{"break": 1})
+    done = torchrun(tmp_path, runs=[run], **{broken: 1})
     assert done.returncode == 1
     assert time.monotonic() - began < 300
     assert "Input/output error" in done.stderr.rstrip().splitlines()[-1]
-    assert trained_weights(tmp_path / "run" / "checkpoint-2")
+    assert name == "4bit" or trained_weights(tmp_path / "run" / "checkpoint-2")
 
 
 # ---- Four processes
