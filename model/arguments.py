@@ -157,9 +157,12 @@ class VLMTrainingArguments(TrainingArguments):
             )
         if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
             raise ValueError(
-                f"--train_sampling_strategy {self.train_sampling_strategy} is not supported; take random, sequential "
-                "or group_by_length"
+                f"--train_sampling_strategy {self.train_sampling_strategy}: take random, sequential or group_by_length"
             )
+        if self.lr_scheduler_kwargs or self.lr_scheduler_type.value not in ("linear", "cosine", "constant"):
+            from .runs.schedule import check_schedule
+
+            check_schedule(self)
         if (self.global_batch_size or 0) > 0:
             self.gradient_accumulation_steps = accumulation(self)
         if self.shard_model:

@@ -376,6 +376,8 @@ REFUSED = {
         """--lr_scheduler_kwargs '{"mode": "min"}'""",
     ),
     "no object": (["--lr_scheduler_kwargs", "[1]"], "--lr_scheduler_kwargs [1]: must be a JSON object"),
+    "no least rate": (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
+    "no option": (["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"power": 2}'], "'power'"),
     "no answers": (["DATA", "--eval_max_new_tokens", "6"], "--eval_max_new_tokens 6: "),
     "no answers and no set": (["--eval_max_new_tokens", "6"], "without --eval_generate"),
     "no flag": (["DATA", "--metric_for_best_model", "exact_match"], "without --eval_generate"),
