@@ -159,7 +159,7 @@ class VLMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"--train_sampling_strategy {self.train_sampling_strategy}: take random, sequential or group_by_length"
             )
-        if self.lr_scheduler_kwargs or self.lr_scheduler_type.value not in ("linear", "cosine", "constant"):
+        if self.lr_scheduler_kwargs or self.lr_scheduler_type not in ("linear", "cosine", "constant"):
             from .runs.schedule import check_schedule
 
             check_schedule(self)
