@@ -58,7 +58,8 @@ _ADD_PHOTO = """(photo, box) => {
     if (!photo) return [photo, box];
     const old = box || {text: "", files: []};
     const closed = {__type__: "update", value: null, visible: false};
-    return [closed, {text: old.text || "", files: [...(old.files || []), photo]}];
+    const file = {...photo, mime_type: "image/webp"};  // or the question box would show it as a document
+    return [closed, {text: old.text || "", files: [...(old.files || []), file]}];
 }"""
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang SC", "Microsoft YaHei", "sans-serif"]

@@ -62,7 +62,7 @@ def test_a_photo_by_camera(server, visit):
         (button if is_taken else visitor.part("#camera_open")).click()
         expect(visitor.part("#camera")).to_be_hidden()
         visitor.page.wait_for_function("film.readyState === 'ended'")
-    expect(visitor.part("#question .thumbnail-item")).to_have_count(1)
+    expect(visitor.part("#question .thumbnail-item img")).to_have_count(1)
     visitor.ask("Which colour?")
     expect(visitor.part("#conversation img.picture")).to_have_count(1)
 
