@@ -21,8 +21,9 @@ def check_evaluation(data_args: Any, args: Any) -> None:
     if strategy != "no" and data_args.eval_image_map is None:
         raise ValueError(f"--eval_strategy {strategy.value} needs --eval_image_map and --eval_captions_file; give both")
     if data_args.eval_generate is not None and strategy == "no":
-        wanted = "--eval_image_map, --eval_captions_file and an evaluation"
-        raise ValueError(f"--eval_generate needs {wanted}; give that, or leave it out")
+        raise ValueError(
+            "--eval_generate needs --eval_image_map, --eval_captions_file and an evaluation; give that, or leave it out"
+        )
     if data_args.eval_generate is None and data_args.eval_max_new_tokens != type(data_args).eval_max_new_tokens:
         given = f"--eval_max_new_tokens {data_args.eval_max_new_tokens}"
         raise ValueError(f"{given}: nothing is answered without --eval_generate; give it too, or leave this out")
